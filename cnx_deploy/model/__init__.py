@@ -1,0 +1,1 @@
+"""The network: training form, weights in and out, deploy form."""

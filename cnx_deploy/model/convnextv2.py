@@ -1,0 +1,122 @@
+"""The training form of ConvNeXt V2: readable, trainable, the reference for everything else.
+
+Source: Woo et al., arXiv:2301.00808; reference code facebookresearch/ConvNeXt-V2, `models/convnextv2.py` (MIT).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from cnx_deploy.errors import InputError
+from cnx_deploy.model.layers import EPS, Block, LayerNormChannelsFirst
+from cnx_deploy.variants import Variant, check_image_size, find_variant
+
+__all__ = ["ConvNeXtV2", "create_model", "random_model"]
+
+
+class ConvNeXtV2(nn.Module):
+    """ConvNeXt V2 classifier.
+
+    Shape: (N, 3, H, W) normalised images -> (N, num_classes) logits; H and W multiples of 32.
+
+    Args:
+        variant: depths and widths.
+        num_classes: width of the head.
+        drop_path_rate: stochastic-depth rate of the last block; it rises linearly from 0 over the blocks.
+        head_init_scale: factor on the head's initial weight and bias (0.001 in the paper's fine-tuning).
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        num_classes: int = 1000,
+        drop_path_rate: float = 0.0,
+        head_init_scale: float = 1.0,
+    ) -> None:
+        if num_classes < 1:
+            raise InputError(f"A classifier needs at least one class, not {num_classes}.")
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise InputError(f"A stochastic-depth rate lies in [0, 1), not at {drop_path_rate}.")
+        super().__init__()
+        self.variant = variant
+        self.num_classes = num_classes
+        widths = variant.dims
+        stem = nn.Sequential(
+            nn.Conv2d(3, widths[0], kernel_size=4, stride=4), LayerNormChannelsFirst(widths[0])
+        )
+        downsamplings = [
+            nn.Sequential(LayerNormChannelsFirst(before), nn.Conv2d(before, after, kernel_size=2, stride=2))
+            for before, after in zip(widths[:-1], widths[1:], strict=True)
+        ]
+        self.downsample_layers = nn.ModuleList([stem, *downsamplings])
+        self.stages = nn.ModuleList(_stages(variant, drop_path_rate))
+        self.norm = nn.LayerNorm(widths[-1], eps=EPS)
+        self.head = nn.Linear(widths[-1], num_classes)
+        self.apply(_initialise)
+        with torch.no_grad():
+            self.head.weight.mul_(head_init_scale)
+            self.head.bias.mul_(head_init_scale)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, C4), pooled and normalised."""
+        check_image_size(images.shape[-2], images.shape[-1])
+        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
+            images = stage(downsample(images))
+        pooled: Tensor = self.norm(images.mean(dim=(-2, -1)))
+        return pooled
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify; see the class for shapes."""
+        logits: Tensor = self.head(self.forward_features(images))
+        return logits
+
+
+def create_model(
+    variant: Variant | str,
+    num_classes: int = 1000,
+    *,
+    drop_path_rate: float = 0.0,
+    head_init_scale: float = 1.0,
+) -> ConvNeXtV2:
+    """Build a freshly initialised model as the paper does: truncated normal (0.02), zero biases, GRN the identity."""
+    found = find_variant(variant) if isinstance(variant, str) else variant
+    return ConvNeXtV2(found, num_classes, drop_path_rate, head_init_scale)
+
+
+def random_model(variant: Variant | str, num_classes: int = 1000, *, seed: int = 0) -> ConvNeXtV2:
+    """Build an evaluation-mode model whose every parameter is drawn at random, none of them zero or one.
+
+    For parity and benchmarks: with the paper's initialisation GRN is the identity and a broken GRN would go
+    unnoticed. Weights have standard deviation 1/sqrt(fan-in), GRN gamma 1, everything else 0.1 (gains around 1).
+    The same seed gives the same weights on every machine with the same torch.
+    """
+    with torch.device("meta"):
+        model = create_model(variant, num_classes)
+    model = model.to_empty(device="cpu").eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(generator=generator)
+            if parameter.ndim in (2, 4) and "grn" not in name:
+                parameter.mul_(parameter[0].numel() ** -0.5)
+            elif not name.endswith("grn.gamma"):
+                parameter.mul_(0.1)
+                if name.endswith("weight"):  # a LayerNorm gain
+                    parameter.add_(1.0)
+    return model
+
+
+def _stages(variant: Variant, drop_path_rate: float) -> list[nn.Sequential]:
+    rates = iter(
+        [drop_path_rate * index / max(1, variant.block_count - 1) for index in range(variant.block_count)]
+    )
+    return [
+        nn.Sequential(*(Block(width, next(rates)) for _ in range(depth)))
+        for depth, width in zip(variant.depths, variant.dims, strict=True)
+    ]
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

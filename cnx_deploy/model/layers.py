@@ -1,0 +1,81 @@
+"""The two normalisations of ConvNeXt V2 and its block, as the paper has them.
+
+Source: Woo et al., "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders", arXiv:2301.00808,
+section 4 and algorithm 1 (GRN), figure 5 (block); reference code facebookresearch/ConvNeXt-V2 (MIT).
+Parameter names and shapes are those of the reference code, so its checkpoints load without renaming.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+__all__ = ["EPS", "Block", "GlobalResponseNorm", "LayerNormChannelsFirst"]
+
+EPS = 1e-6
+"""Epsilon of every LayerNorm and GRN of the network; torch's LayerNorm default is 1e-5."""
+
+
+class GlobalResponseNorm(nn.Module):
+    """Scale each channel by its share of the global response, add the input.
+
+    Shape: (N, H, W, C) -> (N, H, W, C), any float dtype; the reduction runs in FP32 or wider.
+    Formula: gamma · x · n + beta + x with n = ‖x‖₂ / (mean over channels of ‖x‖₂ + eps), the norm over H × W.
+    Source: arXiv:2301.00808, algorithm 1. gamma and beta start at zero, so a fresh layer is the identity.
+    """
+
+    def __init__(self, channels: int, eps: float = EPS) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, channels))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Apply the norm; see the class for shapes."""
+        # A sum of squares over 56x56 leaves the FP16 range once the RMS passes sqrt(65504 / 3136) = 4.6.
+        wide = hidden if hidden.dtype == torch.float64 else hidden.float()
+        norm = torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True)  # (N, 1, 1, C)
+        share = norm / (norm.mean(dim=-1, keepdim=True) + self.eps)  # (N, 1, 1, C)
+        return torch.addcmul(self.beta, self.gamma * share.to(hidden.dtype), hidden) + hidden
+
+
+class LayerNormChannelsFirst(nn.LayerNorm):
+    """LayerNorm over the channels of an (N, C, H, W) tensor.
+
+    Permuted to channels-last around torch's own LayerNorm, whose variance is safe in every dtype; the spelled-out
+    form of the reference code overflows in FP16 (facebookresearch/ConvNeXt issue 80).
+    """
+
+    def __init__(self, channels: int, eps: float = EPS) -> None:
+        super().__init__(channels, eps=eps)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        last = F.layer_norm(
+            images.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps
+        )
+        return last.permute(0, 3, 1, 2)
+
+
+class Block(nn.Module):
+    """Depthwise 7×7, LayerNorm, widen to 4C, GELU, GRN, narrow to C, stochastic depth, residual.
+
+    Shape: (N, C, H, W) -> (N, C, H, W).
+    """
+
+    def __init__(self, channels: int, drop_path_rate: float = 0.0) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=EPS)
+        self.pwconv1 = nn.Linear(channels, 4 * channels)
+        self.act = nn.GELU()
+        self.grn = GlobalResponseNorm(4 * channels)
+        self.pwconv2 = nn.Linear(4 * channels, channels)
+        self.drop_path = StochasticDepth(drop_path_rate, mode="row")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Apply the block; see the class for shapes."""
+        last = self.dwconv(images).permute(0, 2, 3, 1)  # (N, H, W, C)
+        hidden = self.grn(self.act(self.pwconv1(self.norm(last))))  # (N, H, W, 4C)
+        branch = self.pwconv2(hidden).permute(0, 3, 1, 2)  # (N, C, H, W)
+        return images + self.drop_path(branch)

@@ -1,0 +1,89 @@
+"""What comparison and timing know of a model: its input, and one call."""
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from cnx_deploy.errors import InputError
+
+__all__ = ["InputSpec", "Runner", "RunnerInfo", "check_input"]
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """The image batch a runner takes.
+
+    "float": (N, 3, S, S) float32 in [0, 1]; "uint8": (N, S, S, 3) uint8. `max_batch` None means any.
+    """
+
+    kind: str
+    image_size: int
+    min_batch: int = 1
+    max_batch: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the batch."""
+        return torch.uint8 if self.kind == "uint8" else torch.float32
+
+    def shape(self, batch: int) -> tuple[int, ...]:
+        """Shape of a batch of `batch` images."""
+        side = self.image_size
+        return (batch, side, side, 3) if self.kind == "uint8" else (batch, 3, side, side)
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerInfo:
+    """What a result has to say about who made it.
+
+    `arithmetic` is the precision in which the backend really computes, which on ONNX Runtime's CPU provider is
+    FP32 even for an FP16 file.
+    """
+
+    backend: str
+    version: str
+    device: str
+    precision: str
+    arithmetic: str
+    details: tuple[tuple[str, str], ...] = ()
+
+
+class Runner(Protocol):
+    """A loaded model. Use it as a context manager; `run` blocks until the logits are there."""
+
+    info: RunnerInfo
+    input_spec: InputSpec
+    device: torch.device
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def run(self, images: Tensor) -> Tensor:
+        """Images as `input_spec` says, on `device` -> (N, num_classes) float32 logits on `device`.
+
+        The result may be overwritten by the next call. Raises InputError on another shape or dtype.
+        """
+        ...
+
+
+def check_input(images: Tensor, spec: InputSpec) -> None:
+    """Raise InputError unless `images` fits `spec`: dtype, layout, size, batch range. Nothing is cast silently."""
+    batch = images.shape[0] if images.ndim else 0
+    found = f"{tuple(images.shape)} {str(images.dtype).removeprefix('torch.')}"
+    expected = f"{('N', *spec.shape(0)[1:])} {str(spec.dtype).removeprefix('torch.')}".replace("'", "")
+    if images.dtype != spec.dtype or tuple(images.shape) != spec.shape(batch):
+        hint = ""
+        if images.ndim == 4 and (3 in (images.shape[1], images.shape[-1])) and images.dtype == spec.dtype:
+            hint = " The channel axis may be in the wrong place: permute the images."
+        raise InputError(f"The model takes images of shape {expected}, not {found}.{hint}")
+    if batch < max(1, spec.min_batch) or (spec.max_batch is not None and batch > spec.max_batch):
+        limit = "any" if spec.max_batch is None else spec.max_batch
+        raise InputError(
+            f"A batch of {batch} is outside the model's range of {max(1, spec.min_batch)} to {limit}."
+        )

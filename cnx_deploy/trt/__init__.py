@@ -1,0 +1,1 @@
+"""ONNX to TensorRT or TensorRT-RTX engines, and what the compiled engine does."""
