@@ -143,8 +143,7 @@ class Staging:
     def record(self, *names: str) -> tuple[FileRecord, ...]:
         """Hash the named files of the staging folder."""
         return tuple(
-            FileRecord(name, (self.folder / name).stat().st_size, sha256_of_file(self.folder / name))
-            for name in names
+            FileRecord(name, (self.folder / name).stat().st_size, sha256_of_file(self.folder / name)) for name in names
         )
 
     def commit(self, manifest: Manifest) -> Artifact:
@@ -238,9 +237,7 @@ def _read_artifact(path: Path) -> Artifact:
     manifest_path = path if path.suffix == ".json" else path.with_suffix(".json")
     if not manifest_path.is_file():
         what = "has no manifest" if path.exists() else "does not exist"
-        raise InputError(
-            f"{path} {what}: expected {manifest_path.name} beside it. Make it again with cnx-deploy."
-        )
+        raise InputError(f"{path} {what}: expected {manifest_path.name} beside it. Make it again with cnx-deploy.")
     try:
         manifest = _manifest_from_dict(json.loads(manifest_path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError, AttributeError) as error:

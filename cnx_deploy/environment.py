@@ -79,12 +79,8 @@ def find_gpus() -> tuple[Gpu, ...]:
         return ()
     query = ["--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(
-            [tool, *query], capture_output=True, text=True, timeout=10, check=True
-        )  # fixed command
+        done = subprocess.run([tool, *query], capture_output=True, text=True, timeout=10, check=True)  # fixed command
     except (OSError, subprocess.SubprocessError):
         return ()
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
-    return tuple(
-        Gpu(row[0], "sm" + row[1].replace(".", ""), row[2], int(row[3])) for row in rows if len(row) == 4
-    )
+    return tuple(Gpu(row[0], "sm" + row[1].replace(".", ""), row[2], int(row[3])) for row in rows if len(row) == 4)

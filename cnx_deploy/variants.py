@@ -81,6 +81,4 @@ def find_variant(name: str) -> Variant:
     try:
         return VARIANTS[name]
     except KeyError:
-        raise InputError(
-            f"No ConvNeXt V2 variant is called {name!r}. Choose one of: {', '.join(VARIANTS)}."
-        ) from None
+        raise InputError(f"No ConvNeXt V2 variant is called {name!r}. Choose one of: {', '.join(VARIANTS)}.") from None

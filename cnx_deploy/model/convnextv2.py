@@ -40,9 +40,7 @@ class ConvNeXtV2(nn.Module):
         self.variant = variant
         self.num_classes = num_classes
         widths = variant.dims
-        stem = nn.Sequential(
-            nn.Conv2d(3, widths[0], kernel_size=4, stride=4), LayerNormChannelsFirst(widths[0])
-        )
+        stem = nn.Sequential(nn.Conv2d(3, widths[0], kernel_size=4, stride=4), LayerNormChannelsFirst(widths[0]))
         downsamplings = [
             nn.Sequential(LayerNormChannelsFirst(before), nn.Conv2d(before, after, kernel_size=2, stride=2))
             for before, after in zip(widths[:-1], widths[1:], strict=True)
@@ -106,9 +104,7 @@ def random_model(variant: Variant | str, num_classes: int = 1000, *, seed: int =
 
 
 def _stages(variant: Variant, drop_path_rate: float) -> list[nn.Sequential]:
-    rates = iter(
-        [drop_path_rate * index / max(1, variant.block_count - 1) for index in range(variant.block_count)]
-    )
+    rates = iter([drop_path_rate * index / max(1, variant.block_count - 1) for index in range(variant.block_count)])
     return [
         nn.Sequential(*(Block(width, next(rates)) for _ in range(depth)))
         for depth, width in zip(variant.depths, variant.dims, strict=True)

@@ -80,9 +80,7 @@ class DeployedConvNeXtV2(nn.Module):
         stem_affine = model.downsample_layers[0][1]
         self.stem_gain = nn.Parameter(stem_affine.weight.detach().double().reshape(-1, 1, 1).clone())
         self.stem_shift = nn.Parameter(stem_affine.bias.detach().double().reshape(-1, 1, 1).clone())
-        self.downsamplings = nn.ModuleList(
-            _Downsampling(layer, tokens) for layer in list(model.downsample_layers)[1:]
-        )
+        self.downsamplings = nn.ModuleList(_Downsampling(layer, tokens) for layer in list(model.downsample_layers)[1:])
         self.stages = nn.ModuleList(_stages(model, spec))
         weight, bias = fold_affine_into_linear(*_doubles(model.head), *_doubles(model.norm))
         self.head = _linear(weight, bias)
@@ -91,9 +89,7 @@ class DeployedConvNeXtV2(nn.Module):
         """Classify; see the class for shapes."""
         dtype = self.head.weight.dtype
         if self.spec.input_kind == "uint8":
-            images = images.to(dtype).permute(
-                0, 3, 1, 2
-            )  # (N, H, W, 3) -> (N, 3, H, W); TensorRT moves no uint8
+            images = images.to(dtype).permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W); TensorRT moves no uint8
         hidden = self.stem(images.to(dtype))
         hidden = (self.stem_norm(hidden) * _widen(self.stem_gain) + _widen(self.stem_shift)).to(dtype)
         hidden = self.stages[0](hidden)

@@ -15,9 +15,7 @@ __all__ = [
 ]
 
 
-def fold_affine_into_linear(
-    weight: Tensor, bias: Tensor, gain: Tensor, shift: Tensor
-) -> tuple[Tensor, Tensor]:
+def fold_affine_into_linear(weight: Tensor, bias: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """W (g·x + s) + b  =  (W diag g) x + (b + W s), for a LayerNorm's affine before a linear layer.
 
     Shapes: weight (O, I), bias (O,), gain and shift (I,).

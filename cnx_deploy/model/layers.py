@@ -51,9 +51,7 @@ class LayerNormChannelsFirst(nn.LayerNorm):
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        last = F.layer_norm(
-            images.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps
-        )
+        last = F.layer_norm(images.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         return last.permute(0, 3, 1, 2)
 
 

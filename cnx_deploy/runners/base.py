@@ -84,6 +84,4 @@ def check_input(images: Tensor, spec: InputSpec) -> None:
         raise InputError(f"The model takes images of shape {expected}, not {found}.{hint}")
     if batch < max(1, spec.min_batch) or (spec.max_batch is not None and batch > spec.max_batch):
         limit = "any" if spec.max_batch is None else spec.max_batch
-        raise InputError(
-            f"A batch of {batch} is outside the model's range of {max(1, spec.min_batch)} to {limit}."
-        )
+        raise InputError(f"A batch of {batch} is outside the model's range of {max(1, spec.min_batch)} to {limit}.")
