@@ -57,7 +57,8 @@ def check_image_size(height: int, width: int) -> None:
     if height < STRIDE or width < STRIDE or height % STRIDE or width % STRIDE:
         raise InputError(
             f"Image size {height}x{width} does not fit: ConvNeXt V2 divides the image by {STRIDE}, so both sides "
-            f"must be multiples of {STRIDE}, at least {STRIDE}. Use for example {max(1, round(height / STRIDE)) * STRIDE}."
+            f"must be multiples of {STRIDE}, at least {STRIDE}. "
+            f"Use for example {max(1, round(height / STRIDE)) * STRIDE}."
         )
 
 

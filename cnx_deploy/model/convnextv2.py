@@ -3,6 +3,9 @@
 Source: Woo et al., arXiv:2301.00808; reference code facebookresearch/ConvNeXt-V2, `models/convnextv2.py` (MIT).
 """
 
+import itertools
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -43,7 +46,7 @@ class ConvNeXtV2(nn.Module):
         stem = nn.Sequential(nn.Conv2d(3, widths[0], kernel_size=4, stride=4), LayerNormChannelsFirst(widths[0]))
         downsamplings = [
             nn.Sequential(LayerNormChannelsFirst(before), nn.Conv2d(before, after, kernel_size=2, stride=2))
-            for before, after in zip(widths[:-1], widths[1:], strict=True)
+            for before, after in itertools.pairwise(widths)
         ]
         self.downsample_layers = nn.ModuleList([stem, *downsamplings])
         self.stages = nn.ModuleList(_stages(variant, drop_path_rate))
@@ -53,6 +56,20 @@ class ConvNeXtV2(nn.Module):
         with torch.no_grad():
             self.head.weight.mul_(head_init_scale)
             self.head.bias.mul_(head_init_scale)
+
+    def stem_layers(self) -> tuple[nn.Conv2d, LayerNormChannelsFirst]:
+        """The stem's convolution and norm."""
+        conv, norm = cast(nn.Sequential, self.downsample_layers[0])
+        return cast(nn.Conv2d, conv), cast(LayerNormChannelsFirst, norm)
+
+    def downsampling_layers(self) -> list[tuple[LayerNormChannelsFirst, nn.Conv2d]]:
+        """Norm and convolution of each of the three downsamplings."""
+        pairs = [tuple(cast(nn.Sequential, layer)) for layer in list(self.downsample_layers)[1:]]
+        return cast(list[tuple[LayerNormChannelsFirst, nn.Conv2d]], pairs)
+
+    def stage_blocks(self) -> list[list[Block]]:
+        """The blocks of each stage, stage 1 first."""
+        return [cast(list[Block], list(cast(nn.Sequential, stage))) for stage in self.stages]
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, C4), pooled and normalised."""

@@ -36,7 +36,8 @@ class GlobalResponseNorm(nn.Module):
         wide = hidden if hidden.dtype == torch.float64 else hidden.float()
         norm = torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True)  # (N, 1, 1, C)
         share = norm / (norm.mean(dim=-1, keepdim=True) + self.eps)  # (N, 1, 1, C)
-        return torch.addcmul(self.beta, self.gamma * share.to(hidden.dtype), hidden) + hidden
+        scaled: Tensor = self.gamma * share.to(hidden.dtype) * hidden
+        return scaled + self.beta + hidden
 
 
 class LayerNormChannelsFirst(nn.LayerNorm):
