@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,6 +31,7 @@ __all__ = [
     "artifact_stem",
     "find_artifacts",
     "open_artifact",
+    "relative_reference",
     "reusable_artifact",
     "sha256_of_file",
     "stage_artifact",
@@ -97,6 +98,14 @@ class Manifest:
     created: str = field(default_factory=lambda: _now())
     schema_version: int = SCHEMA_VERSION
 
+    def model_seen_from(self, folder: Path, own_folder: Path) -> ModelRecord:
+        """The model record for a manifest in `folder`: a checkpoint's path is relative to the manifest's folder."""
+        weights = self.model.weights
+        if weights.origin != "checkpoint":
+            return self.model
+        moved = relative_reference(own_folder / weights.reference, folder)
+        return replace(self.model, weights=replace(weights, reference=moved))
+
     def to_json(self) -> str:
         """Serialise with sorted keys and a closing newline."""
         return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
@@ -124,6 +133,11 @@ def artifact_stem(
             f"{name!r} cannot be an artifact's name: give a plain file name without a folder or leading dot."
         )
     return "-".join(str(part) for part in (name, image_size, precision, runtime, target) if part is not None)
+
+
+def relative_reference(path: Path, folder: Path) -> str:
+    """`path` as a manifest in `folder` names it: relative, so that a moved project keeps its links."""
+    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
 
 
 def sha256_of_file(path: Path) -> str:

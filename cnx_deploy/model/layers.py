@@ -36,8 +36,8 @@ class GlobalResponseNorm(nn.Module):
         wide = hidden if hidden.dtype == torch.float64 else hidden.float()
         norm = torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True)  # (N, 1, 1, C)
         share = norm / (norm.mean(dim=-1, keepdim=True) + self.eps)  # (N, 1, 1, C)
-        scaled: Tensor = self.gamma * share.to(hidden.dtype) * hidden
-        return scaled + self.beta + hidden
+        output: Tensor = self.gamma * share.to(hidden.dtype) * hidden + self.beta + hidden
+        return output
 
 
 class LayerNormChannelsFirst(nn.LayerNorm):
@@ -77,4 +77,5 @@ class Block(nn.Module):
         last = self.dwconv(images).permute(0, 2, 3, 1)  # (N, H, W, C)
         hidden = self.grn(self.act(self.pwconv1(self.norm(last))))  # (N, H, W, 4C)
         branch = self.pwconv2(hidden).permute(0, 3, 1, 2)  # (N, C, H, W)
-        return images + self.drop_path(branch)
+        output: Tensor = images + self.drop_path(branch)
+        return output

@@ -1,0 +1,180 @@
+"""What a written ONNX file must satisfy before anything is built from it.
+
+`check_graph` holds for every file: ONNX's own full check, standard operators only, named inputs and outputs, and no
+reduction in FP16. `check_export` adds what an export of this network promises: opset, operator counts, symbolic batch.
+
+The FP16 rule is static because a CPU cannot show the fault: ONNX Runtime's CPU provider computes FP16 graphs in FP32
+and hides every overflow (microsoft/onnxruntime issue 11831).
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from cnx_deploy.errors import CorruptArtifactError, GraphCheckError
+from cnx_deploy.variants import Variant
+
+__all__ = ["GraphFacts", "check_export", "check_graph", "half_reductions"]
+
+OPSET = 20
+"""Lowest opset with one Gelu operator, which ONNX Runtime and TensorRT fuse; exported files use it."""
+
+REDUCTIONS = frozenset(
+    {
+        "AveragePool",
+        "GlobalAveragePool",
+        "GlobalLpPool",
+        "GroupNormalization",
+        "InstanceNormalization",
+        "LayerNormalization",
+        "LogSoftmax",
+        "LpNormalization",
+        "LpPool",
+        "MeanVarianceNormalization",
+        "RMSNormalization",
+        "ReduceL1",
+        "ReduceL2",
+        "ReduceLogSum",
+        "ReduceLogSumExp",
+        "ReduceMean",
+        "ReduceProd",
+        "ReduceSum",
+        "ReduceSumSquare",
+        "Softmax",
+    }
+)
+HALVES = frozenset({onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
+
+
+@dataclass(frozen=True, slots=True)
+class GraphFacts:
+    """What a graph consists of. `types` counts node outputs by element type, `operators` nodes by operator."""
+
+    opset: int
+    operators: Mapping[str, int]
+    types: Mapping[str, int]
+    inputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
+    outputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
+    metadata: Mapping[str, str]
+
+    @property
+    def half_share(self) -> float:
+        """Share of FP16 among the floating-point node outputs."""
+        floating = {name: count for name, count in self.types.items() if name in ("FLOAT", "FLOAT16", "BFLOAT16")}
+        return floating.get("FLOAT16", 0) / max(1, sum(floating.values()))
+
+
+def check_graph(path: Path) -> GraphFacts:
+    """Check any ONNX file and return what is in it.
+
+    Raises CorruptArtifactError when it is not valid ONNX, GraphCheckError when it breaks a rule; all broken rules are
+    listed at once.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+        model = _load_with_types(path)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, DecodeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CorruptArtifactError(f"{path} is not a valid ONNX file ({reason}). Export it again.") from error
+    problems = [*_foreign_operators(model), *half_reductions(model)]
+    if problems:
+        raise GraphCheckError(f"{path.name} breaks the rules for an engine:\n  " + "\n  ".join(problems))
+    return _facts(model)
+
+
+def check_export(path: Path, *, variant: Variant, layout: str, batch: tuple[int, int, int]) -> GraphFacts:
+    """Check a file that `onnx_export` wrote, on top of `check_graph`.
+
+    One Gelu and one ReduceL2 a block; each of the network's norms one LayerNormalization, or, in the "gpu" layout,
+    spelled out over the channel axis for the four channels-first ones; opset as written; batch axis named.
+    """
+    facts = check_graph(path)
+    blocks = variant.block_count
+    token_norms = blocks + 1
+    expected = {"Gelu": blocks, "ReduceL2": blocks, "LayerNormalization": token_norms + (0 if layout == "gpu" else 4)}
+    problems = [
+        f"{count} {operator} expected, {facts.operators.get(operator, 0)} found"
+        for operator, count in expected.items()
+        if facts.operators.get(operator, 0) != count
+    ]
+    if facts.opset != OPSET:
+        problems.append(f"opset {OPSET} expected, {facts.opset} written")
+    dynamic = batch[0] != batch[2]
+    for kind, tensors, name in (("input", facts.inputs, "images"), ("output", facts.outputs, "logits")):
+        if list(tensors) != [name]:
+            problems.append(f"one {kind} {name!r} expected, found {list(tensors)}")
+        elif tensors[name][1][0] != ("batch" if dynamic else batch[0]):
+            problems.append(
+                f"first axis of {name} is {tensors[name][1][0]!r}, not {'batch' if dynamic else batch[0]!r}"
+            )
+    if problems:
+        raise GraphCheckError(f"{path.name} is not the graph that was asked for:\n  " + "\n  ".join(problems))
+    return facts
+
+
+def half_reductions(model: onnx.ModelProto) -> Iterator[str]:
+    """Name every node that reduces, normalises or squares in FP16 or BF16; the model must carry inferred types.
+
+    A sum of squares over 56×56 positions leaves the FP16 range once the RMS passes 4.6, and a square itself once
+    the value passes 256. Matrix products and convolutions are not meant: TensorRT accumulates them in FP32.
+    """
+    types = _element_types(model)
+    for node in model.graph.node:
+        halves = [name for name in node.input if types.get(name) in HALVES]
+        if not halves:
+            continue
+        squares = node.op_type == "Mul" and node.input[0] == node.input[1]
+        if node.op_type in REDUCTIONS or squares or node.op_type == "Pow":
+            kind = onnx.TensorProto.DataType.Name(types[halves[0]])
+            yield (
+                f"{node.name or node.output[0]}: {node.op_type} computed in {kind}; "
+                "its sum of squares can overflow. Cast its input to FLOAT"
+            )
+
+
+def _load_with_types(path: Path) -> onnx.ModelProto:
+    """The graph with inferred types and without the weights that lie in external files."""
+    model = onnx.load(str(path), load_external_data=False)
+    return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+
+
+def _foreign_operators(model: onnx.ModelProto) -> Iterator[str]:
+    domains = {entry.domain for entry in model.opset_import} - {"", "ai.onnx"}
+    if domains:
+        yield f"operator domains {sorted(domains)} are not standard ONNX"
+    for node in model.graph.node:
+        if node.domain not in ("", "ai.onnx"):
+            yield f"{node.name}: {node.domain}::{node.op_type} is not a standard operator"
+    if model.functions:
+        yield f"{len(model.functions)} local functions; expected none"
+
+
+def _element_types(model: onnx.ModelProto) -> dict[str, int]:
+    graph = model.graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info, *graph.output)}
+    types.update({tensor.name: tensor.data_type for tensor in graph.initializer})
+    return types
+
+
+def _facts(model: onnx.ModelProto) -> GraphFacts:
+    types = _element_types(model)
+    name_of = onnx.TensorProto.DataType.Name
+    outputs = Counter(name_of(types[name]) for node in model.graph.node for name in node.output if name in types)
+    return GraphFacts(
+        opset=next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
+        operators=dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
+        types=dict(sorted(outputs.items())),
+        inputs={value.name: _tensor_spec(value) for value in model.graph.input},
+        outputs={value.name: _tensor_spec(value) for value in model.graph.output},
+        metadata={entry.key: entry.value for entry in model.metadata_props},
+    )
+
+
+def _tensor_spec(value: onnx.ValueInfoProto) -> tuple[str, tuple[int | str, ...]]:
+    tensor = value.type.tensor_type
+    shape = tuple(axis.dim_param or axis.dim_value for axis in tensor.shape.dim)
+    return onnx.TensorProto.DataType.Name(tensor.elem_type), shape

@@ -1,0 +1,92 @@
+"""PyTorch runners: the training form as the reference, the deploy form as it is written."""
+
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from cnx_deploy.environment import cpu_name
+from cnx_deploy.model.convnextv2 import ConvNeXtV2
+from cnx_deploy.model.deploy import DeploySpec, deploy_form
+from cnx_deploy.runners.base import InputSpec, RunnerInfo, check_input
+
+__all__ = ["TorchRunner", "deployed_runner", "reference_runner"]
+
+
+class TorchRunner:
+    """Run a module that takes raw images as `input_spec` says; see `runners.base.Runner`."""
+
+    def __init__(self, module: nn.Module, input_spec: InputSpec, info: RunnerInfo) -> None:
+        self.module = module.eval()
+        self.input_spec = input_spec
+        self.info = info
+        self.device = next(module.parameters()).device
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def run(self, images: Tensor) -> Tensor:
+        """Raw images -> logits; blocks until they are there."""
+        check_input(images, self.input_spec)
+        with torch.inference_mode():
+            logits: Tensor = self.module(images)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return logits
+
+
+class _NormalisedModel(nn.Module):
+    """The training form behind the input of the deploy form: raw images in, normalised by subtraction and division."""
+
+    def __init__(self, model: ConvNeXtV2, spec: DeploySpec) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        self.model = model
+        self.input_kind = spec.input_kind
+        dtype = model.head.weight.dtype
+        self.register_buffer("mean", torch.tensor(spec.mean, dtype=dtype).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(spec.std, dtype=dtype).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        raw = images.to(self.mean.dtype)
+        if self.input_kind == "uint8":
+            raw = raw.permute(0, 3, 1, 2) / 255.0
+        logits: Tensor = self.model((raw - self.mean) / self.std)
+        return logits
+
+
+def reference_runner(model: ConvNeXtV2, spec: DeploySpec) -> TorchRunner:
+    """The training form, in the dtype and on the device it is in, taking the raw images of a deployment `spec`.
+
+    TF32 is turned off for the process: a reference in TF32 is none.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    dtype = str(model.head.weight.dtype).removeprefix("torch.")
+    module = _NormalisedModel(model, spec)
+    return TorchRunner(module, InputSpec(spec.input_kind, spec.image_size), _info(module, "torch", dtype))
+
+
+def deployed_runner(model: ConvNeXtV2, spec: DeploySpec, device: str = "cpu") -> TorchRunner:
+    """The deploy form run by PyTorch: in half on a CPU, every operation rounds to FP16 and accumulates in FP32.
+
+    That makes it an emulation of an engine's rounding noise. It cannot overflow inside an operation where an engine
+    might (torch's own norm accumulates in FP32), so it is no proof of FP16 safety.
+    """
+    module = deploy_form(model, spec).to(device)
+    return TorchRunner(
+        module, InputSpec(spec.input_kind, spec.image_size), _info(module, "torch-deploy", spec.precision)
+    )
+
+
+def _info(module: nn.Module, backend: str, precision: str) -> RunnerInfo:
+    device = next(module.parameters()).device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return RunnerInfo(backend, torch.__version__, name, precision, precision)

@@ -1,0 +1,290 @@
+"""Artifacts against the network they were made from: which runners, which images, which gate.
+
+The reference is always PyTorch's training form in FP32 with the weights that the manifest names.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnx_deploy.artifacts import Artifact, ModelRecord, WeightsRecord, open_artifact, relative_reference
+from cnx_deploy.data import Preprocessing, batches_from_folder, image_like_batches, runner_input
+from cnx_deploy.errors import CorruptArtifactError, InputError, MissingRequirementError, ParityError
+from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, load_checkpoint, load_pretrained
+from cnx_deploy.model.convnextv2 import random_model
+from cnx_deploy.onnx_checks import check_graph
+from cnx_deploy.onnx_export import deploy_spec_from_request
+from cnx_deploy.parity import GATES, Gate, ParityResult, compare, logits_of
+from cnx_deploy.runners.base import InputSpec, Runner
+from cnx_deploy.runners.ort import OrtRunner
+from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
+from cnx_deploy.variants import find_variant
+
+__all__ = [
+    "Reference",
+    "Verification",
+    "batch_sizes",
+    "check_exported",
+    "model_record",
+    "open_runner",
+    "recorded_model",
+    "verify_artifact",
+]
+
+CHECKED_BATCHES = (1, 2, 7)
+"""Besides the largest: one, the smallest real batch, and an odd one that no kernel is tuned for."""
+
+EMULATED_IMAGES = 10
+"""PyTorch's half arithmetic on a CPU takes seconds an image for the large variants."""
+
+Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was checked of one artifact. `not_run` says what could not be run here and what is missing."""
+
+    artifact: str
+    kind: str
+    results: tuple[ParityResult, ...]
+    not_run: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing that ran has failed."""
+        return all(result.passed for result in self.results)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verification as JSON has it."""
+        return {
+            "artifact": self.artifact,
+            "kind": self.kind,
+            "passed": self.passed,
+            "results": [result.to_dict() for result in self.results],
+            "not_run": list(self.not_run),
+            "notes": list(self.notes),
+        }
+
+
+class Reference:
+    """The recorded network's model and its logits on the comparison images, computed once and kept.
+
+    `images` None means seeded image-like batches; else a folder of images.
+    """
+
+    def __init__(self, artifact: Artifact, images: Path | None = None, samples: int = 64) -> None:
+        self.loaded = recorded_model(artifact)
+        self.record = artifact.manifest.model
+        self.images = images
+        self.samples = samples
+        self._logits: dict[tuple[Any, ...], Tensor] = {}
+
+    def matches(self, artifact: Artifact) -> bool:
+        """Whether `artifact` holds the same network for the same image size."""
+        other = artifact.manifest.model
+        return (other.weights.sha256, other.image_size) == (self.record.weights.sha256, self.record.image_size)
+
+    def batches(self, spec: InputSpec) -> list[Tensor]:
+        """Raw images in batches of 1, 2, 7, the largest, and as many more as `samples` asks for."""
+        preprocessing = Preprocessing.from_dict(dict(self.record.preprocessing))
+        sizes = batch_sizes(spec.min_batch, spec.max_batch or 64, self.samples)
+        total = sum(sizes)
+        if self.images is None:
+            source = image_like_batches(total, spec.image_size, batch_size=1)
+        else:
+            found = batches_from_folder(self.images, preprocessing, 1, limit=total)
+            source = (pixels for pixels, _, _ in found)
+        return [runner_input(batch, spec.kind) for batch in _rebatched(source, sizes)]
+
+    def logits(self, artifact: Artifact, batches: Sequence[Tensor], progress: Progress | None = None) -> Tensor:
+        """FP32 logits of the training form for `batches`; the same images are run once only."""
+        spec = deploy_spec_from_request(artifact.manifest.request)
+        key = (spec.input_kind, spec.mean, spec.std, sum(len(batch) for batch in batches))
+        if key not in self._logits:
+            with reference_runner(self.loaded.model, spec) as runner:
+                # In small pieces: the reference needs no large batch, and memory is the candidate's.
+                pieces = [piece for batch in batches for piece in batch.split(8)]
+                self._logits[key] = logits_of(runner, pieces, _told(progress, "PyTorch reference"))
+        return self._logits[key]
+
+
+def verify_artifact(artifact: Artifact, reference: Reference, progress: Progress | None = None) -> Verification:
+    """Run an artifact here, as far as that is possible, and judge it against `reference`.
+
+    Raises CorruptArtifactError when its bytes are not what the manifest says; a runner that this machine lacks the
+    hardware for is reported, not raised.
+    """
+    artifact = open_artifact(artifact.path)
+    if artifact.manifest.kind == "engine":
+        return _verify_engine(artifact, reference, progress)
+    check_graph(artifact.path)
+    with OrtRunner(artifact.path) as runner:
+        spec = _profile_spec(artifact, runner.input_spec)
+        batches = reference.batches(spec)
+        expected = reference.logits(artifact, batches, progress)
+        results = [_judge(runner, expected, batches, GATES[runner.info.precision], progress)]
+    notes = []
+    if runner.info.arithmetic != runner.info.precision:
+        notes.append(
+            "ONNX Runtime computes FP16 files in FP32 on a CPU: its row shows that the graph is right, "
+            "not that FP16 is safe. The graph check (no reduction in FP16) and the rounding emulation are the evidence."
+        )
+        results.append(_emulate(artifact, reference, batches, expected, progress))
+    return Verification(artifact.path.name, "onnx", tuple(results), notes=tuple(notes))
+
+
+def check_exported(
+    loaded: LoadedModel, request: dict[str, Any], record: ModelRecord
+) -> Callable[[Path], dict[str, Any]]:
+    """The check an export runs on the file before it is put into place: batches of 1 and 2 on ONNX Runtime.
+
+    The returned function raises ParityError; otherwise it gives the verdict for the manifest.
+    """
+
+    def check(path: Path) -> dict[str, Any]:
+        spec = deploy_spec_from_request(request)
+        smallest, _, largest = request["batch"]
+        sizes = [size for size in (1, 2) if smallest <= size <= largest] or [smallest]
+        source = image_like_batches(sum(sizes), spec.image_size, batch_size=1)
+        batches = [runner_input(batch, spec.input_kind) for batch in _rebatched(source, sizes)]
+        with reference_runner(loaded.model, spec) as runner:
+            expected = logits_of(runner, batches)
+        with OrtRunner(path) as runner:
+            result = _judge(runner, expected, batches, GATES[spec.precision], None)
+        if not result.passed:
+            raise ParityError(
+                f"{path.name} differs from PyTorch: {'; '.join(result.failures)}. Nothing was written. "
+                "Use --no-verify to keep the file for inspection."
+            )
+        return {key: value for key, value in result.to_dict().items() if key not in ("failures", "gate")}
+
+    return check
+
+
+def model_record(
+    loaded: LoadedModel, preprocessing: Preprocessing, manifest_dir: Path, checkpoint: Path | None = None
+) -> ModelRecord:
+    """What a manifest in `manifest_dir` says of a loaded model."""
+    weights = loaded.weights
+    if checkpoint is not None:
+        reference = relative_reference(checkpoint, manifest_dir)
+        weights = WeightsRecord("checkpoint", reference, weights.sha256, weights.licence)
+    return ModelRecord(
+        variant=loaded.model.variant.name,
+        num_classes=loaded.model.num_classes,
+        image_size=preprocessing.image_size,
+        weights=weights,
+        preprocessing=preprocessing.to_dict(),
+        class_names=loaded.class_names,
+    )
+
+
+def recorded_model(artifact: Artifact) -> LoadedModel:
+    """Load the weights that an artifact was made from and check that they are the same.
+
+    Raises InputError when a checkpoint is not where the manifest says, CorruptArtifactError when it was changed.
+    """
+    record = artifact.manifest.model
+    weights = record.weights
+    if weights.origin == "random":
+        model = random_model(find_variant(record.variant), record.num_classes, seed=int(weights.reference))
+        loaded = LoadedModel(model, weights, record.class_names, dict(record.preprocessing))
+    elif weights.origin == "checkpoint":
+        path = artifact.path.parent / weights.reference
+        if not path.is_file():
+            raise InputError(
+                f"{artifact.path.name} was made from {path}, which is not there. Put it back or export again."
+            )
+        loaded = load_checkpoint(path, record.variant)
+    else:
+        loaded = load_pretrained(weights.reference)
+    found = hash_weights(loaded.model)
+    if found != weights.sha256:
+        raise CorruptArtifactError(
+            f"The weights behind {artifact.path.name} ({weights.origin} {weights.reference}) have changed: "
+            f"hash {found[:12]}…, the manifest says {weights.sha256[:12]}…. Export again with --force."
+        )
+    return loaded
+
+
+def open_runner(artifact: Artifact, *, device: str = "cpu", threads: int | None = None) -> Runner:
+    """A runner for an ONNX or engine artifact; its hashes are checked first.
+
+    Raises MissingRequirementError when this machine cannot run it.
+    """
+    artifact = open_artifact(artifact.path)
+    if artifact.manifest.kind == "engine":
+        from cnx_deploy.runners.tensorrt_runner import TensorRTRunner
+
+        return TensorRTRunner(artifact)
+    return OrtRunner(artifact.path, device=device, threads=threads)
+
+
+def batch_sizes(smallest: int, largest: int, samples: int) -> list[int]:
+    """Sizes to check within a range: 1, 2, 7 and the largest, then the largest until `samples` images are reached."""
+    sizes = sorted({size for size in (*CHECKED_BATCHES, largest) if smallest <= size <= largest})
+    while sum(sizes) < samples:
+        sizes.append(max(smallest, min(largest, samples - sum(sizes))))
+    return sizes
+
+
+def _verify_engine(artifact: Artifact, reference: Reference, progress: Progress | None) -> Verification:
+    try:
+        runner = open_runner(artifact)
+    except MissingRequirementError as error:
+        return Verification(artifact.path.name, "engine", (), not_run=(f"not run: {error}",))
+    with runner:
+        batches = reference.batches(runner.input_spec)
+        expected = reference.logits(artifact, batches, progress)
+        precision = artifact.manifest.request["precision"]
+        gate = (
+            precision
+            if precision == "fp16"
+            else f"{'tf32' if artifact.manifest.request['allow_tf32'] else 'fp32'}-engine"
+        )
+        result = _judge(runner, expected, batches, GATES[gate], progress)
+    return Verification(artifact.path.name, "engine", (result,))
+
+
+def _emulate(
+    artifact: Artifact, reference: Reference, batches: Sequence[Tensor], expected: Tensor, progress: Progress | None
+) -> ParityResult:
+    """The deploy form in PyTorch's half arithmetic on the first images: an engine's rounding, emulated."""
+    few: list[Tensor] = []
+    for batch in batches:
+        few.append(batch[: max(0, EMULATED_IMAGES - sum(len(earlier) for earlier in few))])
+        if sum(len(taken) for taken in few) >= EMULATED_IMAGES:
+            break
+    with deployed_runner(reference.loaded.model, deploy_spec_from_request(artifact.manifest.request)) as runner:
+        images = sum(len(batch) for batch in few)
+        return _judge(runner, expected[:images], few, GATES["fp16"], progress)
+
+
+def _judge(
+    runner: Runner, expected: Tensor, batches: Sequence[Tensor], gate: Gate, progress: Progress | None
+) -> ParityResult:
+    told = _told(progress, f"{runner.info.backend} {runner.info.precision}")
+    return compare(runner, expected, batches, gate, reference_name="torch float32", progress=told)
+
+
+def _profile_spec(artifact: Artifact, spec: InputSpec) -> InputSpec:
+    smallest, _, largest = artifact.manifest.request["batch"]
+    return InputSpec(spec.kind, spec.image_size, smallest, largest)
+
+
+def _told(progress: Progress | None, what: str) -> Callable[[int], None] | None:
+    return None if progress is None else lambda images: progress(what, images)
+
+
+def _rebatched(source: Iterator[Tensor], sizes: Sequence[int]) -> Iterator[Tensor]:
+    """Single images from `source` in batches of the given sizes; a source that ends early ends the batches."""
+    for size in sizes:
+        images = list(itertools.islice(source, size))
+        if images:
+            yield torch.cat(images)
