@@ -1,0 +1,288 @@
+"""Weights in and out: read any known checkpoint into the training form, strictly, and write our own.
+
+Our file is safetensors with the reference code's names, float32; its header says what the network is, what may be
+done with the weights, and their hash.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cnx_deploy.artifacts import WeightsRecord
+from cnx_deploy.errors import CheckpointError, CorruptArtifactError, InputError
+from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model, random_model
+from cnx_deploy.model.layouts import (
+    difference_table,
+    format_shape,
+    official_state,
+    shape_differences,
+    structure_of,
+    variant_with_structure,
+)
+from cnx_deploy.model.pretrained import PRETRAINED_LICENCE, fetch_pretrained, variant_name_of_tag
+from cnx_deploy.model.weight_files import METADATA_KEY, WeightFile, read_weight_file
+from cnx_deploy.variants import VARIANTS, Variant, find_variant
+
+__all__ = ["LoadedModel", "hash_weights", "load_checkpoint", "load_pretrained", "resolve_model", "save_checkpoint"]
+
+FORMAT_VERSION = 1
+RANDOM_LICENCE = "none (random weights)"
+FOREIGN_LICENCE = "unknown (foreign checkpoint; the published ConvNeXt V2 weights are CC-BY-NC-4.0)"
+HEAD_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in evaluation mode and what is known of its weights.
+
+    `class_names` and `preprocessing` (`data.Preprocessing` as a dictionary) are None when unknown. `notes` say what
+    was chosen or made while loading: which entry of the file, a new head.
+    """
+
+    model: ConvNeXtV2
+    weights: WeightsRecord
+    class_names: tuple[str, ...] | None = None
+    preprocessing: dict[str, Any] | None = None
+    head_is_new: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def load_checkpoint(
+    path: Path | str,
+    variant: Variant | str | None = None,
+    *,
+    num_classes: int | None = None,
+    reset_head: bool = False,
+    ema: bool = False,
+) -> LoadedModel:
+    """Read a checkpoint in any layout of `model.layouts` into a model.
+
+    `variant` None takes the one of the eight whose shapes the file has. `num_classes` None takes the file's.
+    `reset_head` draws a new head (truncated normal 0.02, fixed seed). `ema`: see `weight_files.read_weight_file`,
+    also for what a file can have wrong. Raises CheckpointError when the weights do not fit the model exactly.
+    """
+    path, wanted = Path(path), find_variant(variant) if isinstance(variant, str) else variant
+    file = read_weight_file(path, ema=ema)
+    layout, state = official_state(file.tensors, str(path))
+    _check_own_metadata(file, state, path)
+    classes = _class_count(state, num_classes, reset_head=reset_head, where=str(path))
+    found = _variant_of(state, wanted, where=str(path))
+    if reset_head:
+        state = _with_new_head(state, found, classes)
+    model = _filled_model(found, classes, state, where=str(path))
+    notes = [f"layout {layout}"]
+    notes += [f"weights from the entry {file.entry!r}"] if file.entry else []
+    notes += [f"new head for {classes} classes, drawn at random"] if reset_head else []
+    names = file.metadata.get("class_names")
+    return LoadedModel(
+        model,
+        WeightsRecord(
+            "checkpoint", path.as_posix(), hash_weights(model), file.metadata.get("licence", FOREIGN_LICENCE)
+        ),
+        class_names=tuple(names) if names and not reset_head else None,
+        preprocessing=file.metadata.get("preprocessing"),
+        head_is_new=reset_head,
+        notes=tuple(notes),
+    )
+
+
+def load_pretrained(
+    tag: str, *, num_classes: int | None = None, reset_head: bool = False, cache_dir: Path | None = None
+) -> LoadedModel:
+    """Load published weights by timm's name, from the model hub's cache or the network.
+
+    A tag that ends in `.fcmae` has no head, so it takes `reset_head` and `num_classes`. See `fetch_pretrained` and
+    `load_checkpoint` for what is raised.
+    """
+    files = fetch_pretrained(tag, cache_dir)
+    if files.num_classes is None and not (reset_head and num_classes):
+        raise CheckpointError(
+            f"{tag} was pre-trained without a head: expected reset_head and num_classes (--reset-head "
+            "--num-classes N) for a new one. Give them, or take a fine-tuned tag (fcmae_ft_…)."
+        )
+    expected = num_classes if num_classes is not None else files.num_classes
+    loaded = load_checkpoint(files.weights, variant_name_of_tag(tag), num_classes=expected, reset_head=reset_head)
+    record = WeightsRecord("pretrained", tag, loaded.weights.sha256, PRETRAINED_LICENCE)
+    return replace(loaded, weights=record, preprocessing=files.preprocessing)
+
+
+def resolve_model(
+    variant: Variant | str | None,
+    *,
+    checkpoint: Path | str | None = None,
+    pretrained: str | None = None,
+    seed: int = 0,
+    num_classes: int | None = None,
+    reset_head: bool = False,
+) -> LoadedModel:
+    """Load a checkpoint or published weights, or, given neither, draw weights at random from `seed`.
+
+    Raises InputError when both are given, when a tag is of another variant, or when random weights get no variant.
+    """
+    if checkpoint is not None and pretrained is not None:
+        raise InputError("Both a checkpoint and pretrained weights were given, expected one source. Leave one out.")
+    if checkpoint is not None:
+        return load_checkpoint(checkpoint, variant, num_classes=num_classes, reset_head=reset_head)
+    name = variant.name if isinstance(variant, Variant) else variant
+    if pretrained is not None:
+        if name not in (None, variant_name_of_tag(pretrained)):
+            raise InputError(f"{pretrained} is not of variant {name!r}. Take a tag that begins convnextv2_{name}.")
+        return load_pretrained(pretrained, num_classes=num_classes, reset_head=reset_head)
+    if variant is None or reset_head:
+        raise InputError(
+            f"Random weights need a variant and have no head to replace, not variant {name} and reset_head "
+            f"{reset_head}. Give one of {', '.join(VARIANTS)}, or a checkpoint."
+        )
+    model = random_model(variant, 1000 if num_classes is None else num_classes, seed=seed)
+    return LoadedModel(model, WeightsRecord("random", str(seed), hash_weights(model), RANDOM_LICENCE))
+
+
+def save_checkpoint(
+    path: Path | str,
+    model: ConvNeXtV2,
+    *,
+    class_names: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    licence: str = "MIT",
+    extra: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a model as `.safetensors`, float32, whole or not at all; the same arguments give the same bytes.
+
+    `extra` goes into the header as it is. An existing file is replaced. Raises InputError when the path cannot be
+    written, has another suffix, or the class names are not one a class.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path} is no name for a checkpoint of ours: expected the suffix .safetensors.")
+    if class_names is not None and len(class_names) != model.num_classes:
+        raise InputError(f"The model has {model.num_classes} classes and {len(class_names)} names. Give one a class.")
+    state = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in model.state_dict().items()}
+    known = {
+        "format_version": FORMAT_VERSION,
+        "variant": model.variant.name,
+        "num_classes": model.num_classes,
+        "class_names": None if class_names is None else list(class_names),
+        "preprocessing": None if preprocessing is None else dict(preprocessing),
+        "licence": licence,
+        "weights_sha256": _hash_tensors(state),
+    }
+    if clash := sorted(known.keys() & (extra or {}).keys()):
+        raise InputError(f"The header already has {', '.join(clash)}: expected other names in extra. Rename them.")
+    header = json.dumps({**known, **(extra or {})}, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    _write_whole(path, state, {METADATA_KEY: header})
+    return path
+
+
+def hash_weights(model: nn.Module) -> str:
+    """SHA-256 over the sorted names, types, shapes and bytes of a state dict; the same in every file format."""
+    return _hash_tensors(model.state_dict())
+
+
+def _hash_tensors(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {format_shape(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _write_whole(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}.safetensors")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, temporary, metadata)
+        temporary.chmod(0o644)  # the library makes files that only their owner can read
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"Cannot write {path} ({error}): expected a folder with room. Choose another.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_own_metadata(file: WeightFile, state: Mapping[str, Tensor], path: Path) -> None:
+    """Nothing for foreign files. A file of ours must be of this format, with the weights and names it was given."""
+    if not file.metadata:
+        return
+    if file.metadata.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {file.metadata.get('format_version')}, this version of cnx-deploy reads "
+            f"{FORMAT_VERSION}. Use the version that wrote it."
+        )
+    names, head = file.metadata.get("class_names"), state.get("head.weight")
+    if file.metadata.get("weights_sha256") != _hash_tensors(state):
+        raise CorruptArtifactError(f"{path} was altered: its weights are not those its header names. Fetch it again.")
+    if names is not None and (head is None or len(names) != head.shape[0]):
+        raise CorruptArtifactError(
+            f"{path} has {len(names)} class names, which is not its class count. Write it again."
+        )
+
+
+def _class_count(state: Mapping[str, Tensor], num_classes: int | None, *, reset_head: bool, where: str) -> int:
+    head = state.get("head.weight")
+    found = head.shape[0] if head is not None and head.ndim else None
+    if num_classes is not None and num_classes < 1:
+        raise InputError(f"A classifier needs at least one class, not {num_classes}. Give the number of your classes.")
+    if reset_head and (num_classes or found):
+        return num_classes or found or 0
+    if found is None:
+        raise CheckpointError(
+            f"{where} has no classification head, as FCMAE pre-training leaves it: expected reset_head and num_classes "
+            "(--reset-head --num-classes N) for a new one. Give both."
+        )
+    if num_classes not in (None, found):
+        raise CheckpointError(
+            f"{where} has {found} classes, {num_classes} were asked for. Leave the number out, or give reset_head "
+            "(--reset-head) for a new head and train it."
+        )
+    return found
+
+
+def _variant_of(state: Mapping[str, Tensor], wanted: Variant | None, *, where: str) -> Variant:
+    structure = structure_of(state)
+    found = wanted or variant_with_structure(structure)
+    if found is None:
+        shown = f"depths {structure[0]} and widths {structure[1]}" if structure else "no complete stage"
+        raise CheckpointError(
+            f"{where} has {shown}, which is none of the eight variants ({', '.join(VARIANTS)}). "
+            "Give the variant it was made for."
+        )
+    return found
+
+
+def _with_new_head(state: Mapping[str, Tensor], variant: Variant, num_classes: int) -> dict[str, Tensor]:
+    """Replace the head; add the final norm, the identity, where pre-training left none."""
+    width = variant.dims[-1]
+    weight = torch.empty(num_classes, width)
+    nn.init.trunc_normal_(weight, std=0.02, generator=torch.Generator().manual_seed(HEAD_SEED))
+    fresh_norm = {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    if "head.weight" in state or fresh_norm.keys() & state.keys():
+        fresh_norm = {}  # a file with half of it is faulty, and the comparison says so
+    return {**state, **fresh_norm, "head.weight": weight, "head.bias": torch.zeros(num_classes)}
+
+
+def _filled_model(variant: Variant, num_classes: int, state: Mapping[str, Tensor], *, where: str) -> ConvNeXtV2:
+    with torch.device("meta"):
+        model = create_model(variant, num_classes)
+    if differences := shape_differences(state, model.state_dict()):
+        first = next((each for each in differences if each.problem == "shape"), differences[0])
+        found = variant_with_structure(structure_of(state))
+        hint = f"Its shapes are those of {found.name!r}." if found not in (None, variant) else "Check what wrote it."
+        raise CheckpointError(
+            f"{where} does not fit {variant.name!r}: {first.name} is {format_shape(first.in_file)} in the file, "
+            f"{format_shape(first.in_model)} in the model. {hint}\n{difference_table(differences)}"
+        )
+    model = model.to_empty(device="cpu").eval()
+    model.load_state_dict(state)  # strict, and a copy: nothing refers to the file any more
+    return model
