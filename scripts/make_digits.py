@@ -1,0 +1,68 @@
+"""Write scikit-learn's 1,797 handwritten digits as an image folder: DIR/{train,val}/{0..9}/NNNN.png.
+
+Each 8×8 image becomes 64×64 pixels of grey; every class is split 80/20 by a fixed seed. The folder appears whole or
+not at all; one that is complete already is left as it is.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+SIDE = 64
+COUNT = 1797
+SEED = 0
+VAL_SHARE = 0.2
+FULL_SCALE = 16.0
+"""scikit-learn's digits count dark pixels of a 4×4 field: 0 to 16."""
+
+
+def main() -> int:
+    """Make the folder; exit code 2 when something else is at its place."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("directory", type=Path, help="folder to make")
+    directory: Path = parser.parse_args().directory
+    if directory.exists():
+        found = len(list(directory.glob("*/*/*.png")))
+        if found == COUNT:
+            print(f"{directory} holds the {COUNT} digits already.")
+            return 0
+        print(
+            f"{directory} exists with {found} images, not the {COUNT} digits. Remove it or name another folder.",
+            file=sys.stderr,
+        )
+        return 2
+    make_digits(directory)
+    print(f"Wrote {COUNT} digits to {directory}.")
+    return 0
+
+
+def make_digits(directory: Path) -> None:
+    """Write the images into a temporary folder beside `directory` and rename it."""
+    staging = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
+    try:
+        write_images(staging)
+        staging.rename(directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_images(directory: Path) -> None:
+    """Write all images below `directory`, named by their place in scikit-learn's order."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    _, val = train_test_split(range(COUNT), test_size=VAL_SHARE, random_state=SEED, stratify=digits.target)
+    held_out = set(val)
+    for index, (values, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        folder = directory / ("val" if index in held_out else "train") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        grey = Image.fromarray((values * (255.0 / FULL_SCALE)).round().astype("uint8"))
+        grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(folder / f"{index:04}.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,388 @@
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from cnx_deploy.cli.train import train as train_command
+from cnx_deploy.data import Split, image_like_batches
+from cnx_deploy.environment import cpu_count
+from cnx_deploy.errors import CheckpointError, InputError, MissingRequirementError, OutputExistsError, TrainingError
+from cnx_deploy.model.checkpoint import load_checkpoint, save_checkpoint
+from cnx_deploy.model.convnextv2 import create_model, random_model
+from cnx_deploy.training import Silence, TrainingSpec, initial_model, train
+from cnx_deploy.training_data import EpochSampler, TrainingImages, ValidationImages, make_loader
+from cnx_deploy.training_loop import cosine_with_warmup, parameter_groups
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Networks this small only wait for a second thread, for seconds when the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """Reddish and bluish noise, 12 training and 4 validation images each, 40 px: learnt within a few steps."""
+    root = tmp_path_factory.mktemp("colours")
+    for split, count in (("train", 12), ("val", 4)):
+        for channel, name in ((0, "red"), (2, "blue")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            pixels = torch.cat(list(image_like_batches(count, 40, batch_size=count, seed=channel + count))) // 2
+            pixels[..., channel] += 100
+            for index, image in enumerate(pixels):
+                Image.fromarray(image.numpy()).save(folder / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def spec(colours, tiny_variant, tmp_path):
+    return TrainingSpec(colours, tiny_variant, tmp_path / "runs", epochs=2, image_size=32, batch_size=8)
+
+
+def records(run_dir: Path) -> list[dict[str, float]]:
+    """The table without the time each epoch took."""
+    with (run_dir / "metrics.csv").open() as stream:
+        return [{k: float(v) for k, v in row.items() if k != "seconds"} for row in csv.DictReader(stream)]
+
+
+def weights(path: Path, variant) -> dict[str, torch.Tensor]:
+    return load_checkpoint(path, variant).model.state_dict()
+
+
+class InterruptIn(Silence):
+    """Presses Ctrl-C in an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def step(self, epoch: int, step: int, mean_loss: float) -> None:
+        if epoch == self.epoch:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_training_learns_what_is_easy_to_learn(spec):
+    result = train(dataclasses.replace(spec, epochs=8, learning_rate=5e-3))
+    assert result.best_top1_percent == 100.0
+
+
+def test_a_run_leaves_weights_records_and_state_and_nothing_else(spec):
+    result = train(spec)
+    assert result.run_dir == spec.output_dir / "tiny-test-001"
+    assert {path.name for path in result.run_dir.iterdir()} == {
+        "best.safetensors",
+        "last.ckpt",
+        "last.safetensors",
+        "metrics.csv",
+        "run.json",
+    }
+    assert [row["epoch"] for row in records(result.run_dir)] == [1.0, 2.0]
+
+
+def test_written_weights_carry_classes_preprocessing_and_licence(spec):
+    result = train(spec, licence="CC-BY-NC-4.0")
+    loaded = load_checkpoint(result.best, spec.network)
+    assert loaded.class_names == ("blue", "red")
+    assert loaded.preprocessing == spec.preprocessing.to_dict()
+    assert loaded.weights.licence == "CC-BY-NC-4.0"
+
+
+def test_each_run_has_a_folder_of_its_own(spec):
+    one_epoch = dataclasses.replace(spec, epochs=1)
+    assert [train(one_epoch).run_dir.name for _ in range(2)] == ["tiny-test-001", "tiny-test-002"]
+
+
+def test_the_same_request_gives_the_same_weights_whatever_the_workers(spec):
+    drops = dataclasses.replace(spec, drop_path_rate=0.3, epochs=1)
+    torch.manual_seed(1)
+    alone = train(drops)
+    torch.manual_seed(2)
+    helped = train(dataclasses.replace(drops, workers=1))
+    first, second = weights(alone.last, spec.network), weights(helped.last, spec.network)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_another_seed_gives_other_weights(spec):
+    one_epoch = dataclasses.replace(spec, epochs=1)
+    first = weights(train(one_epoch).last, spec.network)
+    second = weights(train(dataclasses.replace(one_epoch, seed=1)).last, spec.network)
+    assert not torch.equal(first["head.weight"], second["head.weight"])
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_an_interrupted_run_resumes_to_what_it_would_have_been(spec, epoch):
+    whole = train(dataclasses.replace(spec, drop_path_rate=0.3, run_dir=spec.output_dir / "whole"))
+    cut = dataclasses.replace(spec, drop_path_rate=0.3)
+    interrupted = train(cut, progress=InterruptIn(epoch))
+    assert (interrupted.interrupted, interrupted.epochs_run) == (True, epoch - 1)
+    resumed = train(dataclasses.replace(cut, resume=True))
+    assert (resumed.run_dir, resumed.interrupted) == (interrupted.run_dir, False)
+    assert records(resumed.run_dir) == records(whole.run_dir)
+    expected, found = weights(whole.last, spec.network), weights(resumed.last, spec.network)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_resuming_a_finished_run_changes_nothing(spec):
+    first = train(spec)
+    before = records(first.run_dir)
+    again = train(dataclasses.replace(spec, resume=True))
+    assert again == first
+    assert records(first.run_dir) == before
+
+
+def test_a_run_started_from_a_model_resumes_from_it(spec):
+    model = random_model(spec.network, 2, seed=3)
+    whole = train(dataclasses.replace(spec, run_dir=spec.output_dir / "whole"), model)
+    train(spec, model, InterruptIn(1))
+    resumed = train(dataclasses.replace(spec, resume=True))
+    assert records(resumed.run_dir) == records(whole.run_dir)
+
+
+def test_ctrl_c_works_again_after_an_interrupted_run(spec):
+    train(spec, progress=InterruptIn(1))
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("change", [{"epochs": 3}, {"batch_size": 4}, {"flip": False}, {"seed": 1}], ids=str)
+def test_a_run_is_not_resumed_by_another_request(spec, change):
+    train(spec, progress=InterruptIn(1))
+    with pytest.raises(InputError, match=f"started otherwise: {next(iter(change))}"):
+        train(dataclasses.replace(spec, resume=True, **change))
+
+
+def test_resume_without_a_run_is_refused(spec):
+    with pytest.raises(InputError, match="no run of tiny-test to resume"):
+        train(dataclasses.replace(spec, resume=True))
+
+
+def test_a_run_folder_in_use_is_not_overwritten(spec):
+    named = dataclasses.replace(spec, epochs=1, run_dir=spec.output_dir / "mine")
+    train(named)
+    with pytest.raises(OutputExistsError, match="holds a run already"):
+        train(named)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(spec, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="Cannot write"):
+        train(dataclasses.replace(spec, output_dir=tmp_path / "file"))
+
+
+def test_a_loss_that_is_no_number_ends_training_and_keeps_the_epochs_before(spec):
+    factors = [1.0]
+
+    class BreakLogits(Silence):
+        def end_epoch(self, record, is_best):
+            factors[0] = float("nan")
+
+    model = create_model(spec.network, 2)
+    model.register_forward_hook(lambda module, inputs, logits: logits * factors[0])
+    with pytest.raises(TrainingError, match="In epoch 2 the loss became nan"):
+        train(spec, model, BreakLogits())
+    kept = load_checkpoint(spec.output_dir / "tiny-test-001" / "last.safetensors", spec.network)
+    assert torch.isfinite(kept.model.head.bias).all()
+    assert [row["epoch"] for row in records(spec.output_dir / "tiny-test-001")] == [1.0]
+
+
+def test_the_model_to_start_from_is_left_as_it_was(spec):
+    model = random_model(spec.network, 2, seed=3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train(dataclasses.replace(spec, epochs=1), model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not model.training
+
+
+def test_a_model_of_other_classes_is_refused(spec, tiny_model):
+    with pytest.raises(CheckpointError, match=r"10 classes.*with 2"):
+        train(spec, tiny_model)
+
+
+def test_a_checkpoint_of_other_classes_takes_reset_head(spec, tiny_model, tmp_path):
+    path = save_checkpoint(tmp_path / "ten.safetensors", tiny_model)
+    with pytest.raises(CheckpointError, match="--reset-head"):
+        initial_model(spec, checkpoint=path, pretrained=None, reset_head=False)
+    loaded = initial_model(spec, checkpoint=path, pretrained=None, reset_head=True)
+    assert loaded.model.head.out_features == 2
+    assert torch.equal(loaded.model.norm.weight, tiny_model.norm.weight)
+
+
+def test_a_checkpoint_of_as_many_but_other_classes_is_refused(spec, tmp_path):
+    path = save_checkpoint(tmp_path / "two.safetensors", random_model(spec.network, 2), class_names=("cat", "dog"))
+    with pytest.raises(CheckpointError, match=r"cat, dog.*blue, red"):
+        initial_model(spec, checkpoint=path, pretrained=None, reset_head=False)
+
+
+def test_training_leaves_the_callers_random_numbers_alone(spec):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(dataclasses.replace(spec, epochs=1))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"image_size": 100},
+        {"optimizer": "adam"},
+        {"precision": "int8"},
+        {"learning_rate": 0.0},
+        {"warmup_epochs": 3.0},
+        {"drop_path_rate": 1.0},
+        {"label_smoothing": 1.0},
+        {"min_crop_area": 0.0},
+        {"crop_ratio": 1.5},
+        {"workers": -1},
+        {"variant": "micro"},
+    ],
+    ids=str,
+)
+def test_a_request_that_cannot_be_trained_is_refused(spec, change):
+    with pytest.raises(InputError):
+        dataclasses.replace(spec, **change)
+
+
+def test_the_default_learning_rate_is_that_of_the_optimiser(spec):
+    assert dataclasses.replace(spec, optimizer="adamw").resolved_learning_rate == 1e-3
+    assert dataclasses.replace(spec, optimizer="sgd").resolved_learning_rate == 5e-3
+
+
+def test_sgd_trains(spec):
+    result = train(dataclasses.replace(spec, optimizer="sgd", epochs=3))
+    losses = [row["train_loss"] for row in records(result.run_dir)]
+    assert losses[-1] < losses[0]
+
+
+def test_norms_biases_and_grn_have_no_weight_decay(tiny_model):
+    decayed, kept = parameter_groups(tiny_model, 0.05)
+    names = {parameter: name for name, parameter in tiny_model.named_parameters()}
+    kept_names = [names[parameter] for parameter in kept["params"]]
+    decayed_names = [names[parameter] for parameter in decayed["params"]]
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.05, 0.0)
+    assert {name for name in names.values() if "norm" in name or "bias" in name or "grn" in name} <= set(kept_names)
+    assert all(parameter.ndim >= 2 for parameter in decayed["params"])
+    assert "stages.0.0.dwconv.weight" in decayed_names
+    assert len(kept_names) + len(decayed_names) == len(names)
+
+
+def test_the_learning_rate_rises_linearly_then_falls_as_half_a_cosine():
+    factor = cosine_with_warmup(100, 10)
+    assert [factor(step) for step in (0, 4, 10)] == pytest.approx([1 / 11, 5 / 11, 1.0])
+    assert factor(55) == pytest.approx(0.505)
+    assert factor(100) == pytest.approx(0.01)
+
+
+def test_the_sampler_draws_every_image_once_in_another_order_each_epoch():
+    sampler = EpochSampler(20, seed=0)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert sorted(index for index, _ in first) == sorted(index for index, _ in second) == list(range(20))
+    assert first != second
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+
+
+def test_flipping_happens_only_when_it_is_asked_for(tmp_path, spec):
+    half = Image.new("RGB", (32, 32), "black")
+    half.paste("white", (16, 0, 32, 32))
+    half.save(tmp_path / "half.png")
+    split = Split((tmp_path / "half.png",), (0,))
+
+    def flipped(flip: bool) -> int:
+        images = TrainingImages(split, spec.preprocessing, min_crop_area=1.0, flip=flip)
+        return sum(bool(images[0, seed][0][16, 2, 0] > 128) for seed in range(40))
+
+    assert flipped(False) == 0
+    assert 8 < flipped(True) < 32
+
+
+def test_without_random_crops_training_images_are_the_evaluation_crop(colours, spec):
+    path = colours / "train" / "red" / "0.png"
+    split = Split((path,), (0,))
+    trained, _ = TrainingImages(split, spec.preprocessing, min_crop_area=1.0, flip=False)[0, 0]
+    validated, _ = ValidationImages(split, spec.preprocessing)[0]
+    assert torch.equal(trained, validated)
+
+
+def test_images_too_large_for_memory_are_read_when_they_are_needed(colours, spec, monkeypatch):
+    split = Split((colours / "train" / "red" / "0.png",), (1,))
+    in_memory = TrainingImages(split, spec.preprocessing, min_crop_area=0.5, flip=True)
+    monkeypatch.setattr("cnx_deploy.training_data.CACHE_BYTES", 40 * 40 * 3 - 1)
+    on_demand = TrainingImages(split, spec.preprocessing, min_crop_area=0.5, flip=True)
+    assert (in_memory.cached is None, on_demand.cached) == (False, None)
+    assert torch.equal(in_memory[0, 7][0], on_demand[0, 7][0])
+    loaders = [make_loader(images, 1, seed=0, workers=None, on_gpu=False) for images in (in_memory, on_demand)]
+    assert loaders[0].num_workers == 0 < loaders[1].num_workers
+
+
+def test_without_the_train_extra_the_error_names_it(spec, monkeypatch):
+    monkeypatch.delitem(sys.modules, "cnx_deploy.training_loop")
+    monkeypatch.delattr("cnx_deploy.training_loop", raising=False)
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    with pytest.raises(MissingRequirementError, match=r"pip install .cnx-deploy\[train\]"):
+        train(spec)
+
+
+def test_the_command_prints_one_json_document_and_progress_apart(colours, tmp_path):
+    arguments = [str(colours), "--variant", "atto", "--image-size", "32", "--epochs", "1", "--json"]
+    done = CliRunner().invoke(train_command, [*arguments, "--output-dir", str(tmp_path)])
+    assert done.exit_code == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["best"] == str(tmp_path / "atto-001" / "best.safetensors")
+    assert len(done.stderr.splitlines()) == 1
+    assert "Epoch 1/1: loss" in done.stderr
+
+
+def test_the_command_exits_130_on_ctrl_c_and_leaves_a_run_to_resume(colours, tmp_path):
+    arguments = [
+        str(colours),
+        "--variant",
+        "atto",
+        "--image-size",
+        "32",
+        "--epochs",
+        "300",
+        "--output-dir",
+        str(tmp_path),
+    ]
+    command = [sys.executable, "-c", "from cnx_deploy.cli.train import train; train()", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        stopper = threading.Timer(120, process.kill)
+        stopper.start()
+        assert "Epoch 1/300" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+        stopper.cancel()
+    assert process.returncode == 130
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "atto-001" / "last.ckpt").is_file()
+
+
+@pytest.mark.slow
+def test_atto_learns_the_digits_to_98_percent_in_ten_epochs(tmp_path):
+    digits = tmp_path / "digits"
+    subprocess.run([sys.executable, ROOT / "scripts" / "make_digits.py", digits], check=True, capture_output=True)
+    request = TrainingSpec(digits, "atto", tmp_path / "runs", epochs=10, image_size=64, flip=False)
+    torch.set_num_threads(cpu_count())
+    result = train(request)
+    assert result.best_top1_percent >= 98.0
