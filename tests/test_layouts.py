@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cnx_deploy.errors import CheckpointError
 from cnx_deploy.model.checkpoint import load_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
+from cnx_deploy.model.weight_files import read_weight_file
 
 
 @pytest.fixture
@@ -108,8 +109,9 @@ def test_fcmae_without_a_new_head_is_an_error_that_says_what_to_give(tiny_model,
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_weights_are_widened_exactly(tiny_model, tiny_variant, tmp_path, dtype):
     state = {name: tensor.to(dtype) for name, tensor in tiny_model.state_dict().items()}
-    loaded = load_checkpoint(saved(state, tmp_path / "half.safetensors"), tiny_variant).model.state_dict()
-    torch.testing.assert_close(loaded, {name: tensor.float() for name, tensor in state.items()}, rtol=0, atol=0)
+    path, wide = saved(state, tmp_path / "half.safetensors"), {name: tensor.float() for name, tensor in state.items()}
+    torch.testing.assert_close(read_weight_file(path).tensors, wide, rtol=0, atol=0)
+    torch.testing.assert_close(dict(load_checkpoint(path, tiny_variant).model.state_dict()), wide, rtol=0, atol=0)
 
 
 def test_float64_weights_are_refused_rather_than_rounded(tiny_model, tiny_variant, tmp_path):
