@@ -109,7 +109,7 @@ class Reference:
         if key not in self._logits:
             with reference_runner(self.loaded.model, spec) as runner:
                 # In small pieces: the reference needs no large batch, and memory is the candidate's.
-                pieces = [piece for batch in batches for piece in batch.split(8)]
+                pieces = [piece for batch in batches for piece in torch.split(batch, 8)]
                 self._logits[key] = logits_of(runner, pieces, _told(progress, "PyTorch reference"))
         return self._logits[key]
 

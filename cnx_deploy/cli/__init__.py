@@ -1,0 +1,93 @@
+"""The command line: one file a command, each loaded when it is called.
+
+Results go to stdout, progress and errors to stderr. Exit codes are those of `cnx_deploy.errors`.
+"""
+
+import importlib
+import json
+import sys
+from typing import Any
+
+import click
+
+from cnx_deploy import __version__
+from cnx_deploy.errors import CnxDeployError
+
+__all__ = ["cli", "main"]
+
+COMMANDS = {
+    "variants": ("variants", "The eight sizes: parameters, MACs, published top-1."),
+    "doctor": ("doctor", "What this machine can and cannot do, and why."),
+    "train": ("train", "Train a variant on an image folder."),
+    "eval": ("evaluate", "Top-1 and top-5 of a checkpoint, an ONNX file or an engine."),
+    "export": ("export_onnx", "Export a variant to ONNX and write its manifest."),
+    "build-trt": ("build_trt", "Build TensorRT engines from recorded ONNX files."),
+    "verify": ("verify", "Compare ONNX files and engines with PyTorch."),
+    "bench": ("bench", "Time ONNX files and engines, PyTorch beside them."),
+    "inspect": ("inspect", "Say what an artifact is: checkpoint, ONNX file or engine."),
+    "predict": ("predict", "Classify image files."),
+    "report": ("report", "Write the index and tables from the manifests."),
+}
+"""Command -> its module in this package, and its line of help."""
+
+
+class _LazyGroup(click.Group):
+    """Knows its commands' names and help; imports a command's module when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"cnx_deploy.cli.{COMMANDS[cmd_name][0]}")
+        return next(value for value in vars(module).values() if isinstance(value, click.Command))
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="cnx-deploy")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
+    r"""Bring ConvNeXt V2 from PyTorch to verified ONNX files and FP16 TensorRT engines.
+
+    \b
+    cnx-deploy export --variant atto    writes export/atto-224-fp32.onnx and export/atto-224-fp16.onnx
+    cnx-deploy build-trt                builds engines/ from every FP16 file in export/
+    cnx-deploy verify                   compares everything in both folders with PyTorch
+    cnx-deploy bench                    times it
+    """
+    ctx.obj = debug
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave the process with the right exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = cli.main(args=words, prog_name="cnx-deploy", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted.", err=True)
+        code = 130
+    except CnxDeployError as error:
+        if "--debug" in words:
+            raise
+        _show(error, as_json="--json" in words)
+        code = error.exit_code
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show(error: CnxDeployError, *, as_json: bool) -> None:
+    """One message on stderr, and with --json the same as the document on stdout."""
+    if as_json:
+        record: dict[str, Any] = {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+        click.echo(json.dumps(record, indent=2))
+    click.echo(f"Error: {error}", err=True)

@@ -1,0 +1,106 @@
+"""Options and output that several commands share, so that they mean the same everywhere."""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cnx_deploy.variants import VARIANTS
+
+__all__ = [
+    "BATCH_RANGE",
+    "as_json",
+    "checkpoint",
+    "echo_json",
+    "engines_dir",
+    "export_dir",
+    "force",
+    "image_size",
+    "note",
+    "num_classes",
+    "pretrained",
+    "reporter",
+    "seed",
+    "variant",
+]
+
+
+class _BatchRange(click.ParamType[Any]):
+    """`8`, or `1:8:64` as smallest:typical:largest."""
+
+    name = "min:opt:max"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int, int]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(":")
+        if not all(part.isdigit() for part in parts) or len(parts) not in (1, 3):
+            self.fail(f"{value!r} is not a batch: write 8, or smallest:typical:largest as in 1:8:64.", param, ctx)
+        numbers = [int(part) for part in parts] * (3 if len(parts) == 1 else 1)
+        if not 1 <= numbers[0] <= numbers[1] <= numbers[2]:
+            self.fail(f"{value!r} must rise: 1 <= smallest <= typical <= largest.", param, ctx)
+        return numbers[0], numbers[1], numbers[2]
+
+
+BATCH_RANGE = _BatchRange()
+
+variant = click.option("--variant", type=click.Choice(list(VARIANTS)), required=True, help="Size of the network.")
+checkpoint = click.option(
+    "--checkpoint",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Weights to load, any known layout.",
+)
+pretrained = click.option("--pretrained", metavar="TAG", help="Published weights, e.g. convnextv2_atto.fcmae_ft_in1k.")
+seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of random weights.")
+num_classes = click.option(
+    "--num-classes", type=click.IntRange(min=1), help="Classes of random weights [default: 1000]."
+)
+image_size = click.option("--image-size", type=int, help="Side of the square image in pixels, a multiple of 32.")
+force = click.option("--force", is_flag=True, help="Replace what other inputs made.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+export_dir = click.option(
+    "--export-dir", type=click.Path(file_okay=False, path_type=Path), default=Path("export"), show_default=True,
+    help="Folder of recorded ONNX files.",
+)  # fmt: skip
+engines_dir = click.option(
+    "--engines-dir", type=click.Path(file_okay=False, path_type=Path), default=Path("engines"), show_default=True,
+    help="Folder of recorded engines.",
+)  # fmt: skip
+
+
+def note(text: str) -> None:
+    """One line of progress on stderr."""
+    click.echo(text, err=True)
+
+
+def echo_json(document: Any) -> None:
+    """Print a document on stdout; NaN and infinities, which JSON has not, become null."""
+    click.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+@contextlib.contextmanager
+def reporter(title: str) -> Iterator[Callable[[str, float], None]]:
+    """A live line on stderr for work that tells a text and a share (0 to 1); silent where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda text, share: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=1.0)
+        yield lambda text, share: progress.update(task, description=f"{title}: {text}", completed=share)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

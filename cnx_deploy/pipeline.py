@@ -1,0 +1,201 @@
+"""The stages one after the other over folders of artifacts: what the commands do, as functions.
+
+Each takes a frozen request and a callable that is told one line at a time; folders are named by the caller.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from cnx_deploy.artifacts import Artifact, find_artifacts, open_artifact
+from cnx_deploy.data import Preprocessing
+from cnx_deploy.errors import InputError, MissingRequirementError
+from cnx_deploy.model.checkpoint import LoadedModel, resolve_model
+from cnx_deploy.model.deploy import DeploySpec, InputKind, Layout, Precision
+from cnx_deploy.onnx_export import ExportSpec, export_onnx
+from cnx_deploy.verification import Progress, Reference, Verification, check_exported, model_record, verify_artifact
+
+__all__ = [
+    "BuildRequest",
+    "ExportRequest",
+    "VerifyRequest",
+    "run_builds",
+    "run_exports",
+    "run_verifications",
+    "selected",
+]
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportRequest:
+    """What `cnx-deploy export` takes; see `onnx_export.ExportSpec` and `model.deploy.DeploySpec`.
+
+    `image_size` None means the checkpoint's own, else 224.
+    """
+
+    variant: str
+    checkpoint: Path | None = None
+    pretrained: str | None = None
+    seed: int = 0
+    num_classes: int | None = None
+    reset_head: bool = False
+    image_size: int | None = None
+    precisions: tuple[Precision, ...] = ("fp32", "fp16")
+    batch: tuple[int, int, int] = (1, 8, 64)
+    input_kind: InputKind = "float"
+    optimize_for: Layout | None = None
+    output_dir: Path = Path("export")
+    name: str | None = None
+    no_verify: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildRequest:
+    """What `cnx-deploy build-trt` takes. Without `files`, every FP16 file recorded in `export_dir`.
+
+    `batches` empty means the range that each file was exported for; `targets` empty means this machine's GPU, or
+    without one `trt.backend.DEFAULT_TARGETS`.
+    """
+
+    files: tuple[Path, ...] = ()
+    export_dir: Path = Path("export")
+    output_dir: Path = Path("engines")
+    runtime: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
+    targets: tuple[str, ...] = ()
+    batches: tuple[tuple[int, int, int], ...] = ()
+    allow_tf32: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyRequest:
+    """What `cnx-deploy verify` takes. Without `files`, everything recorded in both folders."""
+
+    files: tuple[Path, ...] = ()
+    export_dir: Path = Path("export")
+    engines_dir: Path = Path("engines")
+    data: Path | None = None
+    samples: int = 64
+
+
+def run_exports(request: ExportRequest, note: Note) -> list[Artifact]:
+    """Export one model in each precision asked for; each file is compared with PyTorch before it is put into place."""
+    loaded = resolve_model(
+        request.variant,
+        checkpoint=request.checkpoint,
+        pretrained=request.pretrained,
+        seed=request.seed,
+        num_classes=request.num_classes,
+        reset_head=request.reset_head,
+    )
+    if loaded.weights.origin == "random":
+        note(f"No checkpoint: weights are random (seed {request.seed}), GRN included. Predictions mean nothing.")
+    preprocessing = Preprocessing.from_dict(loaded.preprocessing) if loaded.preprocessing else Preprocessing()
+    if request.image_size is not None:
+        preprocessing = replace(preprocessing, image_size=request.image_size)
+    return [_export(loaded, preprocessing, precision, request, note) for precision in request.precisions]
+
+
+def run_builds(
+    request: BuildRequest, note: Note, progress: Callable[[str, float], None] | None = None
+) -> list[Artifact]:
+    """Build an engine for each file and target.
+
+    Raises InputError when there is nothing to build from, and whatever `trt.builder.build_engine` raises.
+    """
+    from cnx_deploy.trt.backend import default_targets, load_backend
+    from cnx_deploy.trt.builder import BuildSpec, build_engine
+
+    sources = [open_artifact(path) for path in request.files] or [
+        artifact
+        for artifact in find_artifacts(request.export_dir, "onnx")
+        if artifact.manifest.request["precision"] != "fp32"
+    ]
+    present = [artifact for artifact in sources if artifact.path.is_file()]
+    if not present:
+        raise InputError(
+            f"No FP16 ONNX file is recorded and present in {request.export_dir}. "
+            "Run `cnx-deploy export --variant atto` first, or name the files to build from."
+        )
+    backend = load_backend(request.runtime)
+    targets = request.targets or default_targets(backend)
+    engines = []
+    for artifact in present:
+        low, typical, high = artifact.manifest.request["batch"]
+        for target in targets:
+            spec = BuildSpec(
+                runtime=backend.name,
+                target=target,
+                batches=request.batches or ((low, typical, high),),
+                allow_tf32=request.allow_tf32,
+            )
+            note(f"Building {artifact.path.name} for {target} with {backend.name} {backend.version}")
+            engine = build_engine(artifact, spec, request.output_dir, force=request.force, progress=progress)
+            engines.append(engine)
+            note(f"  {engine.path} ({engine.manifest.files[0].size_bytes / 1e6:.1f} MB)")
+    return engines
+
+
+def run_verifications(request: VerifyRequest, note: Note, progress: Progress | None = None) -> list[Verification]:
+    """Verify each artifact; the PyTorch reference of a network is computed once.
+
+    Raises MissingRequirementError when an engine that was named cannot run here.
+    """
+    found = []
+    reference: Reference | None = None
+    for artifact in selected(request.files, request.export_dir, request.engines_dir, note):
+        note(f"Verifying {artifact.path.name}")
+        if reference is None or not reference.matches(artifact):
+            reference = Reference(artifact, request.data, request.samples)
+        verification = verify_artifact(artifact, reference, progress)
+        if request.files and verification.not_run:
+            raise MissingRequirementError(f"{artifact.path.name}: {verification.not_run[0]}")
+        found.append(verification)
+    return found
+
+
+def selected(files: Sequence[Path], export_dir: Path, engines_dir: Path, note: Note) -> Iterator[Artifact]:
+    """The artifacts named, or everything recorded in both folders whose file is present, network by network."""
+    if files:
+        yield from (open_artifact(path) for path in files)
+        return
+    recorded = [*find_artifacts(export_dir, "onnx"), *find_artifacts(engines_dir, "engine")]
+    present = [artifact for artifact in recorded if artifact.path.is_file()]
+    if len(present) < len(recorded):
+        note(f"{len(recorded) - len(present)} recorded artifacts have no file here; export and build make them again.")
+    if not present:
+        raise InputError(
+            f"Nothing is recorded and present in {export_dir} or {engines_dir}. "
+            "Run `cnx-deploy export --variant atto` first, or name the files."
+        )
+    yield from sorted(
+        present, key=lambda artifact: (artifact.manifest.model.weights.sha256, artifact.manifest.kind != "onnx")
+    )
+
+
+def _export(
+    loaded: LoadedModel, preprocessing: Preprocessing, precision: Precision, request: ExportRequest, note: Note
+) -> Artifact:
+    deploy = DeploySpec(
+        precision=precision,
+        image_size=preprocessing.image_size,
+        input_kind=request.input_kind,
+        layout=request.optimize_for,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+    )
+    spec = ExportSpec(deploy=deploy, batch=request.batch, name=request.name)
+    record = model_record(loaded, preprocessing, request.output_dir, request.checkpoint)
+    check = None if request.no_verify else check_exported(loaded, spec.request, record)
+    artifact, reused = export_onnx(loaded.model, record, spec, request.output_dir, force=request.force, verify=check)
+    if reused:
+        note(f"{artifact.path} is there and was made from the same inputs: reused")
+    else:
+        parity = artifact.manifest.facts.get("parity")
+        verdict = f"relative L2 {parity['found']['relative_l2_max']:.1e} against PyTorch" if parity else "not verified"
+        note(f"{artifact.path} ({sum(file.size_bytes for file in artifact.manifest.files) / 1e6:.1f} MB), {verdict}")
+    return artifact
