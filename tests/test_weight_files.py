@@ -70,6 +70,17 @@ def test_a_truncated_file_is_corrupt(tiny_model, tiny_variant, tmp_path, suffix,
         load_checkpoint(path, tiny_variant)
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"<!DOCTYPE html><title>404</title>", bytes(range(256)), b"version https://git-lfs"]
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_file_of_another_kind_is_corrupt_not_refused(tmp_path, content, suffix):
+    path = tmp_path / f"other{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(CorruptArtifactError):
+        load_checkpoint(path)
+
+
 def test_altered_pickles_are_errors_of_ours_whatever_the_alteration(tiny_variant, tmp_path):
     path = tmp_path / "altered.pt"
     torch.save({"model": {"downsample_layers.0.0.bias": torch.ones(8)}}, path, _use_new_zipfile_serialization=False)
