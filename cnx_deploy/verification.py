@@ -23,6 +23,7 @@ from cnx_deploy.parity import GATES, Gate, ParityResult, compare, logits_of
 from cnx_deploy.runners.base import InputSpec, Runner
 from cnx_deploy.runners.ort import OrtRunner
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
+from cnx_deploy.runners.tensorrt_runner import TensorRTRunner
 from cnx_deploy.variants import find_variant
 
 __all__ = [
@@ -220,8 +221,6 @@ def open_runner(artifact: Artifact, *, device: str = "cpu", threads: int | None 
     """
     artifact = open_artifact(artifact.path)
     if artifact.manifest.kind == "engine":
-        from cnx_deploy.runners.tensorrt_runner import TensorRTRunner
-
         return TensorRTRunner(artifact)
     return OrtRunner(artifact.path, device=device, threads=threads)
 

@@ -64,8 +64,17 @@ class DeploySpec:
         if self.layout is None:
             object.__setattr__(self, "layout", "gpu" if self.precision == "fp16" else "cpu")
         _check_choice("layout", str(self.layout), get_args(Layout))
-        if any(value <= 0 for value in self.std):
+        if any(value <= 0.0 for value in self.std):
             raise InputError(f"Every std of the normalisation must be positive, not {self.std}.")
+
+    @property
+    def scales_input(self) -> bool:
+        """Whether a [0, 1] image is brought to [0, 255] before it is rounded to FP16.
+
+        There the levels of an 8-bit image are exact; in [0, 1] FP16 is off by up to 0.06 of a level, and the
+        normalisation, which is folded and so comes later, would magnify it on images of low contrast.
+        """
+        return self.precision == "fp16" and self.input_kind == "float"
 
 
 class DeployedConvNeXtV2(nn.Module):
@@ -93,6 +102,8 @@ class DeployedConvNeXtV2(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify; see the class for shapes."""
+        if self.spec.scales_input:
+            images = images * 255.0
         hidden = images.to(self.head.weight.dtype)
         if self.spec.input_kind == "uint8":
             hidden = hidden.permute(0, 3, 1, 2)  # after the cast: TensorRT's Transpose takes no uint8
@@ -114,7 +125,7 @@ def _downsample_layers(model: ConvNeXtV2, spec: DeploySpec) -> list[nn.Sequentia
     """The stem with its input normalisation folded, and the downsamplings with their norm's affine folded."""
     spelled_out = spec.layout == "gpu"
     mean, std = torch.tensor(spec.mean, dtype=torch.float64), torch.tensor(spec.std, dtype=torch.float64)
-    full_scale = 255.0 if spec.input_kind == "uint8" else 1.0
+    full_scale = 255.0 if spec.input_kind == "uint8" or spec.scales_input else 1.0
     conv, norm = model.stem_layers()
     weight, bias = fold_affine_into_conv(*doubles(conv), 1.0 / (std * full_scale), -mean / std)
     stem = nn.Sequential(convolution(weight, bias, stride=4), ChannelsFirstNorm(spelled_out, *doubles(norm)))

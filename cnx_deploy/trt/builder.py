@@ -1,0 +1,154 @@
+"""A recorded ONNX file to an engine: profiles, checks, and what was found on the way in the manifest."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cnx_deploy.artifacts import Artifact, Manifest, open_artifact, reusable_artifact, stage_artifact
+from cnx_deploy.environment import find_gpus
+from cnx_deploy.errors import BuildError, InputError
+from cnx_deploy.onnx_checks import check_graph
+from cnx_deploy.trt.backend import Backend, load_backend
+from cnx_deploy.trt.compiled import kernels_in_log, measure_compiled
+from cnx_deploy.trt.depthwise import with_depthwise_in_fp32
+from cnx_deploy.trt.network import NetworkBuild, Progress, half_share, type_census
+
+__all__ = ["BuildSpec", "build_engine"]
+
+MIN_HALF_SHARE = 0.95
+"""Least share of HALF among matrix products and convolutions of an FP16 file: ours have 1.0, an FP32 graph 0."""
+
+NO_HALF_DEPTHWISE = ("No low-precision conv kernel", "Could not find any implementation")
+
+
+@dataclass(frozen=True, slots=True)
+class BuildSpec:
+    """What to build. One optimisation profile a batch range (smallest, typical, largest).
+
+    TF32 lets FP32 matrix products and convolutions keep ten bits of mantissa; it is off unless asked for.
+    `measure` compiles the graph a second time for a fixed batch to record kernels and traffic.
+    """
+
+    runtime: str = "auto"
+    target: str = "sm89"
+    batches: tuple[tuple[int, int, int], ...] = ((1, 8, 64),)
+    allow_tf32: bool = False
+    measure: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.batches or any(not 1 <= low <= typical <= high for low, typical, high in self.batches):
+            raise InputError(f"Batch ranges are smallest:typical:largest, each at least 1, not {self.batches}.")
+
+
+def build_engine(
+    onnx: Artifact | Path,
+    spec: BuildSpec,
+    output_dir: Path,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Build `<output_dir>/<onnx name>-<rtx|trt>-<target>.engine` with its manifest.
+
+    The ONNX file's hash is checked before it is parsed. `progress` is told a text while the compiler works.
+
+    Raises BuildError when TensorRT makes no engine, or one that computes LayerNorm in FP16 or an FP16 file in another
+    precision; InputError for a target or batch that does not fit; what `artifacts` raises for altered files.
+    """
+    source = open_artifact(onnx.path if isinstance(onnx, Artifact) else onnx)
+    backend = load_backend(spec.runtime)
+    backend.check_target(spec.target)
+    _check_batches(source, spec)
+    request = {
+        **source.manifest.request,
+        "runtime": backend.name,
+        "target": spec.target,
+        "batches": [list(sizes) for sizes in spec.batches],
+        "allow_tf32": spec.allow_tf32,
+    }
+    stem = f"{source.manifest.stem}-{backend.short_name}-{spec.target}"
+    with stage_artifact(output_dir, stem) as staging:
+        found = reusable_artifact(output_dir, stem, "engine", request, source.sha256, force=force)
+        if found is not None:
+            return found
+        check_graph(source.path)
+        plan, facts = _built(backend, source, spec, progress)
+        (staging.folder / f"{stem}.engine").write_bytes(plan)
+        manifest = Manifest(
+            kind="engine",
+            stem=stem,
+            files=staging.record(f"{stem}.engine"),
+            model=source.manifest.model_seen_from(output_dir, source.path.parent),
+            request=request,
+            source_name=source.path.name,
+            source_sha256=source.sha256,
+            facts=facts,
+        )
+        return staging.commit(manifest)
+
+
+def _check_batches(source: Artifact, spec: BuildSpec) -> None:
+    smallest, _, largest = source.manifest.request["batch"]
+    for low, _, high in spec.batches:
+        if low < smallest or high > largest:
+            raise InputError(
+                f"{source.path.name} was exported for batches {smallest} to {largest}; a profile of {low} to {high} "
+                f"does not fit. Export it with --batch {min(low, smallest)}:{high}:{max(high, largest)}."
+            )
+
+
+def _built(
+    backend: Backend, source: Artifact, spec: BuildSpec, progress: Progress | None
+) -> tuple[bytes, dict[str, Any]]:
+    start = time.monotonic()
+    build, plan, fallback = _serialised(backend, source, spec, progress)
+    facts: dict[str, Any] = {
+        "runtime_version": backend.version,
+        "build_seconds": round(time.monotonic() - start, 2),
+        "census": type_census(build.network),
+        "half_share_of_products": round(half_share(build.network), 4),
+        "depthwise_fp32_fallback": fallback,
+        "range_warnings": list(build.range_warnings()),
+        "kernels": len(list(kernels_in_log(text for _, text in build.log.messages))),
+        "run": "not run: built ahead of time" if spec.target != "current" else "not run yet: see verify",
+    }
+    if spec.target == "current":
+        facts["gpu"] = find_gpus()[0].target
+    if spec.measure and backend.targets and not fallback:  # TensorRT proper logs another format and builds for minutes
+        compiled = measure_compiled(source.path, batch=spec.batches[-1][2], target=spec.target, backend=backend)
+        facts["compiled"] = compiled.to_dict()
+    return plan, facts
+
+
+def _serialised(
+    backend: Backend, source: Artifact, spec: BuildSpec, progress: Progress | None
+) -> tuple[NetworkBuild, bytes, bool]:
+    """Build as the file says; where TensorRT has no FP16 depthwise kernel, once more with those layers in FP32.
+
+    TensorRT 11.2 has none on some GPUs (NVIDIA/TensorRT issue 4838).
+    """
+    try:
+        build = NetworkBuild(backend, source.path)
+        _check_half_share(build, source.manifest.request)
+        return build, build.serialise(_config(build, spec), progress), False
+    except BuildError as error:
+        if source.manifest.request["precision"] != "fp16" or not any(text in str(error) for text in NO_HALF_DEPTHWISE):
+            raise
+    with with_depthwise_in_fp32(source.path) as path:
+        build = NetworkBuild(backend, path)
+        return build, build.serialise(_config(build, spec), progress), True
+
+
+def _config(build: NetworkBuild, spec: BuildSpec) -> Any:
+    return build.config(spec.target, allow_tf32=spec.allow_tf32, batches=spec.batches)
+
+
+def _check_half_share(build: NetworkBuild, request: Mapping[str, Any]) -> None:
+    share = half_share(build.network)
+    if request["precision"] == "fp16" and share < MIN_HALF_SHARE:
+        raise BuildError(
+            f"{build.onnx_path.name} calls itself FP16, but only {share:.0%} of its matrix products and convolutions "
+            f"are (at least {MIN_HALF_SHARE:.0%} expected). Export it again with --precision fp16 --force."
+        )
