@@ -14,6 +14,8 @@ from cnx_deploy.errors import InputError, MissingRequirementError
 from cnx_deploy.model.checkpoint import LoadedModel, resolve_model
 from cnx_deploy.model.deploy import DeploySpec, InputKind, Layout, Precision
 from cnx_deploy.onnx_export import ExportSpec, export_onnx
+from cnx_deploy.trt.backend import default_targets, load_backend, require_gpu
+from cnx_deploy.trt.builder import BuildSpec, build_engine
 from cnx_deploy.verification import Progress, Reference, Verification, check_exported, model_record, verify_artifact
 
 __all__ = [
@@ -107,9 +109,6 @@ def run_builds(
 
     Raises InputError when there is nothing to build from, and whatever `trt.builder.build_engine` raises.
     """
-    from cnx_deploy.trt.backend import default_targets, load_backend
-    from cnx_deploy.trt.builder import BuildSpec, build_engine
-
     sources = [open_artifact(path) for path in request.files] or [
         artifact
         for artifact in find_artifacts(request.export_dir, "onnx")
@@ -149,6 +148,8 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
     reference: Reference | None = None
     for artifact in selected(request.files, request.export_dir, request.engines_dir, note):
         note(f"Verifying {artifact.path.name}")
+        if request.files and artifact.manifest.kind == "engine":
+            require_gpu()  # an engine that was named is asked for; before any weight is loaded
         if reference is None or not reference.matches(artifact):
             reference = Reference(artifact, request.data, request.samples)
         verification = verify_artifact(artifact, reference, progress)

@@ -237,7 +237,7 @@ def _verify_engine(artifact: Artifact, reference: Reference, progress: Progress 
     try:
         runner = open_runner(artifact)
     except MissingRequirementError as error:
-        return Verification(artifact.path.name, "engine", (), not_run=(f"not run: {error}",))
+        return Verification(artifact.path.name, "engine", (), not_run=(str(error),))
     with runner:
         batches = reference.batches(runner.input_spec)
         expected = reference.logits(artifact, batches, progress)

@@ -1,6 +1,7 @@
 """`cnx-deploy build-trt`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -27,13 +28,13 @@ TARGETS = ("current", "sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm120", 
 )
 @options.force
 @options.as_json
-def build_trt(**arguments: object) -> None:
+def build_trt(**arguments: Any) -> None:
     """Build TensorRT engines from recorded ONNX FILES, by default every FP16 file in --export-dir."""
     from cnx_deploy.pipeline import BuildRequest, run_builds
 
     as_json = bool(arguments.pop("as_json"))
     with options.reporter("Building") as progress:
-        engines = run_builds(BuildRequest(**arguments), options.note, progress)  # type: ignore[arg-type]
+        engines = run_builds(BuildRequest(**arguments), options.note, progress)
     if as_json:
         options.echo_json({"artifacts": [{"path": str(e.path), "sha256": e.sha256} for e in engines]})
     else:

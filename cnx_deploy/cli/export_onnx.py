@@ -1,6 +1,7 @@
 """`cnx-deploy export`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -36,7 +37,7 @@ from cnx_deploy.cli import options
 @click.option("--no-verify", is_flag=True, help="Skip the comparison of the written file with PyTorch.")
 @options.force
 @options.as_json
-def export(**arguments: object) -> None:
+def export(**arguments: Any) -> None:
     """Export a variant to ONNX and write its manifest.
 
     Without --checkpoint or --pretrained the weights are random, GRN included, and the manifest says so.
@@ -44,7 +45,7 @@ def export(**arguments: object) -> None:
     from cnx_deploy.pipeline import ExportRequest, run_exports  # torch is loaded only when asked for
 
     as_json = bool(arguments.pop("as_json"))
-    results = run_exports(ExportRequest(**arguments), options.note)  # type: ignore[arg-type]
+    results = run_exports(ExportRequest(**arguments), options.note)
     if as_json:
         options.echo_json({"artifacts": [{"path": str(r.path), "sha256": r.sha256} for r in results]})
     else:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "note",
     "num_classes",
     "pretrained",
+    "refuse_engines_without_gpu",
     "reporter",
     "seed",
     "variant",
@@ -81,6 +82,14 @@ def note(text: str) -> None:
 def echo_json(document: Any) -> None:
     """Print a document on stdout; NaN and infinities, which JSON has not, become null."""
     click.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def refuse_engines_without_gpu(files: Iterable[Path]) -> None:
+    """Raise MissingRequirementError for a named engine where no GPU is, before torch is loaded (seconds)."""
+    if any(Path(file).suffix == ".engine" for file in files):
+        from cnx_deploy.trt.backend import require_gpu
+
+        require_gpu()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """`cnx-deploy verify`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 )
 @click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Images, at least.")
 @options.as_json
-def verify(as_json: bool, **arguments: object) -> None:
+def verify(as_json: bool, **arguments: Any) -> None:
     """Compare ONNX FILES and engines with PyTorch; by default everything recorded. Exit code 3 when a gate fails."""
+    options.refuse_engines_without_gpu(arguments["files"])
     from cnx_deploy.pipeline import VerifyRequest, run_verifications
 
     with options.reporter("Verifying") as progress:
-        request = VerifyRequest(**arguments)  # type: ignore[arg-type]
+        request = VerifyRequest(**arguments)
         found = run_verifications(request, options.note, lambda text, images: progress(text, 0.0))
     if as_json:
         options.echo_json({"verifications": [entry.to_dict() for entry in found]})
@@ -50,6 +51,6 @@ def _show(found: "list[Verification]") -> None:
                 f"{'pass' if result.passed else 'FAIL: ' + '; '.join(result.failures)}"
             )
         for reason in entry.not_run:
-            click.echo(f"{entry.artifact:34} {reason}")
+            click.echo(f"{entry.artifact:34} not run: {reason}")
     for line in dict.fromkeys(line for entry in found for line in entry.notes):
         click.echo(f"Note: {line}")

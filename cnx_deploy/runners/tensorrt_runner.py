@@ -56,7 +56,7 @@ class TensorRTRunner:
     """
 
     def __init__(self, artifact: Artifact, *, device_index: int = 0) -> None:
-        require_gpu(f"Running {artifact.path.name}")
+        require_gpu()
         artifact = open_artifact(artifact.path)
         backend = load_backend(str(artifact.manifest.request["runtime"]))
         _check_release(artifact, backend)
@@ -164,7 +164,8 @@ def _check_release(artifact: Artifact, backend: Backend) -> None:
     if built_with != backend.version:
         raise MissingRequirementError(
             f"{artifact.path.name} was built with {backend.name} {built_with}; {backend.version} is installed, and "
-            f"engines run on their own release only. Build it again (cnx-deploy build-trt --force) or install {built_with}."
+            "engines run on their own release only. Build it again (cnx-deploy build-trt --force) or install "
+            f"{built_with}."
         )
 
 

@@ -69,7 +69,7 @@ class Backend:
     def check_target(self, target: str) -> None:
         """Raise unless `target` ("current" or "sm89") can be built for on this machine."""
         if target == "current":
-            require_gpu(f"Building for this machine's own GPU with {self.name}")
+            require_gpu()
         elif not self.targets:
             raise InputError(f"{self.name} builds for the GPU it runs on only; use --target current, not {target}.")
         elif target not in self.targets:
@@ -145,11 +145,9 @@ def default_targets(backend: Backend) -> tuple[str, ...]:
     return DEFAULT_TARGETS if backend.targets else ("current",)
 
 
-def require_gpu(purpose: str, find_library: Callable[[str], str | None] = ctypes.util.find_library) -> None:
+def require_gpu(find_library: Callable[[str], str | None] = ctypes.util.find_library) -> None:
     """Raise MissingRequirementError unless an NVIDIA driver and GPU are here; takes well under a second."""
     if find_gpus():
         return
-    driver = (
-        "its driver library is present, but no GPU answers" if find_library("cuda") else "no NVIDIA driver is installed"
-    )
-    raise MissingRequirementError(f"{purpose} needs an NVIDIA GPU; here {driver}. Run it on a machine that has one.")
+    driver = "a driver is installed but no GPU answers" if find_library("cuda") else "no NVIDIA driver is installed"
+    raise MissingRequirementError(f"This needs an NVIDIA GPU, and {driver}. Run it on a machine that has one.")
