@@ -8,9 +8,8 @@ Parameter names and shapes are those of the reference code, so its checkpoints l
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
-__all__ = ["EPS", "Block", "GlobalResponseNorm", "LayerNormChannelsFirst"]
+__all__ = ["EPS", "Block", "GlobalResponseNorm", "LayerNormChannelsFirst", "StochasticDepth"]
 
 EPS = 1e-6
 """Epsilon of every LayerNorm and GRN of the network; torch's LayerNorm default is 1e-5."""
@@ -56,6 +55,25 @@ class LayerNormChannelsFirst(nn.LayerNorm):
         return last.permute(0, 3, 1, 2)
 
 
+class StochasticDepth(nn.Module):
+    """Drop a whole residual branch, image by image, while training; the kept ones are scaled by 1/(1 - p).
+
+    Shape: (N, …) -> (N, …). Source: Huang et al., "Deep Networks with Stochastic Depth", arXiv:1603.09382. The same as
+    torchvision.ops.StochasticDepth(p, "row"), whose import takes four seconds because it loads torch's compiler.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """Apply; see the class for shapes."""
+        if not self.training or self.p == 0.0:
+            return branch
+        kept = torch.empty(len(branch), *[1] * (branch.ndim - 1), dtype=branch.dtype, device=branch.device)
+        return branch * kept.bernoulli_(1.0 - self.p).div_(1.0 - self.p)
+
+
 class Block(nn.Module):
     """Depthwise 7×7, LayerNorm, widen to 4C, GELU, GRN, narrow to C, stochastic depth, residual.
 
@@ -70,7 +88,7 @@ class Block(nn.Module):
         self.act = nn.GELU()
         self.grn = GlobalResponseNorm(4 * channels)
         self.pwconv2 = nn.Linear(4 * channels, channels)
-        self.drop_path = StochasticDepth(drop_path_rate, mode="row")
+        self.drop_path = StochasticDepth(drop_path_rate)
 
     def forward(self, images: Tensor) -> Tensor:
         """Apply the block; see the class for shapes."""
