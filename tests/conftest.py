@@ -2,7 +2,11 @@
 
 import pytest
 
+from cnx_deploy.artifacts import Artifact, ModelRecord, WeightsRecord
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
+from cnx_deploy.model.deploy import DeploySpec
+from cnx_deploy.onnx_export import ExportSpec, export_onnx
+from cnx_deploy.trt.builder import BuildSpec, build_engine
 from cnx_deploy.variants import Variant
 
 TINY_TEST = Variant("tiny-test", (1, 1, 2, 1), (8, 16, 32, 64), 138_104, 0.0)
@@ -18,3 +22,28 @@ def tiny_variant() -> Variant:
 def tiny_model(tiny_variant: Variant) -> ConvNeXtV2:
     """Ten classes, evaluation mode, every parameter random and non-zero (seed 0); a fresh copy for each test."""
     return random_model(tiny_variant, 10, seed=0)
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx_fp16(tiny_variant: Variant, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The smallest network's FP16 file at 32 px, batch 1 to 8. Shared: do not change it."""
+    return _exported(tiny_variant, DeploySpec(precision="fp16", image_size=32), tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx_fp32(tiny_variant: Variant, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The smallest network's FP32 file at 32 px, batch 1 to 8. Shared: do not change it."""
+    return _exported(tiny_variant, DeploySpec(precision="fp32", image_size=32), tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_onnx_fp16: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """An engine of it for sm89, built ahead of time by TensorRT-RTX. Shared: do not change it."""
+    spec = BuildSpec(runtime="tensorrt-rtx", target="sm89", batches=((1, 1, 1), (1, 4, 8)))
+    return build_engine(tiny_onnx_fp16, spec, tmp_path_factory.mktemp("engine"))
+
+
+def _exported(variant: Variant, deploy: DeploySpec, folders: pytest.TempPathFactory) -> Artifact:
+    record = ModelRecord(variant.name, 10, 32, WeightsRecord("random", "0", "0" * 64, "none (random weights)"), {})
+    spec = ExportSpec(deploy=deploy, batch=(1, 4, 8))
+    return export_onnx(random_model(variant, 10, seed=0), record, spec, folders.mktemp("onnx"))[0]

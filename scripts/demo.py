@@ -1,0 +1,120 @@
+"""Train atto on the digits, export, build, verify, benchmark, and say in one table what was made.
+
+Every step is a command that a reader can run alone; each is printed before it runs.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path("demo")
+DATA, RUN, EXPORT, ENGINES = ROOT / "digits", ROOT / "run", ROOT / "export", ROOT / "engines"
+EPOCHS = 10
+TARGETS = ("sm86", "sm89", "sm120")
+BIN = Path(sys.executable).parent
+
+
+def main() -> int:
+    """Run the steps; the exit code is the first failing step's."""
+    start = time.monotonic()
+    folders = ["--export-dir", str(EXPORT), "--engines-dir", str(ENGINES)]
+    step("The data: 1,797 handwritten digits as an image folder")
+    run([str(BIN / "python"), "scripts/make_digits.py", str(DATA)])
+    step(f"Training atto from scratch, {EPOCHS} epochs at 64 px")
+    train()
+    step("Export: FP32 for processors, FP16 for GPUs; each compared with PyTorch before it is put into place")
+    checkpoint = str(RUN / "best.safetensors")
+    cnx("export", "--variant", "atto", "--checkpoint", checkpoint, "--name", "digits", "--output-dir", str(EXPORT))
+    step(f"Engines for {', '.join(TARGETS)}, ahead of time")
+    targets = [word for target in TARGETS for word in ("--target", target)]
+    cnx("build-trt", "--export-dir", str(EXPORT), "--output-dir", str(ENGINES), *targets)
+    step("Verify everything against PyTorch on the validation images")
+    verified = cnx_json("verify", *folders, "--data", str(DATA / "val"), "--samples", "128")
+    step("Accuracy on the validation images")
+    files = sorted(EXPORT.glob("*.onnx"))
+    accuracy = {file.name: cnx_json("eval", str(file), str(DATA)) for file in files}
+    step("Benchmark: PyTorch and ONNX Runtime in turns")
+    benched = cnx_json("bench", *folders, "--compare", "torch", "--duration", "1.5")
+    closing_table(verified, accuracy, benched, time.monotonic() - start)
+    return 0
+
+
+def train() -> None:
+    """Train, go on with an interrupted run, or keep a finished one."""
+    finished = (RUN / "metrics.csv").is_file() and len((RUN / "metrics.csv").read_text().splitlines()) > EPOCHS
+    if finished and (RUN / "best.safetensors").is_file():
+        print(f"  {RUN} holds a finished run: reused", flush=True)
+        return
+    words = ["train", str(DATA), "--variant", "atto", "--image-size", "64", "--epochs", str(EPOCHS), "--no-flip"]
+    cnx(*words, "--crop-ratio", "1.0", "--run-dir", str(RUN), *(["--resume"] if RUN.exists() else []))
+
+
+def step(title: str) -> None:
+    """Say what comes next."""
+    print(f"\n== {title}", flush=True)
+
+
+def cnx(*words: str) -> None:
+    """Run a cnx-deploy command, its output to the terminal."""
+    run([str(BIN / "cnx-deploy"), *words])
+
+
+def cnx_json(*words: str) -> dict[str, Any]:
+    """Run a cnx-deploy command with --json; progress stays on stderr."""
+    document: dict[str, Any] = json.loads(run([str(BIN / "cnx-deploy"), *words, "--json"], capture=True))
+    return document
+
+
+def run(command: list[str], *, capture: bool = False) -> str:
+    """Print and run a command; leave with its exit code when it fails."""
+    shown = [Path(command[0]).name, *command[1:]]
+    print(f"$ {shlex.join(shown)}", flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True, check=False)
+    if done.returncode:
+        print(done.stdout or "", file=sys.stderr)
+        print(f"The demo stops here: exit code {done.returncode}.", file=sys.stderr)
+        sys.exit(done.returncode)
+    return done.stdout or ""
+
+
+def closing_table(verified: dict[str, Any], accuracy: dict[str, Any], benched: dict[str, Any], seconds: float) -> None:
+    """What was made, how right it is, how fast, and what was not run."""
+    speed = {(row["name"], row["batch"]): row for row in benched["rows"]}
+    compiled = {row["name"]: row for row in benched["not_run"]}
+    print(f"\n{'made':34} {'MB':>6} {'top-1 %':>7} {'rel. L2':>8} {'parity':>7}  speed")
+    for entry in verified["verifications"]:
+        name = entry["artifact"]
+        size = next(folder / name for folder in (EXPORT, ENGINES) if (folder / name).is_file()).stat().st_size / 1e6
+        worst = max((result["found"]["relative_l2_max"] for result in entry["results"]), default=None)
+        top1 = accuracy.get(name, {}).get("top1_percent")
+        parity = ("pass" if entry["passed"] else "FAIL") if entry["results"] else "not run"
+        print(
+            f"{name:34} {size:>6.1f} {'-' if top1 is None else format(top1, '.2f'):>7} "
+            f"{'-' if worst is None else format(worst, '.1e'):>8} {parity:>7}  {speed_of(name, speed, compiled)}"
+        )
+    print(
+        "\nSpeed: images/s of ONNX Runtime on this machine's processors, where an FP16 file is computed in FP32, and"
+        "\nhow many times PyTorch eager. Not run for lack of a GPU: the engines' parity and latency; where a GPU is,"
+        f"\n`cnx-deploy verify` and `cnx-deploy bench` run them. Done in {seconds:.0f} s; everything is in {ROOT}/."
+    )
+
+
+def speed_of(name: str, speed: dict[Any, Any], compiled: dict[str, Any]) -> str:
+    """The speed cell of one artifact."""
+    if name in compiled:
+        row = compiled[name]
+        return f"{row['kernels']} kernels, {row['megabytes_per_image']:.1f} MB an image; latency: not run (no GPU)"
+    cells = [
+        f"batch {batch}: {row['images_per_second']:.0f}/s ({row['speedup']:.2f}x torch)"
+        for (row_name, batch), row in sorted(speed.items())
+        if row_name == name and row["speedup"] is not None
+    ]
+    return ", ".join(cells)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""The TensorRT runner, by a strict double of the runtime whose calls are those of the real classes."""
+
+import inspect
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cnx_deploy.artifacts import Artifact, open_artifact
+from cnx_deploy.errors import BuildError, CnxDeployError, CorruptArtifactError, InputError, MissingRequirementError
+from cnx_deploy.runners import tensorrt_runner
+from cnx_deploy.runners.ort import OrtRunner
+from cnx_deploy.runners.tensorrt_runner import TensorRTRunner
+from cnx_deploy.trt.backend import Backend, load_backend
+from tests import trt_double
+
+PROFILES = [(1, 1, 1), (1, 4, 8)]
+
+
+def make_runner(
+    engine: Artifact, onnx: Artifact, monkeypatch: pytest.MonkeyPatch, fail: str | None = None
+) -> tuple[TensorRTRunner, trt_double.DoubleContext]:
+    real = load_backend("tensorrt-rtx").trt
+    module, context = trt_double.double_of(real, onnx.path, PROFILES, fail=fail)
+    monkeypatch.setattr(tensorrt_runner, "CudaStream", trt_double.DoubleStream)
+    runner = TensorRTRunner.__new__(TensorRTRunner)
+    request = {**engine.manifest.request, "batches": [list(sizes) for sizes in PROFILES]}
+    artifact = replace(engine, manifest=replace(engine.manifest, request=request))
+    runner._start(artifact, Backend("tensorrt-rtx", module), torch.device("cpu"))
+    return runner, context
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 8])
+def test_logits_are_those_of_the_same_file_on_onnx_runtime(
+    tiny_engine: Artifact, tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    runner, _ = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch)
+    images = torch.rand(batch, 3, 32, 32)
+    expected = OrtRunner(tiny_onnx_fp16.path).run(images)
+    torch.testing.assert_close(runner.run(images), expected, rtol=0, atol=1e-3)
+
+
+def test_a_permuted_view_gives_the_logits_of_its_values(
+    tiny_engine: Artifact, tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, _ = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch)
+    view = torch.rand(3, 32, 32, 3).permute(0, 3, 1, 2)
+    assert not view.is_contiguous()
+    torch.testing.assert_close(runner.run(view).clone(), runner.run(view.contiguous()))
+
+
+def test_the_tightest_profile_serves_a_batch(
+    tiny_engine: Artifact, tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, context = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch)
+    runner.run(torch.rand(5, 3, 32, 32))
+    assert context.active_optimization_profile == 1
+    runner.run(torch.rand(1, 3, 32, 32))
+    assert context.active_optimization_profile == 0
+
+
+def test_calls_come_in_the_order_of_the_samples(
+    tiny_engine: Artifact, tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, context = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch)
+    runner.run(torch.rand(1, 3, 32, 32))
+    assert context.calls == [
+        "set_input_shape",
+        "infer_shapes",
+        "set_tensor_address(images)",
+        "set_tensor_address(logits)",
+        "execute_async_v3",
+    ]
+    assert runner._stream.calls == ["wait", "keep", "synchronize"]
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        ("deserialize", CorruptArtifactError),
+        ("create_execution_context", BuildError),
+        ("set_optimization_profile_async", BuildError),
+        ("set_input_shape", BuildError),
+        ("infer_shapes", BuildError),
+        ("set_tensor_address(images)", BuildError),
+        ("set_tensor_address(logits)", BuildError),
+        ("execute_async_v3", BuildError),
+    ],
+)
+def test_a_false_answer_becomes_an_error(
+    tiny_engine: Artifact,
+    tiny_onnx_fp16: Artifact,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    error: type[CnxDeployError],
+) -> None:
+    with pytest.raises(error, match=r"tensorrt-rtx|TensorRT|engine wants"):
+        make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch, fail=call)[0].run(torch.rand(4, 3, 32, 32))
+
+
+def test_a_batch_outside_every_profile_is_refused(
+    tiny_engine: Artifact, tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, _ = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch)
+    with pytest.raises(InputError, match="batch of 9 is outside the model's range of 1 to 8"):
+        runner.run(torch.rand(9, 3, 32, 32))
+
+
+def test_specialisation_is_eager_and_said(
+    tiny_engine: Artifact, tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, _ = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch)
+    eager = load_backend("tensorrt-rtx").trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    assert runner._engine.runtime_config.dynamic_shapes_kernel_specialization_strategy == eager
+    assert ("kernel specialisation", "EAGER") in runner.info.details
+
+
+@pytest.mark.parametrize(
+    ("double", "real_name"),
+    [
+        (trt_double.DoubleContext, "IExecutionContext"),
+        (trt_double.DoubleEngine, "ICudaEngine"),
+        (trt_double.DoubleRuntime, "Runtime"),
+    ],
+)
+def test_every_call_of_the_double_is_one_of_the_real_class(double: type, real_name: str) -> None:
+    real = getattr(load_backend("tensorrt-rtx").trt, real_name)
+    for name, member in inspect.getmembers(double, inspect.isfunction):
+        if name.startswith("_"):
+            continue
+        documented = inspect.getdoc(getattr(real, name))
+        assert documented is not None, f"{real_name}.{name}"
+        wanted = [parameter for parameter in inspect.signature(member).parameters if parameter != "self"]
+        signatures = re.findall(rf"{name}\(self: [^,)]+(?:, ([^)]*))?\) ->", documented)
+        named = [re.findall(r"(\w+): ", signature) for signature in signatures]
+        assert any(given[: len(wanted)] == wanted or set(wanted) <= set(given) for given in named), (
+            name,
+            wanted,
+            named,
+        )
+    for attribute in ("active_optimization_profile", "engine_host_code_allowed"):
+        assert hasattr(load_backend("tensorrt-rtx").trt.IExecutionContext, attribute) or hasattr(
+            load_backend("tensorrt-rtx").trt.Runtime, attribute
+        )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the refusal without one cannot be seen")
+def test_without_a_gpu_an_engine_is_refused_in_under_two_seconds(tiny_engine: Artifact) -> None:
+    start = time.monotonic()
+    with pytest.raises(MissingRequirementError, match="needs an NVIDIA GPU"):
+        TensorRTRunner(tiny_engine)
+    assert time.monotonic() - start < 2.0
+
+
+def test_an_engine_of_another_release_is_refused_with_both_versions(tiny_engine: Artifact) -> None:
+    facts = {**tiny_engine.manifest.facts, "runtime_version": "1.0.0.1"}
+    other = replace(tiny_engine, manifest=replace(tiny_engine.manifest, facts=facts))
+    backend = load_backend("tensorrt-rtx")
+    with pytest.raises(MissingRequirementError, match=f"1.0.0.1; {re.escape(backend.version)} is installed"):
+        tensorrt_runner._check_release(other, backend)
+
+
+def test_an_engine_for_another_gpu_is_refused_with_both_names(
+    tiny_engine: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cnx_deploy.environment import Gpu
+
+    monkeypatch.setattr(tensorrt_runner, "find_gpus", lambda: (Gpu("NVIDIA T4", "sm75", "580.1", 15360),))
+    with pytest.raises(MissingRequirementError, match="is for sm89; this GPU is sm75"):
+        tensorrt_runner._check_gpu(tiny_engine, 0)
+
+
+def test_an_altered_engine_never_reaches_the_runtime(tiny_engine: Artifact, tmp_path: Path) -> None:
+    copy = tmp_path / tiny_engine.path.name
+    plan = bytearray(tiny_engine.path.read_bytes())
+    plan[len(plan) // 2] ^= 1
+    copy.write_bytes(plan)
+    copy.with_suffix(".json").write_text(tiny_engine.path.with_suffix(".json").read_text())
+    with pytest.raises(CorruptArtifactError, match="was altered"):
+        open_artifact(copy)

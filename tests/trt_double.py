@@ -1,0 +1,141 @@
+"""A strict double of TensorRT's runtime: the calls of a real engine, answered by ONNX Runtime on the CPU.
+
+`test_tensorrt_runner.py` checks that every method and attribute here exists on the real classes and takes the same
+arguments. It refuses a call out of order, an address that was not set, and a shape outside the profile.
+"""
+
+import ctypes
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+
+class DoubleContext:
+    """IExecutionContext. `fail` names the call that answers False (or, for infer_shapes, a missing tensor)."""
+
+    def __init__(self, session: Any, profiles: list[tuple[int, int, int]], fail: str | None) -> None:
+        self._session = session
+        self._profiles = profiles
+        self._fail = fail
+        self._shape: tuple[int, ...] | None = None
+        self._addresses: dict[str, int] = {}
+        self.active_optimization_profile = 0
+        self.calls: list[str] = []
+
+    def _answer(self, call: str) -> bool:
+        self.calls.append(call)
+        return call != self._fail
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        self.active_optimization_profile = profile_index
+        self._shape = None
+        return self._answer("set_optimization_profile_async")
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        low, _, high = self._profiles[self.active_optimization_profile]
+        assert name == "images"
+        assert low <= shape[0] <= high, "a shape outside the profile"
+        self._shape = shape
+        return self._answer("set_input_shape")
+
+    def infer_shapes(self) -> list[str]:
+        assert self._shape is not None, "infer_shapes before set_input_shape"
+        return [] if self._answer("infer_shapes") else ["images"]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        assert self._shape is not None
+        return self._shape if name == "images" else (self._shape[0], self._session.get_outputs()[0].shape[-1])
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        self._addresses[name] = memory
+        return self._answer(f"set_tensor_address({name})")
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        assert stream_handle != 0, "the default stream"
+        assert set(self._addresses) == {"images", "logits"}, "an address is missing"
+        assert self._shape is not None
+        if not self._answer("execute_async_v3"):
+            return False
+        kind = np.uint8 if "uint8" in self._session.get_inputs()[0].type else np.float32
+        images = _memory(self._addresses["images"], self._shape, kind)
+        logits = self._session.run(None, {"images": images})[0]
+        _memory(self._addresses["logits"], logits.shape, np.float32)[...] = logits
+        return True
+
+
+class DoubleEngine:
+    """ICudaEngine."""
+
+    def __init__(self, context: DoubleContext | None) -> None:
+        self._context = context
+        self.runtime_config: Any = None
+
+    def create_runtime_config(self) -> Any:
+        return SimpleNamespace(dynamic_shapes_kernel_specialization_strategy=None)
+
+    def create_execution_context(self, runtime_config: Any = None) -> DoubleContext | None:
+        self.runtime_config = runtime_config
+        return self._context
+
+
+class DoubleRuntime:
+    """Runtime. Made by `double_of`, which gives it the engine it deserialises to."""
+
+    engine: DoubleEngine | None = None
+    plans: list[bytes]
+
+    def __init__(self, logger: Any) -> None:
+        self.logger = logger
+        self.engine_host_code_allowed = True  # so that a runner that forgets to turn it off is seen
+        type(self).last = self
+
+    def deserialize_cuda_engine(self, serialized_engine: bytes) -> DoubleEngine | None:
+        assert self.engine_host_code_allowed is False, "host code must be off before an engine is read"
+        self.plans.append(serialized_engine)
+        return self.engine
+
+
+class DoubleStream:
+    """What `runners.tensorrt_runner.CudaStream` offers, without a GPU."""
+
+    device_name = "double"
+    handle = 7
+
+    def __init__(self, device: Any) -> None:
+        self.calls: list[str] = []
+
+    def wait_for_producer(self) -> None:
+        self.calls.append("wait")
+
+    def keep(self, *tensors: Any) -> None:
+        self.calls.append("keep")
+
+    def synchronize(self) -> None:
+        self.calls.append("synchronize")
+
+
+def double_of(
+    real_trt: Any, onnx_path: Path, profiles: list[tuple[int, int, int]], *, fail: str | None = None
+) -> tuple[Any, DoubleContext]:
+    """A module to take TensorRT's place, and the context it will hand out. `fail="deserialize"` gives no engine."""
+    session = onnxruntime.InferenceSession(str(onnx_path), providers=["CPUExecutionProvider"])
+    context = DoubleContext(session, profiles, fail)
+    engine = DoubleEngine(None if fail == "create_execution_context" else context)
+    runtime = type("Runtime", (DoubleRuntime,), {"engine": None if fail == "deserialize" else engine, "plans": []})
+    module = SimpleNamespace(
+        __version__=real_trt.__version__,
+        ILogger=real_trt.ILogger,
+        Runtime=runtime,
+        DynamicShapesKernelSpecializationStrategy=real_trt.DynamicShapesKernelSpecializationStrategy,
+    )
+    return module, context
+
+
+def _memory(address: int, shape: tuple[int, ...], kind: Any) -> np.ndarray[Any, Any]:
+    """The array that lies at an address."""
+    size = int(np.prod(shape)) * np.dtype(kind).itemsize
+    buffer = (ctypes.c_byte * size).from_address(address)
+    return np.frombuffer(buffer, dtype=kind).reshape(shape)
