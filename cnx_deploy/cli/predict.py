@@ -1,0 +1,53 @@
+"""`cnx-deploy predict`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cnx_deploy.cli import options
+from cnx_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from cnx_deploy.prediction import Prediction
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes named for each image.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images run at once.")
+@options.as_json
+@click.pass_context
+def predict(
+    ctx: click.Context, artifact: Path, images: tuple[Path, ...], top: int, batch_size: int, as_json: bool
+) -> None:
+    """Classify IMAGES (files, or folders of them) with ARTIFACT: a checkpoint, an ONNX file or an engine.
+
+    A file that is no image gets a row that says so, and exit code 2 at the end.
+    """
+    from cnx_deploy.prediction import classify_files, find_image_files, open_classifier
+
+    files = find_image_files(images)
+    rows = []
+    with open_classifier(artifact) as classifier:
+        for text in classifier.notes:
+            options.note(f"Note: {text}")
+        for row in classify_files(classifier, files, top=top, batch_size=batch_size):
+            rows.append(row)
+            if not as_json:
+                _show(row)
+    if as_json:
+        options.echo_json({"artifact": str(artifact), "predictions": [row.to_dict() for row in rows]})
+    failed = sum(row.error is not None for row in rows)
+    if failed:
+        options.note(f"Error: {failed} of {len(rows)} files could not be classified.")
+        ctx.exit(InputError.exit_code)
+
+
+def _show(row: "Prediction") -> None:
+    if row.error is not None:
+        click.echo(f"{row.path}: error: {row.error}")
+        return
+    answers = ", ".join(f"{score.name} {score.probability:.2%}" for score in row.scores)
+    click.echo(f"{row.path}: {answers}")
