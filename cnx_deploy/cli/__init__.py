@@ -6,7 +6,6 @@ Results go to stdout, progress and errors to stderr. Exit codes are those of `cn
 import importlib
 import json
 import sys
-from typing import Any
 
 import click
 
@@ -48,19 +47,25 @@ class _LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+# The character \b before a paragraph keeps click from wrapping it.
+HELP = """Bring ConvNeXt V2 from PyTorch to verified ONNX files and FP16 TensorRT engines.
+
+\b
+cnx-deploy export --variant atto    writes export/atto-224-fp32.onnx and export/atto-224-fp16.onnx
+cnx-deploy build-trt                builds engines/ from every FP16 file in export/
+cnx-deploy verify                   compares everything in both folders with PyTorch
+cnx-deploy bench                    times it
+"""
+
+
+@click.group(
+    cls=_LazyGroup, help=HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, prog_name="cnx-deploy")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
 def cli(ctx: click.Context, debug: bool) -> None:
-    r"""Bring ConvNeXt V2 from PyTorch to verified ONNX files and FP16 TensorRT engines.
-
-    \b
-    cnx-deploy export --variant atto    writes export/atto-224-fp32.onnx and export/atto-224-fp16.onnx
-    cnx-deploy build-trt                builds engines/ from every FP16 file in export/
-    cnx-deploy verify                   compares everything in both folders with PyTorch
-    cnx-deploy bench                    times it
-    """
+    """The group; its help is HELP."""
     ctx.obj = debug
 
 
@@ -72,6 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except click.ClickException as error:
+        if "--json" in words:
+            _echo_document(type(error).__name__, error.format_message(), error.exit_code)
         error.show()
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
@@ -80,14 +87,23 @@ def main(arguments: list[str] | None = None) -> None:
     except CnxDeployError as error:
         if "--debug" in words:
             raise
-        _show(error, as_json="--json" in words)
+        _show(error, str(error), error.exit_code, as_json="--json" in words)
         code = error.exit_code
+    except OSError as error:  # a full disk, a folder that may not be read: the system's own words say which
+        if "--debug" in words:
+            raise
+        message = f"The system refused: {error}. Check room and permissions there; cnx-deploy --debug shows where."
+        _show(error, message, CnxDeployError.exit_code, as_json="--json" in words)
+        code = CnxDeployError.exit_code
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _show(error: CnxDeployError, *, as_json: bool) -> None:
+def _show(error: Exception, message: str, exit_code: int, *, as_json: bool) -> None:
     """One message on stderr, and with --json the same as the document on stdout."""
     if as_json:
-        record: dict[str, Any] = {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
-        click.echo(json.dumps(record, indent=2))
-    click.echo(f"Error: {error}", err=True)
+        _echo_document(type(error).__name__, message, exit_code)
+    click.echo(f"Error: {message}", err=True)
+
+
+def _echo_document(name: str, message: str, exit_code: int) -> None:
+    click.echo(json.dumps({"error": name, "message": message, "exit_code": exit_code}, indent=2))
