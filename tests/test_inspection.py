@@ -1,0 +1,205 @@
+"""Files told by their content, and what is said of each."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cnx_deploy.data import Preprocessing
+from cnx_deploy.environment import package_version
+from cnx_deploy.errors import CheckpointError, CorruptArtifactError, InputError
+from cnx_deploy.inspection import inspect_file, kind_of_file, recorded_artifact
+from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, resolve_model, save_checkpoint
+from cnx_deploy.model.convnextv2 import random_model
+from cnx_deploy.model.deploy import DeploySpec
+from cnx_deploy.onnx_export import ExportSpec, export_onnx
+from cnx_deploy.verification import model_record
+from tests.foreign_models import fcmae_state
+
+
+@pytest.fixture(scope="module")
+def atto() -> LoadedModel:
+    return resolve_model("atto", num_classes=3)
+
+
+@pytest.fixture(scope="module")
+def exported(atto, tmp_path_factory):
+    """An FP16 ONNX artifact of atto at 64 px."""
+    folder = tmp_path_factory.mktemp("export")
+    spec = ExportSpec(DeploySpec(precision="fp16", image_size=64), batch=(1, 2, 4))
+    record = model_record(atto, Preprocessing(64), folder)
+    return export_onnx(atto.model, record, spec, folder)[0]
+
+
+@pytest.fixture
+def onnx_copy(exported, tmp_path):
+    """The ONNX file and its manifest in a folder that a test may spoil."""
+    for path in (exported.path, exported.path.with_suffix(".json")):
+        shutil.copy(path, tmp_path)
+    return tmp_path / exported.path.name
+
+
+@pytest.fixture(scope="module")
+def checkpoint(atto, tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "best.safetensors"
+    return save_checkpoint(path, atto.model, class_names=("cat", "dog", "owl"), licence="MIT", extra={"epoch": "7"})
+
+
+def test_a_checkpoint_of_ours_is_described_with_its_metadata(checkpoint, atto):
+    found = inspect_file(checkpoint)
+    facts = found.facts
+    assert (found.kind, facts["layout"], facts["variant"], facts["classes"]) == ("safetensors", "official", "atto", 3)
+    assert facts["parameters"] == 3_388_363
+    assert (facts["licence"], facts["metadata"]["epoch"]) == ("MIT", "7")
+    assert facts["weights_sha256"] == hash_weights(atto.model)
+
+
+def test_a_pickled_checkpoint_is_described_with_the_entry_its_weights_are_under(atto, tmp_path):
+    torch.save({"model": atto.model.state_dict()}, tmp_path / "last.pth")
+    found = inspect_file(tmp_path / "last.pth")
+    assert (found.kind, found.facts["entry"], found.facts["variant"]) == ("pickle", "model", "atto")
+    assert "unknown" in found.facts["licence"]
+
+
+def test_a_checkpoint_without_a_head_is_described_and_says_so(atto, tmp_path):
+    torch.save({"model": fcmae_state(atto.model)}, tmp_path / "pretrained.pt")
+    found = inspect_file(tmp_path / "pretrained.pt")
+    assert (found.facts["layout"], found.facts["variant"], found.facts["classes"]) == ("fcmae", "atto", None)
+    assert "no classification head" in found.notes[0]
+
+
+def test_a_network_that_is_no_variant_is_described_and_says_so(tiny_variant, tmp_path):
+    save_file(random_model(tiny_variant, 10).state_dict(), tmp_path / "own.safetensors")
+    found = inspect_file(tmp_path / "own.safetensors")
+    assert (found.facts["variant"], found.facts["classes"]) == (None, 10)
+    assert "none of the eight" in found.notes[0]
+
+
+def test_altered_weights_in_a_checkpoint_of_ours_are_an_altered_artifact(checkpoint, tmp_path):
+    content = bytearray(checkpoint.read_bytes())
+    content[-2] ^= 1  # the lowest mantissa bits of a weight
+    (tmp_path / "best.safetensors").write_bytes(content)
+    with pytest.raises(CorruptArtifactError, match="altered"):
+        inspect_file(tmp_path / "best.safetensors")
+
+
+def test_weights_of_another_network_are_refused_with_their_names(tmp_path):
+    save_file({"layer.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"layer\.weight"):
+        inspect_file(tmp_path / "other.safetensors")
+
+
+def test_an_onnx_file_is_described_from_its_graph_and_its_manifest(exported):
+    found = inspect_file(exported.path)
+    facts = found.facts
+    assert (found.kind, facts["opset"], facts["operators"]["ReduceL2"]) == ("onnx", 20, 12)
+    assert facts["inputs"] == {"images": ["FLOAT", ["batch", 3, 64, 64]]}
+    assert facts["outputs"] == {"logits": ["FLOAT", ["batch", 3]]}
+    assert 0.5 < facts["half_share"] < 1
+    assert facts["metadata"]["cnx_deploy.variant"] == facts["variant"] == "atto"
+    assert facts["hashes"] == "match the manifest (1 of 1 files)"
+    assert found.sha256 == exported.sha256
+
+
+def test_a_manifest_stands_for_the_file_it_describes(exported):
+    assert inspect_file(exported.path.with_suffix(".json")).path == exported.path
+
+
+def test_the_parity_recorded_at_export_is_shown(onnx_copy):
+    manifest = onnx_copy.with_suffix(".json")
+    content = json.loads(manifest.read_text())
+    content["facts"]["parity"] = {"passed": True}
+    manifest.write_text(json.dumps(content))
+    assert inspect_file(onnx_copy).facts["parity"] == {"passed": True}
+
+
+def test_one_altered_byte_is_found_before_the_graph_is_read(onnx_copy):
+    content = bytearray(onnx_copy.read_bytes())
+    content[len(content) // 2] ^= 1
+    onnx_copy.write_bytes(content)
+    with pytest.raises(CorruptArtifactError, match="SHA-256"):
+        inspect_file(onnx_copy)
+
+
+@pytest.mark.parametrize("length", [0, 3, 1000, 100_000])
+def test_a_cut_off_onnx_file_is_corrupt_with_its_manifest(onnx_copy, length):
+    onnx_copy.write_bytes(onnx_copy.read_bytes()[:length])
+    with pytest.raises(CorruptArtifactError, match=f"{length} bytes"):
+        inspect_file(onnx_copy)
+
+
+def test_a_cut_off_onnx_file_without_manifest_is_still_told_as_onnx_and_corrupt(onnx_copy):
+    onnx_copy.with_suffix(".json").unlink()
+    onnx_copy.write_bytes(onnx_copy.read_bytes()[:100_000])
+    assert kind_of_file(onnx_copy) == "onnx"
+    with pytest.raises(CorruptArtifactError, match="not a valid ONNX"):
+        inspect_file(onnx_copy)
+
+
+def test_a_manifest_that_is_cut_off_is_corrupt(onnx_copy):
+    manifest = onnx_copy.with_suffix(".json")
+    manifest.write_text(manifest.read_text()[:200])
+    with pytest.raises(CorruptArtifactError, match="not a manifest"):
+        inspect_file(onnx_copy)
+
+
+def test_an_onnx_file_named_engine_is_named_as_what_it_is(onnx_copy):
+    misnamed = onnx_copy.rename(onnx_copy.with_suffix(".engine"))
+    found = inspect_file(misnamed)
+    assert found.kind == "onnx"
+    assert found.description == "an ONNX file, although its name ends in .engine"
+    assert "No manifest" in found.notes[0]
+
+
+def test_some_other_programs_json_beside_a_file_is_no_manifest(onnx_copy):
+    onnx_copy.with_suffix(".json").write_text('{"labels": ["cat"]}')
+    assert recorded_artifact(onnx_copy) is None
+    assert "No manifest" in inspect_file(onnx_copy).notes[0]
+
+
+def test_a_checkpoint_under_another_kinds_name_is_named_as_what_it_is(checkpoint, tmp_path):
+    shutil.copy(checkpoint, tmp_path / "model.onnx")
+    with pytest.raises(InputError, match=r"safetensors checkpoint by its content.*Rename it to model\.safetensors"):
+        inspect_file(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x08", b"\x08\x0a", b"hello, world, this is text", b"\x89PNG\r\n\x1a\n" * 4]
+)
+def test_a_file_that_is_no_artifact_is_an_input_error(tmp_path, content):
+    (tmp_path / "file.onnx").write_bytes(content)
+    with pytest.raises(InputError, match="neither a checkpoint"):
+        inspect_file(tmp_path / "file.onnx")
+
+
+@pytest.mark.parametrize("name", ["absent.onnx", "."])
+def test_no_file_is_an_input_error(tmp_path, name):
+    with pytest.raises(InputError, match="cannot be read"):
+        inspect_file(tmp_path / name)
+
+
+def test_an_engine_without_manifest_is_named_and_not_opened(tmp_path):
+    (tmp_path / "foreign.engine").write_bytes(b"ftrt" + bytes(100))
+    found = inspect_file(tmp_path / "foreign.engine")
+    assert (found.kind, found.facts) == ("engine", {})
+    assert "native code" in found.notes[0]
+
+
+@pytest.mark.skipif(not package_version("tensorrt-rtx"), reason="tensorrt-rtx is not installed")
+def test_an_engine_is_described_by_its_manifest(exported, tmp_path):
+    from cnx_deploy.trt.builder import BuildSpec, build_engine
+
+    spec = BuildSpec(runtime="tensorrt-rtx", target="sm89", batches=((1, 2, 4),))
+    engine = build_engine(exported, spec, tmp_path)
+    assert kind_of_file(engine.path) == "engine"
+    facts = inspect_file(engine.path).facts
+    assert (facts["runtime"], facts["target"], facts["profiles"]) == ("tensorrt-rtx", "sm89", [[1, 2, 4]])
+    assert facts["runtime_version"] == package_version("tensorrt-rtx")
+    assert facts["source"] == {"onnx": exported.path.name, "sha256": exported.sha256}
+    assert facts["census"]["types"]["HALF"] > 0
+    assert facts["compiled"]["kernels"] > 12
+    assert 0 < facts["compiled"]["megabytes_per_image"] < 100
+    assert "cannot be read without a GPU" in inspect_file(engine.path).notes[0]
+    json.dumps(inspect_file(engine.path).to_dict(), allow_nan=False)
