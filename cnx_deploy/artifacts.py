@@ -7,6 +7,7 @@ given to a parser before its hash matches (docs/decisions/0008-hash-before-parse
 
 import contextlib
 import datetime
+import glob
 import hashlib
 import json
 import os
@@ -190,7 +191,7 @@ def stage_artifact(directory: Path, stem: str) -> Iterator[Staging]:
             f"Cannot write in {directory}: {error.strerror or error}. Choose another --output-dir."
         ) from error
     try:
-        for stale in directory.glob(f".{stem}.tmp-*"):
+        for stale in directory.glob(f".{glob.escape(stem)}.tmp-*"):
             shutil.rmtree(stale, ignore_errors=True)
         staging.folder.mkdir()
         yield staging
@@ -267,7 +268,7 @@ def _manifest_from_dict(data: dict[str, Any]) -> Manifest:
     if data["kind"] not in get_args(ArtifactKind):
         raise ValueError(f"unknown kind {data['kind']!r}")
     files = tuple(FileRecord(**record) for record in data["files"])
-    if not files or any(Path(record.name).name != record.name for record in files):
+    if not files or any(Path(record.name).name != record.name or record.name in ("", "..") for record in files):
         raise ValueError("file names must be plain names, at least one")
     model = dict(data["model"])
     model["weights"] = WeightsRecord(**model["weights"])
