@@ -25,7 +25,7 @@ from cnx_deploy.artifacts import (
     reusable_artifact,
     stage_artifact,
 )
-from cnx_deploy.errors import ExportError, InputError
+from cnx_deploy.errors import ExportError, InputError, OutputExistsError
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import DeployedConvNeXtV2, DeploySpec, deploy_form
 from cnx_deploy.onnx_checks import OPSET, GraphFacts, check_export
@@ -92,6 +92,7 @@ def export_onnx(
     with stage_artifact(output_dir, stem) as staging:
         found = reusable_artifact(output_dir, stem, "onnx", spec.request, record.weights.sha256, force=force)
         if found is not None:
+            _check_description(found, record, spec)
             return found, True
         path = staging.folder / f"{stem}.onnx"
         _write(_graph_from_module(deploy_form(model, spec.deploy), spec), record, spec, path)
@@ -109,6 +110,17 @@ def export_onnx(
             facts={**_facts_record(facts), "parity": parity},
         )
         return staging.commit(manifest), False
+
+
+def _check_description(found: Artifact, record: ModelRecord, spec: ExportSpec) -> None:
+    """Raise OutputExistsError where the file's metadata is not what it would be now: the weights' hash cannot tell."""
+    old, new = _metadata(found.manifest.model, spec), _metadata(record, spec)
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if differing:
+        raise OutputExistsError(
+            f"{found.path} holds the same weights but other metadata ({', '.join(differing)}). "
+            "Use --force to replace it, or another --name or --output-dir."
+        )
 
 
 def _graph_from_module(module: DeployedConvNeXtV2, spec: ExportSpec) -> ir.Model:

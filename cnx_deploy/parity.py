@@ -18,6 +18,12 @@ from cnx_deploy.runners.base import Runner
 __all__ = ["GATES", "Differences", "Gate", "ParityResult", "compare", "differences", "logits_of"]
 
 
+NOISE_MARGIN = 4.0
+"""A flip is noise where the reference's margin is below this many RMS errors (over all samples and logits): the
+difference of two noisy logits has sqrt(2) of them, so 2.8 of its standard deviations. The sample's own largest error
+would excuse every flip, for two logits cannot change places without moving by the margin together."""
+
+
 @dataclass(frozen=True, slots=True)
 class Gate:
     """What a pair must satisfy. Limits on the worst sample (relative L2, cosine) and over all (top-1, KL)."""
@@ -70,7 +76,7 @@ GATES: dict[str, Gate] = {
 class Differences:
     """Candidate against reference over all samples.
 
-    `excused_flips`: top-1 differs, but the reference's margin is below twice the sample's largest error.
+    `excused_flips`: top-1 differs, but the reference's margin is below `NOISE_MARGIN` times the RMS error of the run.
     `max_abs_in_std` is in units of the standard deviation of the reference's logits.
     """
 
@@ -172,12 +178,12 @@ def compare(
 
 
 def _flips(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Where top-1 differs, and where the reference's margin is below twice the sample's largest error."""
+    """Where top-1 differs, and where the reference's margin is within the run's noise."""
     flipped = a.argmax(dim=1) != b.argmax(dim=1)
     if b.shape[1] == 1:
         return flipped, flipped
     top2 = b.topk(2, dim=1).values
-    excused = (top2[:, 0] - top2[:, 1]) <= 2 * (a - b).abs().amax(dim=1)
+    excused = (top2[:, 0] - top2[:, 1]) <= NOISE_MARGIN * (a - b).square().mean().sqrt()
     return flipped, excused
 
 
