@@ -28,9 +28,8 @@ def run_in(folder: Path, commands: list[str], **replacements: str) -> str:
     for name, value in replacements.items():
         script = re.sub(rf"\b{re.escape(name.replace('_dot_', '.'))}\b", value, script)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )  # fmt: skip
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -75,7 +74,7 @@ def test_relative_links_lead_somewhere(page: str) -> None:
 
 def test_every_module_is_on_the_architecture_page() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    modules = [path for path in (ROOT / "cnx_deploy").glob("**/*.py") if path.name != "__init__.py"]
+    modules = [path for path in (ROOT / "cnx_deploy").glob("**/*.py") if not path.name.startswith("__")]
     missing = [path.name for path in modules if path.name not in page and path.parent.name not in ("cli", "runners")]
     assert missing == []
 
