@@ -10,8 +10,6 @@ import csv
 import io
 import json
 import os
-import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -195,8 +193,6 @@ def _loaders(spec: TrainingSpec, dataset: Dataset) -> tuple[Any, Any]:
 
 def _fit(trainer: Any, classifier: Any, loaders: tuple[Any, Any], state: Path | None) -> bool:
     """Run the loop and return whether Ctrl-C ended it, which Lightning turns into SystemExit."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT) if in_main_thread else None
     try:
         with torch.random.fork_rng():
             trainer.fit(classifier, *loaders, ckpt_path=state, weights_only=True)
@@ -204,9 +200,6 @@ def _fit(trainer: Any, classifier: Any, loaders: tuple[Any, Any], state: Path | 
         if not trainer.interrupted:
             raise
         return True
-    finally:
-        if handler is not None:
-            signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
     return False
 
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from cnx_deploy.cli.train import TerminalProgress
 from cnx_deploy.cli.train import train as train_command
 from cnx_deploy.data import Split, image_like_batches
 from cnx_deploy.environment import cpu_count
@@ -124,10 +124,10 @@ def test_another_seed_gives_other_weights(spec):
     assert not torch.equal(first["head.weight"], second["head.weight"])
 
 
-@pytest.mark.parametrize("epoch", [1, 2])
-def test_an_interrupted_run_resumes_to_what_it_would_have_been(spec, epoch):
+@pytest.mark.parametrize(("epoch", "workers"), [(1, 0), (2, 0), (2, 1)])
+def test_an_interrupted_run_resumes_to_what_it_would_have_been(spec, epoch, workers):
     whole = train(dataclasses.replace(spec, drop_path_rate=0.3, run_dir=spec.output_dir / "whole"))
-    cut = dataclasses.replace(spec, drop_path_rate=0.3)
+    cut = dataclasses.replace(spec, drop_path_rate=0.3, workers=workers)
     interrupted = train(cut, progress=InterruptIn(epoch))
     assert (interrupted.interrupted, interrupted.epochs_run) == (True, epoch - 1)
     resumed = train(dataclasses.replace(cut, resume=True))
@@ -135,6 +135,17 @@ def test_an_interrupted_run_resumes_to_what_it_would_have_been(spec, epoch):
     assert records(resumed.run_dir) == records(whole.run_dir)
     expected, found = weights(whole.last, spec.network), weights(resumed.last, spec.network)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_resumed_run_goes_on_after_its_last_finished_epoch(spec):
+    class NoteStart(Silence):
+        def begin(self, epochs, steps_per_epoch, epochs_done):
+            started_after.append(epochs_done)
+
+    started_after: list[int] = []
+    train(spec, progress=InterruptIn(2))
+    train(dataclasses.replace(spec, resume=True), progress=NoteStart())
+    assert started_after == [1]
 
 
 def test_resuming_a_finished_run_changes_nothing(spec):
@@ -296,7 +307,8 @@ def test_the_sampler_draws_every_image_once_in_another_order_each_epoch():
     sampler.set_epoch(1)
     second = list(sampler)
     assert sorted(index for index, _ in first) == sorted(index for index, _ in second) == list(range(20))
-    assert first != second
+    assert [index for index, _ in first] != [index for index, _ in second]
+    assert [index for index, _ in first] != list(range(20))
     sampler.set_epoch(0)
     assert list(sampler) == first
 
@@ -352,7 +364,12 @@ def test_the_command_prints_one_json_document_and_progress_apart(colours, tmp_pa
     assert "Epoch 1/1: loss" in done.stderr
 
 
-def test_the_command_exits_130_on_ctrl_c_and_leaves_a_run_to_resume(colours, tmp_path):
+def test_the_command_exits_130_on_ctrl_c_and_resumes(colours, tmp_path, monkeypatch):
+    class PressCtrlC(TerminalProgress):
+        def end_epoch(self, record, is_best):
+            super().end_epoch(record, is_best)
+            signal.raise_signal(signal.SIGINT)
+
     arguments = [
         str(colours),
         "--variant",
@@ -360,22 +377,19 @@ def test_the_command_exits_130_on_ctrl_c_and_leaves_a_run_to_resume(colours, tmp
         "--image-size",
         "32",
         "--epochs",
-        "300",
+        "2",
         "--output-dir",
         str(tmp_path),
     ]
-    command = [sys.executable, "-c", "from cnx_deploy.cli.train import train; train()", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        stopper = threading.Timer(120, process.kill)
-        stopper.start()
-        assert "Epoch 1/300" in process.stderr.readline()
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate()
-        stopper.cancel()
-    assert process.returncode == 130
-    assert "--resume" in errors
-    assert "Traceback" not in errors
-    assert (tmp_path / "atto-001" / "last.ckpt").is_file()
+    with monkeypatch.context() as patched:
+        patched.setattr("cnx_deploy.cli.train.TerminalProgress", PressCtrlC)
+        stopped = CliRunner().invoke(train_command, arguments)
+    assert stopped.exit_code == 130
+    assert "same command and --resume" in stopped.stderr
+    resumed = CliRunner().invoke(train_command, [*arguments, "--resume"])
+    assert resumed.exit_code == 0, resumed.stderr
+    assert "Epoch 2/2" in resumed.stderr
+    assert "Epoch 1/2" not in resumed.stderr
 
 
 @pytest.mark.slow
