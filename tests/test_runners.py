@@ -1,0 +1,196 @@
+"""Runners refuse what their model does not take, and ONNX Runtime computes what PyTorch does."""
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from cnx_deploy.data import image_like_batches, runner_input
+from cnx_deploy.errors import CorruptArtifactError, InputError, MissingRequirementError
+from cnx_deploy.model.deploy import DeploySpec
+from cnx_deploy.parity import GATES, differences
+from cnx_deploy.runners.base import InputSpec, check_input
+from cnx_deploy.runners.ort import OrtRunner
+from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
+
+SPEC = DeploySpec("fp32", 32)
+
+
+def images_for(spec: DeploySpec, count: int) -> torch.Tensor:
+    return runner_input(torch.cat(list(image_like_batches(count, spec.image_size, batch_size=count))), spec.input_kind)
+
+
+@pytest.fixture(params=["onnxruntime", "torch reference", "torch deploy form"])
+def runner(request, tiny_model, tiny_onnx_fp32):
+    """Each runner of the same network: FP32, float images of 32 px."""
+    return {
+        "onnxruntime": lambda: OrtRunner(tiny_onnx_fp32.path),
+        "torch reference": lambda: reference_runner(tiny_model, SPEC),
+        "torch deploy form": lambda: deployed_runner(tiny_model, SPEC),
+    }[request.param]()
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.uint8])
+def test_another_dtype_is_refused_and_not_cast(runner, dtype):
+    with pytest.raises(InputError, match=r"shape \(N, 3, 32, 32\) float32, not \(2, 3, 32, 32\)"):
+        runner.run(torch.zeros(2, 3, 32, 32, dtype=dtype))
+
+
+def test_channels_last_images_are_refused_with_a_hint(runner):
+    with pytest.raises(InputError, match="channel axis may be in the wrong place"):
+        runner.run(torch.zeros(2, 32, 32, 3))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 64, 64), (2, 3, 32, 64), (2, 1, 32, 32), (3, 32, 32), (), (2, 3, 32, 32, 1)])
+def test_another_shape_is_refused(runner, shape):
+    with pytest.raises(InputError, match="The model takes images of shape"):
+        runner.run(torch.zeros(shape))
+
+
+def test_another_size_gets_no_hint_about_channels(runner):
+    with pytest.raises(InputError) as caught:
+        runner.run(torch.zeros(2, 1, 64, 64))
+    assert "permute" not in str(caught.value)
+
+
+def test_an_empty_batch_is_refused(runner):
+    with pytest.raises(InputError, match="A batch of 0 is outside"):
+        runner.run(torch.zeros(0, 3, 32, 32))
+
+
+@pytest.mark.parametrize(("batch", "fits"), [(1, False), (2, True), (4, True), (5, False)])
+def test_a_batch_outside_the_range_is_refused(batch, fits):
+    spec = InputSpec("float", 32, 2, 4)
+    if fits:
+        check_input(torch.zeros(batch, 3, 32, 32), spec)
+    else:
+        with pytest.raises(InputError, match=f"A batch of {batch} is outside the model's range of 2 to 4"):
+            check_input(torch.zeros(batch, 3, 32, 32), spec)
+
+
+def test_raw_bytes_are_taken_with_channels_last_only():
+    spec = InputSpec("uint8", 32)
+    check_input(torch.zeros(1, 32, 32, 3, dtype=torch.uint8), spec)
+    with pytest.raises(InputError, match="permute the images"):
+        check_input(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), spec)
+
+
+def test_a_file_that_is_no_onnx_is_corrupt(tmp_path):
+    (tmp_path / "garbage.onnx").write_bytes(b"garbage, not protobuf")
+    with pytest.raises(CorruptArtifactError, match=r"ONNX Runtime cannot read .*garbage\.onnx"):
+        OrtRunner(tmp_path / "garbage.onnx")
+
+
+def test_without_cuda_the_cuda_provider_is_an_error_and_not_a_cpu_number(tiny_onnx_fp32):
+    if torch.cuda.is_available():
+        pytest.skip("CUDA is usable here, so the provider is not missing")
+    with pytest.raises(MissingRequirementError, match="CUDAExecutionProvider"):
+        OrtRunner(tiny_onnx_fp32.path, device="cuda")
+
+
+# The same numbers
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_onnx_runtime_equals_torch(tiny_model, tiny_onnx_fp32, batch):
+    images = images_for(SPEC, batch)
+    found = OrtRunner(tiny_onnx_fp32.path).run(images)
+    expected = reference_runner(tiny_model, SPEC).run(images)
+    assert GATES["fp32"].failures(differences(found, expected)) == ()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_onnx_runtime_on_the_fp16_file_passes_the_fp16_gate(tiny_model, tiny_onnx_fp16, batch):
+    images = images_for(SPEC, batch)
+    found = OrtRunner(tiny_onnx_fp16.path).run(images)
+    expected = reference_runner(tiny_model, SPEC).run(images)
+    assert GATES["fp16"].failures(differences(found, expected)) == ()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_optimisations_do_not_change_the_answer(request, precision):
+    path = request.getfixturevalue(f"tiny_onnx_{precision}").path
+    images = images_for(SPEC, 2)
+    found, expected = OrtRunner(path).run(images), OrtRunner(path, optimise=False).run(images)
+    assert GATES[precision].failures(differences(found, expected)) == ()
+
+
+def test_images_that_are_not_contiguous_are_read_right(tiny_onnx_fp32):
+    images = images_for(SPEC, 2)
+    strided = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    runner = OrtRunner(tiny_onnx_fp32.path)
+    assert (strided.is_contiguous(), torch.equal(runner.run(strided), runner.run(images))) == (False, True)
+
+
+def test_each_image_of_a_batch_gets_its_own_logits(runner):
+    images = images_for(SPEC, 4)
+    alone = torch.cat([runner.run(image[None]).clone() for image in images])
+    assert GATES["fp32"].failures(differences(runner.run(images), alone)) == ()
+
+
+def test_logits_are_float32(runner):
+    assert runner.run(images_for(SPEC, 1)).dtype == torch.float32
+
+
+def test_raw_bytes_and_floats_give_the_reference_the_same_logits(tiny_model):
+    bytes_spec = DeploySpec("fp32", 32, "uint8")
+    on_bytes = reference_runner(tiny_model, bytes_spec).run(images_for(bytes_spec, 3))
+    on_floats = reference_runner(tiny_model, SPEC).run(images_for(SPEC, 3))
+    assert GATES["fp32"].failures(differences(on_bytes, on_floats)) == ()
+
+
+def test_the_reference_of_a_training_model_is_in_evaluation_mode(tiny_model):
+    tiny_model.stage_blocks()[0][0].drop_path.p = 0.9
+    images = images_for(SPEC, 4)
+    expected = reference_runner(tiny_model.eval(), SPEC).run(images)
+    assert torch.equal(reference_runner(tiny_model.train(), SPEC).run(images), expected)
+
+
+def test_half_arithmetic_on_the_cpu_rounds(tiny_model):
+    spec = DeploySpec("fp16", 32)
+    images = images_for(spec, 2)
+    found = differences(deployed_runner(tiny_model, spec).run(images), reference_runner(tiny_model, spec).run(images))
+    assert 1e-4 < found.relative_l2_max < GATES["fp16"].relative_l2_max
+
+
+# What a runner says of itself
+
+
+def test_onnx_runtime_on_a_cpu_says_that_it_computes_fp16_files_in_fp32(tiny_onnx_fp16):
+    info = OrtRunner(tiny_onnx_fp16.path).info
+    assert (info.precision, info.arithmetic) == ("fp16", "fp32")
+
+
+def test_onnx_runtime_says_its_version_provider_and_threads(tiny_onnx_fp32):
+    info = OrtRunner(tiny_onnx_fp32.path, threads=1).info
+    details = dict(info.details)
+    assert (info.version, details["provider"], details["threads"]) == (
+        onnxruntime.__version__,
+        "CPUExecutionProvider",
+        "1",
+    )
+
+
+def test_a_file_with_a_batch_axis_takes_any_batch(tiny_onnx_fp32):
+    assert OrtRunner(tiny_onnx_fp32.path).input_spec == InputSpec("float", 32, 1, None)
+
+
+def test_a_file_of_a_fixed_batch_takes_that_batch_only(tmp_path, tiny_onnx_fp32):
+    model = onnx.load(tiny_onnx_fp32.path)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+    onnx.save(model, tmp_path / "fixed.onnx")
+    assert OrtRunner(tmp_path / "fixed.onnx").input_spec == InputSpec("float", 32, 4, 4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_torch_runner_says_its_precision(tiny_model, precision):
+    assert deployed_runner(tiny_model, DeploySpec(precision, 32)).info.precision == precision
+
+
+def test_a_runner_is_its_own_context(runner):
+    with runner as entered:
+        assert entered is runner
