@@ -13,6 +13,7 @@ from cnx_deploy.onnx_export import ExportSpec, export_onnx
 from cnx_deploy.parity import GATES, differences
 from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.runners.tensorrt_runner import TensorRTRunner
+from cnx_deploy.trt.backend import default_targets, load_backend
 from cnx_deploy.trt.builder import BuildSpec, build_engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not find_gpus(), reason="no NVIDIA GPU: not run")]
@@ -22,6 +23,9 @@ SPEC = DeploySpec(precision="fp16", image_size=64)
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    backend = load_backend()
+    if default_targets(backend) != ("current",):
+        pytest.skip(f"{backend.name} does not build for {find_gpus()[0].target}: not run")
     folder = tmp_path_factory.mktemp("gpu")
     record = ModelRecord("atto", 1000, 64, WeightsRecord("random", "0", "0" * 64, "none"), {})
     onnx, _ = export_onnx(random_model("atto"), record, ExportSpec(deploy=SPEC, batch=(1, 8, 64)), folder)

@@ -3,31 +3,40 @@
 import inspect
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from cnx_deploy.artifacts import Artifact, open_artifact
+from cnx_deploy.artifacts import Artifact
+from cnx_deploy.environment import Gpu
 from cnx_deploy.errors import BuildError, CnxDeployError, CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.runners import tensorrt_runner
 from cnx_deploy.runners.ort import OrtRunner
 from cnx_deploy.runners.tensorrt_runner import TensorRTRunner
+from cnx_deploy.trt import backend as backend_module
 from cnx_deploy.trt.backend import Backend, load_backend
 from tests import trt_double
 
-PROFILES = [(1, 1, 1), (1, 4, 8)]
+PROFILES = ((1, 1, 1), (1, 4, 8))
 
 
 def make_runner(
-    engine: Artifact, onnx: Artifact, monkeypatch: pytest.MonkeyPatch, fail: str | None = None
+    engine: Artifact,
+    onnx: Artifact,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    fail: str | None = None,
+    images_type: str = "FLOAT",
+    profiles: Sequence[tuple[int, int, int]] = PROFILES,
 ) -> tuple[TensorRTRunner, trt_double.DoubleContext]:
     real = load_backend("tensorrt-rtx").trt
-    module, context = trt_double.double_of(real, onnx.path, PROFILES, fail=fail)
+    module, context = trt_double.double_of(real, onnx.path, list(profiles), fail=fail, images_type=images_type)
     monkeypatch.setattr(tensorrt_runner, "CudaStream", trt_double.DoubleStream)
     runner = TensorRTRunner.__new__(TensorRTRunner)
-    request = {**engine.manifest.request, "batches": [list(sizes) for sizes in PROFILES]}
+    request = {**engine.manifest.request, "batches": [list(sizes) for sizes in profiles]}
     artifact = replace(engine, manifest=replace(engine.manifest, request=request))
     runner._start(artifact, Backend("tensorrt-rtx", module), torch.device("cpu"))
     return runner, context
@@ -141,10 +150,18 @@ def test_every_call_of_the_double_is_one_of_the_real_class(double: type, real_na
             wanted,
             named,
         )
-    for attribute in ("active_optimization_profile", "engine_host_code_allowed"):
-        assert hasattr(load_backend("tensorrt-rtx").trt.IExecutionContext, attribute) or hasattr(
-            load_backend("tensorrt-rtx").trt.Runtime, attribute
-        )
+
+
+@pytest.mark.parametrize(
+    ("real_name", "attribute"),
+    [
+        ("IExecutionContext", "active_optimization_profile"),
+        ("ICudaEngine", "num_io_tensors"),
+        ("Runtime", "engine_host_code_allowed"),
+    ],
+)
+def test_every_attribute_of_the_double_is_one_of_the_real_class(real_name: str, attribute: str) -> None:
+    assert hasattr(getattr(load_backend("tensorrt-rtx").trt, real_name), attribute)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the refusal without one cannot be seen")
@@ -164,20 +181,55 @@ def test_an_engine_of_another_release_is_refused_with_both_versions(tiny_engine:
 
 
 def test_an_engine_for_another_gpu_is_refused_with_both_names(
-    tiny_engine: Artifact, monkeypatch: pytest.MonkeyPatch
+    tiny_engine: Artifact,
 ) -> None:
-    from cnx_deploy.environment import Gpu
-
-    monkeypatch.setattr(tensorrt_runner, "find_gpus", lambda: (Gpu("NVIDIA T4", "sm75", "580.1", 15360),))
     with pytest.raises(MissingRequirementError, match="is for sm89; this GPU is sm75"):
-        tensorrt_runner._check_gpu(tiny_engine, 0)
+        tensorrt_runner._check_gpu(tiny_engine, "sm75")
 
 
-def test_an_altered_engine_never_reaches_the_runtime(tiny_engine: Artifact, tmp_path: Path) -> None:
+def test_a_gpu_that_torch_cannot_use_is_a_missing_requirement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MissingRequirementError, match=r"torch .* cannot use it"):
+        tensorrt_runner._current_target()
+
+
+def test_an_engine_that_takes_another_type_than_its_manifest_says_is_refused(
+    tiny_engine: Artifact, tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CorruptArtifactError, match=r"'images': 'HALF'.*promises.*'images': 'FLOAT'"):
+        make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch, images_type="HALF")
+
+
+def test_images_on_another_device_are_refused(
+    tiny_engine: Artifact, tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, context = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch)
+    with pytest.raises(InputError, match="The images are on meta, the engine on cpu"):
+        runner.run(torch.rand(1, 3, 32, 32, device="meta"))
+    assert context.calls == []
+
+
+def test_a_batch_between_two_profiles_is_refused(
+    tiny_engine: Artifact, tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, _ = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch, profiles=[(1, 1, 1), (4, 4, 8)])
+    with pytest.raises(InputError, match="No profile of the engine holds a batch of 2"):
+        runner.run(torch.rand(2, 3, 32, 32))
+
+
+def test_an_altered_engine_never_reaches_the_runtime(
+    tiny_engine: Artifact, tiny_onnx_fp16: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = tmp_path / tiny_engine.path.name
     plan = bytearray(tiny_engine.path.read_bytes())
     plan[len(plan) // 2] ^= 1
     copy.write_bytes(plan)
     copy.with_suffix(".json").write_text(tiny_engine.path.with_suffix(".json").read_text())
+    monkeypatch.setattr(backend_module, "find_gpus", lambda: (Gpu("NVIDIA L4", "sm89", "580.1", 23034),))
+    monkeypatch.setattr(tensorrt_runner, "_current_target", lambda: "sm89")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    module, _ = trt_double.double_of(load_backend("tensorrt-rtx").trt, tiny_onnx_fp16.path, list(PROFILES))
+    monkeypatch.setattr(tensorrt_runner, "load_backend", lambda name: Backend("tensorrt-rtx", module))
     with pytest.raises(CorruptArtifactError, match="was altered"):
-        open_artifact(copy)
+        TensorRTRunner(replace(tiny_engine, path=copy))
+    assert module.Runtime.plans == []

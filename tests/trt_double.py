@@ -67,11 +67,19 @@ class DoubleContext:
 
 
 class DoubleEngine:
-    """ICudaEngine."""
+    """ICudaEngine. `types` are those of its tensors, as TensorRT names them."""
 
-    def __init__(self, context: DoubleContext | None) -> None:
+    def __init__(self, context: DoubleContext | None, types: dict[str, str]) -> None:
         self._context = context
+        self._types = types
+        self.num_io_tensors = len(types)
         self.runtime_config: Any = None
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self._types)[index]
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return SimpleNamespace(name=self._types[name])
 
     def create_runtime_config(self) -> Any:
         return SimpleNamespace(dynamic_shapes_kernel_specialization_strategy=None)
@@ -90,7 +98,6 @@ class DoubleRuntime:
     def __init__(self, logger: Any) -> None:
         self.logger = logger
         self.engine_host_code_allowed = True  # so that a runner that forgets to turn it off is seen
-        type(self).last = self
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> DoubleEngine | None:
         assert self.engine_host_code_allowed is False, "host code must be off before an engine is read"
@@ -118,12 +125,18 @@ class DoubleStream:
 
 
 def double_of(
-    real_trt: Any, onnx_path: Path, profiles: list[tuple[int, int, int]], *, fail: str | None = None
+    real_trt: Any,
+    onnx_path: Path,
+    profiles: list[tuple[int, int, int]],
+    *,
+    fail: str | None = None,
+    images_type: str = "FLOAT",
 ) -> tuple[Any, DoubleContext]:
     """A module to take TensorRT's place, and the context it will hand out. `fail="deserialize"` gives no engine."""
     session = onnxruntime.InferenceSession(str(onnx_path), providers=["CPUExecutionProvider"])
     context = DoubleContext(session, profiles, fail)
-    engine = DoubleEngine(None if fail == "create_execution_context" else context)
+    types = {"images": images_type, "logits": "FLOAT"}
+    engine = DoubleEngine(None if fail == "create_execution_context" else context, types)
     runtime = type("Runtime", (DoubleRuntime,), {"engine": None if fail == "deserialize" else engine, "plans": []})
     module = SimpleNamespace(
         __version__=real_trt.__version__,

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.artifacts import Artifact, open_artifact
-from cnx_deploy.environment import find_gpus
 from cnx_deploy.errors import BuildError, CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.runners.base import InputSpec, RunnerInfo, check_input
 from cnx_deploy.trt.backend import Backend, load_backend, require_gpu
@@ -47,21 +46,22 @@ class CudaStream:
 
 
 class TensorRTRunner:
-    """Run an engine; see `runners.base.Runner`.
+    """Run an engine on torch's current CUDA device; see `runners.base.Runner`.
 
     The engine is given to the deserialiser only after its hash has matched its manifest, with host code off.
 
     Raises MissingRequirementError without a GPU (in under two seconds), for an engine of another release or another
-    GPU; CorruptArtifactError when the runtime refuses it all the same.
+    GPU; CorruptArtifactError when the runtime refuses it all the same or it takes other types than its manifest says.
     """
 
-    def __init__(self, artifact: Artifact, *, device_index: int = 0) -> None:
+    def __init__(self, artifact: Artifact) -> None:
         require_gpu()
         artifact = open_artifact(artifact.path)
         backend = load_backend(str(artifact.manifest.request["runtime"]))
         _check_release(artifact, backend)
-        _check_gpu(artifact, device_index)
-        self._start(artifact, backend, torch.device("cuda", device_index))
+        _check_gpu(artifact, _current_target())
+        # TensorRT deserialises onto the current device, so that is the one to name.
+        self._start(artifact, backend, torch.device("cuda", torch.cuda.current_device()))
 
     def _start(self, artifact: Artifact, backend: Backend, device: torch.device) -> None:
         """Deserialise and make the execution context; apart from the checks so that a double can stand in."""
@@ -76,6 +76,7 @@ class TensorRTRunner:
                 f"{backend.name} {backend.version} refuses {artifact.path.name}: {self._last_message()} Build it again "
                 "with cnx-deploy build-trt --force."
             )
+        _check_types(self._engine, artifact)
         self._context, specialisation = backend.execution_context(self._engine)
         if self._context is None:
             raise BuildError(f"{backend.name} made no execution context: {self._last_message()} Is GPU memory free?")
@@ -123,7 +124,7 @@ class TensorRTRunner:
         TensorRT would read its memory in the wrong order without a word.
         """
         check_input(images, self.input_spec)
-        if images.device.type != self.device.type:
+        if images.device != self.device:
             raise InputError(f"The images are on {images.device}, the engine on {self.device}: move them there.")
         images = images.contiguous()
         self._stream.wait_for_producer()
@@ -160,7 +161,7 @@ class TensorRTRunner:
 
 
 def _check_release(artifact: Artifact, backend: Backend) -> None:
-    built_with = artifact.manifest.facts["runtime_version"]
+    built_with = artifact.manifest.facts.get("runtime_version", "an unknown release")
     if built_with != backend.version:
         raise MissingRequirementError(
             f"{artifact.path.name} was built with {backend.name} {built_with}; {backend.version} is installed, and "
@@ -169,9 +170,32 @@ def _check_release(artifact: Artifact, backend: Backend) -> None:
         )
 
 
-def _check_gpu(artifact: Artifact, device_index: int) -> None:
+def _current_target() -> str:
+    """Compute capability of torch's current device, which CUDA_VISIBLE_DEVICES may have renumbered: "sm89"."""
+    if not torch.cuda.is_available():
+        raise MissingRequirementError(
+            f"A GPU is here, but torch {torch.__version__} cannot use it: it was built for another CUDA or for none, "
+            "or CUDA_VISIBLE_DEVICES hides it. `cnx-deploy doctor` says more."
+        )
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm{major}{minor}"
+
+
+def _check_types(engine: Any, artifact: Artifact) -> None:
+    """TensorRT reads a buffer as the type it was built for, whatever is in it: wrong logits, no error."""
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    found = {name: engine.get_tensor_dtype(name).name for name in names}
+    images = "UINT8" if artifact.manifest.request["input_kind"] == "uint8" else "FLOAT"
+    expected = {"images": images, "logits": "FLOAT"}
+    if found != expected:
+        raise CorruptArtifactError(
+            f"{artifact.path.name} takes and gives {found}; its manifest promises {expected}. Build it again with "
+            "cnx-deploy build-trt --force."
+        )
+
+
+def _check_gpu(artifact: Artifact, found: str) -> None:
     target = str(artifact.manifest.request["target"])
-    found = find_gpus()[device_index].target
     built_for = artifact.manifest.facts.get("gpu", target) if target == "current" else target
     if built_for not in ("current", found):
         raise MissingRequirementError(
