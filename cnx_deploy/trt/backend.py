@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Literal
 
-from cnx_deploy.environment import find_gpus
+from cnx_deploy.environment import Gpu, find_gpus
 from cnx_deploy.errors import InputError, MissingRequirementError
 
 __all__ = ["DEFAULT_TARGETS", "Backend", "RuntimeName", "default_targets", "load_backend", "require_gpu"]
@@ -70,6 +70,7 @@ class Backend:
         """Raise unless `target` ("current" or "sm89") can be built for on this machine."""
         if target == "current":
             require_gpu()
+            self._check_own_gpu(find_gpus()[0])
         elif not self.targets:
             raise InputError(f"{self.name} builds for the GPU it runs on only; use --target current, not {target}.")
         elif target not in self.targets:
@@ -77,6 +78,13 @@ class Backend:
                 " SM90 and SM100 are data-centre GPUs: use --runtime tensorrt there." if target in _DATA_CENTRE else ""
             )
             raise InputError(f"{self.name} {self.version} builds for {', '.join(self.targets)}, not {target}.{hint}")
+
+    def _check_own_gpu(self, gpu: Gpu) -> None:
+        if self.targets and gpu.target not in self.targets:
+            raise MissingRequirementError(
+                f"This machine's {gpu.name} is {gpu.target}, and {self.name} {self.version} builds for "
+                f"{', '.join(self.targets)} only. Use --runtime tensorrt here, or name another --target."
+            )
 
     def select_target(self, config: Any, target: str) -> None:
         """Set the compute capability a builder configuration builds for."""
@@ -133,7 +141,7 @@ def load_backend(name: str = "auto") -> Backend:
     package, command = PACKAGES[runtime]
     try:
         return Backend(runtime, importlib.import_module(package))
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: the package is there, a library it loads is not
         raise MissingRequirementError(f"{package} cannot be imported ({error}). Install it: {command}.") from error
 
 
