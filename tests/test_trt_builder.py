@@ -1,7 +1,10 @@
 """Real builds with TensorRT-RTX on this machine's processor: what goes in, what is refused, what is recorded."""
 
+import re
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -11,6 +14,7 @@ from cnx_deploy.artifacts import Artifact, open_artifact, sha256_of_file
 from cnx_deploy.errors import BuildError, CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.runners.ort import OrtRunner
 from cnx_deploy.trt import backend as backend_module
+from cnx_deploy.trt import network
 from cnx_deploy.trt.backend import DEFAULT_TARGETS, default_targets, load_backend, require_gpu
 from cnx_deploy.trt.builder import BuildSpec, build_engine
 from cnx_deploy.trt.compiled import kernels_in_log, measure_compiled
@@ -194,10 +198,63 @@ def test_the_fallback_computes_depthwise_convolutions_in_fp32_and_nothing_else(t
     torch.testing.assert_close(logits, OrtRunner(tiny_onnx_fp16.path).run(images), rtol=0, atol=5e-3)
 
 
+def refusing_half_depthwise(monkeypatch: pytest.MonkeyPatch, reason: str) -> list[Path]:
+    """Let the first build of a test fail for `reason`; what is built after it is real. Returns the files built."""
+    built: list[Path] = []
+    serialise = NetworkBuild.serialise
+
+    def first_fails(build: NetworkBuild, *given: Any) -> bytes:
+        built.append(build.onnx_path)
+        if len(built) == 1:
+            raise BuildError(f"tensorrt made no engine. Its log:\n  {reason}")
+        return serialise(build, *given)
+
+    monkeypatch.setattr(NetworkBuild, "serialise", first_fails)
+    return built
+
+
+def test_without_a_half_depthwise_kernel_the_engine_is_built_with_the_fallback_and_says_so(
+    tiny_onnx_fp16: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "No low-precision conv kernel available for this strongly-typed Conv"
+    built = refusing_half_depthwise(monkeypatch, reason)
+    engine = build_engine(tiny_onnx_fp16, BuildSpec(batches=((1, 4, 8),)), tmp_path)
+    assert engine.manifest.facts["depthwise_fp32_fallback"] is True
+    assert engine.manifest.facts["census"]["float_layers"]["CONVOLUTION"] == 5, "one a block"
+    assert engine.manifest.source_sha256 == tiny_onnx_fp16.sha256
+    assert [path.exists() for path in built] == [True, False], "the changed copy is gone"
+
+
+def test_another_failure_is_not_retried(
+    tiny_onnx_fp16: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = refusing_half_depthwise(monkeypatch, "out of memory")
+    with pytest.raises(BuildError, match="out of memory"):
+        build_engine(tiny_onnx_fp16, BuildSpec(batches=((1, 4, 8),)), tmp_path)
+    assert len(built) == 1
+    assert not list(tmp_path.glob("*.engine"))
+
+
+def test_an_engine_is_not_built_from_an_engine(tiny_engine: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is of kind engine; an engine is built from an ONNX file"):
+        build_engine(tiny_engine, BuildSpec(batches=((1, 4, 8),)), tmp_path)
+
+
+def test_progress_is_told_while_the_compiler_works(tiny_onnx_fp16: Artifact) -> None:
+    told: list[str] = []
+    with network._ticking(lambda text, share: told.append(text), "file.onnx"):
+        time.sleep(1.2)
+    count = len(told)
+    assert count >= 1
+    assert all(re.fullmatch(r"file\.onnx, \d+ s", text) for text in told)
+    time.sleep(0.7)
+    assert len(told) == count, "the ticker has stopped"
+
+
 def test_the_census_of_an_fp32_file_has_no_half(tiny_onnx_fp32: Artifact) -> None:
-    network = NetworkBuild(RTX, tiny_onnx_fp32.path).network
-    assert "HALF" not in type_census(network)["types"]
-    assert half_share(network) == 0.0
+    parsed = NetworkBuild(RTX, tiny_onnx_fp32.path).network
+    assert "HALF" not in type_census(parsed)["types"]
+    assert half_share(parsed) == 0.0
 
 
 def test_without_a_gpu_the_default_is_ahead_of_time_for_three_targets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """A recorded ONNX file to an engine: profiles, checks, and what was found on the way in the manifest."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,8 @@ def build_engine(
     precision; InputError for a target or batch that does not fit; what `artifacts` raises for altered files.
     """
     source = open_artifact(onnx.path if isinstance(onnx, Artifact) else onnx)
+    if source.manifest.kind != "onnx":
+        raise InputError(f"{source.path} is of kind {source.manifest.kind}; an engine is built from an ONNX file.")
     backend = load_backend(spec.runtime)
     backend.check_target(spec.target)
     _check_batches(source, spec)
@@ -111,15 +114,23 @@ def _built(
         "half_share_of_products": round(half_share(build.network), 4),
         "depthwise_fp32_fallback": fallback,
         "range_warnings": list(build.range_warnings()),
-        "kernels": len(list(kernels_in_log(text for _, text in build.log.messages))),
+        "kernels_by_profile": _kernels_by_profile(build, spec),
         "run": "not run: built ahead of time" if spec.target != "current" else "not run yet: see verify",
     }
     if spec.target == "current":
         facts["gpu"] = find_gpus()[0].target
-    if spec.measure and backend.targets and not fallback:  # TensorRT proper logs another format and builds for minutes
-        compiled = measure_compiled(source.path, batch=spec.batches[-1][2], target=spec.target, backend=backend)
+    # TensorRT proper logs another format and builds for minutes.
+    if spec.measure and backend.name == "tensorrt-rtx" and not fallback:
+        largest = spec.batches[-1][2]
+        compiled = measure_compiled(source.path, batch=largest, target=spec.target, backend=backend, progress=progress)
         facts["compiled"] = compiled.to_dict()
     return plan, facts
+
+
+def _kernels_by_profile(build: NetworkBuild, spec: BuildSpec) -> dict[str, int]:
+    """Kernels the engine itself launches, by batch range: each profile is compiled for itself."""
+    counts = Counter(kernel.profile for kernel in kernels_in_log(text for _, text in build.log.messages))
+    return {":".join(map(str, sizes)): counts[index] for index, sizes in enumerate(spec.batches) if counts[index]}
 
 
 def _serialised(

@@ -16,7 +16,7 @@ from typing import Any
 
 from cnx_deploy.errors import BuildError
 from cnx_deploy.trt.backend import Backend
-from cnx_deploy.trt.network import NetworkBuild
+from cnx_deploy.trt.network import NetworkBuild, Progress
 
 __all__ = ["CompiledEngine", "CompiledKernel", "kernels_in_log", "measure_compiled"]
 
@@ -29,6 +29,7 @@ LINE = re.compile(
 )
 TENSOR = re.compile(r"Dimensions: \[([^\]]*)\].*?Datatype: (\w+)")
 SOURCE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+PROFILE = re.compile(r"_myl(\d+)_\d+$")
 PARTS = re.compile(r"^(stages\.\d+|downsample_layers\.\d+|head|norm)")
 
 
@@ -51,6 +52,12 @@ class CompiledKernel:
         """All it reads and writes."""
         parts = (self.input_bytes, self.constant_bytes, self.output_bytes)
         return sum(part for part in parts if part is not None)
+
+    @property
+    def profile(self) -> int:
+        """Index of the optimisation profile it was compiled for, which is the last number but one in its name."""
+        match = PROFILE.search(self.name)
+        return int(match[1]) if match else 0
 
     @property
     def part(self) -> str:
@@ -92,14 +99,16 @@ class CompiledEngine:
         }
 
 
-def measure_compiled(onnx_path: Path, *, batch: int, target: str, backend: Backend) -> CompiledEngine:
+def measure_compiled(
+    onnx_path: Path, *, batch: int, target: str, backend: Backend, progress: Progress | None = None
+) -> CompiledEngine:
     """Compile `onnx_path` for a fixed batch and read the compiler's list of kernels.
 
     Raises BuildError when it cannot be compiled or when the log is not in the format known here.
     """
     build = NetworkBuild(backend, onnx_path)
     build.fix_batch(batch)
-    plan = build.serialise(build.config(target, allow_tf32=False))
+    plan = build.serialise(build.config(target, allow_tf32=False), progress)
     kernels = tuple(kernels_in_log(text for _, text in build.log.messages))
     if not kernels:
         raise BuildError(

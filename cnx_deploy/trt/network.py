@@ -15,11 +15,13 @@ from typing import Any
 from cnx_deploy.errors import BuildError
 from cnx_deploy.trt.backend import Backend
 
-__all__ = ["NetworkBuild", "half_share", "type_census"]
+__all__ = ["NetworkBuild", "Progress", "half_share", "type_census"]
 
 Progress = Callable[[str, float], None]
 
 LAYERNORM_WARNING = "Detected layernorm nodes in FP16"
+NOTICES = ("catchCudaError", "The logger passed into")
+"""Lines that say nothing of the build: there is no GPU; another builder of this process has another logger."""
 RANGE_WORDS = ("overflow", "subnormal", "out of range", "out-of-range", "underflow")
 
 
@@ -86,9 +88,9 @@ class NetworkBuild:
         return tuple(dict.fromkeys(line for line in lines if any(word in line.lower() for word in RANGE_WORDS)))
 
     def error(self, what: str) -> BuildError:
-        """A BuildError with the log's last errors (or warnings), driver notices on a machine without GPU left out."""
+        """A BuildError with the log's last errors (or warnings), `NOTICES` left out."""
         wanted = [text for severity, text in self.log.messages if severity in ("ERROR", "INTERNAL_ERROR", "WARNING")]
-        lines = [" ".join(text.split()) for text in wanted if "catchCudaError" not in text]
+        lines = [" ".join(text.split()) for text in wanted if not any(notice in text for notice in NOTICES)]
         tail = "\n  ".join(lines[-4:])
         name = f"{self.backend.name} {self.backend.version}"
         return BuildError(f"{name} {what} ({self.onnx_path.name})." + (f" Its log:\n  {tail}" if tail else ""))
