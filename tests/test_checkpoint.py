@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from foreign_models import assert_same_weights, saved
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -16,6 +15,7 @@ from cnx_deploy.model.checkpoint import hash_weights, load_checkpoint, resolve_m
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.model.pretrained import PRETRAINED_TAGS
 from cnx_deploy.model.weight_files import METADATA_KEY
+from tests.foreign_models import assert_same_weights, saved
 
 
 def test_a_saved_model_loads_with_the_same_weights(tiny_model, tiny_variant, tmp_path):

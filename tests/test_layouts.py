@@ -4,7 +4,13 @@ import argparse
 
 import pytest
 import torch
-from foreign_models import (
+from torch import Tensor, nn
+
+from cnx_deploy.errors import CheckpointError
+from cnx_deploy.model.checkpoint import load_checkpoint
+from cnx_deploy.model.convnextv2 import random_model
+from cnx_deploy.model.weight_files import read_weight_file
+from tests.foreign_models import (
     assert_same_weights,
     fcmae_state,
     randomise,
@@ -13,12 +19,6 @@ from foreign_models import (
     timm_model,
     transformers_model,
 )
-from torch import Tensor, nn
-
-from cnx_deploy.errors import CheckpointError
-from cnx_deploy.model.checkpoint import load_checkpoint
-from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.model.weight_files import read_weight_file
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pytest
 import timm
 import torch
 import transformers
-from foreign_models import randomise, transformers_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from cnx_deploy.model.checkpoint import load_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model, random_model
 from cnx_deploy.model.layers import Block, GlobalResponseNorm, LayerNormChannelsFirst
 from cnx_deploy.variants import VARIANTS, find_variant
+from tests.foreign_models import randomise, transformers_model
 
 LOGITS_ATOL = 1e-5
 """Largest difference between two FP32 implementations whose logits are of the order of one. Seen: 7.2e-7."""

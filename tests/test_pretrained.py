@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from foreign_models import randomise
 from huggingface_hub import constants
 from timm.models import save_for_hf
 from timm.models.convnext import default_cfgs
@@ -16,6 +15,7 @@ from cnx_deploy.data import Preprocessing
 from cnx_deploy.errors import CheckpointError, CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.model.checkpoint import hash_weights, load_pretrained
 from cnx_deploy.model.pretrained import PRETRAINED_TAGS
+from tests.foreign_models import randomise
 
 
 @pytest.fixture

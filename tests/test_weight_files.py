@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign_models import saved
 from torch import nn
 
 from cnx_deploy.errors import CheckpointError, CorruptArtifactError, InputError, RefusedArtifactError
 from cnx_deploy.model.checkpoint import load_checkpoint
+from tests.foreign_models import saved
 
 
 class Malicious:
