@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path("demo")
 DATA, RUN, EXPORT, ENGINES = ROOT / "digits", ROOT / "run", ROOT / "export", ROOT / "engines"
-EPOCHS = 10
+EPOCHS = 14
 TARGETS = ("sm86", "sm89", "sm120")
 BIN = Path(sys.executable).parent
 
@@ -50,7 +50,18 @@ def train() -> None:
         print(f"  {RUN} holds a finished run: reused", flush=True)
         return
     words = ["train", str(DATA), "--variant", "atto", "--image-size", "64", "--epochs", str(EPOCHS), "--no-flip"]
-    cnx(*words, "--crop-ratio", "1.0", "--run-dir", str(RUN), *(["--resume"] if RUN.exists() else []))
+    cnx(
+        *words,
+        "--crop-ratio",
+        "1.0",
+        "--min-crop-area",
+        "0.8",
+        "--label-smoothing",
+        "0",
+        "--run-dir",
+        str(RUN),
+        *(["--resume"] if RUN.exists() else []),
+    )
 
 
 def step(title: str) -> None:
