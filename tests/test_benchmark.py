@@ -53,6 +53,12 @@ class KnownSpeed:
         return self.logits
 
 
+def noise() -> list[float]:
+    """Factors around 1 with a standard deviation of 0.1, drawn from a fixed seed."""
+    draws = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    return (1.0 + 0.1 * draws).clamp(0.7, 1.3).tolist()
+
+
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
@@ -193,9 +199,8 @@ def test_a_candidate_of_half_the_speed_has_a_speedup_of_one_half(runner):
 
 
 def test_the_interval_of_a_noisy_speedup_holds_it(runner):
-    generator = torch.Generator().manual_seed(0)
-    noise = (1.0 + 0.1 * torch.randn(10_000, generator=generator)).clamp(0.7, 1.3).tolist()
-    _, timing = timings(runner(10.0), runner(lambda index: 20.0 * noise[index]), calls=300)
+    factors = noise()
+    _, timing = timings(runner(10.0), runner(lambda index: 20.0 * factors[index]), calls=300)
     low, high = timing.speedup_interval
     assert (low < 0.5 < high, low <= timing.speedup <= high, high - low < 0.05) == (True, True, True)
 
@@ -226,10 +231,12 @@ def test_candidates_take_turns(runner):
 
 
 def test_the_same_seed_gives_the_same_interval(runner):
-    def intervals() -> list[object]:
-        return [timing.speedup_interval for timing in timings(runner(10.0), runner(lambda index: 15.0 + index % 7))]
+    factors = noise()
 
-    assert intervals() == intervals()
+    def interval() -> tuple[float, float] | None:
+        return timings(runner(10.0), runner(lambda index: 20.0 * factors[index]))[1].speedup_interval
+
+    assert interval() == interval()
 
 
 def test_progress_ends_at_the_whole(runner):

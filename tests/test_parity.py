@@ -181,8 +181,12 @@ def test_one_bad_sample_among_many_good_ones_is_caught():
     assert "relative L2" in limits_broken(candidate, logits(1000))
 
 
-def test_a_zero_reference_is_no_division_by_zero():
+def test_a_difference_from_a_zero_reference_is_caught():
     assert "relative L2" in limits_broken(torch.ones(1, 3), torch.zeros(1, 3))
+
+
+def test_zero_on_both_sides_is_no_difference_and_no_division_by_zero():
+    assert differences(torch.zeros(1, 3), torch.zeros(1, 3)).relative_l2_max == 0.0
 
 
 @pytest.mark.parametrize(
