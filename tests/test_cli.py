@@ -5,11 +5,12 @@ import errno
 import json
 import shutil
 
+import click
 import pytest
 from PIL import Image
 
 from cnx_deploy import __version__, doctor
-from cnx_deploy.cli import COMMANDS, main
+from cnx_deploy.cli import COMMANDS, cli, main
 from cnx_deploy.data import image_like_batches
 from cnx_deploy.environment import find_gpus, package_version
 
@@ -68,6 +69,11 @@ def test_every_command_of_the_table_answers_help_under_its_own_name(cnx, command
     code, out, _ = cnx(command, "--help")
     assert code == 0
     assert out.startswith(f"Usage: cnx-deploy {command} ")
+
+
+def test_each_name_of_the_table_is_another_command():
+    commands = [cli.get_command(click.Context(cli), name) for name in COMMANDS]
+    assert len({id(command.callback) for command in commands}) == len(COMMANDS)
 
 
 def test_the_groups_help_lists_every_command_and_keeps_the_lines_of_its_example(cnx):
