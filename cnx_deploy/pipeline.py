@@ -3,6 +3,7 @@
 Each takes a frozen request and a callable that is told one line at a time; folders are named by the caller.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -193,6 +194,7 @@ def _export(
     record = model_record(loaded, preprocessing, request.output_dir, request.checkpoint)
     check = None if request.no_verify else check_exported(loaded, spec.request, record)
     artifact, reused = export_onnx(loaded.model, record, spec, request.output_dir, force=request.force, verify=check)
+    gc.collect()  # the exporter's graphs are cycles that hold the weights: huge in two precisions needs them gone
     if reused:
         note(f"{artifact.path} is there and was made from the same inputs: reused")
     else:

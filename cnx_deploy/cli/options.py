@@ -6,10 +6,11 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
+from cnx_deploy.errors import CnxDeployError
 from cnx_deploy.variants import VARIANTS
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "echo_json",
     "engines_dir",
     "export_dir",
+    "fail",
     "force",
     "image_size",
     "note",
@@ -77,6 +79,14 @@ engines_dir = click.option(
 def note(text: str) -> None:
     """One line of progress on stderr."""
     click.echo(text, err=True)
+
+
+def fail(error: CnxDeployError, *, as_json: bool) -> NoReturn:
+    """End a command whose result is printed already: with --json the message is no second document on stdout."""
+    if not as_json:
+        raise error
+    note(f"Error: {error}")
+    raise click.exceptions.Exit(error.exit_code)
 
 
 def echo_json(document: Any) -> None:

@@ -35,7 +35,8 @@ def verify(as_json: bool, **arguments: Any) -> None:
         _show(found)
     failed = [entry.artifact for entry in found if not entry.passed]
     if failed:
-        raise ParityError(f"{', '.join(failed)} differ from PyTorch by more than the gate allows; see the rows above.")
+        message = f"{', '.join(failed)} differ from PyTorch by more than the gate allows; see the rows above."
+        options.fail(ParityError(message), as_json=as_json)
 
 
 def _show(found: "list[Verification]") -> None:

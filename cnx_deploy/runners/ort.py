@@ -21,6 +21,20 @@ PROVIDERS = {
     "cuda": ("CUDAExecutionProvider", {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}),
 }
 
+LOAD_ERRORS = tuple(
+    getattr(onnxruntime.capi.onnxruntime_pybind11_state, name)
+    for name in (
+        "EPFail",
+        "Fail",
+        "InvalidGraph",
+        "InvalidProtobuf",
+        "NoSuchFile",
+        "NotImplemented",
+        "RuntimeException",
+    )
+)
+"""ONNX Runtime's exceptions have no common base of their own."""
+
 
 class OrtRunner:
     """Run an ONNX file; see `runners.base.Runner`.
@@ -98,7 +112,7 @@ def _session(path: Path, device: str, threads: int, spin: bool, optimise: bool) 
     provider, provider_options = PROVIDERS[device]
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, provider_options)])
-    except (onnxruntime.capi.onnxruntime_pybind11_state.InvalidProtobuf, ValueError) as error:
+    except (*LOAD_ERRORS, ValueError) as error:
         raise CorruptArtifactError(f"ONNX Runtime cannot read {path} ({error}). Export it again.") from error
     if session.get_providers()[0] != provider:
         raise MissingRequirementError(
