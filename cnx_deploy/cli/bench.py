@@ -44,9 +44,8 @@ def bench(as_csv: bool, as_json: bool, **arguments: Any) -> None:
         _show(result, request.duration)
     invalid = [row.name for row in result.rows if row.status == "INVALID"]
     if invalid:
-        raise CheckFailedError(
-            f"{', '.join(invalid)} gave wrong logits while timed; `cnx-deploy verify` says how wrong."
-        )
+        message = f"{', '.join(invalid)} gave wrong logits while timed; `cnx-deploy verify` says how wrong."
+        options.fail(CheckFailedError(message), as_json=as_json)
 
 
 def _document(result: "Benchmark", duration: float) -> dict[str, Any]:
