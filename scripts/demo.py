@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path("demo")
 DATA, RUN, EXPORT, ENGINES = ROOT / "digits", ROOT / "run", ROOT / "export", ROOT / "engines"
-EPOCHS = 14
+EPOCHS = 12
 TARGETS = ("sm86", "sm89", "sm120")
 BIN = Path(sys.executable).parent
 
