@@ -114,10 +114,11 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A main file and its manifest."""
+    """A main file and its manifest; `reused` when a stage found it made already."""
 
     path: Path
     manifest: Manifest
+    reused: bool = field(default=False, compare=False)
 
     @property
     def sha256(self) -> str:
@@ -241,7 +242,7 @@ def reusable_artifact(
             if not main.exists():  # a record without its binary, as committed records are: make it again
                 return None
             if found.manifest.tools == tool_versions():
-                return open_artifact(main)
+                return replace(open_artifact(main), reused=True)
     raise OutputExistsError(
         f"{main} exists and was made from other inputs or by other versions. "
         "Use --force to replace it, or another --name or --output-dir."

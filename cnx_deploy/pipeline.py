@@ -136,7 +136,8 @@ def run_builds(
             note(f"Building {artifact.path.name} for {target} with {backend.name} {backend.version}")
             engine = build_engine(artifact, spec, request.output_dir, force=request.force, progress=progress)
             engines.append(engine)
-            note(f"  {engine.path} ({engine.manifest.files[0].size_bytes / 1e6:.1f} MB)")
+            size = f"{engine.manifest.files[0].size_bytes / 1e6:.1f} MB"
+            note(f"  {engine.path} ({'made from the same inputs: reused' if engine.reused else size})")
     return engines
 
 
