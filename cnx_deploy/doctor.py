@@ -38,10 +38,10 @@ TESTED_VERSIONS: dict[str, str] = {
 OLDEST_PYTHON = (3, 11)
 TRAIN_PACKAGES = ("lightning", "torchmetrics")
 
-HUGE_MEMORY_GB = 14.0
+HUGE_MEMORY_GB = 12.0
 HUGE_DISK_GB = 5.5
 """Measured for huge at 224 px on 2026-11-24 (torch 2.14.1, TensorRT-RTX 1.7.1, CPU only): `export` in both precisions
-peaked at 13.4 GB resident; its two ONNX files and one engine are 5.3 GB."""
+peaked at 10.8 GB resident; its two ONNX files and one engine are 5.3 GB."""
 
 INSTALL_TORCH = "pip install torch; see pytorch.org for the build that fits the driver"
 BUILD_AHEAD = "Build ahead of time with TensorRT-RTX and run engines on a machine with an NVIDIA GPU and its driver."

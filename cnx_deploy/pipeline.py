@@ -12,6 +12,7 @@ from typing import Literal
 from cnx_deploy.artifacts import Artifact, find_artifacts, open_artifact
 from cnx_deploy.data import Preprocessing
 from cnx_deploy.errors import InputError, MissingRequirementError
+from cnx_deploy.interchange import save_comparison
 from cnx_deploy.model.checkpoint import LoadedModel, resolve_model
 from cnx_deploy.model.deploy import DeploySpec, InputKind, Layout, Precision
 from cnx_deploy.onnx_export import ExportSpec, export_onnx
@@ -76,13 +77,17 @@ class BuildRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyRequest:
-    """What `cnx-deploy verify` takes. Without `files`, everything recorded in both folders."""
+    """What `cnx-deploy verify` takes. Without `files`, everything recorded in both folders.
+
+    `save_inputs`: folder for the images and the reference's logits in Polygraphy's formats, in one folder a network.
+    """
 
     files: tuple[Path, ...] = ()
     export_dir: Path = Path("export")
     engines_dir: Path = Path("engines")
     data: Path | None = None
     samples: int = 64
+    save_inputs: Path | None = None
 
 
 def run_exports(request: ExportRequest, note: Note) -> list[Artifact]:
@@ -158,6 +163,11 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
         if request.files and verification.not_run:
             raise MissingRequirementError(f"{artifact.path.name}: {verification.not_run[0]}")
         found.append(verification)
+        if request.save_inputs is not None and artifact.manifest.kind == "onnx":
+            folder = request.save_inputs / artifact.manifest.stem
+            batches = reference.batches_for(artifact)
+            save_comparison(folder, batches, reference.logits(artifact, batches, progress))
+            note(f"  images and PyTorch's logits for `polygraphy run`: {folder}")
     return found
 
 

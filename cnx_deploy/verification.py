@@ -103,6 +103,11 @@ class Reference:
             source = (pixels for pixels, _, _ in found)
         return [runner_input(batch, spec.kind) for batch in _rebatched(source, sizes)]
 
+    def batches_for(self, artifact: Artifact) -> list[Tensor]:
+        """The batches that `artifact` is verified on."""
+        deploy = deploy_spec_from_request(artifact.manifest.request)
+        return self.batches(_profile_spec(artifact, InputSpec(deploy.input_kind, deploy.image_size)))
+
     def logits(self, artifact: Artifact, batches: Sequence[Tensor], progress: Progress | None = None) -> Tensor:
         """FP32 logits of the training form for `batches`; the same images are run once only."""
         spec = deploy_spec_from_request(artifact.manifest.request)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     "--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of images to compare on."
 )
 @click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Images, at least.")
+@click.option(
+    "--save-inputs", type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the images and PyTorch's logits in Polygraphy's formats.",
+)  # fmt: skip
 @options.as_json
 def verify(as_json: bool, **arguments: Any) -> None:
     """Compare ONNX FILES and engines with PyTorch; by default everything recorded. Exit code 3 when a gate fails."""
