@@ -17,7 +17,7 @@ from torch import Tensor
 from cnx_deploy.artifacts import Artifact
 from cnx_deploy.benchmark import BenchSpec, Candidate, Timing, measure_together, peak_memory_mib, reset_peak_memory
 from cnx_deploy.data import image_like_batches, runner_input
-from cnx_deploy.environment import cpu_count
+from cnx_deploy.environment import cpu_count, find_gpus
 from cnx_deploy.errors import MissingRequirementError
 from cnx_deploy.onnx_export import deploy_spec_from_request
 from cnx_deploy.parity import GATES, logits_of
@@ -47,7 +47,7 @@ class BenchRequest:
 
 @dataclass(frozen=True, slots=True)
 class NotRun:
-    """An artifact that this machine cannot time, with what its compiler says of it."""
+    """An artifact that was not timed and why, with what its compiler says of it."""
 
     name: str
     batch: int | None
@@ -76,6 +76,7 @@ def bench_artifacts(
         with ExitStack() as stack:
             candidates = [*_torch_candidates(group[0], request, stack), *_candidates(group, request, stack, not_run)]
             for batch in request.batches if candidates else ():
+                not_run.extend(_outside_range(candidates, batch))
                 rows.extend(_measured(group[0], candidates, batch, request, progress))
     models = {artifact.path.name: _model_facts(artifact) for artifact in artifacts}
     return Benchmark(tuple(rows), tuple(not_run), models)
@@ -118,7 +119,7 @@ def _candidates(
                     compiled.get("batch"),
                     compiled.get("kernels"),
                     compiled.get("megabytes_per_image"),
-                    str(error),
+                    str(error) if find_gpus() else "no GPU",
                 )
             )
 
@@ -158,6 +159,14 @@ def _measured(
         expected=expected,
         progress=progress,
     )
+
+
+def _outside_range(candidates: Sequence[Candidate], batch: int) -> Iterator[NotRun]:
+    for candidate in candidates:
+        if not _takes(candidate, batch):
+            spec = candidate.runner.input_spec
+            reason = f"a batch of {batch} is outside its range of {spec.min_batch} to {spec.max_batch}"
+            yield NotRun(candidate.name, batch, None, None, reason)
 
 
 def _takes(candidate: Candidate, batch: int) -> bool:

@@ -174,8 +174,18 @@ def test_onnx_runtime_says_its_version_provider_and_threads(tiny_onnx_fp32):
     )
 
 
-def test_a_file_with_a_batch_axis_takes_any_batch(tiny_onnx_fp32):
-    assert OrtRunner(tiny_onnx_fp32.path).input_spec == InputSpec("float", 32, 1, None)
+def test_a_file_of_ours_takes_the_batches_it_was_exported_for(tiny_onnx_fp32):
+    runner = OrtRunner(tiny_onnx_fp32.path)
+    assert runner.input_spec == InputSpec("float", 32, 1, 8)
+    with pytest.raises(InputError, match="batch of 9 is outside the model's range of 1 to 8"):
+        runner.run(torch.rand(9, 3, 32, 32))
+
+
+def test_a_file_that_names_no_range_takes_any_batch(tmp_path, tiny_onnx_fp32):
+    model = onnx.load(tiny_onnx_fp32.path)
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "plain.onnx")
+    assert OrtRunner(tmp_path / "plain.onnx").input_spec == InputSpec("float", 32, 1, None)
 
 
 def test_a_file_of_a_fixed_batch_takes_that_batch_only(tmp_path, tiny_onnx_fp32):

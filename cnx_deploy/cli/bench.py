@@ -94,7 +94,7 @@ def _show(result: "Benchmark", duration: float) -> None:
             if missing.megabytes_per_image is not None
             else ""
         )
-        click.echo(f"{missing.name:34} {figures}latency: not run (no GPU)")
+        click.echo(f"{missing.name:34} {figures}latency: not run ({missing.reason})")
 
 
 def _write_csv(result: "Benchmark") -> None:

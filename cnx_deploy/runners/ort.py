@@ -62,10 +62,10 @@ class OrtRunner:
         source = self._session.get_inputs()[0]
         self._input_name, self._output_name = source.name, self._session.get_outputs()[0].name
         self._classes = int(self._session.get_outputs()[0].shape[-1])
-        self.input_spec = _input_spec(source)
+        described: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        self.input_spec = _input_spec(source, described.get("cnx_deploy.batch"))
         self.device = torch.device(device)
-        recorded = self._session.get_modelmeta().custom_metadata_map.get("cnx_deploy.precision")
-        precision = recorded or "unknown"
+        precision = described.get("cnx_deploy.precision", "unknown")
         self.info = RunnerInfo(
             backend="onnxruntime",
             version=onnxruntime.__version__,
@@ -122,8 +122,13 @@ def _session(path: Path, device: str, threads: int, spin: bool, optimise: bool) 
     return session
 
 
-def _input_spec(source: Any) -> InputSpec:
+def _input_spec(source: Any, batch_range: str | None) -> InputSpec:
+    """What the graph takes; a dynamic batch only within the range it was exported for, where the file names one."""
     kind = "uint8" if source.type == "tensor(uint8)" else "float"
     batch = source.shape[0]
-    fixed = batch if isinstance(batch, int) else None
-    return InputSpec(kind, int(source.shape[2]), fixed or 1, fixed)
+    if isinstance(batch, int):
+        return InputSpec(kind, int(source.shape[2]), batch, batch)
+    if batch_range is None:
+        return InputSpec(kind, int(source.shape[2]))
+    smallest, _, largest = (int(size) for size in batch_range.split(":"))
+    return InputSpec(kind, int(source.shape[2]), smallest, largest)
