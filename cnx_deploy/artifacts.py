@@ -68,7 +68,10 @@ class WeightsRecord:
 
 @dataclass(frozen=True, slots=True)
 class ModelRecord:
-    """The network inside an artifact. `preprocessing` is `data.Preprocessing` as a dictionary."""
+    """The network inside an artifact. `preprocessing` is `data.Preprocessing` as a dictionary.
+
+    `head_is_new`: the head was drawn at random when the weights were loaded, because the classes differed.
+    """
 
     variant: str
     num_classes: int
@@ -76,6 +79,7 @@ class ModelRecord:
     weights: WeightsRecord
     preprocessing: Mapping[str, Any]
     class_names: tuple[str, ...] | None = None
+    head_is_new: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +167,11 @@ class Staging:
         )
 
     def commit(self, manifest: Manifest) -> Artifact:
-        """Move the files into place, the manifest last. Files of an older artifact are replaced by rename."""
+        """Move the files into place, the manifest last. Files of an older artifact are replaced by rename.
+
+        What the older manifest lists and the new one does not (weights in a file of their own) is removed at the end.
+        """
+        outdated = self._recorded_names() - {file.name for file in manifest.files}
         for file in manifest.files:
             _flush(self.folder / file.name)
             (self.folder / file.name).replace(self.directory / file.name)
@@ -171,8 +179,18 @@ class Staging:
         staged.write_text(manifest.to_json(), encoding="utf-8")
         _flush(staged)
         staged.replace(self.directory / staged.name)
+        for name in outdated:
+            (self.directory / name).unlink(missing_ok=True)
         _flush(self.directory)
         return Artifact(self.directory / manifest.files[0].name, manifest)
+
+    def _recorded_names(self) -> set[str]:
+        """Files that the artifact in place consists of; none where its manifest cannot be read."""
+        path = self.directory / f"{self.stem}.json"
+        try:
+            return {file.name for file in _read_artifact(path).manifest.files} if path.is_file() else set()
+        except CorruptArtifactError:
+            return set()
 
 
 @contextlib.contextmanager

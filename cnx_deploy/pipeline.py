@@ -102,6 +102,8 @@ def run_exports(request: ExportRequest, note: Note) -> list[Artifact]:
     )
     if loaded.weights.origin == "random":
         note(f"No checkpoint: weights are random (seed {request.seed}), GRN included. Predictions mean nothing.")
+    if loaded.head_is_new:
+        note(f"The head for {loaded.model.num_classes} classes is new and random: train it before it is used.")
     preprocessing = Preprocessing.from_dict(loaded.preprocessing) if loaded.preprocessing else Preprocessing()
     if request.image_size is not None:
         preprocessing = replace(preprocessing, image_size=request.image_size)
@@ -160,6 +162,8 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
         if reference is None or not reference.matches(artifact):
             reference = Reference(artifact, request.data, request.samples)
         verification = verify_artifact(artifact, reference, progress)
+        if outdated := _outdated(artifact, request.export_dir):
+            verification = replace(verification, notes=(*verification.notes, outdated))
         if request.files and verification.not_run:
             raise MissingRequirementError(f"{artifact.path.name}: {verification.not_run[0]}")
         found.append(verification)
@@ -169,6 +173,17 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
             save_comparison(folder, batches, reference.logits(artifact, batches, progress))
             note(f"  images and PyTorch's logits for `polygraphy run`: {folder}")
     return found
+
+
+def _outdated(engine: Artifact, export_dir: Path) -> str | None:
+    """What to say of an engine whose ONNX file was exported again since."""
+    source = export_dir / Path(engine.manifest.source_name).with_suffix(".json")
+    if engine.manifest.kind != "engine" or not source.is_file():
+        return None
+    (recorded,) = (a for a in find_artifacts(export_dir, "onnx") if a.manifest.stem == source.stem)
+    if recorded.sha256 == engine.manifest.source_sha256:
+        return None
+    return f"{engine.path.name} was built from an earlier {engine.manifest.source_name}: build it again with --force."
 
 
 def selected(files: Sequence[Path], export_dir: Path, engines_dir: Path, note: Note) -> Iterator[Artifact]:

@@ -188,6 +188,7 @@ def model_record(
         weights=weights,
         preprocessing=preprocessing.to_dict(),
         class_names=loaded.class_names,
+        head_is_new=loaded.head_is_new,
     )
 
 
@@ -207,9 +208,9 @@ def recorded_model(artifact: Artifact) -> LoadedModel:
             raise InputError(
                 f"{artifact.path.name} was made from {path}, which is not there. Put it back or export again."
             )
-        loaded = load_checkpoint(path, record.variant)
+        loaded = load_checkpoint(path, record.variant, **_head_of(record))
     else:
-        loaded = load_pretrained(weights.reference)
+        loaded = load_pretrained(weights.reference, **_head_of(record))
     found = hash_weights(loaded.model)
     if found != weights.sha256:
         raise CorruptArtifactError(
@@ -236,6 +237,11 @@ def batch_sizes(smallest: int, largest: int, samples: int) -> list[int]:
     while sum(sizes) < samples:
         sizes.append(max(smallest, min(largest, samples - sum(sizes))))
     return sizes
+
+
+def _head_of(record: ModelRecord) -> dict[str, Any]:
+    """How to get the same head again; a new one is drawn from a fixed seed."""
+    return {"num_classes": record.num_classes, "reset_head": True} if record.head_is_new else {}
 
 
 def _verify_engine(artifact: Artifact, reference: Reference, progress: Progress | None) -> Verification:

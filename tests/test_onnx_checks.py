@@ -70,6 +70,23 @@ def single(operator, kind):
 OPERATORS = ("ReduceL2", "ReduceMean", "LayerNormalization", "Mul", "Pow", "Softmax")
 
 
+def test_a_graph_within_a_graph_is_refused_because_it_is_not_looked_into(tmp_path):
+    inner = helper.make_graph(
+        [helper.make_node("ReduceL2", ["images", "axis"], ["inside"])],
+        "inner",
+        [],
+        [helper.make_tensor_value_info("inside", TensorProto.FLOAT16, ["batch", 1])],
+    )
+    nodes = [
+        helper.make_node("If", ["yes"], ["found"], name="part/If", then_branch=inner, else_branch=inner),
+        helper.make_node("Add", ["images", "found"], ["logits"]),
+    ]
+    yes = constant("yes", TensorProto.BOOL, [True])
+    path = saved(tmp_path / "if.onnx", nodes, TensorProto.FLOAT16, initializers=[AXIS, yes])
+    with pytest.raises(GraphCheckError, match="part/If: If holds a graph of its own"):
+        check_graph(path)
+
+
 # No reduction in half
 
 

@@ -69,6 +69,18 @@ def fixed_external(tiny_variant, tmp_path_factory) -> Exported:
     return export(model, record, spec, tmp_path_factory.mktemp("external"), verify=lambda path: {"seen": path.name})
 
 
+def test_a_forced_export_removes_the_weights_file_it_no_longer_has(tiny_variant, tmp_path):
+    model = random_model(tiny_variant, 10, seed=0)
+    record = ModelRecord(tiny_variant.name, 10, 32, WeightsRecord("random", "0", hash_weights(model), LICENCE), {})
+    spec = ExportSpec(DeploySpec("fp32", 32), batch=(4, 4, 4), external_data_bytes=1000)
+    first = export(model, record, spec, tmp_path).artifact
+    assert (tmp_path / f"{first.path.name}.data").is_file()
+    (tmp_path / "notes.txt").write_text("not ours")
+    export(model, record, ExportSpec(DeploySpec("fp32", 32), batch=(4, 4, 4)), tmp_path, force=True)
+    left = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("."))
+    assert left == ["notes.txt", f"{first.manifest.stem}.json", first.path.name]
+
+
 @pytest.fixture
 def copied(tmp_path, tiny_onnx_fp32) -> Artifact:
     """A copy of the FP32 export, free to be changed."""

@@ -16,7 +16,14 @@ from cnx_deploy.data import Preprocessing
 from cnx_deploy.errors import CorruptArtifactError, InputError, OutputExistsError, ParityError
 from cnx_deploy.model.checkpoint import hash_weights, save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.pipeline import ExportRequest, VerifyRequest, run_exports, run_verifications
+from cnx_deploy.pipeline import (
+    BuildRequest,
+    ExportRequest,
+    VerifyRequest,
+    run_builds,
+    run_exports,
+    run_verifications,
+)
 from cnx_deploy.runners.base import InputSpec
 from cnx_deploy.verification import (
     Reference,
@@ -253,6 +260,34 @@ def test_a_checkpoint_that_is_gone_is_an_input_error(from_checkpoint, tmp_path):
     (tmp_path / "runs" / "best.safetensors").unlink()
     with pytest.raises(InputError, match="which is not there"):
         recorded_model(from_checkpoint)
+
+
+def test_a_head_drawn_anew_at_export_is_drawn_the_same_for_the_reference(tmp_path):
+    save_checkpoint(tmp_path / "two.safetensors", random_model("atto", 2, seed=0))
+    words = {"checkpoint": tmp_path / "two.safetensors", "num_classes": 5, "reset_head": True}
+    told: list[str] = []
+    request = replace(REQUEST, **words, precisions=("fp32",), no_verify=True, output_dir=tmp_path / "export")
+    (artifact,) = run_exports(request, told.append)
+    assert recorded_model(artifact).model.num_classes == 5
+    assert "The head for 5 classes is new and random" in told[0]
+
+
+def test_an_engine_of_an_earlier_export_is_said_to_be_outdated(tmp_path):
+    request = replace(REQUEST, precisions=("fp16",), no_verify=True, output_dir=tmp_path / "export")
+    run_exports(request, quiet)
+    folders = {"export_dir": tmp_path / "export", "engines_dir": tmp_path / "engines"}
+    build = BuildRequest(export_dir=tmp_path / "export", output_dir=tmp_path / "engines", targets=("sm89",))
+    run_builds(build, quiet)
+
+    def notes() -> list[str]:
+        found = run_verifications(VerifyRequest(**folders, samples=1), quiet)
+        return [note for entry in found if entry.kind == "engine" for note in entry.notes]
+
+    assert notes() == []
+    run_exports(replace(request, seed=1, force=True), quiet)
+    assert notes() == [
+        "atto-32-fp16-rtx-sm89.engine was built from an earlier atto-32-fp16.onnx: build it again with --force."
+    ]
 
 
 # The plan of batches

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cnx_deploy.errors import InputError
 
-__all__ = ["InputSpec", "Runner", "RunnerInfo", "check_input"]
+__all__ = ["HoldsNothing", "InputSpec", "Runner", "RunnerInfo", "check_input"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,18 @@ class Runner(Protocol):
         The result may be overwritten by the next call. Raises InputError on another shape or dtype.
         """
         ...
+
+
+class HoldsNothing:
+    """The context manager of a runner that has nothing to give back."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
 
 
 def check_input(images: Tensor, spec: InputSpec) -> None:

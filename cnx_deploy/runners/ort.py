@@ -1,8 +1,7 @@
 """ONNX Runtime runner, with inputs and outputs bound to torch tensors."""
 
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from cnx_deploy.environment import cpu_count, cpu_name
 from cnx_deploy.errors import CorruptArtifactError, MissingRequirementError
-from cnx_deploy.runners.base import InputSpec, RunnerInfo, check_input
+from cnx_deploy.runners.base import HoldsNothing, InputSpec, RunnerInfo, check_input
 
 __all__ = ["OrtRunner"]
 
@@ -36,7 +35,7 @@ LOAD_ERRORS = tuple(
 """ONNX Runtime's exceptions have no common base of their own."""
 
 
-class OrtRunner:
+class OrtRunner(HoldsNothing):
     """Run an ONNX file; see `runners.base.Runner`.
 
     Args:
@@ -79,14 +78,6 @@ class OrtRunner:
                 ("optimisations", "all" if optimise else "none"),
             ),
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
 
     def run(self, images: Tensor) -> Tensor:
         """Raw images -> (N, num_classes) float32 logits."""

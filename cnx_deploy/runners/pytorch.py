@@ -1,20 +1,17 @@
 """PyTorch runners: the training form as the reference, the deploy form as it is written."""
 
-from types import TracebackType
-from typing import Self
-
 import torch
 from torch import Tensor, nn
 
 from cnx_deploy.environment import cpu_name
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import DeploySpec, deploy_form
-from cnx_deploy.runners.base import InputSpec, RunnerInfo, check_input
+from cnx_deploy.runners.base import HoldsNothing, InputSpec, RunnerInfo, check_input
 
 __all__ = ["TorchRunner", "deployed_runner", "reference_runner"]
 
 
-class TorchRunner:
+class TorchRunner(HoldsNothing):
     """Run a module that takes raw images as `input_spec` says; see `runners.base.Runner`."""
 
     def __init__(self, module: nn.Module, input_spec: InputSpec, info: RunnerInfo) -> None:
@@ -22,14 +19,6 @@ class TorchRunner:
         self.input_spec = input_spec
         self.info = info
         self.device = next(module.parameters()).device
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
 
     def run(self, images: Tensor) -> Tensor:
         """Raw images -> logits; blocks until they are there."""
