@@ -17,7 +17,6 @@ from cnx_deploy.trt import backend as backend_module
 from cnx_deploy.trt import network
 from cnx_deploy.trt.backend import DEFAULT_TARGETS, default_targets, load_backend, require_gpu
 from cnx_deploy.trt.builder import BuildSpec, build_engine
-from cnx_deploy.trt.compiled import kernels_in_log, measure_compiled
 from cnx_deploy.trt.depthwise import with_depthwise_in_fp32
 from cnx_deploy.trt.network import NetworkBuild, half_share, type_census
 
@@ -153,32 +152,6 @@ def test_a_target_that_tensorrt_rtx_lacks_is_refused(target: str, reason: str) -
 def test_tf32_is_set_and_not_left_to_the_default(tiny_onnx_fp16: Artifact, allowed: bool) -> None:
     config = NetworkBuild(RTX, tiny_onnx_fp16.path).config("sm89", allow_tf32=allowed)
     assert config.get_flag(RTX.trt.BuilderFlag.TF32) is allowed
-
-
-def test_kernels_belong_to_torch_modules_and_bytes_follow_the_batch(tiny_onnx_fp16: Artifact) -> None:
-    one, four = (measure_compiled(tiny_onnx_fp16.path, batch=batch, target="sm89", backend=RTX) for batch in (1, 4))
-    assert {kernel.part for kernel in four.kernels} >= {"stages.0", "stages.3", "downsample_layers.0", "head"}
-    total = sum(four.megabytes_by("part").values())
-    assert total == pytest.approx(four.megabytes_per_image, abs=0.01)
-    assert one.megabytes_per_image > four.megabytes_per_image, "weights are shared by the images of a batch"
-    images = next(
-        kernel for kernel in four.kernels if "model/Cast" in kernel.sources or kernel.part == "input and output"
-    )
-    assert images.input_bytes is not None
-    assert images.input_bytes >= 4 * 3 * 32 * 32 * 4
-
-
-def test_one_log_line_is_read_to_the_byte() -> None:
-    tensor = "{ Name: x, Dimensions: [2,3,4], Strides: [12,4,1], Datatype: Half, Format: (Linear) }"
-    weight = "{ Name: w, Dimensions: [4,5], Strides: [5,1], Datatype: Float, Format: (Linear) }"
-    line = (
-        f"Name: k_0, LayerType: gemm, Inputs: [ {tensor}], Constants: [ {weight}], Outputs: [ {tensor}], "
-        "TacticName: t, StreamId: 0, Metadata: [ONNX Layer: stages.2.3.grn/ReduceL2][ONNX Layer: stages.2.3/Add]"
-    )
-    (kernel,) = kernels_in_log(["something else", line])
-    assert (kernel.input_bytes, kernel.constant_bytes, kernel.output_bytes) == (48, 80, 48)
-    assert kernel.sources == ("stages.2.3.grn/ReduceL2", "stages.2.3/Add")
-    assert kernel.part == "stages.2"
 
 
 def test_the_fallback_computes_depthwise_convolutions_in_fp32_and_nothing_else(tiny_onnx_fp16: Artifact) -> None:

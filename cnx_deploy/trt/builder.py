@@ -12,14 +12,18 @@ from cnx_deploy.environment import find_gpus
 from cnx_deploy.errors import BuildError, InputError
 from cnx_deploy.onnx_checks import check_graph
 from cnx_deploy.trt.backend import Backend, load_backend
-from cnx_deploy.trt.compiled import kernels_in_log, measure_compiled
+from cnx_deploy.trt.compiled import measure_compiled
 from cnx_deploy.trt.depthwise import with_depthwise_in_fp32
+from cnx_deploy.trt.kernel_log import kernels_in_log
 from cnx_deploy.trt.network import NetworkBuild, Progress, half_share, type_census
 
 __all__ = ["BuildSpec", "build_engine"]
 
 MIN_HALF_SHARE = 0.95
 """Least share of HALF among matrix products and convolutions of an FP16 file: ours have 1.0, an FP32 graph 0."""
+
+LISTS_KERNELS = "tensorrt-rtx"
+"""The runtime whose log `trt.kernel_log` reads; TensorRT proper has another format and builds for minutes."""
 
 NO_HALF_DEPTHWISE = ("No low-precision conv kernel", "Could not find any implementation")
 
@@ -119,8 +123,7 @@ def _built(
     }
     if spec.target == "current":
         facts["gpu"] = find_gpus()[0].target
-    # TensorRT proper logs another format and builds for minutes.
-    if spec.measure and backend.name == "tensorrt-rtx" and not fallback:
+    if spec.measure and backend.name == LISTS_KERNELS and not fallback:
         largest = spec.batches[-1][2]
         compiled = measure_compiled(source.path, batch=largest, target=spec.target, backend=backend, progress=progress)
         facts["compiled"] = compiled.to_dict()
@@ -129,6 +132,8 @@ def _built(
 
 def _kernels_by_profile(build: NetworkBuild, spec: BuildSpec) -> dict[str, int]:
     """Kernels the engine itself launches, by batch range: each profile is compiled for itself."""
+    if build.backend.name != LISTS_KERNELS:
+        return {}
     counts = Counter(kernel.profile for kernel in kernels_in_log(text for _, text in build.log.messages))
     return {":".join(map(str, sizes)): counts[index] for index, sizes in enumerate(spec.batches) if counts[index]}
 

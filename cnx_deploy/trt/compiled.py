@@ -1,74 +1,42 @@
 """What a compiled engine does: the kernels one inference launches and the bytes they move.
 
-From the compiler's own list of layers, which it logs when profiling verbosity is DETAILED. The batch is fixed for this
-build, so every size is concrete; with a dynamic batch the list shows -1 for products of batch and positions. Bytes
-count each kernel's inputs, constants and outputs once: an upper bound on traffic where tensors stay in the L2 cache,
-and the figure to compare two graphs of one network by. It is no latency.
+From the compiler's own list of kernels (`kernel_log`). The batch is fixed for this build, so every size is concrete;
+with a dynamic batch the list shows -1 for products of batch and positions. Bytes count each kernel's inputs, constants
+and outputs once: an upper bound on traffic where tensors stay in the L2 cache, and the figure to compare two graphs of
+one network by. It is no latency.
 """
 
-import math
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from cnx_deploy.errors import BuildError
+from cnx_deploy.errors import BuildError, InputError
 from cnx_deploy.trt.backend import Backend
+from cnx_deploy.trt.kernel_log import CompiledKernel, kernels_in_log
 from cnx_deploy.trt.network import NetworkBuild, Progress
 
-__all__ = ["CompiledEngine", "CompiledKernel", "kernels_in_log", "measure_compiled"]
+__all__ = ["CompiledEngine", "Grouping", "KernelTotal", "measure_compiled"]
 
-ELEMENT_BYTES = {
-    "Half": 2, "BFloat16": 2, "BF16": 2, "Float": 4, "Int8": 1, "FP8": 1, "Int32": 4, "Int64": 8, "Bool": 1, "UInt8": 1,
-}  # fmt: skip
-LINE = re.compile(
-    r"^Name: (?P<name>.+?), LayerType: (?P<kind>\w+), Inputs: (?P<inputs>.*?), Constants: (?P<constants>.*?), "
-    r"Outputs: (?P<outputs>.*?), TacticName: .*?Metadata: ?(?P<metadata>.*)$"
-)
-TENSOR = re.compile(r"Dimensions: \[([^\]]*)\].*?Datatype: (\w+)")
-SOURCE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
-PROFILE = re.compile(r"_myl(\d+)_\d+$")
-PARTS = re.compile(r"^(stages\.\d+|downsample_layers\.\d+|head|norm)")
+Grouping = Literal["stage", "block", "operation", "kind"]
+
+COLUMNS = ("name", "kind", "block", "operation", "input_bytes", "constant_bytes", "output_bytes", "tensors")
+"""Of a manifest's list of kernels."""
 
 
 @dataclass(frozen=True, slots=True)
-class CompiledKernel:
-    """One kernel launch; bytes for the whole batch, None where the log shows a dynamic size.
-
-    `sources` are the ONNX nodes it computes, named after their torch modules.
-    """
+class KernelTotal:
+    """The kernels of one group: how many, their megabytes (1e6) an image, and the share of all bytes (0 to 1)."""
 
     name: str
-    kind: str
-    input_bytes: int | None
-    constant_bytes: int | None
-    output_bytes: int | None
-    sources: tuple[str, ...]
-
-    @property
-    def total_bytes(self) -> int:
-        """All it reads and writes."""
-        parts = (self.input_bytes, self.constant_bytes, self.output_bytes)
-        return sum(part for part in parts if part is not None)
-
-    @property
-    def profile(self) -> int:
-        """Index of the optimisation profile it was compiled for, which is the last number but one in its name."""
-        match = PROFILE.search(self.name)
-        return int(match[1]) if match else 0
-
-    @property
-    def part(self) -> str:
-        """The part of the network most of its sources belong to: "stages.2", "downsample_layers.1", "head"."""
-        found = [match[1] for source in self.sources if (match := PARTS.match(source))]
-        return max(found, key=found.count) if found else "input and output"
+    kernels: int
+    megabytes: float
+    share: float
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledEngine:
-    """The kernels of one build with a fixed batch."""
+    """The kernels of one build with a fixed batch, in the order they run in. `plan_bytes`: size of the engine file."""
 
     kernels: tuple[CompiledKernel, ...]
     batch: int
@@ -78,25 +46,54 @@ class CompiledEngine:
     @property
     def megabytes_per_image(self) -> float:
         """Megabytes (1e6) that one image moves."""
-        return sum(kernel.total_bytes for kernel in self.kernels) / self.batch / 1e6
+        return _total_bytes(self.kernels) / self.batch / 1e6
 
-    def megabytes_by(self, attribute: str) -> dict[str, float]:
-        """MB an image by a kernel's "kind" or "part"."""
-        totals: defaultdict[str, int] = defaultdict(int)
+    @property
+    def largest_kernels(self) -> tuple[CompiledKernel, ...]:
+        """The kernels by the bytes they move, the most first."""
+        return tuple(sorted(self.kernels, key=lambda kernel: kernel.total_bytes, reverse=True))
+
+    def totals(self, grouping: Grouping) -> tuple[KernelTotal, ...]:
+        """Kernels and bytes of each stage, block, operation or kind; the shares sum to 1.
+
+        Stages and blocks are in the order they run in, operations and kinds by their bytes, the most first.
+        """
+        groups: dict[str, list[CompiledKernel]] = {}
         for kernel in self.kernels:
-            totals[getattr(kernel, attribute)] += kernel.total_bytes
-        return {key: round(value / self.batch / 1e6, 3) for key, value in sorted(totals.items())}
+            groups.setdefault(getattr(kernel, grouping), []).append(kernel)
+        totals = [self._total(name, kernels) for name, kernels in groups.items()]
+        if grouping in ("operation", "kind"):
+            totals.sort(key=lambda total: total.share, reverse=True)
+        return tuple(totals)
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as a manifest keeps them."""
+        """The figures as a manifest keeps them, rounded; in `kernel_list` bytes and tensors are for the whole batch."""
         return {
             "batch": self.batch,
+            "target": self.target,
             "kernels": len(self.kernels),
             "megabytes_per_image": round(self.megabytes_per_image, 3),
-            "megabytes_by_part": self.megabytes_by("part"),
-            "megabytes_by_kind": self.megabytes_by("kind"),
+            "by_stage": self._rows("stage"),
+            "by_operation": self._rows("operation"),
+            "by_kind": self._rows("kind"),
+            "kernel_list": {"columns": list(COLUMNS), "rows": [_row(kernel) for kernel in self.kernels]},
             "how": "the same graph compiled for a fixed batch; each kernel's inputs, constants and outputs once",
         }
+
+    def _total(self, name: str, kernels: list[CompiledKernel]) -> KernelTotal:
+        moved = _total_bytes(kernels)
+        return KernelTotal(name, len(kernels), moved / self.batch / 1e6, moved / _total_bytes(self.kernels))
+
+    def _rows(self, grouping: Grouping) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": total.name,
+                "kernels": total.kernels,
+                "megabytes": round(total.megabytes, 3),
+                "share": round(total.share, 4),
+            }
+            for total in self.totals(grouping)
+        ]
 
 
 def measure_compiled(
@@ -104,12 +101,14 @@ def measure_compiled(
 ) -> CompiledEngine:
     """Compile `onnx_path` for a fixed batch and read the compiler's list of kernels.
 
-    Raises BuildError when it cannot be compiled or when the log is not in the format known here.
+    Raises InputError for a graph whose input has another batch or another open size; BuildError when it cannot be
+    compiled or when the log is not in the format known here.
     """
     build = NetworkBuild(backend, onnx_path)
+    _check_batch(build, batch)
     build.fix_batch(batch)
     plan = build.serialise(build.config(target, allow_tf32=False), progress)
-    kernels = tuple(kernels_in_log(text for _, text in build.log.messages))
+    kernels = kernels_in_log(text for _, text in build.log.messages)
     if not kernels:
         raise BuildError(
             f"{backend.name} {backend.version} logs no layer in the format known here, so kernels cannot be counted. "
@@ -120,29 +119,26 @@ def measure_compiled(
     return CompiledEngine(kernels, batch, target, len(plan))
 
 
-def kernels_in_log(messages: Iterable[str]) -> Iterator[CompiledKernel]:
-    """The kernels that a build's log lists; host-side shape computations are left out."""
-    for message in messages:
-        for line in message.splitlines():
-            match = LINE.match(line.strip())
-            if match and match["kind"] != "shape_call":
-                yield CompiledKernel(
-                    name=match["name"],
-                    kind=match["kind"],
-                    input_bytes=_tensor_bytes(match["inputs"]),
-                    constant_bytes=_tensor_bytes(match["constants"]),
-                    output_bytes=_tensor_bytes(match["outputs"]),
-                    sources=tuple(dict.fromkeys(SOURCE.findall(match["metadata"]))),
-                )
+def _check_batch(build: NetworkBuild, batch: int) -> None:
+    name = build.onnx_path.name
+    for index in range(build.network.num_inputs):
+        tensor = build.network.get_input(index)
+        first, *others = tuple(tensor.shape)
+        if first not in (-1, batch):
+            raise InputError(f"{name} takes a batch of {first} only, not {batch}. Use --batch {first}.")
+        if -1 in others:
+            raise InputError(
+                f"{name} leaves more of its input {tensor.name!r} open than the batch, so what it moves is open too. "
+                "Export it with a fixed image size."
+            )
 
 
-def _tensor_bytes(text: str) -> int | None:
-    total = 0
-    for dimensions, kind in TENSOR.findall(text):
-        sizes = [int(size) for size in dimensions.split(",") if size]
-        if any(size < 0 for size in sizes):
-            return None
-        if kind not in ELEMENT_BYTES:
-            raise BuildError(f"The compiler's log names a type {kind!r} whose size is not known here.")
-        total += math.prod(sizes) * ELEMENT_BYTES[kind]
-    return total
+def _total_bytes(kernels: Iterable[CompiledKernel]) -> int:
+    return sum(kernel.total_bytes for kernel in kernels)
+
+
+def _row(kernel: CompiledKernel) -> list[str | int | None]:
+    """One kernel as `COLUMNS` name it; tensors as in "input 64x40 Half, constant 40 Float, output 64x40 Half"."""
+    tensors = ", ".join(f"{tensor.role} {tensor}" for tensor in kernel.tensors)
+    sizes = (kernel.input_bytes, kernel.constant_bytes, kernel.output_bytes)
+    return [kernel.name, kernel.kind, kernel.block, kernel.operation, *sizes, tensors]
