@@ -1,18 +1,26 @@
 """What is this file? A checkpoint, an ONNX file or an engine, told by its content, and what is known of it.
 
-An engine is never given to a deserialiser here: its manifest says what it is.
+An engine is never given to a deserialiser here: its manifest says what it is and which kernels it has.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from cnx_deploy.artifacts import Artifact, open_artifact, sha256_of_file
 from cnx_deploy.errors import InputError
 
-__all__ = ["FileKind", "Inspection", "check_suffix", "inspect_file", "kind_of_file", "recorded_artifact"]
+__all__ = [
+    "FileKind",
+    "Inspection",
+    "check_suffix",
+    "inspect_file",
+    "kind_of_file",
+    "recorded_artifact",
+    "with_compiled",
+]
 
 FileKind = Literal["safetensors", "pickle", "onnx", "engine", "unknown"]
 
@@ -93,6 +101,27 @@ def inspect_file(path: Path) -> Inspection:
     facts, notes = _describe(path, kind, artifact)
     digest = artifact.sha256 if artifact and artifact.path.name == path.name else sha256_of_file(path)
     return Inspection(path, kind, path.stat().st_size, digest, facts, notes)
+
+
+def with_compiled(
+    found: Inspection, *, target: str, batch: int, progress: Callable[[str, float], None] | None = None
+) -> Inspection:
+    """The inspection of an ONNX file and, in `facts["compiled"]`, what TensorRT-RTX makes of it now; nothing is run.
+
+    `target` as in "sm89"; `progress` is told a text while the compiler works. Raises InputError for another kind of
+    file, a target that does not exist or a batch the graph does not take; BuildError when it cannot be compiled;
+    MissingRequirementError without TensorRT-RTX.
+    """
+    if found.kind != "onnx":
+        raise InputError(f"{found.path} is {found.description}; only an ONNX file is compiled. Leave out --compile.")
+    from cnx_deploy.trt.backend import load_backend
+    from cnx_deploy.trt.compiled import measure_compiled
+
+    backend = load_backend("tensorrt-rtx")
+    backend.check_target(target)
+    compiled = measure_compiled(found.path, batch=batch, target=target, backend=backend, progress=progress)
+    facts = {**found.facts, "runtime": backend.name, "runtime_version": backend.version, "compiled": compiled.to_dict()}
+    return replace(found, facts=facts, notes=(*found.notes, "Compiled now and not run: the figures are no latency."))
 
 
 def kind_of_file(path: Path) -> FileKind:
@@ -203,7 +232,7 @@ def _engine_facts(artifact: Artifact | None) -> tuple[dict[str, Any], tuple[str,
             "whose origin you do not know. Build it again with cnx-deploy build-trt.",
         )
     manifest = artifact.manifest
-    facts = {
+    facts: dict[str, Any] = {
         "runtime": manifest.request["runtime"],
         "runtime_version": manifest.facts["runtime_version"],
         "target": manifest.facts.get("gpu", manifest.request["target"]),
@@ -213,7 +242,10 @@ def _engine_facts(artifact: Artifact | None) -> tuple[dict[str, Any], tuple[str,
         "source": {"onnx": manifest.source_name, "sha256": manifest.source_sha256},
         "run": manifest.facts.get("run"),
     }
-    return {**facts, **_manifest_facts(artifact)}, ("An engine cannot be read without a GPU: this is its manifest.",)
+    notes = ["An engine cannot be read without a GPU: this is its manifest."]
+    if facts["compiled"] and "kernel_list" not in facts["compiled"]:
+        notes.append("It was recorded without a list of kernels: build it again with cnx-deploy build-trt --force.")
+    return {**facts, **_manifest_facts(artifact)}, tuple(notes)
 
 
 def _manifest_facts(artifact: Artifact) -> dict[str, Any]:

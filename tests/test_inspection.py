@@ -8,15 +8,18 @@ import torch
 from safetensors.torch import save_file
 
 from cnx_deploy.artifacts import WeightsRecord
+from cnx_deploy.cli import main
 from cnx_deploy.data import Preprocessing
 from cnx_deploy.environment import package_version
 from cnx_deploy.errors import CheckpointError, CorruptArtifactError, InputError
-from cnx_deploy.inspection import inspect_file, kind_of_file, recorded_artifact
+from cnx_deploy.inspection import inspect_file, kind_of_file, recorded_artifact, with_compiled
 from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, resolve_model, save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.onnx_export import ExportSpec, export_onnx
 from cnx_deploy.verification import model_record
+
+NEEDS_RTX = pytest.mark.skipif(not package_version("tensorrt-rtx"), reason="tensorrt-rtx is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,29 @@ def exported(tiny_variant, tmp_path_factory):
     loaded = LoadedModel(model, WeightsRecord("random", "0", hash_weights(model), "none"))
     spec = ExportSpec(DeploySpec(precision="fp16", image_size=64), batch=(1, 2, 4))
     return export_onnx(model, model_record(loaded, Preprocessing(64), folder), spec, folder)[0]
+
+
+@pytest.fixture(scope="module")
+def engine(exported, tmp_path_factory):
+    """Its engine for sm89, batch 1 to 4, built ahead of time."""
+    from cnx_deploy.trt.builder import BuildSpec, build_engine
+
+    spec = BuildSpec(runtime="tensorrt-rtx", target="sm89", batches=((1, 2, 4),))
+    return build_engine(exported, spec, tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture
+def cnx(capsys):
+    """Run a command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(list(words))
+        printed = capsys.readouterr()
+        return stop.value.code, printed.out, printed.err
+
+    return run
 
 
 @pytest.fixture
@@ -190,12 +216,8 @@ def test_an_engine_without_manifest_is_named_and_not_opened(tmp_path):
     assert "native code" in found.notes[0]
 
 
-@pytest.mark.skipif(not package_version("tensorrt-rtx"), reason="tensorrt-rtx is not installed")
-def test_an_engine_is_described_by_its_manifest(exported, tmp_path):
-    from cnx_deploy.trt.builder import BuildSpec, build_engine
-
-    spec = BuildSpec(runtime="tensorrt-rtx", target="sm89", batches=((1, 2, 4),))
-    engine = build_engine(exported, spec, tmp_path)
+@NEEDS_RTX
+def test_an_engine_is_described_by_its_manifest(exported, engine):
     assert kind_of_file(engine.path) == "engine"
     facts = inspect_file(engine.path).facts
     assert (facts["runtime"], facts["target"], facts["profiles"]) == ("tensorrt-rtx", "sm89", [[1, 2, 4]])
@@ -204,5 +226,95 @@ def test_an_engine_is_described_by_its_manifest(exported, tmp_path):
     assert facts["census"]["types"]["HALF"] > 0
     assert facts["compiled"]["kernels"] > 5
     assert 0 < facts["compiled"]["megabytes_per_image"] < 100
-    assert "cannot be read without a GPU" in inspect_file(engine.path).notes[0]
+    assert inspect_file(engine.path).notes == ("An engine cannot be read without a GPU: this is its manifest.",)
     json.dumps(inspect_file(engine.path).to_dict(), allow_nan=False)
+
+
+@NEEDS_RTX
+def test_an_onnx_file_compiled_now_has_the_kernels_of_its_engine(exported, engine):
+    compiled = with_compiled(inspect_file(exported.path), target="sm89", batch=4).facts["compiled"]
+    assert compiled == inspect_file(engine.path).facts["compiled"]
+    other = with_compiled(inspect_file(exported.path), target="sm89", batch=2).facts["compiled"]
+    assert other["kernel_list"] != compiled["kernel_list"], "bytes are for the batch that was asked for"
+
+
+@NEEDS_RTX
+def test_an_onnx_file_without_a_manifest_is_compiled_too(onnx_copy):
+    onnx_copy.with_suffix(".json").unlink()
+    found = with_compiled(inspect_file(onnx_copy), target="sm86", batch=1)
+    assert found.facts["runtime_version"] == package_version("tensorrt-rtx")
+    assert (found.facts["compiled"]["target"], found.facts["compiled"]["batch"]) == ("sm86", 1)
+    assert "No manifest" in found.notes[0]
+    assert "not run" in found.notes[1]
+
+
+@NEEDS_RTX
+def test_only_an_onnx_file_is_compiled_and_only_for_a_target_that_exists(exported, checkpoint):
+    with pytest.raises(InputError, match="only an ONNX file is compiled"):
+        with_compiled(inspect_file(checkpoint), target="sm89", batch=1)
+    with pytest.raises(InputError, match="builds for sm75"):
+        with_compiled(inspect_file(exported.path), target="sm70", batch=1)
+
+
+@NEEDS_RTX
+def test_an_engine_recorded_without_a_list_of_kernels_is_read_and_says_so(engine, tmp_path):
+    old = _with_old_record(engine, tmp_path)
+    found = inspect_file(old)
+    assert found.facts["compiled"]["kernels"] > 5
+    assert "recorded without a list of kernels" in found.notes[1]
+
+
+@NEEDS_RTX
+def test_inspect_shows_stages_operations_and_kinds_of_an_engine(cnx, engine):
+    code, out, _ = cnx("inspect", str(engine.path))
+    compiled = engine.manifest.facts["compiled"]
+    lines = out.splitlines()
+    assert code == 0
+    assert f"{compiled['kernels']} kernels, {compiled['megabytes_per_image']} MB an image; sm89, batch 4" in out
+    for grouping in ("stage", "operation", "kind"):
+        start = next(index for index, line in enumerate(lines) if line.split()[:2] == [grouping, "kernels"])
+        shown = lines[start + 1 : start + 1 + len(compiled[f"by_{grouping}"])]
+        shares = [float(line.split()[-1].rstrip("%")) for line in shown]
+        assert sum(shares) == pytest.approx(100, abs=0.05 * len(shares))
+    assert "myl0_0:" not in out, "kernels are listed only when asked for"
+
+
+@NEEDS_RTX
+def test_inspect_lists_every_kernel_the_largest_first(cnx, exported):
+    code, out, _ = cnx("inspect", str(exported.path), "--compile", "--batch", "4", "--kernels")
+    lines = out.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("kernel ")) + 1
+    rows = [line.split() for line in lines[start:] if not line.startswith("Note")]
+    _, document, _ = cnx("inspect", str(exported.path), "--compile", "--batch", "4", "--json")
+    assert code == 0
+    assert len(rows) == json.loads(document)["facts"]["compiled"]["kernels"]
+    assert sorted(int(row[0]) for row in rows) == list(range(len(rows)))
+    sizes = [float(row[1]) for row in rows]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) > 5
+
+
+@NEEDS_RTX
+@pytest.mark.parametrize("words", [("--kernels",), ("--batch", "4"), ("--target", "sm89")])
+def test_what_needs_compiling_is_refused_without_it(cnx, exported, words):
+    code, out, err = cnx("inspect", str(exported.path), *words)
+    assert (code, out) == (2, "")
+    assert "--compile" in err
+
+
+@NEEDS_RTX
+def test_inspect_shows_the_totals_of_an_old_record_and_refuses_to_list_what_it_has_not(cnx, engine, tmp_path):
+    old = str(_with_old_record(engine, tmp_path))
+    assert f"kernels {engine.manifest.facts['compiled']['kernels']}," in cnx("inspect", old)[1]
+    code, _, err = cnx("inspect", old, "--kernels")
+    assert (code, "No list of kernels is recorded" in err) == (2, True)
+
+
+def _with_old_record(engine, folder):
+    """A copy of an engine whose manifest has totals alone, as manifests were before kernels were listed."""
+    shutil.copy(engine.path, folder)
+    content = json.loads(engine.manifest.to_json())
+    compiled = content["facts"]["compiled"]
+    content["facts"]["compiled"] = {key: compiled[key] for key in ("batch", "kernels", "megabytes_per_image")}
+    (folder / f"{engine.manifest.stem}.json").write_text(json.dumps(content))
+    return folder / engine.path.name
