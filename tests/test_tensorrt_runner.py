@@ -14,6 +14,7 @@ from cnx_deploy.artifacts import Artifact
 from cnx_deploy.environment import Gpu
 from cnx_deploy.errors import BuildError, CnxDeployError, CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.runners import tensorrt_runner
+from cnx_deploy.runners.cuda import CudaStream
 from cnx_deploy.runners.ort import OrtRunner
 from cnx_deploy.runners.tensorrt_runner import TensorRTRunner
 from cnx_deploy.trt import backend as backend_module
@@ -31,6 +32,7 @@ def make_runner(
     fail: str | None = None,
     images_type: str = "FLOAT",
     profiles: Sequence[tuple[int, int, int]] = PROFILES,
+    cuda_graph: bool = False,
 ) -> tuple[TensorRTRunner, trt_double.DoubleContext]:
     real = load_backend("tensorrt-rtx").trt
     module, context = trt_double.double_of(real, onnx.path, list(profiles), fail=fail, images_type=images_type)
@@ -38,7 +40,7 @@ def make_runner(
     runner = TensorRTRunner.__new__(TensorRTRunner)
     request = {**engine.manifest.request, "batches": [list(sizes) for sizes in profiles]}
     artifact = replace(engine, manifest=replace(engine.manifest, request=request))
-    runner._start(artifact, Backend("tensorrt-rtx", module), torch.device("cpu"))
+    runner._start(artifact, Backend("tensorrt-rtx", module), torch.device("cpu"), cuda_graph)
     return runner, context
 
 
@@ -116,6 +118,72 @@ def test_a_batch_outside_every_profile_is_refused(
     runner, _ = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch)
     with pytest.raises(InputError, match="batch of 9 is outside the model's range of 1 to 8"):
         runner.run(torch.rand(9, 3, 32, 32))
+
+
+def test_a_captured_graph_gives_the_logits_of_each_new_batch(
+    tiny_engine: Artifact, tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, context = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch, cuda_graph=True)
+    for batch in (2, 2, 5, 2):
+        images = torch.rand(batch, 3, 32, 32)
+        torch.testing.assert_close(runner.run(images), OrtRunner(tiny_onnx_fp16.path).run(images), rtol=0, atol=1e-3)
+    assert runner._stream.calls.count("capture") == 3  # one when the batch size changes
+    assert runner._stream.calls.count("replay") == 4
+    assert context.calls.count("execute_async_v3") == 3 + 4  # once before each capture; the double replays by calling
+    assert ("cuda graph", "on") in runner.info.details
+
+
+def test_without_a_graph_nothing_is_captured(
+    tiny_engine: Artifact, tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, _ = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch)
+    runner.run(torch.rand(2, 3, 32, 32))
+    runner.run_split(torch.rand(2, 3, 32, 32))
+    assert not {"capture", "replay"} & set(runner._stream.calls)
+
+
+def test_a_capture_that_cuda_refuses_is_one_error(
+    tiny_engine: Artifact, tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, _ = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch, cuda_graph=True)
+    runner._stream.refuses_capture = True
+    with pytest.raises(BuildError, match=r"cannot be captured .*not permitted.*without a CUDA graph"):
+        runner.run(torch.rand(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_a_split_call_has_the_same_logits_and_each_part_between_its_marks(
+    tiny_engine: Artifact, tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch, cuda_graph: bool
+) -> None:
+    runner, _ = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch, cuda_graph=cuda_graph)
+    images = torch.rand(4, 3, 32, 32)
+    expected = runner.run(images).clone()
+    runner._stream.calls.clear()
+    logits, split = runner.run_split(images)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+    assert (split.h2d_ms, split.compute_ms, split.d2h_ms) == (3.0, 5.0, 7.0)  # marks at 1, 4, 9, 16 ms
+    assert split.enqueue_ms > 0.0
+    launch = ["replay"] if cuda_graph else []
+    timed = ["mark", "copy", "mark", *launch, "mark", "copy", "mark", "synchronize"]
+    assert runner._stream.calls[-len(timed) :] == timed
+
+
+def test_a_split_call_after_another_batch_uses_its_own_buffers(
+    tiny_engine: Artifact, tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, _ = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch)
+    first, second = torch.rand(3, 3, 32, 32), torch.rand(6, 3, 32, 32)
+    runner.run_split(first)
+    logits = runner.run(second).clone()
+    torch.testing.assert_close(runner.run_split(second)[0], logits, rtol=0, atol=0)
+
+
+def test_the_double_of_the_stream_has_the_real_streams_methods() -> None:
+    def public(owner: type) -> dict[str, list[str]]:
+        methods = inspect.getmembers(owner, inspect.isfunction)
+        return {name: list(inspect.signature(item).parameters) for name, item in methods if not name.startswith("_")}
+
+    assert public(trt_double.DoubleStream) == public(CudaStream)
 
 
 def test_specialisation_is_eager_and_said(

@@ -113,6 +113,8 @@ class DoubleStream:
 
     def __init__(self, device: Any) -> None:
         self.calls: list[str] = []
+        self.marks = 0
+        self.refuses_capture = False
 
     def wait_for_producer(self) -> None:
         self.calls.append("wait")
@@ -122,6 +124,33 @@ class DoubleStream:
 
     def synchronize(self) -> None:
         self.calls.append("synchronize")
+
+    def copy(self, target: Any, source: Any) -> None:
+        self.calls.append("copy")
+        target.copy_(source)
+
+    def pinned(self, like: Any) -> Any:
+        return like.clone()
+
+    def mark(self) -> int:
+        """The n-th mark lies at n² milliseconds, so that every distance is another."""
+        self.calls.append("mark")
+        self.marks += 1
+        return self.marks**2
+
+    def milliseconds(self, earlier: int, later: int) -> float:
+        return float(later - earlier)
+
+    def capture(self, enqueue: Any) -> Any:
+        """What is enqueued is the graph; the real stream records it in the same order."""
+        if self.refuses_capture:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.calls.append("capture")
+        return enqueue
+
+    def replay(self, graph: Any) -> None:
+        self.calls.append("replay")
+        graph()
 
 
 def double_of(

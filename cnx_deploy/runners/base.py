@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from cnx_deploy.errors import InputError
 
-__all__ = ["HoldsNothing", "InputSpec", "Runner", "RunnerInfo", "check_input"]
+__all__ = ["HoldsNothing", "InputSpec", "Runner", "RunnerInfo", "Split", "SplitRunner", "check_input"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,28 @@ class Runner(Protocol):
 
         The result may be overwritten by the next call. Raises InputError on another shape or dtype.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Where the time of one call went, in milliseconds: CUDA events, and the host clock for `enqueue_ms`.
+
+    `h2d_ms` and `d2h_ms` are the copies from and to pinned host memory, `compute_ms` what lies between.
+    """
+
+    h2d_ms: float
+    compute_ms: float
+    d2h_ms: float
+    enqueue_ms: float
+
+
+@runtime_checkable
+class SplitRunner(Protocol):
+    """A runner that can also say where the time of a call goes."""
+
+    def run_split(self, images: Tensor) -> tuple[Tensor, Split]:
+        """Images in host memory -> (N, num_classes) float32 logits in host memory, and the parts of the call."""
         ...
 
 

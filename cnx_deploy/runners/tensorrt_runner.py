@@ -4,6 +4,9 @@ What happens on a GPU was not run by the machines this project was written on; t
 NVIDIA/TensorRT-RTX (samples/apiUsage) and is tested with a strict double of the runtime.
 """
 
+import itertools
+import time
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,58 +15,44 @@ from torch import Tensor
 
 from cnx_deploy.artifacts import Artifact, open_artifact
 from cnx_deploy.errors import BuildError, CorruptArtifactError, InputError, MissingRequirementError
-from cnx_deploy.runners.base import InputSpec, RunnerInfo, check_input
+from cnx_deploy.runners.base import InputSpec, RunnerInfo, Split, check_input
+from cnx_deploy.runners.cuda import CudaStream
 from cnx_deploy.trt.backend import Backend, load_backend, require_gpu
 
-__all__ = ["CudaStream", "TensorRTRunner"]
+__all__ = ["TensorRTRunner"]
 
 
-class CudaStream:
-    """A stream of the engine's own, and what a runner asks of it. On the default stream TensorRT synchronises more."""
+@dataclass(frozen=True, slots=True)
+class _Buffers:
+    """Fixed memory for one batch size, on the GPU and pinned on the host, and the graph that works on it."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.device_name: str = torch.cuda.get_device_name(device)
-
-    @property
-    def handle(self) -> int:
-        """The stream as CUDA's API names it."""
-        return int(self._stream.cuda_stream)
-
-    def wait_for_producer(self) -> None:
-        """Wait, on the GPU, for the stream on which the caller makes the images."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-
-    def keep(self, *tensors: Tensor) -> None:
-        """Tell torch's allocator that this stream still uses the tensors: it frees blocks by its own streams."""
-        for tensor in tensors:
-            tensor.record_stream(self._stream)
-
-    def synchronize(self) -> None:
-        """Block until all that was enqueued is done."""
-        self._stream.synchronize()
+    images: Tensor
+    logits: Tensor
+    host_images: Tensor
+    host_logits: Tensor
+    graph: Any | None
 
 
 class TensorRTRunner:
     """Run an engine on torch's current CUDA device; see `runners.base.Runner`.
 
     The engine is given to the deserialiser only after its hash has matched its manifest, with host code off.
+    `cuda_graph`: each batch size is captured at its first call and replayed with one launch from then on.
 
     Raises MissingRequirementError without a GPU (in under two seconds), for an engine of another release or another
     GPU; CorruptArtifactError when the runtime refuses it all the same or it takes other types than its manifest says.
     """
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Artifact, *, cuda_graph: bool = False) -> None:
         require_gpu()
         artifact = open_artifact(artifact.path)
         backend = load_backend(str(artifact.manifest.request["runtime"]))
         _check_release(artifact, backend)
         _check_gpu(artifact, _current_target())
         # TensorRT deserialises onto the current device, so that is the one to name.
-        self._start(artifact, backend, torch.device("cuda", torch.cuda.current_device()))
+        self._start(artifact, backend, torch.device("cuda", torch.cuda.current_device()), cuda_graph)
 
-    def _start(self, artifact: Artifact, backend: Backend, device: torch.device) -> None:
+    def _start(self, artifact: Artifact, backend: Backend, device: torch.device, cuda_graph: bool) -> None:
         """Deserialise and make the execution context; apart from the checks so that a double can stand in."""
         request = artifact.manifest.request
         self.device = device
@@ -83,6 +72,8 @@ class TensorRTRunner:
         self._profiles = [tuple(sizes) for sizes in request["batches"]]
         self._classes = artifact.manifest.model.num_classes
         self._stream = CudaStream(device)
+        self._cuda_graph = cuda_graph
+        self._buffers: _Buffers | None = None
         self.input_spec = InputSpec(
             str(request["input_kind"]),
             artifact.manifest.model.image_size,
@@ -98,7 +89,7 @@ class TensorRTRunner:
             details=(
                 ("kernel specialisation", specialisation),
                 ("tf32", "on" if request["allow_tf32"] else "off"),
-                ("cuda graph", "off"),
+                ("cuda graph", "on" if cuda_graph else "off"),
             ),
         )
 
@@ -108,7 +99,8 @@ class TensorRTRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # The context must go before its engine, and the engine before its runtime.
+        # The graph must go before its context, the context before its engine, and the engine before its runtime.
+        self._buffers = None
         self._context = self._engine = self._runtime = None
 
     def run(self, images: Tensor) -> Tensor:
@@ -127,19 +119,85 @@ class TensorRTRunner:
         if images.device != self.device:
             raise InputError(f"The images are on {images.device}, the engine on {self.device}: move them there.")
         images = images.contiguous()
+        if self._cuda_graph:
+            buffers = self._buffers_for(images)
+            self._stream.wait_for_producer()
+            self._stream.copy(buffers.images, images)
+            self._stream.replay(buffers.graph)
+            self._stream.keep(images)
+            return buffers.logits
         self._stream.wait_for_producer()
+        logits = self._bind(images)
+        self._execute()
+        self._stream.keep(images, logits)
+        return logits
+
+    def run_split(self, images: Tensor) -> tuple[Tensor, Split]:
+        """Images in host memory -> logits in host memory, and the milliseconds of each part of the call.
+
+        Both go through pinned memory; filling it is not timed. The logits are overwritten by the next call.
+        """
+        check_input(images, self.input_spec)
+        buffers = self._buffers_for(images)
+        buffers.host_images.copy_(images)
+        if buffers.graph is None:
+            self._bind(buffers.images, buffers.logits)
+        stream, marks = self._stream, [self._stream.mark()]
+        stream.copy(buffers.images, buffers.host_images)
+        marks.append(stream.mark())
+        start = time.perf_counter_ns()
+        if buffers.graph is None:
+            self._execute()
+        else:
+            stream.replay(buffers.graph)
+        enqueue_ms = (time.perf_counter_ns() - start) / 1e6
+        marks.append(stream.mark())
+        stream.copy(buffers.host_logits, buffers.logits)
+        marks.append(stream.mark())
+        stream.synchronize()
+        h2d, compute, d2h = (stream.milliseconds(*pair) for pair in itertools.pairwise(marks))
+        return buffers.host_logits, Split(h2d, compute, d2h, enqueue_ms)
+
+    def _buffers_for(self, images: Tensor) -> _Buffers:
+        """The buffers of this batch size, made at its first call.
+
+        One size at a time: a graph is only good while the context it was captured from is not changed.
+        """
+        if self._buffers is None or len(self._buffers.images) != len(images):
+            self._stream.synchronize()  # the older buffers may be in use
+            self._buffers = None
+            inputs = torch.zeros(tuple(images.shape), dtype=images.dtype, device=self.device)
+            self._stream.wait_for_producer()
+            logits = self._bind(inputs)
+            graph = self._captured() if self._cuda_graph else None
+            self._buffers = _Buffers(inputs, logits, self._stream.pinned(inputs), self._stream.pinned(logits), graph)
+        return self._buffers
+
+    def _captured(self) -> Any:
+        """A graph of one inference on the bound tensors; the run before it does what TensorRT puts off until then."""
+        self._execute()
+        self._stream.synchronize()
+        try:
+            return self._stream.capture(self._execute)
+        except RuntimeError as error:  # torch's word for a capture that CUDA refused
+            raise BuildError(f"The engine cannot be captured ({error}). Run it without a CUDA graph.") from error
+
+    def _bind(self, images: Tensor, logits: Tensor | None = None) -> Tensor:
+        """Give the context the shape and address of both tensors, `logits` made where there is none; returns it."""
         self._select_profile(len(images))
         self._check(self._context.set_input_shape("images", tuple(images.shape)), "set_input_shape")
         missing = self._context.infer_shapes()
         if missing:
             raise BuildError(f"The engine wants more inputs than images: {', '.join(missing)}.")
-        shape = tuple(self._context.get_tensor_shape("logits"))
-        logits = torch.empty(shape, dtype=torch.float32, device=self.device)
+        if logits is None:
+            shape = tuple(self._context.get_tensor_shape("logits"))
+            logits = torch.empty(shape, dtype=torch.float32, device=self.device)
         self._check(self._context.set_tensor_address("images", images.data_ptr()), "set_tensor_address(images)")
         self._check(self._context.set_tensor_address("logits", logits.data_ptr()), "set_tensor_address(logits)")
-        self._check(self._context.execute_async_v3(self._stream.handle), "execute_async_v3")
-        self._stream.keep(images, logits)
         return logits
+
+    def _execute(self) -> None:
+        self._check(self._context.execute_async_v3(self._stream.handle), "execute_async_v3")
 
     def _select_profile(self, batch: int) -> None:
         """The tightest profile that holds the batch."""
