@@ -1,39 +1,53 @@
-"""How fast a runner is, measured so that it cannot flatter.
+"""How fast a runner is, measured so that it cannot flatter (docs/decisions/0011-how-we-time.md).
 
-A monotonic clock around calls that block until the logits are there; warm-up until the speed has settled; medians and
-only those percentiles that the sample can carry; candidates that are compared take turns in one run, so a machine
-that slows down slows all of them; and the logits of the timed calls are judged, so a fast wrong answer is INVALID.
+A monotonic clock around calls that block until the logits are there; warm-up until the speed has settled; candidates
+that are compared take turns in one run, so a machine that slows down slows all of them; measuring goes on until the
+last three windows of every candidate agree; and the logits of the timed calls are judged, so a fast wrong answer is
+INVALID.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
+from cnx_deploy.bench_candidate import Candidate
+from cnx_deploy.bench_correctness import Correctness, KeptOutputs, judge
+from cnx_deploy.bench_gpu import GpuTimes, gpu_times, limits_of
+from cnx_deploy.bench_statistics import WINDOWS, Latency, Ratio, disagreement, latency_of, ratio_of
 from cnx_deploy.errors import InputError
-from cnx_deploy.parity import Gate, differences
-from cnx_deploy.runners.base import Runner
+from cnx_deploy.runners.base import Runner, Split, SplitRunner
 
-__all__ = ["BenchSpec", "Candidate", "Timing", "measure_together", "peak_memory_mib", "reset_peak_memory"]
+__all__ = ["BenchSpec", "Timing", "measure_together"]
+
+Progress = Callable[[str, float], None]
+
+AGREEMENT = {"cpu": 0.10, "cuda": 0.05}
+"""How far the last three windows may lie apart, by the device of the runner."""
+
+SLOW_CALL_MS = 100.0
+"""Above it ten calls are a sample, since a hundred would take minutes; the row says so."""
+
+SLOW_CALLS = 10
 
 WARM_UP_SECONDS = 0.2
-WARM_UP_CALLS = 3
-WINDOWS = 3
-WINDOW_AGREEMENT = 0.10
-PERCENTILES = ((90, 50), (95, 100), (99, 500))
-"""A percentile and the fewest calls that carry it: five samples beyond it at least."""
+WARM_UP_CALLS = 10
+GPU_CV_PERCENT = 2.5
+"""trtexec warns above this coefficient of variation of the compute time."""
 
 
 @dataclass(frozen=True, slots=True)
 class BenchSpec:
-    """How long to measure. `duration_seconds` is per candidate and batch; the clock is `time.perf_counter_ns`."""
+    """How long to measure. `duration_seconds` is per candidate and batch; the clock is `time.perf_counter_ns`.
+
+    A third of the duration is a window. Up to `max_windows` are measured until the last three agree.
+    """
 
     duration_seconds: float = 3.0
-    min_calls: int = 10
+    min_calls: int = 100
+    max_windows: int = 10
     warm_up_tries: int = 10
     seed: int = 0
 
@@ -43,51 +57,73 @@ class BenchSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A runner to time, under the name its row has; `create_seconds` is what making it took."""
-
-    name: str
-    runner: Runner
-    create_seconds: float
-    peak_memory_mib: float | None
-    gate: Gate | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Timing:
-    """Latency of one candidate at one batch size.
+    """One candidate at one batch size.
 
-    Milliseconds of a whole batch on the host clock, transfers inside `run` included. Percentiles are None where the
-    sample is too small. `speedup` is over the first candidate of the run: the median of the ratios of neighbouring
-    calls, with its 95 % bootstrap interval. `status` is OK, UNSTABLE (the windows of the run disagree by more than
-    10 %) or INVALID (the timed logits fail their gate).
+    `latency`: a whole batch on the host clock, images already on the runner's device. `images_per_second` is from its
+    median. `ratios`: to each peer of the same run. `status` is OK, UNSTABLE (the last windows disagree, or a GPU's
+    compute time varies) or INVALID (the timed logits fail their gate); `remarks` say why, and what was cut short.
     """
 
     name: str
+    network: str
     backend: str
     version: str
     device: str
     precision: str
     arithmetic: str
+    details: dict[str, str]
     batch: int
-    calls: int
     images_per_second: float
-    median_ms: float
-    min_ms: float
-    p90_ms: float | None
-    p95_ms: float | None
-    p99_ms: float | None
+    latency: Latency
+    gpu: GpuTimes | None
     first_call_ms: float
     create_seconds: float
     peak_memory_mib: float | None
-    relative_l2: float | None
-    speedup: float | None
-    speedup_interval: tuple[float, float] | None
+    correctness: Correctness | None
+    ratios: tuple[Ratio, ...]
     status: str
+    remarks: tuple[str, ...]
+
+    def ratio_to(self, peer: str) -> Ratio | None:
+        """The ratio to the peer of this name; None for that peer itself and where it did not run."""
+        return next((ratio for ratio in self.ratios if ratio.peer == peer), None)
 
     def to_dict(self) -> dict[str, Any]:
         """The row as JSON has it."""
         return asdict(self)
+
+
+@dataclass(slots=True)
+class _Sample:
+    """What is known so far of one candidate: `windows` of milliseconds, kept logits, CUDA's times where it has them."""
+
+    candidate: Candidate
+    images: Tensor
+    on_host: Tensor
+    outputs: KeptOutputs
+    first_call_ms: float = 0.0
+    settled_ms: float = 0.0
+    windows: list[list[float]] = field(default_factory=list)
+    splits: list[list[Split]] = field(default_factory=list)
+
+    @property
+    def milliseconds(self) -> list[float]:
+        """The calls of the last three windows: what is reported."""
+        return [value for window in self.windows[-WINDOWS:] for value in window]
+
+    @property
+    def disagreement(self) -> str:
+        """In what the last windows disagree, empty where they agree."""
+        return disagreement(self.windows, AGREEMENT[self.candidate.runner.device.type])
+
+    def call(self) -> None:
+        """One timed call into the newest window, and CUDA's own times of another."""
+        milliseconds, logits = _timed_call(self.candidate.runner, self.images)
+        self.windows[-1].append(milliseconds)
+        self.outputs.add(logits)
+        if isinstance(self.candidate.runner, SplitRunner):
+            self.splits[-1].append(self.candidate.runner.run_split(self.on_host)[1])
 
 
 def measure_together(
@@ -96,52 +132,23 @@ def measure_together(
     spec: BenchSpec,
     *,
     expected: Tensor | None = None,
-    progress: Callable[[str, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Timing]:
     """Time the candidates in turn (A B C A B C …) on one batch; `images` holds each candidate's own input.
 
-    `expected` are the reference's logits for the batch; each candidate's last timed logits are judged against them by
-    its gate. `progress` is told a name and the share done.
+    `expected` are the reference's logits for the batch, (N, num_classes); the first, a random and the last timed
+    logits of each candidate are judged against them by its gate. `progress` is told a name and the share done.
     """
-    batch = len(images[0])
-    placed = [tensor.to(candidate.runner.device) for candidate, tensor in zip(candidates, images, strict=True)]
-    first_calls = [
-        _warm_up(candidate, tensor, spec, progress) for candidate, tensor in zip(candidates, placed, strict=True)
+    samples = [
+        _Sample(candidate, batch.to(candidate.runner.device), batch, KeptOutputs(spec.seed))
+        for candidate, batch in zip(candidates, images, strict=True)
     ]
-    latencies: list[list[float]] = [[] for _ in candidates]
-    logits: list[Tensor | None] = [None for _ in candidates]
-    budget = spec.duration_seconds * len(candidates)
-    start = time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < budget or len(latencies[0]) < spec.min_calls:
-        for index, candidate in enumerate(candidates):
-            milliseconds, logits[index] = _timed_call(candidate.runner, placed[index])
-            latencies[index].append(milliseconds)
-        if progress is not None:
-            progress(f"batch {batch}", min(1.0, elapsed / budget))
-    return [
-        _timing(candidate, batch, values, latencies[0] if index else None, first, output, expected, spec.seed)
-        for index, (candidate, values, first, output) in enumerate(
-            zip(candidates, latencies, first_calls, logits, strict=True)
-        )
-    ]
-
-
-def reset_peak_memory() -> float:
-    """Set the process's peak memory to what it uses now; returns that in MiB, or 0 where the system cannot tell."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return 0.0
-    return peak_memory_mib() or 0.0
-
-
-def peak_memory_mib() -> float | None:
-    """Peak resident memory of this process in MiB since the last reset; None where the system cannot tell."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+    for sample in samples:
+        _warm_up(sample, spec, progress)
+    while not _is_done(samples, spec):
+        _measure_window(samples, spec, progress)
+    peers = [sample for sample in samples if sample.candidate.is_peer]
+    return [_timing(sample, peers, expected, spec) for sample in samples]
 
 
 def _timed_call(runner: Runner, images: Tensor) -> tuple[float, Tensor]:
@@ -150,91 +157,106 @@ def _timed_call(runner: Runner, images: Tensor) -> tuple[float, Tensor]:
     return (time.perf_counter_ns() - start) / 1e6, logits
 
 
-def _warm_up(
-    candidate: Candidate, images: Tensor, spec: BenchSpec, progress: Callable[[str, float], None] | None
-) -> float:
-    """Call until the last three windows agree within 10 %, or tries run out; returns the first call's milliseconds."""
-    first, _ = _timed_call(candidate.runner, images)
-    windows: list[float] = []
-    for attempt in range(spec.warm_up_tries):
-        calls, start = 0, time.perf_counter()
-        while calls < WARM_UP_CALLS or time.perf_counter() - start < WARM_UP_SECONDS:
-            candidate.runner.run(images)
-            calls += 1
-        windows.append((time.perf_counter() - start) / calls)
+def _warm_up(sample: _Sample, spec: BenchSpec, progress: Progress | None) -> None:
+    """Call in windows until the last three agree, or the tries run out; at least 200 ms and ten calls.
+
+    Where a call is slow, a window is one call, and a model that takes the whole duration settles within its first.
+    """
+    runner, windows = sample.candidate.runner, list[list[float]]()
+    sample.first_call_ms, _ = _timed_call(runner, sample.images)
+    while len(windows) < spec.warm_up_tries and disagreement(windows, AGREEMENT[runner.device.type]):
+        windows.append([])
+        while not _is_warm_window(windows[-1]):
+            windows[-1].append(_timed_call(runner, sample.images)[0])
+        if isinstance(runner, SplitRunner):
+            runner.run_split(sample.on_host)
         if progress is not None:
-            progress(f"warming up {candidate.name}", (attempt + 1) / spec.warm_up_tries)
-        if len(windows) >= WINDOWS and _agree(windows[-WINDOWS:]):
+            progress(f"warming up {sample.candidate.name}", len(windows) / spec.warm_up_tries)
+        if windows[-1][-1] > SLOW_CALL_MS and sum(map(sum, windows)) > 1000.0 * spec.duration_seconds:
             break
-        if sum(windows) * WARM_UP_CALLS > spec.duration_seconds:  # a slow model settles within its first calls
-            break
-    return first
+    sample.settled_ms = windows[-1][-1]
 
 
-def _timing(
-    candidate: Candidate,
-    batch: int,
-    latencies: Sequence[float],
-    baseline: Sequence[float] | None,
-    first_call_ms: float,
-    logits: Tensor | None,
-    expected: Tensor | None,
-    seed: int,
-) -> Timing:
-    values = np.asarray(latencies)
-    relative_l2, valid = _judged(candidate, logits, expected)
-    ratio, interval = (None, None) if baseline is None else _speedup(np.asarray(baseline), values, seed)
-    windows = [float(np.median(part)) for part in np.array_split(values, WINDOWS) if len(part)]
+def _is_warm_window(window: Sequence[float]) -> bool:
+    if window and window[-1] > SLOW_CALL_MS:
+        return True
+    return len(window) * WINDOWS >= WARM_UP_CALLS and sum(window) * WINDOWS >= 1000.0 * WARM_UP_SECONDS
+
+
+def _is_done(samples: Sequence[_Sample], spec: BenchSpec) -> bool:
+    measured = len(samples[0].windows)
+    return measured >= spec.max_windows or (measured >= WINDOWS and not any(sample.disagreement for sample in samples))
+
+
+def _measure_window(samples: Sequence[_Sample], spec: BenchSpec, progress: Progress | None) -> None:
+    """A third of the duration, and of the fewest calls, for every candidate in turn."""
+    number = len(samples[0].windows)
+    fewest = _fewest_calls(samples, spec)
+    calls = fewest * (number + 1) // WINDOWS - fewest * number // WINDOWS
+    seconds = spec.duration_seconds * len(samples) / WINDOWS
+    for sample in samples:
+        sample.windows.append([])
+        sample.splits.append([])
+    start = time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds or len(samples[0].windows[-1]) < calls:
+        for sample in samples:
+            sample.call()
+        if progress is not None:
+            share = (number + min(1.0, elapsed / seconds)) / max(WINDOWS, number + 1)
+            progress(f"batch {len(samples[0].images)}", share)
+
+
+def _fewest_calls(samples: Sequence[_Sample], spec: BenchSpec) -> int:
+    """All candidates make the same number of calls, so the slowest one decides."""
+    slow = any(sample.settled_ms > SLOW_CALL_MS for sample in samples)
+    return min(spec.min_calls, SLOW_CALLS) if slow else spec.min_calls
+
+
+def _timing(sample: _Sample, peers: Sequence[_Sample], expected: Tensor | None, spec: BenchSpec) -> Timing:
+    candidate = sample.candidate
     info = candidate.runner.info
-    percentiles = {rank: _percentile(values, rank, needed) for rank, needed in PERCENTILES}
+    latency = latency_of(sample.milliseconds, spec.seed)
+    splits = [split for window in sample.splits[-WINDOWS:] for split in window]
+    gpu = gpu_times(splits, spec.seed) if splits else None
+    correctness = None if expected is None else judge(sample.outputs.all(), expected, candidate.gate)
+    unsteady = _unsteady(sample, gpu)
+    wrong = correctness.failures if correctness is not None else ()
+    few = (
+        (f"{latency.calls} calls only: one of the run takes over {SLOW_CALL_MS:g} ms",)
+        if latency.calls < spec.min_calls
+        else ()
+    )
     return Timing(
         name=candidate.name,
+        network=candidate.network,
         backend=info.backend,
         version=info.version,
         device=info.device,
         precision=info.precision,
         arithmetic=info.arithmetic,
-        batch=batch,
-        calls=len(values),
-        images_per_second=batch * 1000.0 / float(np.median(values)),
-        median_ms=float(np.median(values)),
-        min_ms=float(values.min()),
-        p90_ms=percentiles[90],
-        p95_ms=percentiles[95],
-        p99_ms=percentiles[99],
-        first_call_ms=first_call_ms,
+        details=dict(info.details),
+        batch=len(sample.images),
+        images_per_second=len(sample.images) * 1000.0 / latency.median_ms,
+        latency=latency,
+        gpu=gpu,
+        first_call_ms=sample.first_call_ms,
         create_seconds=candidate.create_seconds,
         peak_memory_mib=candidate.peak_memory_mib,
-        relative_l2=relative_l2,
-        speedup=ratio,
-        speedup_interval=interval,
-        status="INVALID" if not valid else "OK" if _agree(windows) else "UNSTABLE",
+        correctness=correctness,
+        ratios=tuple(
+            ratio_of(peer.candidate.name, peer.milliseconds, sample.milliseconds, spec.seed)
+            for peer in peers
+            if peer is not sample
+        ),
+        status="INVALID" if wrong else "UNSTABLE" if unsteady else "OK",
+        remarks=(*wrong, *unsteady, *few, *(limits_of(gpu) if gpu is not None else ())),
     )
 
 
-def _judged(candidate: Candidate, logits: Tensor | None, expected: Tensor | None) -> tuple[float | None, bool]:
-    """Relative L2 of the timed logits and whether they pass; without a reference nothing is claimed."""
-    if logits is None or expected is None:
-        return None, True
-    found = differences(logits, expected)
-    passes = candidate.gate is None or not candidate.gate.failures(found)
-    return (found.relative_l2_max if found.all_finite else None), passes and found.all_finite
-
-
-def _percentile(values: np.ndarray[Any, Any], rank: int, needed: int) -> float | None:
-    return float(np.percentile(values, rank)) if len(values) >= needed else None
-
-
-def _agree(windows: Sequence[float]) -> bool:
-    return max(windows) <= (1.0 + WINDOW_AGREEMENT) * min(windows)
-
-
-def _speedup(
-    baseline: np.ndarray[Any, Any], values: np.ndarray[Any, Any], seed: int
-) -> tuple[float, tuple[float, float]]:
-    """Median of baseline/value over neighbouring calls and its 95 % bootstrap interval."""
-    ratios = baseline / values
-    generator = np.random.default_rng(seed)
-    draws = generator.choice(ratios, size=(1000, len(ratios)))
-    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
-    return float(np.median(ratios)), (float(low), float(high))
+def _unsteady(sample: _Sample, gpu: GpuTimes | None) -> tuple[str, ...]:
+    reasons = []
+    if sample.disagreement:
+        reasons.append(f"after {len(sample.windows)} windows the last three disagree: {sample.disagreement}")
+    if gpu is not None and gpu.compute.cv_percent > GPU_CV_PERCENT:
+        reasons.append(f"compute time varies by {gpu.compute.cv_percent:.1f} %, more than {GPU_CV_PERCENT:g} %")
+    return tuple(reasons)

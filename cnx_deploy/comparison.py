@@ -1,39 +1,50 @@
 """A benchmark over recorded artifacts: which runners take turns, on which images, and what could not run.
 
-Timing itself is `benchmark`; this puts PyTorch beside the artifacts of one network and judges what was timed.
+Timing itself is `benchmark`; this puts the peers beside the artifacts of one network, judges what was timed, and
+stops a sweep over batch sizes where going on would show nothing.
 """
 
-import time
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cnx_deploy.artifacts import Artifact
-from cnx_deploy.benchmark import BenchSpec, Candidate, Timing, measure_together, peak_memory_mib, reset_peak_memory
+from cnx_deploy.bench_candidate import Candidate, create
+from cnx_deploy.bench_networks import network_facts, network_name, networks_of
+from cnx_deploy.bench_peers import PEERS, PeerSetup
+from cnx_deploy.bench_sweep import is_over, sweep_batches
+from cnx_deploy.benchmark import BenchSpec, Timing, measure_together
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.environment import cpu_count, find_gpus
-from cnx_deploy.errors import MissingRequirementError
+from cnx_deploy.errors import InputError, MissingRequirementError
+from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.onnx_export import deploy_spec_from_request
 from cnx_deploy.parity import GATES, logits_of
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.variants import find_variant
+from cnx_deploy.runners.tensorrt_runner import TensorRTRunner
 from cnx_deploy.verification import open_runner, recorded_model
 
 __all__ = ["BenchRequest", "Benchmark", "NotRun", "bench_artifacts"]
+
+Progress = Callable[[str, float], None]
+
+REFERENCE_BATCH = 8
+"""The reference runs in pieces of this size: a large batch of it would take the memory of the candidates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchRequest:
     """What `cnx-deploy bench` takes. Without `files`, everything recorded in both folders.
 
-    `compare` may hold "torch" (eager training form, the baseline of the speed-ups). `threads` None means all.
+    `compare`: words of `bench_peers.PEERS`, the first is the baseline of the table. `threads` None means all.
+    `sweep`: batches 1, 2, 4, … to `max_batch` instead of `batches`. `cuda_graph`: engines replay a captured graph.
     """
 
     files: tuple[Path, ...] = ()
@@ -43,13 +54,28 @@ class BenchRequest:
     duration: float = 3.0
     compare: tuple[str, ...] = ()
     threads: int | None = None
+    sweep: bool = False
+    max_batch: int = 256
+    cuda_graph: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = [word for word in self.compare if word not in PEERS]
+        if unknown:
+            raise InputError(f"Nothing to compare with is called {unknown[0]!r}. Choose from: {', '.join(PEERS)}.")
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The batches to measure, in this order."""
+        return sweep_batches(self.max_batch) if self.sweep else self.batches
 
 
 @dataclass(frozen=True, slots=True)
 class NotRun:
-    """An artifact that was not timed and why, with what its compiler says of it."""
+    """Something that was not timed and why, with what its compiler says of it. `batch` None: at every batch."""
 
     name: str
+    network: str
     batch: int | None
     kernels: int | None
     megabytes_per_image: float | None
@@ -58,107 +84,104 @@ class NotRun:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """Timed rows and rows that were not run; `models` gives each row's variant, image size and counts by its name."""
+    """Timed rows and rows that were not run; `networks` says what each network is, by the name rows have for it."""
 
     rows: tuple[Timing, ...]
     not_run: tuple[NotRun, ...]
-    models: dict[str, dict[str, Any]]
+    networks: dict[str, dict[str, Any]]
+
+
+@dataclass(slots=True)
+class _Network:
+    """One network being measured: its artifacts, weights and open runners, and what has become of it so far."""
+
+    name: str
+    artifacts: Sequence[Artifact]
+    loaded: LoadedModel
+    candidates: list[Candidate] = field(default_factory=list)
+    rows: list[Timing] = field(default_factory=list)
+    not_run: list[NotRun] = field(default_factory=list)
 
 
 def bench_artifacts(
-    artifacts: Sequence[Artifact], request: BenchRequest, progress: Callable[[str, float], None] | None = None
+    artifacts: Sequence[Artifact], request: BenchRequest, progress: Progress | None = None
 ) -> Benchmark:
-    """Time the artifacts network by network; those of one network take turns with each other and with PyTorch."""
+    """Time the artifacts network by network; those of one network take turns with each other and with the peers."""
     torch.set_num_threads(request.threads or cpu_count())
-    rows: list[Timing] = []
-    not_run: list[NotRun] = []
-    for group in _networks(artifacts):
+    measured = []
+    for group in networks_of(artifacts):
+        network = _Network(network_name(group[0]), group, recorded_model(group[0]))
+        measured.append(network)
         with ExitStack() as stack:
-            candidates = [*_torch_candidates(group[0], request, stack), *_candidates(group, request, stack, not_run)]
-            for batch in request.batches if candidates else ():
-                not_run.extend(_outside_range(candidates, batch))
-                rows.extend(_measured(group[0], candidates, batch, request, progress))
-    models = {artifact.path.name: _model_facts(artifact) for artifact in artifacts}
-    return Benchmark(tuple(rows), tuple(not_run), models)
-
-
-def _networks(artifacts: Sequence[Artifact]) -> Iterator[list[Artifact]]:
-    """Artifacts that hold the same network for the same input, together."""
-    groups: dict[tuple[Any, ...], list[Artifact]] = {}
-    for artifact in artifacts:
-        model, request = artifact.manifest.model, artifact.manifest.request
-        key = (model.weights.sha256, model.image_size, request["input_kind"], str(request["mean"]), str(request["std"]))
-        groups.setdefault(key, []).append(artifact)
-    yield from groups.values()
-
-
-def _torch_candidates(artifact: Artifact, request: BenchRequest, stack: ExitStack) -> Iterator[Candidate]:
-    if "torch" not in request.compare:
-        return
-    spec = deploy_spec_from_request(artifact.manifest.request)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    yield _created(
-        "torch eager fp32", lambda: reference_runner(recorded_model(artifact).model.to(device), spec), "fp32", stack
+            _open_peers(network, request, stack)
+            _open_artifacts(network, request, stack)
+            for batch in request.batch_sizes:
+                _measure(network, batch, request, progress)
+    return Benchmark(
+        tuple(row for network in measured for row in network.rows),
+        tuple(missing for network in measured for missing in network.not_run),
+        {network.name: network_facts(network.artifacts) for network in measured},
     )
 
 
-def _candidates(
-    group: Sequence[Artifact], request: BenchRequest, stack: ExitStack, not_run: list[NotRun]
-) -> Iterator[Candidate]:
-    for artifact in group:
-        gate = artifact.manifest.request["precision"]
-        if artifact.manifest.kind == "engine" and gate != "fp16":
-            gate = "tf32-engine" if artifact.manifest.request["allow_tf32"] else "fp32-engine"
+def _open_peers(network: _Network, request: BenchRequest, stack: ExitStack) -> None:
+    deploy = deploy_spec_from_request(network.artifacts[0].manifest.request)
+    for peer in (PEERS[word] for word in request.compare):
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        # A model of its own: the peer may move it to a GPU, and the reference stays on the CPU.
+        setup = PeerSetup(recorded_model(network.artifacts[0]).model, deploy, request.threads, folder)
         try:
-            yield _created(artifact.path.name, partial(open_runner, artifact, threads=request.threads), gate, stack)
+            candidate = create(peer.name, network.name, peer.prepare(setup), GATES["fp32"], stack)
+            take = peer.input_from_pixels(deploy)
+            network.candidates.append(replace(candidate, is_peer=True, input_from_pixels=take))
+        except MissingRequirementError as error:
+            network.not_run.append(NotRun(peer.name, network.name, None, None, None, str(error)))
+
+
+def _open_artifacts(network: _Network, request: BenchRequest, stack: ExitStack) -> None:
+    for artifact in network.artifacts:
+        recorded = artifact.manifest.request
+        gate = str(recorded["precision"])
+        if artifact.manifest.kind == "engine" and gate != "fp16":
+            gate = "tf32-engine" if recorded["allow_tf32"] else "fp32-engine"
+        try:
+            make = partial(_artifact_runner, artifact, request)
+            network.candidates.append(create(artifact.path.name, network.name, make, GATES[gate], stack))
         except MissingRequirementError as error:
             compiled = artifact.manifest.facts.get("compiled") or {}
-            not_run.append(
-                NotRun(
-                    artifact.path.name,
-                    compiled.get("batch"),
-                    compiled.get("kernels"),
-                    compiled.get("megabytes_per_image"),
-                    str(error) if find_gpus() else "no GPU",
-                )
-            )
+            figures = (compiled.get("batch"), compiled.get("kernels"), compiled.get("megabytes_per_image"))
+            reason = str(error) if find_gpus() else "no GPU"
+            network.not_run.append(NotRun(artifact.path.name, network.name, *figures, reason))
+    if not request.compare and network.candidates:
+        network.candidates[0] = replace(network.candidates[0], is_peer=True)
 
 
-def _created(name: str, make: Callable[[], Runner], gate: str, stack: ExitStack) -> Candidate:
-    """Make a runner and call it once on one image: what that takes in time and memory belongs to it."""
-    before = reset_peak_memory()
-    start = time.perf_counter()
-    runner = stack.enter_context(make())
-    create_seconds = time.perf_counter() - start
-    spec = runner.input_spec
-    runner.run(torch.zeros(spec.shape(spec.min_batch), dtype=spec.dtype, device=runner.device))
-    peak = peak_memory_mib()
-    return Candidate(name, runner, create_seconds, None if peak is None else max(0.0, peak - before), GATES[gate])
+def _artifact_runner(artifact: Artifact, request: BenchRequest) -> Runner:
+    if artifact.manifest.kind == "engine":
+        return TensorRTRunner(artifact, cuda_graph=request.cuda_graph)
+    return open_runner(artifact, threads=request.threads)
 
 
-def _measured(
-    artifact: Artifact,
-    candidates: Sequence[Candidate],
-    batch: int,
-    request: BenchRequest,
-    progress: Callable[[str, float], None] | None,
-) -> list[Timing]:
-    """Time those candidates that take a batch of this size."""
-    fitting = [candidate for candidate in candidates if _takes(candidate, batch)]
+def _measure(network: _Network, batch: int, request: BenchRequest, progress: Progress | None) -> None:
+    """Time those candidates that take a batch of this size and whose sweep is not over."""
+    going = [each for each in network.candidates if not (request.sweep and is_over(_rows_of(network, each)))]
+    fitting = [candidate for candidate in going if _takes(candidate, batch)]
+    if not request.sweep:
+        network.not_run.extend(_outside_range(going, batch))
     if not fitting:
-        return []
-    spec = deploy_spec_from_request(artifact.manifest.request)
-    pixels = next(image_like_batches(batch, spec.image_size, batch_size=batch))
-    images: Tensor = runner_input(pixels, spec.input_kind)
-    with reference_runner(recorded_model(artifact).model, spec) as reference:
-        expected = logits_of(reference, [images])
-    return measure_together(
-        fitting,
-        [images] * len(fitting),
-        BenchSpec(duration_seconds=request.duration),
-        expected=expected,
-        progress=progress,
-    )
+        return
+    deploy = deploy_spec_from_request(network.artifacts[0].manifest.request)
+    pixels = next(image_like_batches(batch, deploy.image_size, batch_size=batch, seed=request.seed))
+    with reference_runner(network.loaded.model, deploy) as reference:
+        pieces = torch.split(runner_input(pixels, deploy.input_kind), REFERENCE_BATCH)
+        expected = logits_of(reference, pieces)
+    images = [candidate.images_from_pixels(pixels) for candidate in fitting]
+    spec = BenchSpec(duration_seconds=request.duration, seed=request.seed)
+    network.rows.extend(measure_together(fitting, images, spec, expected=expected, progress=progress))
+
+
+def _rows_of(network: _Network, candidate: Candidate) -> list[Timing]:
+    return [row for row in network.rows if row.name == candidate.name]
 
 
 def _outside_range(candidates: Sequence[Candidate], batch: int) -> Iterator[NotRun]:
@@ -166,22 +189,9 @@ def _outside_range(candidates: Sequence[Candidate], batch: int) -> Iterator[NotR
         if not _takes(candidate, batch):
             spec = candidate.runner.input_spec
             reason = f"a batch of {batch} is outside its range of {spec.min_batch} to {spec.max_batch}"
-            yield NotRun(candidate.name, batch, None, None, reason)
+            yield NotRun(candidate.name, candidate.network, batch, None, None, reason)
 
 
 def _takes(candidate: Candidate, batch: int) -> bool:
     spec = candidate.runner.input_spec
     return spec.min_batch <= batch and (spec.max_batch is None or batch <= spec.max_batch)
-
-
-def _model_facts(artifact: Artifact) -> dict[str, Any]:
-    model = artifact.manifest.model
-    variant = find_variant(model.variant)
-    return {
-        "variant": model.variant,
-        "image_size": model.image_size,
-        "weights": model.weights.origin,
-        "gmacs": round(variant.mac_count(model.image_size, model.num_classes) / 1e9, 3),
-        "parameters": variant.parameter_count + (model.num_classes - 1000) * (variant.dims[-1] + 1),
-        "sha256": artifact.sha256,
-    }

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from cnx_deploy import benchmark
-from cnx_deploy.benchmark import BenchSpec, Candidate, Timing, measure_together, peak_memory_mib, reset_peak_memory
+from cnx_deploy.bench_candidate import Candidate, peak_memory_mib, reset_peak_memory
+from cnx_deploy.bench_statistics import Ratio
+from cnx_deploy.benchmark import BenchSpec, Timing, measure_together
 from cnx_deploy.errors import InputError
 from cnx_deploy.parity import GATES
-from cnx_deploy.runners.base import InputSpec, RunnerInfo
+from cnx_deploy.runners.base import InputSpec, RunnerInfo, Split
 
 CPU = torch.device("cpu")
 INFO = RunnerInfo("double", "1", "clock", "fp32", "fp32")
@@ -81,8 +83,11 @@ def runner(clock) -> Callable[..., KnownSpeed]:
 
 
 def timings(*runners: KnownSpeed, calls: int = 60, expected: Tensor | None = LOGITS, **options: object) -> list[Timing]:
-    """Time the runners for exactly `calls` calls each."""
-    candidates = [Candidate(f"runner {index}", item, 0.0, None, GATES["fp32"]) for index, item in enumerate(runners)]
+    """Time the runners for exactly `calls` calls each where they are steady; the first is the peer."""
+    candidates = [
+        Candidate(f"runner {index}", item, 0.0, None, GATES["fp32"], is_peer=index == 0)
+        for index, item in enumerate(runners)
+    ]
     spec = BenchSpec(duration_seconds=1e-6, min_calls=calls)
     return measure_together(candidates, [IMAGES] * len(runners), spec, expected=expected, **options)
 
@@ -92,7 +97,9 @@ def timings(*runners: KnownSpeed, calls: int = 60, expected: Tensor | None = LOG
 
 def test_latency_is_the_time_of_a_call_and_throughput_its_images(runner):
     timing = timings(runner(8.0))[0]
-    assert (timing.median_ms, timing.min_ms, timing.images_per_second, timing.batch) == (8.0, 8.0, 500.0, 4)
+    latency = timing.latency
+    assert (latency.median_ms, latency.mean_ms, latency.min_ms, latency.max_ms) == (8.0, 8.0, 8.0, 8.0)
+    assert (timing.images_per_second, timing.batch, latency.cv_percent) == (500.0, 4, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -107,19 +114,20 @@ def test_latency_is_the_time_of_a_call_and_throughput_its_images(runner):
     ],
 )
 def test_a_percentile_is_none_when_the_sample_cannot_carry_it(runner, calls, carried):
-    timing = timings(runner(8.0), calls=calls)[0]
-    found = (timing.p90_ms, timing.p95_ms, timing.p99_ms)
-    assert (timing.calls, tuple(value is not None for value in found)) == (calls, carried)
+    latency = timings(runner(8.0), calls=calls)[0].latency
+    found = (latency.p90_ms, latency.p95_ms, latency.p99_ms)
+    assert (latency.calls, tuple(value is not None for value in found)) == (calls, carried)
 
 
 def test_percentiles_are_those_of_the_calls(runner):
-    slow_tenth = timings(runner(lambda index: 100.0 if index % 8 == 0 else 10.0), calls=104)[0]
-    assert (slow_tenth.median_ms, slow_tenth.p90_ms) == (10.0, 100.0)
+    slow_eighth = timings(runner(lambda index: 90.0 if index % 8 == 0 else 10.0), calls=240)[0].latency
+    assert (slow_eighth.median_ms, slow_eighth.p90_ms, slow_eighth.max_ms) == (10.0, 90.0, 90.0)
+    assert slow_eighth.mean_ms == pytest.approx(20.0)
 
 
 def test_the_first_call_is_reported_and_not_in_the_sample(runner):
     timing = timings(runner(lambda index: 1000.0 if index == 0 else 10.0))[0]
-    assert (timing.first_call_ms, timing.median_ms, timing.p90_ms) == (1000.0, 10.0, 10.0)
+    assert (timing.first_call_ms, timing.latency.median_ms, timing.latency.max_ms) == (1000.0, 10.0, 10.0)
 
 
 def test_slow_calls_at_the_start_are_warm_up(runner):
@@ -127,20 +135,20 @@ def test_slow_calls_at_the_start_are_warm_up(runner):
     timing = measure_together(
         [Candidate("settling", settling, 0.0, None)], [IMAGES], BenchSpec(duration_seconds=2.0, warm_up_tries=20)
     )[0]
-    assert (timing.min_ms, timing.p90_ms, timing.status) == (10.0, 10.0, "OK")
+    assert (timing.latency.min_ms, timing.latency.max_ms, timing.status) == (10.0, 10.0, "OK")
 
 
 def test_the_duration_is_spent_on_each_candidate(runner):
     fast, slow = runner(10.0), runner(30.0)
     candidates = [Candidate("fast", fast, 0.0, None), Candidate("slow", slow, 0.0, None)]
     found = measure_together(candidates, [IMAGES, IMAGES], BenchSpec(duration_seconds=2.0))
-    assert [timing.calls for timing in found] == [100, 100]  # 100 × (10 + 30) ms = 2 × 2 s
+    assert [timing.latency.calls for timing in found] == [102, 102]  # three windows: 34 × 40 ms is over 2 × 2 s / 3
 
 
 def test_a_real_clock_measures_at_least_what_a_runner_sleeps():
     sleeper = KnownSpeed(lambda milliseconds: time.sleep(milliseconds / 1000), lambda index: 5.0)
     timing = timings(sleeper, calls=10)[0]
-    assert (timing.min_ms >= 5.0, timing.first_call_ms >= 5.0) == (True, True)
+    assert (timing.latency.min_ms >= 5.0, timing.first_call_ms >= 5.0) == (True, True)
 
 
 # What is not to be believed
@@ -148,12 +156,15 @@ def test_a_real_clock_measures_at_least_what_a_runner_sleeps():
 
 def test_steady_right_answers_are_ok(runner):
     timing = timings(runner(8.0))[0]
-    assert (timing.status, timing.relative_l2) == ("OK", 0.0)
+    assert (timing.status, timing.correctness.relative_l2, timing.correctness.calls) == ("OK", 0.0, 3)
 
 
 def test_wrong_logits_make_a_timing_invalid(runner):
     timing = timings(runner(8.0, logits=LOGITS * 1.01))[0]
-    assert (timing.status, timing.relative_l2) == ("INVALID", pytest.approx(0.01, rel=1e-4))
+    found = timing.correctness
+    assert (timing.status, found.relative_l2) == ("INVALID", pytest.approx(0.01, rel=1e-4))
+    assert found.max_abs == pytest.approx(0.03)
+    assert any("relative L2" in remark for remark in timing.remarks)
 
 
 def test_logits_that_go_wrong_only_while_timed_make_a_timing_invalid(runner):
@@ -169,19 +180,34 @@ def test_logits_that_go_wrong_only_while_timed_make_a_timing_invalid(runner):
 def test_nan_logits_make_a_timing_invalid_without_a_gate(runner):
     broken = Candidate("nan", runner(8.0, logits=LOGITS * float("nan")), 0.0, None, gate=None)
     timing = measure_together([broken], [IMAGES], BenchSpec(0.1), expected=LOGITS)[0]
-    assert (timing.status, timing.relative_l2) == ("INVALID", None)
+    found = timing.correctness
+    assert (timing.status, found.relative_l2, found.max_abs) == ("INVALID", None, None)
+    assert found.nonfinite_count == 3 * LOGITS.numel()
 
 
 def test_without_a_reference_nothing_is_claimed_of_the_logits(runner):
-    assert timings(runner(8.0), expected=None)[0].relative_l2 is None
+    assert timings(runner(8.0), expected=None)[0].correctness is None
 
 
-@pytest.mark.parametrize(("late_ms", "status"), [(8.7, "OK"), (9.0, "UNSTABLE"), (6.0, "UNSTABLE")])
-def test_a_speed_that_changes_by_a_tenth_while_timed_is_unstable(runner, late_ms, status):
+@pytest.mark.parametrize(("late_ms", "status", "calls"), [(8.7, "OK", 60), (9.0, "OK", 100), (6.0, "OK", 100)])
+def test_measuring_goes_on_until_the_last_three_windows_agree(runner, late_ms, status, calls):
     steady = runner(8.0)
     warm_up = calls_of_warm_up(steady)
-    changing = runner(lambda index: 8.0 if index < warm_up + 30 else late_ms)
-    assert timings(changing, calls=60)[0].status == status
+    changing = runner(lambda index: 8.0 if index < warm_up + 40 else late_ms)
+    timing = timings(changing, calls=60)[0]
+    measured = len(changing.calls) - warm_up
+    # Windows of 20: two at 8 ms, then one or three at the new speed; three are reported.
+    assert (timing.status, measured, timing.latency.calls) == (status, calls, 60)
+    assert timing.latency.max_ms == late_ms if calls > 60 else timing.latency.min_ms == 8.0
+
+
+def test_a_speed_that_never_settles_is_unstable_after_ten_windows(runner):
+    steady = runner(8.0)
+    warm_up = calls_of_warm_up(steady)
+    growing = runner(lambda index: 8.0 * 1.1 ** (max(0, index - warm_up) // 20))
+    timing = timings(growing, calls=60)[0]
+    assert (timing.status, len(growing.calls) - warm_up) == ("UNSTABLE", 200)
+    assert "after 10 windows the last three disagree: medians of" in timing.remarks[0]
 
 
 def calls_of_warm_up(steady: KnownSpeed) -> int:
@@ -190,19 +216,124 @@ def calls_of_warm_up(steady: KnownSpeed) -> int:
     return len(steady.calls) - 60
 
 
+def test_the_tails_have_to_agree_too_where_a_window_carries_them(runner):
+    warm_up = calls_of_warm_up(runner(8.0))
+
+    def tails(index: int) -> float:
+        window = (index - warm_up) // 100
+        return 8.0 * (1.0 + window) if index >= warm_up and index % 10 == 0 else 8.0
+
+    timing = timings(runner(tails), calls=300)[0]
+    assert timing.status == "UNSTABLE"
+    assert "95th percentiles" in timing.remarks[0]
+
+
+def test_a_slow_model_makes_ten_calls_and_the_row_says_so(runner):
+    slow, fast = timings(runner(150.0), runner(5.0), calls=100)
+    assert (slow.latency.calls, fast.latency.calls) == (10, 10)
+    assert slow.remarks == fast.remarks == ("10 calls only: one of the run takes over 100 ms",)
+
+
+def test_warm_up_is_ten_calls_and_a_fifth_of_a_second_at_least(runner):
+    slow, fast = runner(50.0), runner(1.0)
+    assert (calls_of_warm_up(slow), calls_of_warm_up(fast)) == (1 + 3 * 4, 1 + 3 * 67)
+
+
+@pytest.mark.parametrize("wrong_call", [0, 59])
+def test_one_wrong_call_of_those_judged_makes_the_timing_invalid(runner, wrong_call):
+    """The first and the last timed call; every other call is right."""
+    warm_up = calls_of_warm_up(runner(8.0))
+
+    class OnceWrong(KnownSpeed):
+        def run(self, images: Tensor) -> Tensor:
+            right = super().run(images)
+            return right * 2 if len(self.calls) - 1 == warm_up + wrong_call else right
+
+    steady = runner(8.0)
+    assert timings(OnceWrong(steady.wait, steady.milliseconds))[0].status == "INVALID"
+
+
+def test_a_buffer_that_the_next_call_overwrites_is_judged_as_it_was(runner):
+    class SharedBuffer(KnownSpeed):
+        def run(self, images: Tensor) -> Tensor:
+            super().run(images)
+            return self.logits.copy_(LOGITS * (2.0 if len(self.calls) == first_timed else 1.0))
+
+    first_timed = calls_of_warm_up(runner(8.0)) + 1
+    steady = runner(8.0)
+    timing = timings(SharedBuffer(steady.wait, steady.milliseconds))[0]
+    assert (timing.status, timing.correctness.relative_l2) == ("INVALID", pytest.approx(1.0))
+
+
+# What a GPU adds, by a runner that says what its events would
+
+
+@dataclass
+class KnownSplit(KnownSpeed):
+    """A runner on the CPU whose split call `index` takes what `split(index)` says."""
+
+    split: Callable[[int], Split] = lambda index: Split(0.1, 8.0, 0.1, 0.5)
+    split_calls: int = 0
+
+    def run_split(self, images: Tensor) -> tuple[Tensor, Split]:
+        self.split_calls += 1
+        return self.logits, self.split(self.split_calls)
+
+
+def split_timing(runner: Callable[..., KnownSpeed], split: Callable[[int], Split]) -> Timing:
+    steady = runner(8.0)
+    return timings(KnownSplit(steady.wait, steady.milliseconds, split=split))[0]
+
+
+def test_a_runner_that_splits_its_time_has_the_parts_in_its_row(runner):
+    timing = split_timing(runner, lambda index: Split(0.5, 8.0, 0.25, 1.0))
+    parts = (timing.gpu.h2d_ms, timing.gpu.compute.median_ms, timing.gpu.d2h_ms, timing.gpu.enqueue_ms)
+    assert (parts, timing.gpu.compute.calls) == ((0.5, 8.0, 0.25, 1.0), timing.latency.calls)
+    assert (timing.status, timing.remarks) == ("OK", ())
+
+
+def test_a_runner_that_does_not_split_its_time_has_no_parts(runner):
+    assert timings(runner(8.0))[0].gpu is None
+
+
+@pytest.mark.parametrize(("swing", "status"), [(0.02, "OK"), (0.03, "UNSTABLE")])
+def test_compute_time_that_varies_by_more_than_a_fortieth_is_unstable(runner, swing, status):
+    timing = split_timing(runner, lambda index: Split(0.1, 8.0 * (1.0 + swing * (-1) ** index), 0.1, 0.5))
+    assert timing.status == status
+    assert any("compute time varies by 3.0 %" in remark for remark in timing.remarks) == (status == "UNSTABLE")
+
+
+@pytest.mark.parametrize(
+    ("split", "remark"),
+    [
+        (Split(0.1, 1.0, 0.1, 0.79), None),
+        (Split(0.1, 1.0, 0.1, 0.81), "enqueue-bound"),
+        (Split(0.99, 1.0, 0.1, 0.1), None),
+        (Split(1.0, 1.0, 0.1, 0.1), "transfer-bound"),
+        (Split(0.1, 1.0, 1.0, 0.1), "transfer-bound"),
+    ],
+)
+def test_what_else_limits_the_speed_is_said(runner, split, remark):
+    timing = split_timing(runner, lambda index: split)
+    assert timing.status == "OK"
+    assert [remark in said for said in timing.remarks] == ([True] if remark else [])
+
+
 # Comparison
 
 
 def test_a_candidate_of_half_the_speed_has_a_speedup_of_one_half(runner):
     first, second = timings(runner(10.0), runner(20.0))
-    assert (first.speedup, second.speedup, second.speedup_interval) == (None, 0.5, (0.5, 0.5))
+    assert first.ratios == ()
+    assert second.ratios == (Ratio("runner 0", 0.5, 0.5, 0.5),)
 
 
 def test_the_interval_of_a_noisy_speedup_holds_it(runner):
     factors = noise()
     _, timing = timings(runner(10.0), runner(lambda index: 20.0 * factors[index]), calls=300)
-    low, high = timing.speedup_interval
-    assert (low < 0.5 < high, low <= timing.speedup <= high, high - low < 0.05) == (True, True, True)
+    found = timing.ratio_to("runner 0")
+    assert found.low < 0.5 < found.high
+    assert found.low <= found.ratio <= found.high < found.low + 0.05
 
 
 def test_a_machine_that_slows_down_slows_both_and_leaves_the_speedup(clock, runner):
@@ -211,9 +342,24 @@ def test_a_machine_that_slows_down_slows_both_and_leaves_the_speedup(clock, runn
     def speed(milliseconds: float) -> Callable[[int], float]:
         return lambda index: milliseconds * (1.0 + max(0.0, clock.nanoseconds - start) / 1e9)
 
-    candidates = [Candidate(name, runner(speed(ms)), 0.0, None) for name, ms in (("a", 10.0), ("b", 20.0))]
+    pair = (("a", 10.0, True), ("b", 20.0, False))
+    candidates = [Candidate(name, runner(speed(ms)), 0.0, None, is_peer=peer) for name, ms, peer in pair]
     _, timing = measure_together(candidates, [IMAGES, IMAGES], BenchSpec(duration_seconds=5.0, warm_up_tries=3))
-    assert (timing.status, timing.speedup) == ("UNSTABLE", pytest.approx(0.5, rel=0.02))
+    assert (timing.status, timing.ratio_to("a").ratio) == ("UNSTABLE", pytest.approx(0.5, rel=0.02))
+
+
+def test_every_peer_has_a_ratio_and_none_to_itself(runner):
+    speeds = (("torch", 40.0, True), ("timm", 20.0, True), ("ours", 10.0, False))
+    candidates = [Candidate(name, runner(ms), 0.0, None, is_peer=peer) for name, ms, peer in speeds]
+    found = measure_together(candidates, [IMAGES] * 3, BenchSpec(duration_seconds=0.1))
+    ratios = {row.name: {ratio.peer: ratio.ratio for ratio in row.ratios} for row in found}
+    assert ratios == {"torch": {"timm": 0.5}, "timm": {"torch": 2.0}, "ours": {"torch": 4.0, "timm": 2.0}}
+
+
+def test_without_a_peer_no_ratio_is_given(runner):
+    candidates = [Candidate(name, runner(10.0), 0.0, None) for name in "ab"]
+    found = measure_together(candidates, [IMAGES] * 2, BenchSpec(duration_seconds=0.1))
+    assert [row.ratios for row in found] == [(), ()]
 
 
 def test_candidates_take_turns(runner):
@@ -233,10 +379,10 @@ def test_candidates_take_turns(runner):
 def test_the_same_seed_gives_the_same_interval(runner):
     factors = noise()
 
-    def interval() -> tuple[float, float] | None:
-        return timings(runner(10.0), runner(lambda index: 20.0 * factors[index]))[1].speedup_interval
+    def ratios() -> tuple[Ratio, ...]:
+        return timings(runner(10.0), runner(lambda index: 20.0 * factors[index]))[1].ratios
 
-    assert interval() == interval()
+    assert ratios() == ratios()
 
 
 def test_progress_ends_at_the_whole(runner):

@@ -1,0 +1,70 @@
+"""What is timed: a runner under the name of its row, and what making it took in time and memory."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cnx_deploy.data import runner_input
+from cnx_deploy.parity import Gate
+from cnx_deploy.runners.base import Runner
+
+__all__ = ["Candidate", "create", "peak_memory_mib", "reset_peak_memory"]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A runner to time, under the name its row has; `create_seconds` is what making it took.
+
+    `is_peer`: the others' speed is given as a ratio to this one. `input_from_pixels` makes another input than our
+    files take of (N, S, S, 3) uint8 pixels.
+    """
+
+    name: str
+    runner: Runner
+    create_seconds: float
+    peak_memory_mib: float | None
+    gate: Gate | None = None
+    network: str = ""
+    is_peer: bool = False
+    input_from_pixels: Callable[[Tensor], Tensor] | None = None
+
+    def images_from_pixels(self, pixels: Tensor) -> Tensor:
+        """(N, S, S, 3) uint8 pixels -> the batch this candidate takes, in host memory."""
+        if self.input_from_pixels is not None:
+            return self.input_from_pixels(pixels)
+        return runner_input(pixels, self.runner.input_spec.kind)
+
+
+def create(name: str, network: str, make: Callable[[], Runner], gate: Gate, stack: ExitStack) -> Candidate:
+    """Make a runner, which `stack` closes, and call it once on its smallest batch, which the memory includes."""
+    before = reset_peak_memory()
+    start = time.perf_counter()
+    runner = stack.enter_context(make())
+    create_seconds = time.perf_counter() - start
+    spec = runner.input_spec
+    runner.run(torch.zeros(spec.shape(spec.min_batch), dtype=spec.dtype, device=runner.device))
+    peak = peak_memory_mib()
+    return Candidate(name, runner, create_seconds, None if peak is None else max(0.0, peak - before), gate, network)
+
+
+def reset_peak_memory() -> float:
+    """Set the process's peak memory to what it uses now; returns that in MiB, or 0 where the system cannot tell."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return 0.0
+    return peak_memory_mib() or 0.0
+
+
+def peak_memory_mib() -> float | None:
+    """Peak resident memory of this process in MiB since the last reset; None where the system cannot tell."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024

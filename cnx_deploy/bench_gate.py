@@ -1,0 +1,126 @@
+"""Whether a benchmark is slower than an earlier one, judged only where the two can be compared.
+
+Best is the ratio to a peer that ran in turns with the file in both runs: it holds across machines. Without a common
+peer images a second are compared, and only on the same machine. What was UNSTABLE is undecided, and said.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cnx_deploy.errors import InputError
+
+__all__ = ["SCHEMA_VERSION", "Verdict", "judge_against", "read_baseline", "refuse_incomparable"]
+
+SCHEMA_VERSION = 2
+SAME_NETWORK = ("variant", "image_size", "num_classes", "input")
+
+Document = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One file at one batch against the baseline: "ok", "regression" or "undecided", and why where undecided.
+
+    `before` and `now` are of `measure`: the ratio to the peer it names, or images a second. `change` is now ÷ before.
+    """
+
+    name: str
+    batch: int
+    verdict: str
+    measure: str = ""
+    before: float | None = None
+    now: float | None = None
+    change: float | None = None
+    reason: str = ""
+
+
+def read_baseline(path: Path) -> Document:
+    """Read a document that `cnx-deploy bench --json` wrote; InputError on anything else."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        version = document["schema_version"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is no benchmark ({error}): give what `cnx-deploy bench --json` printed.") from error
+    if version != SCHEMA_VERSION or "rows" not in document:
+        raise InputError(f"{path} has schema version {version}, expected {SCHEMA_VERSION}: measure the baseline again.")
+    return dict(document)
+
+
+def judge_against(baseline: Document, current: Document, max_regress: float) -> list[Verdict]:
+    """A verdict on each file's row of the baseline; `max_regress` 0.05 allows 5 % less. Peers are not judged.
+
+    Raises InputError when a row has no peer in both runs and the machines differ.
+    """
+    now = {(row["name"], row["batch"]): row for row in current["rows"]}
+    verdicts = []
+    for before in baseline["rows"]:
+        if before["name"] in baseline["networks"][before["network"]]["files"]:
+            row = now.get((before["name"], before["batch"]))
+            verdicts.append(_verdict(before, row, baseline, current, max_regress))
+    return verdicts
+
+
+def refuse_incomparable(baseline: Document, machine: Mapping[str, Any], peers: Sequence[str]) -> None:
+    """Raise InputError before minutes are spent: another machine, and none of `peers` is in the baseline."""
+    known = {
+        ratio["peer"] for row in baseline["rows"] for ratio in row["ratios"] if _is_peer(ratio["peer"], row, baseline)
+    }
+    if not known.intersection(peers):
+        _require_same_machine(baseline, machine)
+
+
+def _require_same_machine(baseline: Document, machine: Mapping[str, Any]) -> None:
+    earlier = baseline["environment"]["machine"]
+    if earlier != machine:
+        raise InputError(
+            f"No peer is in both runs, and they are from different machines ({_words(earlier)}; {_words(machine)}): "
+            "images a second cannot be compared. Measure both with the same --compare, for example --compare torch."
+        )
+
+
+def _verdict(
+    before: Document, now: Document | None, baseline: Document, current: Document, max_regress: float
+) -> Verdict:
+    name, batch = before["name"], before["batch"]
+    reason = _undecidable(before, now, baseline, current)
+    if reason or now is None:
+        return Verdict(name, batch, "undecided", reason=reason)
+    measure, earlier, later = _figures(before, now, baseline, current)
+    change = later / earlier
+    verdict = "regression" if change < 1.0 - max_regress else "ok"
+    return Verdict(name, batch, verdict, measure, earlier, later, change)
+
+
+def _undecidable(before: Document, now: Document | None, baseline: Document, current: Document) -> str:
+    """Why a pair of rows cannot be judged, empty where it can."""
+    if now is None:
+        return "it was not measured now"
+    for row, when in ((before, "in the baseline"), (now, "now")):
+        if row["status"] != "OK":
+            return f"it is {row['status']} {when}"
+    networks = [document["networks"][row["network"]] for document, row in ((baseline, before), (current, now))]
+    differing = [key for key in SAME_NETWORK if networks[0][key] != networks[1][key]]
+    return f"another network: {', '.join(differing)} differ" if differing else ""
+
+
+def _figures(before: Document, now: Document, baseline: Document, current: Document) -> tuple[str, float, float]:
+    """What is compared, then and now: the ratio to the first common peer, else images a second."""
+    ratios = {ratio["peer"]: ratio["ratio"] for ratio in now["ratios"] if _is_peer(ratio["peer"], now, current)}
+    for ratio in before["ratios"]:
+        if ratio["peer"] in ratios and _is_peer(ratio["peer"], before, baseline):
+            return f"ratio to {ratio['peer']}", ratio["ratio"], ratios[ratio["peer"]]
+    _require_same_machine(baseline, current["environment"]["machine"])
+    return "images/s", before["images_per_second"], now["images_per_second"]
+
+
+def _is_peer(name: str, row: Document, document: Document) -> bool:
+    """Whether a ratio is to one of the peers of `--compare`, and not to another file of ours."""
+    return name not in document["networks"][row["network"]]["files"]
+
+
+def _words(machine: Mapping[str, Any]) -> str:
+    gpus: Sequence[str] = machine["gpus"]
+    return ", ".join((f"{machine['cpu']} with {machine['threads']} threads", *gpus))
