@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from cnx_deploy.artifacts import Artifact
+from cnx_deploy.bench_gpu import gpu_states
 from cnx_deploy.bench_networks import network_facts, network_name, networks_of
 from cnx_deploy.bench_peers import PEERS
 from cnx_deploy.benchmark import Timing
@@ -50,7 +51,9 @@ def plan_of(artifacts: Sequence[Artifact], request: BenchRequest) -> Plan:
     The bounds are at the largest batch: of this machine's GPU where it is known, else of all GPUs in the table.
     """
     groups = list(networks_of(artifacts))
-    own = [device for gpu in find_gpus() if (device := find_device(gpu.name)) is not None]
+    # The driver's tool gives a part of a divided GPU the name of the whole one.
+    whole = [gpu.name for gpu in gpu_states() if gpu.mig != "Enabled"]
+    own = [device for name in whole if (device := find_device(name)) is not None]
     bounds = [
         row
         for variant, size in dict.fromkeys(_shape(group[0]) for group in groups)
