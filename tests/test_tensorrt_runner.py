@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from cnx_deploy.artifacts import Artifact
+from cnx_deploy.bench_candidate import Candidate
+from cnx_deploy.benchmark import BenchSpec, measure_together
 from cnx_deploy.environment import Gpu
 from cnx_deploy.errors import BuildError, CnxDeployError, CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.runners import tensorrt_runner
+from cnx_deploy.runners.base import SplitRunner
 from cnx_deploy.runners.cuda import CudaStream
 from cnx_deploy.runners.ort import OrtRunner
 from cnx_deploy.runners.tensorrt_runner import TensorRTRunner
@@ -301,3 +304,16 @@ def test_an_altered_engine_never_reaches_the_runtime(
     with pytest.raises(CorruptArtifactError, match="was altered"):
         TensorRTRunner(replace(tiny_engine, path=copy))
     assert module.Runtime.plans == []
+
+
+def test_the_benchmark_sees_that_this_runner_splits_its_time(
+    tiny_engine: Artifact, tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, _ = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch)
+    assert isinstance(runner, SplitRunner)
+    assert not isinstance(OrtRunner(tiny_onnx_fp16.path), SplitRunner)
+    images = torch.rand(2, 3, 32, 32)
+    candidate = Candidate("engine", runner, 0.0, None)
+    (timing,) = measure_together([candidate], [images], BenchSpec(duration_seconds=0.01, min_calls=9))
+    assert timing.gpu is not None
+    assert timing.gpu.compute.calls == timing.latency.calls
