@@ -18,7 +18,7 @@ __all__ = ["Candidate", "create", "peak_memory_mib", "reset_peak_memory"]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A runner to time, under the name its row has; `create_seconds` is what making it took.
+    """A runner to time, under the name its row has; `create_seconds` is what making it took, without its first call.
 
     `is_peer`: the others' speed is given as a ratio to this one. `input_from_pixels` makes another input than our
     files take of (N, S, S, 3) uint8 pixels.
@@ -31,6 +31,7 @@ class Candidate:
     gate: Gate | None = None
     network: str = ""
     is_peer: bool = False
+    cold_call_ms: float | None = None
     input_from_pixels: Callable[[Tensor], Tensor] | None = None
 
     def images_from_pixels(self, pixels: Tensor) -> Tensor:
@@ -47,9 +48,13 @@ def create(name: str, network: str, make: Callable[[], Runner], gate: Gate, stac
     runner = stack.enter_context(make())
     create_seconds = time.perf_counter() - start
     spec = runner.input_spec
-    runner.run(torch.zeros(spec.shape(spec.min_batch), dtype=spec.dtype, device=runner.device))
+    images = torch.zeros(spec.shape(spec.min_batch), dtype=spec.dtype, device=runner.device)
+    start = time.perf_counter()
+    runner.run(images)
+    cold_call_ms = 1000.0 * (time.perf_counter() - start)
     peak = peak_memory_mib()
-    return Candidate(name, runner, create_seconds, None if peak is None else max(0.0, peak - before), gate, network)
+    grown = None if peak is None else max(0.0, peak - before)
+    return Candidate(name, runner, create_seconds, grown, gate, network, cold_call_ms=cold_call_ms)
 
 
 def reset_peak_memory() -> float:

@@ -111,7 +111,9 @@ def _figures(before: Document, now: Document, baseline: Document, current: Docum
     ratios = {ratio["peer"]: ratio["ratio"] for ratio in now["ratios"] if _is_peer(ratio["peer"], now, current)}
     for ratio in before["ratios"]:
         if ratio["peer"] in ratios and _is_peer(ratio["peer"], before, baseline):
-            return f"ratio to {ratio['peer']}", ratio["ratio"], ratios[ratio["peer"]]
+            versions = [_version(ratio["peer"], document) for document in (baseline, current)]
+            changed = f" ({versions[1]}, was {versions[0]})" if versions[0] != versions[1] else ""
+            return f"ratio to {ratio['peer']}{changed}", ratio["ratio"], ratios[ratio["peer"]]
     _require_same_machine(baseline, current["environment"]["machine"])
     return "images/s", before["images_per_second"], now["images_per_second"]
 
@@ -119,6 +121,11 @@ def _figures(before: Document, now: Document, baseline: Document, current: Docum
 def _is_peer(name: str, row: Document, document: Document) -> bool:
     """Whether a ratio is to one of the peers of `--compare`, and not to another file of ours."""
     return name not in document["networks"][row["network"]]["files"]
+
+
+def _version(peer: str, document: Document) -> str:
+    """The release of the peer's backend: one that got faster itself looks like a regression of ours."""
+    return next((str(row["version"]) for row in document["rows"] if row["name"] == peer), "unknown")
 
 
 def _words(machine: Mapping[str, Any]) -> str:

@@ -61,7 +61,8 @@ class Timing:
     """One candidate at one batch size.
 
     `latency`: a whole batch on the host clock, images already on the runner's device. `images_per_second` is from its
-    median. `ratios`: to each peer of the same run. `status` is OK, UNSTABLE (the last windows disagree, or a GPU's
+    median. `cold_call_ms`: the runner's very first call, on its smallest batch; `first_call_ms`: the first of this one.
+    `ratios`: to each peer of the same run. `status` is OK, UNSTABLE (the last windows disagree, or a GPU's
     compute time varies) or INVALID (the timed logits fail their gate); `remarks` say why, and what was cut short.
     """
 
@@ -77,6 +78,7 @@ class Timing:
     images_per_second: float
     latency: Latency
     gpu: GpuTimes | None
+    cold_call_ms: float | None
     first_call_ms: float
     create_seconds: float
     peak_memory_mib: float | None
@@ -123,7 +125,9 @@ class _Sample:
         self.windows[-1].append(milliseconds)
         self.outputs.add(logits)
         if isinstance(self.candidate.runner, SplitRunner):
-            self.splits[-1].append(self.candidate.runner.run_split(self.on_host)[1])
+            logits, split = self.candidate.runner.run_split(self.on_host)
+            self.splits[-1].append(split)
+            self.outputs.add(logits)
 
 
 def measure_together(
@@ -239,6 +243,7 @@ def _timing(sample: _Sample, peers: Sequence[_Sample], expected: Tensor | None, 
         images_per_second=len(sample.images) * 1000.0 / latency.median_ms,
         latency=latency,
         gpu=gpu,
+        cold_call_ms=candidate.cold_call_ms,
         first_call_ms=sample.first_call_ms,
         create_seconds=candidate.create_seconds,
         peak_memory_mib=candidate.peak_memory_mib,

@@ -72,7 +72,10 @@ class BenchRequest:
 
 @dataclass(frozen=True, slots=True)
 class NotRun:
-    """Something that was not timed and why, with what its compiler says of it. `batch` None: at every batch."""
+    """Something that was not timed and why, with what its compiler says of it.
+
+    `batch` is the one that it does not take, or that of the compiler's figures; None where no batch would do.
+    """
 
     name: str
     network: str

@@ -29,6 +29,7 @@ def row(
         images_per_second=images_per_second,
         latency=latency_of(milliseconds or [1000.0 * batch / images_per_second] * 500),
         gpu=None,
+        cold_call_ms=None,
         first_call_ms=1.0,
         create_seconds=0.1,
         peak_memory_mib=None,

@@ -16,7 +16,7 @@ NETWORK = {"variant": "atto", "image_size": 224, "num_classes": 1000, "input": "
 
 def line(name: str, batch: int, speed: float, ratio: float | None = None, status: str = "OK") -> dict[str, Any]:
     ratios = [] if ratio is None else [{"peer": "torch", "ratio": ratio, "low": ratio, "high": ratio}]
-    common = {"name": name, "network": "atto", "batch": batch, "status": status}
+    common = {"name": name, "network": "atto", "batch": batch, "status": status, "version": "1"}
     return {**common, "images_per_second": speed, "ratios": ratios}
 
 
@@ -85,6 +85,14 @@ def test_a_row_that_is_gone_or_another_network_is_undecided() -> None:
 def test_peers_are_not_judged() -> None:
     before, after = run_of(line("torch", 1, 100.0)), run_of(line("torch", 1, 1.0))
     assert judge_against(before, after, 0.05) == []
+
+
+def test_a_peer_of_another_release_is_named_with_both() -> None:
+    rows = (line("torch", 1, 1.0), line("a.onnx", 1, 10.0, 4.0))
+    before, after = run_of(*deepcopy(rows)), run_of(*deepcopy(rows))
+    assert judge_against(before, after, 0.05)[0].measure == "ratio to torch"
+    after["rows"][0]["version"] = "2"
+    assert judge_against(before, after, 0.05)[0].measure == "ratio to torch (2, was 1)"
 
 
 def test_a_ratio_to_another_of_our_files_is_not_used() -> None:

@@ -292,6 +292,15 @@ def test_a_runner_that_splits_its_time_has_the_parts_in_its_row(runner):
     assert (timing.status, timing.remarks) == ("OK", ())
 
 
+def test_wrong_logits_of_the_split_call_alone_make_a_timing_invalid(runner):
+    class WrongSplit(KnownSplit):
+        def run_split(self, images: Tensor) -> tuple[Tensor, Split]:
+            return LOGITS * 2, super().run_split(images)[1]
+
+    steady = runner(8.0)
+    assert timings(WrongSplit(steady.wait, steady.milliseconds))[0].status == "INVALID"
+
+
 def test_a_runner_that_does_not_split_its_time_has_no_parts(runner):
     assert timings(runner(8.0))[0].gpu is None
 
