@@ -6,6 +6,7 @@ last three windows of every candidate agree; and the logits of the timed calls a
 INVALID.
 """
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -178,7 +179,7 @@ def _warm_up(sample: _Sample, spec: BenchSpec, progress: Progress | None) -> Non
             progress(f"warming up {sample.candidate.name}", len(windows) / spec.warm_up_tries)
         if windows[-1][-1] > SLOW_CALL_MS and sum(map(sum, windows)) > 1000.0 * spec.duration_seconds:
             break
-    sample.settled_ms = windows[-1][-1]
+    sample.settled_ms = statistics.median(value for window in windows[-WINDOWS:] for value in window)
 
 
 def _is_warm_window(window: Sequence[float]) -> bool:

@@ -16,7 +16,15 @@ def test_the_figures_are_those_of_the_sample() -> None:
 
 
 @pytest.mark.parametrize(
-    ("calls", "carried"), [(49, []), (50, ["p90"]), (100, ["p90", "p95"]), (500, ["p90", "p95", "p99"])]
+    ("calls", "carried"),
+    [
+        (49, []),
+        (50, ["p90"]),
+        (99, ["p90"]),
+        (100, ["p90", "p95"]),
+        (499, ["p90", "p95"]),
+        (500, ["p90", "p95", "p99"]),
+    ],
 )
 def test_a_percentile_takes_five_samples_beyond_it(calls: int, carried: list[str]) -> None:
     found = latency_of([1.0] * calls)
