@@ -8,7 +8,7 @@ and hides every overflow (microsoft/onnxruntime issue 11831).
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,16 +87,28 @@ def check_graph(path: Path) -> GraphFacts:
     return _facts(model)
 
 
-def check_export(path: Path, *, variant: Variant, layout: str, batch: tuple[int, int, int]) -> GraphFacts:
+def check_export(
+    path: Path,
+    *,
+    variant: Variant,
+    layout: str,
+    batch: tuple[int, int, int],
+    leave_out: Collection[str] = (),
+    norm_on_patches: bool = False,
+) -> GraphFacts:
     """Check a file that `onnx_export` wrote, on top of `check_graph`.
 
-    One Gelu and one ReduceL2 a block; each of the network's norms one LayerNormalization, or, in the "gpu" layout,
-    spelled out over the channel axis for the four channels-first ones; opset as written; batch axis named.
+    One Gelu and one GRN statistic a block (a pool in the "cpu" layout, else a sum); each of the network's norms one
+    LayerNormalization, or, in the "gpu" layout, spelled out over the channel axis for the four channels-first ones;
+    opset as written; batch axis named. `leave_out`: folds that the export was to leave out; `norm_on_patches`: the
+    stem's norm is a sum over the patches' channels.
     """
     facts = check_graph(path)
     blocks = variant.block_count
     token_norms = blocks + 1
-    expected = {"Gelu": blocks, "ReduceL2": blocks, "LayerNormalization": token_norms + (0 if layout == "gpu" else 4)}
+    statistic = "AveragePool" if layout == "cpu" and "blocked" not in leave_out else "ReduceSum"
+    sums = blocks + norm_on_patches
+    expected = {"Gelu": blocks, statistic: sums, "LayerNormalization": token_norms + (0 if layout == "gpu" else 4)}
     problems = [
         f"{count} {operator} expected, {facts.operators.get(operator, 0)} found"
         for operator, count in expected.items()

@@ -27,7 +27,7 @@ from cnx_deploy.artifacts import (
 )
 from cnx_deploy.errors import ExportError, InputError, OutputExistsError
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.model.deploy import DeployedConvNeXtV2, DeploySpec, deploy_form
+from cnx_deploy.model.deploy import FORM, DeployedConvNeXtV2, DeploySpec, deploy_form
 from cnx_deploy.onnx_checks import OPSET, GraphFacts, check_export
 from cnx_deploy.runners.base import InputSpec
 
@@ -58,7 +58,7 @@ class ExportSpec:
     @property
     def request(self) -> dict[str, Any]:
         """What the manifest keeps of the request."""
-        return {**asdict(self.deploy), "batch": list(self.batch), "opset": OPSET}
+        return {**asdict(self.deploy), "batch": list(self.batch), "opset": OPSET, "form": FORM}
 
 
 def deploy_spec_from_request(request: Mapping[str, Any]) -> DeploySpec:
@@ -95,9 +95,17 @@ def export_onnx(
             _check_description(found, record, spec)
             return found, True
         path = staging.folder / f"{stem}.onnx"
-        _write(_graph_from_module(deploy_form(model, spec.deploy), spec), record, spec, path)
-        layout = str(spec.deploy.layout)
-        facts = check_export(path, variant=model.variant, layout=layout, batch=spec.batch)
+        deployed = deploy_form(model, spec.deploy)
+        _write(_graph_from_module(deployed, spec), record, spec, path)
+        facts = check_export(
+            path,
+            variant=model.variant,
+            layout=str(spec.deploy.layout),
+            batch=spec.batch,
+            leave_out=spec.deploy.leave_out,
+            norm_on_patches=deployed.norm_on_patches,
+        )
+        del deployed  # its weights are not needed while the file is verified
         parity = dict(verify(path)) if verify is not None else None
         manifest = Manifest(
             kind="onnx",

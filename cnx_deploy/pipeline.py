@@ -51,6 +51,7 @@ class ExportRequest:
     batch: tuple[int, int, int] = (1, 8, 64)
     input_kind: InputKind = "float"
     optimize_for: Layout | None = None
+    leave_out: tuple[str, ...] = ()
     output_dir: Path = Path("export")
     name: str | None = None
     no_verify: bool = False
@@ -213,6 +214,7 @@ def _export(
         image_size=preprocessing.image_size,
         input_kind=request.input_kind,
         layout=request.optimize_for,
+        leave_out=request.leave_out,
         mean=preprocessing.mean,
         std=preprocessing.std,
     )

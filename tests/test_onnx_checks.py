@@ -210,7 +210,7 @@ def test_wrong_counts_are_each_named(tmp_path, tiny_variant):
         check_export(path, variant=tiny_variant, layout="gpu", batch=(1, 4, 8))
     assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
         "5 Gelu expected, 1 found",
-        "5 ReduceL2 expected, 0 found",
+        "5 ReduceSum expected, 0 found",
         "6 LayerNormalization expected, 0 found",
     ]
 

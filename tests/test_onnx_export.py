@@ -16,7 +16,7 @@ from cnx_deploy.data import Preprocessing, image_like_batches, runner_input
 from cnx_deploy.errors import CorruptArtifactError, ExportError, InputError, OutputExistsError, ParityError
 from cnx_deploy.model.checkpoint import hash_weights
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
-from cnx_deploy.model.deploy import DeploySpec
+from cnx_deploy.model.deploy import FORM, DeploySpec
 from cnx_deploy.onnx_export import ExportSpec, deploy_spec_from_request, export_onnx
 from cnx_deploy.parity import GATES, differences
 from cnx_deploy.runners.ort import OrtRunner
@@ -138,7 +138,7 @@ def test_nodes_are_named_after_their_torch_modules(tiny_onnx_fp32):
     assert {
         "downsample_layers.0.0/Conv",
         "downsample_layers.3.0/LayerNormalization",
-        "stages.2.0.grn/ReduceL2",
+        "stages.2.0.grn/AveragePool",
         "stages.2.1.act/Gelu",
         "head/Gemm",
     } <= names
@@ -149,9 +149,10 @@ def test_node_names_are_unique(tiny_onnx_fp32):
     assert max(names.values()) == 1
 
 
-@pytest.mark.parametrize("operator", ["Gelu", "ReduceL2"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_there_is_one_gelu_and_one_reduce_l2_a_block(request, tiny_variant, precision, operator):
+@pytest.mark.parametrize(
+    ("precision", "operator"), [("fp32", "Gelu"), ("fp32", "AveragePool"), ("fp16", "Gelu"), ("fp16", "ReduceSum")]
+)
+def test_there_is_one_gelu_and_one_grn_statistic_a_block(request, tiny_variant, precision, operator):
     artifact = request.getfixturevalue(f"tiny_onnx_{precision}")
     operators = Counter(node.op_type for node in onnx.load(artifact.path).graph.node)
     assert operators[operator] == tiny_variant.block_count
@@ -179,7 +180,7 @@ def test_input_is_images_and_output_is_logits(tiny_onnx_fp16):
 # Precision
 
 
-@pytest.mark.parametrize("operator", ["ReduceL2", "ReduceMean", "LayerNormalization"])
+@pytest.mark.parametrize("operator", ["ReduceSum", "ReduceMean", "LayerNormalization"])
 def test_reductions_of_an_fp16_file_take_float(tiny_onnx_fp16, operator):
     model = onnx.load(tiny_onnx_fp16.path)
     types = types_of(model)
@@ -322,7 +323,7 @@ def test_a_model_that_torch_cannot_export_is_an_export_error(tmp_path, tiny_mode
     def branches_on_values(self, hidden):
         return hidden if hidden.sum() > 0 else -hidden
 
-    monkeypatch.setattr("cnx_deploy.model.deploy_layers.ResponseGain.forward", branches_on_values)
+    monkeypatch.setattr("cnx_deploy.model.deploy_layers.PooledResponseGain.forward", branches_on_values)
     with pytest.raises(ExportError, match="cannot export the model"):
         export_onnx(tiny_model, tiny_onnx_fp32.manifest.model, FP32, tmp_path)
 
@@ -336,3 +337,21 @@ def test_a_batch_range_out_of_order_is_refused(batch):
 def test_float64_is_not_exported():
     with pytest.raises(InputError, match="FP64 exists to prove"):
         ExportSpec(DeploySpec("fp64"))
+
+
+def test_a_fold_left_out_is_recorded_and_shows_in_the_graph(tmp_path, tiny_model, tiny_onnx_fp32):
+    spec = ExportSpec(DeploySpec("fp32", 32, leave_out=("blocked",)), batch=FP32.batch)
+    artifact, _ = export_onnx(tiny_model, tiny_onnx_fp32.manifest.model, spec, tmp_path)
+    facts = artifact.manifest.facts["operators"]
+    assert (list(artifact.manifest.request["leave_out"]), facts["ReduceSum"], facts.get("AveragePool")) == (
+        ["blocked"],
+        5,
+        None,
+    )
+
+
+def test_a_file_of_an_earlier_form_is_not_taken_for_a_new_one(tmp_path, tiny_model, tiny_onnx_fp32, monkeypatch):
+    export_onnx(tiny_model, tiny_onnx_fp32.manifest.model, FP32, tmp_path)
+    monkeypatch.setattr("cnx_deploy.onnx_export.FORM", FORM + 1)
+    with pytest.raises(OutputExistsError, match="--force"):
+        export_onnx(tiny_model, tiny_onnx_fp32.manifest.model, FP32, tmp_path)

@@ -31,6 +31,13 @@ from cnx_deploy.cli import options
     help="Layout of the graph [default: gpu for fp16, cpu for fp32].",
 )
 @click.option(
+    "--without-fold",
+    "leave_out",
+    metavar="NAME",
+    multiple=True,
+    help="Leave out a fold of the deploy form (repeat for several); docs/decisions/0003 lists them.",
+)
+@click.option(
     "--output-dir", type=click.Path(file_okay=False, path_type=Path), default=Path("export"), show_default=True
 )
 @click.option("--name", help="First part of the file names [default: the variant].")

@@ -9,6 +9,7 @@ statistic are computed in FP32 (an *island*: `_widen` in, `.to` out), and logits
 what is read here.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,24 +18,38 @@ from torch import Tensor, nn
 
 from cnx_deploy.errors import InputError
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
+from cnx_deploy.model.deploy_blocks import ChannelsFirstBlock, TokenBlock
 from cnx_deploy.model.deploy_layers import (
-    ChannelsFirstBlock,
     ChannelsFirstNorm,
-    TokenBlock,
+    InputNormalisation,
+    NormedPatchConvolution,
+    PatchConvolution,
     TokenNorm,
     convolution,
+    depthwise,
     doubles,
     linear,
     widen,
 )
-from cnx_deploy.model.folds import fold_affine_into_conv, fold_affine_into_linear, gain_moves_fewer_bytes_in_weight
+from cnx_deploy.model.folds import (
+    FOLDS,
+    fold_affine_into_conv,
+    fold_affine_into_linear,
+    fold_input_normalisation,
+    gain_moves_fewer_bytes_in_weight,
+    norm_moves_fewer_bytes_on_patches,
+)
+from cnx_deploy.model.layers import Block
 from cnx_deploy.variants import check_image_size
 
-__all__ = ["DeploySpec", "DeployedConvNeXtV2", "InputKind", "Layout", "Precision", "deploy_form"]
+__all__ = ["FORM", "DeploySpec", "DeployedConvNeXtV2", "InputKind", "Layout", "Precision", "deploy_form"]
 
 Precision = Literal["fp32", "fp16", "fp64"]
 Layout = Literal["gpu", "cpu"]
 InputKind = Literal["float", "uint8"]
+
+FORM = 2
+"""Raised whenever the same spec gives another graph, so that a file of an earlier form is not taken for a new one."""
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -43,11 +58,11 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, 
 class DeploySpec:
     """How a model is deployed.
 
-    `image_size` is the side in pixels (it decides, per stage, where GRN's gain is applied). `mean` and `std` are the
+    `image_size` is the side in pixels (it decides, per block, where GRN's gain is applied). `mean` and `std` are the
     channel statistics of the preprocessing in units of a [0, 1] image; they are folded into the stem, so the deployed
     input is raw: "float" takes (N, 3, S, S) float32 in [0, 1], "uint8" takes (N, S, S, 3) uint8.
     `layout` None means tokens ("gpu") for FP16 and channels-first ("cpu") otherwise. "fp64" exists to prove the
-    algebra; it is not exported.
+    algebra; it is not exported. `leave_out` names folds (`folds.FOLDS`) that are not to be made; the function stays.
     """
 
     precision: Precision = "fp32"
@@ -56,6 +71,7 @@ class DeploySpec:
     layout: Layout | None = None
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    leave_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_image_size(self.image_size, self.image_size)
@@ -64,6 +80,9 @@ class DeploySpec:
         if self.layout is None:
             object.__setattr__(self, "layout", "gpu" if self.precision == "fp16" else "cpu")
         _check_choice("layout", str(self.layout), get_args(Layout))
+        for fold in self.leave_out:
+            _check_choice("fold", fold, tuple(FOLDS))
+        object.__setattr__(self, "leave_out", tuple(sorted(set(self.leave_out))))
         if any(value <= 0.0 for value in self.std):
             raise InputError(f"Every std of the normalisation must be positive, not {self.std}.")
 
@@ -75,6 +94,21 @@ class DeploySpec:
         normalisation, which is folded and so comes later, would magnify it on images of low contrast.
         """
         return self.precision == "fp16" and self.input_kind == "float"
+
+    @property
+    def folds(self) -> frozenset[str]:
+        """The folds that are made."""
+        return frozenset(FOLDS) - frozenset(self.leave_out)
+
+    @property
+    def reads_patches(self) -> bool:
+        """Whether the stem takes the images as they come, in whichever layout."""
+        return self.layout == "gpu" and "patches" in self.folds
+
+    @property
+    def full_scale(self) -> float:
+        """What a white pixel is where the stem reads it."""
+        return 255.0 if self.input_kind == "uint8" or self.scales_input else 1.0
 
 
 class DeployedConvNeXtV2(nn.Module):
@@ -88,24 +122,27 @@ class DeployedConvNeXtV2(nn.Module):
         self.spec = spec
         self.num_classes = model.num_classes
         dtype = DTYPES[spec.precision]  # each part is rounded as it is made: float64 copies of huge take 5 GB
+        self.normalise = None if "input-normalisation" in spec.folds else _input_normalisation(spec)
         self.downsample_layers = nn.ModuleList(layer.to(dtype) for layer in _downsample_layers(model, spec))
-        self.stages = nn.ModuleList()
-        for blocks, side in zip(model.stage_blocks(), _stage_sides(spec.image_size), strict=True):
-            in_weight = gain_moves_fewer_bytes_in_weight(blocks[0].dwconv.in_channels, side * side)
-            deployed = (
-                TokenBlock(block, gain_in_weight=in_weight) if spec.layout == "gpu" else ChannelsFirstBlock(block)
-                for block in blocks
-            )
-            self.stages.append(nn.Sequential(*(block.to(dtype) for block in deployed)))
-        self.norm = TokenNorm()
-        self.head = linear(*fold_affine_into_linear(*doubles(model.head), *doubles(model.norm))).to(dtype)
+        self.stages = nn.ModuleList(nn.Sequential(*stage) for stage in _stages(model, spec, dtype))
+        head, affine = doubles(model.head), doubles(model.norm)
+        if "head-affine" in spec.folds:
+            self.norm, self.head = TokenNorm(), linear(*fold_affine_into_linear(*head, *affine)).to(dtype)
+        else:
+            self.norm, self.head = TokenNorm(*affine).to(dtype), linear(*head).to(dtype)
+
+    @property
+    def norm_on_patches(self) -> bool:
+        """Whether the stem's norm is computed on its patches."""
+        return any(isinstance(module, NormedPatchConvolution) for module in self.downsample_layers.modules())
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify; see the class for shapes."""
         if self.spec.scales_input:
             images = images * 255.0
-        hidden = images.to(self.head.weight.dtype)
-        if self.spec.input_kind == "uint8":
+        dtype = self.head.weight.dtype
+        hidden = (images if self.normalise is None else self.normalise(images)).to(dtype)
+        if self.spec.input_kind == "uint8" and not self.spec.reads_patches:
             hidden = hidden.permute(0, 3, 1, 2)  # after the cast: TensorRT's Transpose takes no uint8
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             hidden = stage(downsample(hidden))
@@ -121,27 +158,68 @@ def deploy_form(model: ConvNeXtV2, spec: DeploySpec) -> DeployedConvNeXtV2:
     return DeployedConvNeXtV2(model, spec).eval().requires_grad_(False)
 
 
-def _downsample_layers(model: ConvNeXtV2, spec: DeploySpec) -> list[nn.Sequential]:
-    """The stem with its input normalisation folded, and the downsamplings with their norm's affine folded."""
-    spelled_out = spec.layout == "gpu"
-    mean, std = torch.tensor(spec.mean, dtype=torch.float64), torch.tensor(spec.std, dtype=torch.float64)
-    full_scale = 255.0 if spec.input_kind == "uint8" or spec.scales_input else 1.0
+def _downsample_layers(model: ConvNeXtV2, spec: DeploySpec) -> list[nn.Module]:
+    """The stem and the three downsamplings, with what the folds put into them."""
+    return [_stem(model, spec), *(_downsampling(norm, conv, spec) for norm, conv in model.downsampling_layers())]
+
+
+def _stem(model: ConvNeXtV2, spec: DeploySpec) -> nn.Sequential:
     conv, norm = model.stem_layers()
-    weight, bias = fold_affine_into_conv(*doubles(conv), 1.0 / (std * full_scale), -mean / std)
-    stem = nn.Sequential(convolution(weight, bias, stride=4), ChannelsFirstNorm(spelled_out, *doubles(norm)))
-    downsamplings = [
-        nn.Sequential(
-            ChannelsFirstNorm(spelled_out),
-            convolution(*fold_affine_into_conv(*doubles(conv), *doubles(norm)), stride=2),
+    weight, bias = doubles(conv)
+    if "input-normalisation" in spec.folds:
+        weight, bias = fold_input_normalisation(weight, bias, *_statistics(spec), spec.full_scale)
+    gain, shift = doubles(norm)
+    if spec.reads_patches:
+        size, channels_last = spec.image_size, spec.input_kind == "uint8"
+        if "stem-norm" in spec.folds and norm_moves_fewer_bytes_on_patches(len(weight), weight[0].numel()):
+            scale = spec.full_scale if "input-normalisation" in spec.folds else 1.0
+            return nn.Sequential(
+                NormedPatchConvolution(
+                    weight, bias, gain, shift, full_scale=scale, image_size=size, channels_last=channels_last
+                )
+            )
+        patches = PatchConvolution(weight, bias, image_size=size, channels_last=channels_last)
+        return nn.Sequential(patches, ChannelsFirstNorm(True, gain, shift))
+    if spec.layout == "cpu" and "blocked" in spec.folds:
+        affine = depthwise(gain[:, None, None, None], shift)
+        return nn.Sequential(convolution(weight, bias, stride=4), ChannelsFirstNorm(False), affine)
+    return nn.Sequential(convolution(weight, bias, stride=4), ChannelsFirstNorm(spec.layout == "gpu", gain, shift))
+
+
+def _downsampling(norm: nn.LayerNorm, conv: nn.Conv2d, spec: DeploySpec) -> nn.Sequential:
+    dense, affine, spelled_out = doubles(conv), doubles(norm), spec.layout == "gpu"
+    if "downsample-affine" in spec.folds:
+        folded = fold_affine_into_conv(*dense, *affine)
+        return nn.Sequential(ChannelsFirstNorm(spelled_out), convolution(*folded, stride=2))
+    return nn.Sequential(ChannelsFirstNorm(spelled_out, *affine), convolution(*dense, stride=2))
+
+
+def _stages(model: ConvNeXtV2, spec: DeploySpec, dtype: torch.dtype) -> Iterator[Iterator[nn.Module]]:
+    """The deployed blocks of each stage."""
+    for stage, blocks in enumerate(model.stage_blocks()):
+        yield (
+            _block(block, spec, stage, last=index == len(blocks) - 1).to(dtype) for index, block in enumerate(blocks)
         )
-        for norm, conv in model.downsampling_layers()
-    ]
-    return [stem, *downsamplings]
 
 
-def _stage_sides(image_size: int) -> tuple[int, ...]:
-    """Side of each stage's feature map."""
-    return tuple(image_size // stride for stride in (4, 8, 16, 32))
+def _block(block: Block, spec: DeploySpec, stage: int, *, last: bool) -> nn.Module:
+    if spec.layout == "cpu":
+        return ChannelsFirstBlock(block, folds=spec.folds)
+    side = spec.image_size // (4 << stage)
+    in_weight = gain_moves_fewer_bytes_in_weight(
+        block.dwconv.in_channels, side * side, before_downsampling=last and stage < 3
+    )
+    return TokenBlock(block, gain_in_weight=in_weight, folds=spec.folds)
+
+
+def _statistics(spec: DeploySpec) -> tuple[Tensor, Tensor]:
+    return torch.tensor(spec.mean, dtype=torch.float64), torch.tensor(spec.std, dtype=torch.float64)
+
+
+def _input_normalisation(spec: DeploySpec) -> InputNormalisation:
+    """In FP32 at least: the inputs are images, not yet rounded."""
+    module = InputNormalisation(*_statistics(spec), spec.full_scale, channels_last=spec.input_kind == "uint8")
+    return module if spec.precision == "fp64" else module.float()
 
 
 def _check_choice(what: str, value: str, allowed: tuple[str, ...]) -> None:

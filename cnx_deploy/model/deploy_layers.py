@@ -1,4 +1,4 @@
-"""The layers of the deploy form: norms without affine, GRN's gain, and the block in both layouts.
+"""The layers of the deploy form: norms, GRN's gain in both layouts, the stem over patches.
 
 Each takes constants in float64 and is cast as a whole; `widen` marks where an FP32 island begins.
 """
@@ -7,15 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnx_deploy.model.folds import fold_affine_into_linear, fold_grn_beta
-from cnx_deploy.model.layers import EPS, Block
+from cnx_deploy.model.folds import fold_norm_into_patches, fold_patches
+from cnx_deploy.model.layers import EPS
 
 __all__ = [
-    "ChannelsFirstBlock",
     "ChannelsFirstNorm",
-    "TokenBlock",
+    "GainedLinear",
+    "InputNormalisation",
+    "NormedPatchConvolution",
+    "PatchConvolution",
+    "PooledResponseGain",
+    "ResponseGain",
     "TokenNorm",
     "convolution",
+    "depthwise",
     "doubles",
     "linear",
     "widen",
@@ -23,11 +28,20 @@ __all__ = [
 
 
 class TokenNorm(nn.Module):
-    """LayerNorm without affine over the last axis, in FP32; the result has the input's type. (…, C) -> (…, C)."""
+    """LayerNorm over the last axis, in FP32, with an affine if `gain` and `shift` (C,) are given. (…, C) -> (…, C).
+
+    The result has the input's type.
+    """
+
+    def __init__(self, gain: Tensor | None = None, shift: Tensor | None = None) -> None:
+        super().__init__()
+        self.gain = None if gain is None else nn.Parameter(gain)
+        self.shift = None if shift is None else nn.Parameter(shift)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Normalise; see the class for shapes."""
-        return F.layer_norm(widen(tokens), tokens.shape[-1:], eps=EPS).to(tokens.dtype)
+        gain, shift = _widened(self.gain), _widened(self.shift)
+        return F.layer_norm(widen(tokens), tokens.shape[-1:], gain, shift, EPS).to(tokens.dtype)
 
 
 class ChannelsFirstNorm(nn.Module):
@@ -45,9 +59,7 @@ class ChannelsFirstNorm(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalise; see the class for shapes."""
-        wide = widen(images)
-        gain = None if self.gain is None else widen(self.gain)
-        shift = None if self.shift is None else widen(self.shift)
+        wide, gain, shift = widen(images), _widened(self.gain), _widened(self.shift)
         if not self.spelled_out:
             last = wide.permute(0, 2, 3, 1)
             return F.layer_norm(last, last.shape[-1:], gain, shift, EPS).permute(0, 3, 1, 2).to(images.dtype)
@@ -61,21 +73,44 @@ class ChannelsFirstNorm(nn.Module):
 class ResponseGain(nn.Module):
     """GRN's gain 1 + gamma·n, one number a sample and hidden channel; statistics in FP32.
 
-    `spatial_axes` are summed over, the mean runs over `channel_axis`; `gamma` has the rank of the hidden tensor.
+    Shape: hidden (N, HW, 4C) -> (N, 1, 4C), or with `channel_axis` 1 (N, 4C, HW) -> (N, 4C, 1); gamma (4C,).
+    n = √(q / m²) with q the sum of squares and m = mean √q + eps, which is √q / m: written so, TensorRT stores q
+    alone; written as a norm divided by its mean, it stores the norm as well.
     """
 
-    def __init__(self, gamma: Tensor, spatial_axes: tuple[int, ...], channel_axis: int) -> None:
+    def __init__(self, gamma: Tensor, channel_axis: int = 2) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(gamma)
-        self.spatial_axes = spatial_axes
-        self.channel_axis = channel_axis
+        self.channel_axis, self.position_axis = channel_axis, 3 - channel_axis
+        self.gamma = nn.Parameter(gamma.unsqueeze(self.position_axis - 1))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden tensor -> gain, 1 along the spatial axes."""
-        norm = torch.linalg.vector_norm(widen(hidden), dim=self.spatial_axes, keepdim=True)
-        share = norm / (norm.mean(dim=self.channel_axis, keepdim=True) + EPS)
+        """Hidden tensor -> gain, in the hidden tensor's type."""
+        wide = widen(hidden)
+        squares = (wide * wide).sum(dim=self.position_axis, keepdim=True)
+        inverse_mean = 1.0 / (torch.sqrt(squares).mean(dim=self.channel_axis, keepdim=True) + EPS)  # (N, 1, 1)
+        share = torch.sqrt(squares * (inverse_mean * inverse_mean))
         gain: Tensor = 1.0 + widen(self.gamma) * share
         return gain.to(hidden.dtype)
+
+
+class PooledResponseGain(nn.Module):
+    """The same from operators that ONNX Runtime runs in its blocked layout, between two convolutions that are.
+
+    Shape: hidden (N, 4C, H, W), gamma (4C,) -> (N, 4C, 1, 1).
+    The mean square is an average pool, so n = rms / (mean rms + eps / √HW); 1 + gamma·n is a depthwise convolution.
+    """
+
+    def __init__(self, gamma: Tensor) -> None:
+        super().__init__()
+        self.affine = depthwise(gamma[:, None, None, None], torch.ones_like(gamma))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden tensor -> gain, in the hidden tensor's type."""
+        wide, (height, width) = widen(hidden), hidden.shape[2:]
+        rms = torch.sqrt(F.avg_pool2d(wide * wide, (height, width)))
+        share = rms / (rms.mean(dim=1, keepdim=True) + EPS / (height * width) ** 0.5)
+        gain: Tensor = self.affine(share.to(hidden.dtype))
+        return gain
 
 
 class GainedLinear(nn.Module):
@@ -94,57 +129,87 @@ class GainedLinear(nn.Module):
         return torch.matmul(tokens, gain.permute(0, 2, 1) * self.weight) + self.bias
 
 
-class TokenBlock(nn.Module):
-    """The block on tokens. (N, C, H, W) -> (N, C, H, W), tokens (N, HW, C) between the two.
+class PatchConvolution(nn.Module):
+    """A k×k convolution of stride k as a 1×1 convolution over patches; `weight` (O, 3, k, k), `bias` (O,).
 
-    `gain_in_weight`: GRN's gain scales the second weight, which becomes one a sample; else it scales the hidden
-    tensor, and the second pointwise layer is a 1×1 convolution that takes bias and residual along.
+    Shape: (N, 3, S, S), or (N, S, S, 3) if `channels_last` -> (N, O, S/k, S/k).
+    TensorRT pads three channels to four, from a constant of zeros as large as the batch; of 48 it pads none.
     """
 
-    def __init__(self, block: Block, *, gain_in_weight: bool) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, *, image_size: int, channels_last: bool) -> None:
         super().__init__()
-        self.gain_in_weight = gain_in_weight
-        self.dwconv = _depthwise(block.dwconv)
-        self.norm = TokenNorm()
-        self.pwconv1 = linear(*fold_affine_into_linear(*doubles(block.pwconv1), *doubles(block.norm)))
-        self.act = nn.GELU()
-        self.grn = ResponseGain(_double(block.grn.gamma).reshape(1, 1, -1), spatial_axes=(1,), channel_axis=2)
-        weight, bias = _second_pointwise(block)
-        self.pwconv2 = GainedLinear(weight, bias) if gain_in_weight else convolution(weight[:, :, None, None], bias)
+        self.weight, self.bias = nn.Parameter(fold_patches(weight)), nn.Parameter(bias)
+        self.kernel, self.side = weight.shape[2], image_size // weight.shape[2]
+        self.channels_last = channels_last
 
     def forward(self, images: Tensor) -> Tensor:
-        """Apply the block; see the class for shapes."""
-        size = images.shape[2:]
-        tokens = self.dwconv(images).flatten(2).permute(0, 2, 1)  # (N, HW, C)
-        hidden = self.act(self.pwconv1(self.norm(tokens)))  # (N, HW, 4C)
-        gain = self.grn(hidden)  # (N, 1, 4C)
-        # Unflattened before it is permuted: the other way round TensorRT needs one kernel more a block.
-        if self.gain_in_weight:
-            branch = _images_from_tokens(self.pwconv2(hidden, gain), size)
+        """Apply; see the class for shapes."""
+        return F.conv2d(self.patches(images), self.weight, self.bias)
+
+    def patches(self, images: Tensor) -> Tensor:
+        """Images -> (N, 3·k·k, S/k, S/k), ordered row, column, channel."""
+        k, side = self.kernel, self.side
+        if self.channels_last:
+            split = images.reshape(-1, side, k, side, k, 3).permute(0, 2, 4, 5, 1, 3)
         else:
-            branch = self.pwconv2(_images_from_tokens(hidden * gain, size))
-        return images + branch
+            split = images.reshape(-1, 3, side, k, side, k).permute(0, 3, 5, 1, 2, 4)
+        return split.reshape(-1, 3 * k * k, side, side)
 
 
-class ChannelsFirstBlock(nn.Module):
-    """The block with pointwise layers as 1×1 convolutions. (N, C, H, W) -> (N, C, H, W)."""
+class NormedPatchConvolution(PatchConvolution):
+    """The same with the LayerNorm that follows, applied to the patches: `gain` and `shift` (O,), statistics in FP32.
 
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        self.dwconv = _depthwise(block.dwconv)
-        self.norm = ChannelsFirstNorm(spelled_out=False)
-        weight, bias = fold_affine_into_linear(*doubles(block.pwconv1), *doubles(block.norm))
-        self.pwconv1 = convolution(weight[:, :, None, None], bias)
-        self.act = nn.GELU()
-        self.grn = ResponseGain(_double(block.grn.gamma).reshape(1, -1, 1, 1), spatial_axes=(2, 3), channel_axis=1)
-        weight, bias = _second_pointwise(block)
-        self.pwconv2 = convolution(weight[:, :, None, None], bias)
+    A patch is scaled by r / `full_scale`, so that it stays in the FP16 range (r is at most 1000, a level 255), and
+    carries r in eight more channels, since the compiler pads channels to a multiple of eight.
+    """
+
+    COPIES = 8
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        gain: Tensor,
+        shift: Tensor,
+        *,
+        full_scale: float,
+        image_size: int,
+        channels_last: bool,
+    ) -> None:
+        super().__init__(weight, bias, image_size=image_size, channels_last=channels_last)
+        self.full_scale = full_scale
+        root, offset, scaled, carried = fold_norm_into_patches(self.weight.flatten(1), bias, gain)
+        padding = (0, 0, 0, -len(root) % self.COPIES)
+        self.root = convolution(F.pad(root, padding)[:, :, None, None], F.pad(offset[:, None], padding)[:, 0])
+        copies = (carried / self.COPIES)[:, None].expand(-1, self.COPIES)
+        self.weight = nn.Parameter(torch.cat([scaled * full_scale, copies], dim=1)[:, :, None, None])
+        self.bias = nn.Parameter(shift)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Apply the block; see the class for shapes."""
-        hidden = self.act(self.pwconv1(self.norm(self.dwconv(images))))  # (N, 4C, H, W)
-        output: Tensor = images + self.pwconv2(hidden * self.grn(hidden))
-        return output
+        """Apply; see the class for shapes."""
+        patches = self.patches(images)
+        rooted = widen(self.root(patches))
+        inverse = 1.0 / torch.sqrt((rooted * rooted).sum(dim=1, keepdim=True) + EPS)  # (N, 1, S/k, S/k)
+        scaled = widen(patches) * (inverse / self.full_scale)
+        carried = inverse.expand(-1, self.COPIES, -1, -1)
+        return F.conv2d(torch.cat([scaled, carried], dim=1).to(patches.dtype), self.weight, self.bias)
+
+
+class InputNormalisation(nn.Module):
+    """(x / full_scale - mean) / std by channel, where it is not folded; computed in the type of `mean`.
+
+    Shape: (N, 3, S, S), or (N, S, S, 3) if `channels_last` -> the same.
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor, full_scale: float, *, channels_last: bool) -> None:
+        super().__init__()
+        shape = (3,) if channels_last else (3, 1, 1)
+        self.gain = nn.Parameter((1.0 / (std * full_scale)).reshape(shape))
+        self.shift = nn.Parameter((-mean / std).reshape(shape))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalise; see the class for shapes."""
+        return images.to(self.gain.dtype) * self.gain + self.shift
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -173,22 +238,16 @@ def convolution(weight: Tensor, bias: Tensor, stride: int = 1) -> nn.Conv2d:
     return layer
 
 
-def _second_pointwise(block: Block) -> tuple[Tensor, Tensor]:
-    weight, bias = doubles(block.pwconv2)
-    return weight, fold_grn_beta(weight, bias, _double(block.grn.beta).flatten())
-
-
-def _depthwise(source: nn.Conv2d) -> nn.Conv2d:
-    channels = source.in_channels
-    layer = nn.Conv2d(channels, channels, 7, padding=3, groups=channels, device="meta")
-    weight, bias = doubles(source)
+def depthwise(weight: Tensor, bias: Tensor) -> nn.Conv2d:
+    """A depthwise convolution that keeps the size and holds the given tensors: weight (C, 1, k, k), bias (C,)."""
+    channels, kernel = weight.shape[0], weight.shape[2]
+    layer = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, device="meta")
     layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
     return layer
 
 
-def _images_from_tokens(tokens: Tensor, size: torch.Size) -> Tensor:
-    """(N, HW, C) -> (N, C, H, W)."""
-    return tokens.reshape(-1, *size, tokens.shape[-1]).permute(0, 3, 1, 2)
+def _widened(constant: Tensor | None) -> Tensor | None:
+    return None if constant is None else widen(constant)
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -8,11 +8,30 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "FOLDS",
     "fold_affine_into_conv",
     "fold_affine_into_linear",
     "fold_grn_beta",
+    "fold_input_normalisation",
+    "fold_norm_into_patches",
+    "fold_patches",
     "gain_moves_fewer_bytes_in_weight",
+    "norm_moves_fewer_bytes_on_patches",
 ]
+
+FOLDS = {
+    "input-normalisation": "mean and std of the preprocessing into the stem's convolution",
+    "norm-affine": "gain and shift of a block's LayerNorm into its first pointwise layer",
+    "downsample-affine": "gain and shift of a downsampling's LayerNorm into its convolution",
+    "head-affine": "gain and shift of the last LayerNorm into the head",
+    "grn-beta": "GRN's beta into the second pointwise bias",
+    "grn-gain": "GRN's gain into the second pointwise weight where that moves fewer bytes (gpu)",
+    "residual": "the second pointwise layer as a 1x1 convolution that adds the residual, elsewhere (gpu)",
+    "patches": "the stem as a 1x1 convolution over 4x4 patches (gpu)",
+    "stem-norm": "the stem's LayerNorm onto the patches, before their convolution, where that moves fewer bytes (gpu)",
+    "blocked": "GRN's mean square by pooling, its gain and the stem's affine by convolutions (cpu)",
+}
+"""What a deploy form folds or rewrites, by the name that leaves it out (`DeploySpec.leave_out`)."""
 
 
 def fold_affine_into_linear(weight: Tensor, bias: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,12 +43,42 @@ def fold_affine_into_linear(weight: Tensor, bias: Tensor, gain: Tensor, shift: T
 
 
 def fold_affine_into_conv(weight: Tensor, bias: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for a dense convolution without padding: stem normalisation, LayerNorm before a downsampling.
+    """The same for a dense convolution without padding: LayerNorm before a downsampling.
 
     Shapes: weight (O, I, kh, kw), bias (O,), gain and shift (I,).
     """
     scaled = weight * gain[None, :, None, None]
     return scaled, bias + torch.einsum("oihw,i->o", weight, shift)
+
+
+def fold_input_normalisation(
+    weight: Tensor, bias: Tensor, mean: Tensor, std: Tensor, full_scale: float
+) -> tuple[Tensor, Tensor]:
+    """W ((x / f - mean) / std) + b  =  W' x + b': an affine with gain 1 / (f·std) and shift -mean / std.
+
+    `full_scale` f is what the network's input calls white: 1, or 255. Shapes: as above, mean and std (3,).
+    """
+    return fold_affine_into_conv(weight, bias, 1.0 / (std * full_scale), -mean / std)
+
+
+def fold_patches(weight: Tensor) -> Tensor:
+    """A convolution whose stride is its kernel is a matrix product over patches: (O, I, k, k) -> (O, k·k·I, 1, 1).
+
+    The patch's elements are ordered row, column, channel.
+    """
+    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1, 1, 1).contiguous()
+
+
+def fold_norm_into_patches(weight: Tensor, bias: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """LayerNorm (W x + b) = W' (r·x) + b'·r + shift with r = 1 / √(‖R x + t‖² + eps): R, t, W' and b'.
+
+    The mean over the O output channels is linear, so centring W and b takes it out. The variance is then
+    ‖[W b] [x; 1]‖² / O, and the triangular factor of [W b] / √O has the same norm at the width of a patch.
+    Shapes: weight (O, I), the rest (O,) -> R (min(O, I + 1), I), t (min(O, I + 1),), W' (O, I), b' (O,).
+    """
+    weight, bias = weight - weight.mean(dim=0), bias - bias.mean()
+    root = torch.linalg.qr(torch.cat([weight, bias[:, None]], dim=1) / len(weight) ** 0.5, mode="r").R
+    return root[:, :-1], root[:, -1], weight * gain[:, None], bias * gain
 
 
 def fold_grn_beta(weight: Tensor, bias: Tensor, beta: Tensor) -> Tensor:
@@ -40,11 +89,22 @@ def fold_grn_beta(weight: Tensor, bias: Tensor, beta: Tensor) -> Tensor:
     return bias + weight @ beta
 
 
-def gain_moves_fewer_bytes_in_weight(channels: int, positions: int) -> bool:
+def gain_moves_fewer_bytes_in_weight(channels: int, positions: int, *, before_downsampling: bool) -> bool:
     """Whether GRN's gain should scale the second pointwise weight rather than the hidden tensor.
 
-    Scaling the hidden tensor (4C × HW a sample) costs a pass of its own; scaling the weight (4C × C a sample)
-    costs a smaller one while C < HW, but then the matmul, having a weight a sample, leaves bias and residual to
-    a kernel of their own (read 2C·HW, write C·HW). Counted in elements: 8C·C + 3C·HW < 8C·HW, so C < 5/8 HW.
+    In elements a sample, with C channels and P positions, by the kernels that TensorRT-RTX 1.7 makes. Gain in the
+    hidden tensor: scale it (8C·P), then a convolution that adds bias and residual (4C·P + 2C·P). Gain in the weight:
+    scale that (4C·C written and read), a product (4C·P + C·P), then bias and residual in a kernel of their own
+    (3C·P). So the weight while C < 3/4 P; and while C < P in the last block before a downsampling, whose LayerNorm
+    joins the kernel of the residual and saves a pass (2C·P).
     """
-    return 8 * channels < 5 * positions
+    return channels < positions if before_downsampling else 4 * channels < 3 * positions
+
+
+def norm_moves_fewer_bytes_on_patches(channels: int, patch: int) -> bool:
+    """Whether the stem's norm should be applied to the patches rather than to the convolution's result.
+
+    In elements a position, with patches of E elements: after the convolution it reads and writes 2C; before, the
+    product R x, its square sum and the scaling read and write the patch six times at most. So where 2C > 6E.
+    """
+    return channels > 3 * patch

@@ -14,16 +14,16 @@ LAYOUT = "cast/layout"
 
 # Node -> operation, the first that fits; in the order of the network, which is the order names are joined in.
 OPERATIONS = (
-    (r"model/Mul", "input scale"),
-    (r"downsample_layers\.0\.\d+/Conv", "stem conv"),
+    (r"(model/Mul|normalise/\w+)", "input scale"),
+    (r"downsample_layers\.0\.0/Conv", "stem conv"),
     (r"downsample_layers\.0\.\d+/\w+", "stem norm"),
     (r"stages\.\d+\.\d+\.dwconv/Conv", "dwconv"),
     (r"stages\.\d+\.\d+\.norm/\w+", "norm"),
     (r"stages\.\d+\.\d+\.pwconv1/(MatMul|Gemm|Conv)", "pwconv1"),
     (r"stages\.\d+\.\d+\.pwconv1/Add", "pwconv1 bias"),
     (r"stages\.\d+\.\d+\.act/\w+", "gelu"),
-    (r"stages\.\d+\.\d+\.grn/(Reduce\w+|Sqrt)", "grn statistic"),
-    (r"stages\.\d+\.\d+(\.grn/(Div|Mul|Add)|\.pwconv2/Mul|/Mul)", "gain"),
+    (r"stages\.\d+\.\d+\.grn/(Reduce\w+|AveragePool|Sqrt)", "grn statistic"),
+    (r"stages\.\d+\.\d+(\.grn/(Reciprocal|Div|Mul|Add)|\.grn\.affine/Conv|\.pwconv2/Mul|/Mul)", "gain"),
     (r"stages\.\d+\.\d+\.pwconv2/(MatMul|Gemm|Conv)", "pwconv2"),
     (r"stages\.\d+\.\d+\.pwconv2/Add", "pwconv2 bias"),
     (r"stages\.\d+\.\d+/Add", "residual"),

@@ -1,0 +1,118 @@
+"""The block of the deploy form in both layouts: tokens for a GPU, channels first for a CPU.
+
+`folds` names the folds that are made (`folds.FOLDS`); one that is not leaves the training form's operation in place.
+"""
+
+from collections.abc import Set
+
+import torch
+from torch import Tensor, nn
+
+from cnx_deploy.model.deploy_layers import (
+    ChannelsFirstNorm,
+    GainedLinear,
+    PooledResponseGain,
+    ResponseGain,
+    TokenNorm,
+    convolution,
+    depthwise,
+    doubles,
+    linear,
+)
+from cnx_deploy.model.folds import fold_affine_into_linear, fold_grn_beta
+from cnx_deploy.model.layers import Block
+
+__all__ = ["ChannelsFirstBlock", "TokenBlock"]
+
+
+class TokenBlock(nn.Module):
+    """The block on tokens. (N, C, H, W) -> (N, C, H, W), tokens (N, HW, C) between the two.
+
+    `gain_in_weight`: GRN's gain scales the second weight, which becomes one a sample; else it scales the hidden
+    tensor, and the second pointwise layer is a 1×1 convolution that takes bias and residual along.
+    """
+
+    def __init__(self, block: Block, *, gain_in_weight: bool, folds: Set[str]) -> None:
+        super().__init__()
+        self.gain_in_weight = gain_in_weight and {"grn-gain", "grn-beta"} <= folds
+        self.dwconv = depthwise(*doubles(block.dwconv))
+        affine, pointwise = _first_pointwise(block, folds)
+        self.norm = TokenNorm(*affine)
+        self.pwconv1 = linear(*pointwise)
+        self.act = nn.GELU()
+        self.grn = ResponseGain(_flat(block.grn.gamma))
+        beta, (weight, bias) = _second_pointwise(block, folds)
+        self.beta = None if beta is None else nn.Parameter(beta)
+        if self.gain_in_weight:
+            self.pwconv2: nn.Module = GainedLinear(weight, bias)
+        elif "residual" in folds:
+            self.pwconv2 = convolution(weight[:, :, None, None], bias)
+        else:
+            self.pwconv2 = linear(weight, bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Apply the block; see the class for shapes."""
+        size = images.shape[2:]
+        tokens = self.dwconv(images).flatten(2).permute(0, 2, 1)  # (N, HW, C)
+        hidden = self.act(self.pwconv1(self.norm(tokens)))  # (N, HW, 4C)
+        gain = self.grn(hidden)  # (N, 1, 4C)
+        if self.gain_in_weight:
+            return images + _images_from_tokens(self.pwconv2(hidden, gain), size)
+        scaled = hidden * gain if self.beta is None else hidden * gain + self.beta
+        if isinstance(self.pwconv2, nn.Conv2d):
+            return images + torch.as_tensor(self.pwconv2(_images_from_tokens(scaled, size)))
+        return images + _images_from_tokens(self.pwconv2(scaled), size)
+
+
+class ChannelsFirstBlock(nn.Module):
+    """The block with pointwise layers as 1×1 convolutions. (N, C, H, W) -> (N, C, H, W)."""
+
+    def __init__(self, block: Block, *, folds: Set[str]) -> None:
+        super().__init__()
+        self.dwconv = depthwise(*doubles(block.dwconv))
+        affine, (weight, bias) = _first_pointwise(block, folds)
+        self.norm = ChannelsFirstNorm(False, *affine)
+        self.pwconv1 = convolution(weight[:, :, None, None], bias)
+        self.act = nn.GELU()
+        gamma = _flat(block.grn.gamma)
+        self.grn = PooledResponseGain(gamma) if "blocked" in folds else ResponseGain(gamma, channel_axis=1)
+        beta, (weight, bias) = _second_pointwise(block, folds)
+        self.beta = None if beta is None else nn.Parameter(beta[:, None, None])
+        self.pwconv2 = convolution(weight[:, :, None, None], bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Apply the block; see the class for shapes."""
+        hidden = self.act(self.pwconv1(self.norm(self.dwconv(images))))  # (N, 4C, H, W)
+        if isinstance(self.grn, PooledResponseGain):
+            scaled = hidden * self.grn(hidden)
+        else:
+            scaled = hidden * self.grn(hidden.flatten(2))[..., None]
+        if self.beta is not None:
+            scaled = scaled + self.beta
+        output: Tensor = images + self.pwconv2(scaled)
+        return output
+
+
+Affine = tuple[Tensor, Tensor] | tuple[()]
+
+
+def _first_pointwise(block: Block, folds: Set[str]) -> tuple[Affine, tuple[Tensor, Tensor]]:
+    """The affine that stays with the norm, and weight and bias of the first pointwise layer."""
+    pointwise, affine = doubles(block.pwconv1), doubles(block.norm)
+    return ((), fold_affine_into_linear(*pointwise, *affine)) if "norm-affine" in folds else (affine, pointwise)
+
+
+def _second_pointwise(block: Block, folds: Set[str]) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+    """The beta (4C,) that stays with GRN, and weight and bias of the second pointwise layer."""
+    (weight, bias), beta = doubles(block.pwconv2), _flat(block.grn.beta)
+    return (None, (weight, fold_grn_beta(weight, bias, beta))) if "grn-beta" in folds else (beta, (weight, bias))
+
+
+def _images_from_tokens(tokens: Tensor, size: torch.Size) -> Tensor:
+    """(N, HW, C) -> (N, C, H, W). Unflattened before it is permuted: the other way round costs TensorRT a kernel."""
+    return tokens.reshape(-1, *size, tokens.shape[-1]).permute(0, 3, 1, 2)
+
+
+def _flat(parameter: Tensor) -> Tensor:
+    """A GRN parameter (1, 1, 1, 4C) as a float64 copy (4C,)."""
+    return parameter.detach().to(torch.float64, copy=True).flatten()
