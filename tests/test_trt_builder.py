@@ -17,7 +17,8 @@ from cnx_deploy.trt import backend as backend_module
 from cnx_deploy.trt import network
 from cnx_deploy.trt.backend import DEFAULT_TARGETS, default_targets, load_backend, require_gpu
 from cnx_deploy.trt.builder import BuildSpec, build_engine
-from cnx_deploy.trt.depthwise import with_depthwise_in_fp32
+from cnx_deploy.trt.compiled import measure_compiled
+from cnx_deploy.trt.depthwise import with_depthwise_in_fp32, with_depthwise_in_groups
 from cnx_deploy.trt.network import NetworkBuild, half_share, type_census
 
 RTX = load_backend("tensorrt-rtx")
@@ -169,6 +170,49 @@ def test_the_fallback_computes_depthwise_convolutions_in_fp32_and_nothing_else(t
     }
     assert all(kind == "HALF" for name, kind in types.items() if "dwconv" not in name)
     torch.testing.assert_close(logits, OrtRunner(tiny_onnx_fp16.path).run(images), rtol=0, atol=5e-3)
+
+
+def test_depthwise_convolutions_in_groups_compute_the_same(tiny_onnx_fp32: Artifact) -> None:
+    images = torch.rand(3, 3, 32, 32)
+    with with_depthwise_in_groups(tiny_onnx_fp32.path) as path:
+        groups = {
+            node.name: next(attribute.i for attribute in node.attribute if attribute.name == "group")
+            for node in onnx.load(path).graph.node
+            if node.op_type == "Conv" and "dwconv" in node.name
+        }
+        logits = OrtRunner(path).run(images)
+    assert sorted(groups.values()) == [1, 2, 4, 4, 8], "channels 8, 16, 32, 32 and 64 in groups of eight"
+    torch.testing.assert_close(logits, OrtRunner(tiny_onnx_fp32.path).run(images), rtol=0, atol=2e-6)
+
+
+def test_a_weight_off_the_diagonal_computes_something_else(
+    tiny_onnx_fp32: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cnx_deploy.trt.depthwise.CHANNELS_PER_GROUP", 4)
+    images = torch.rand(3, 3, 32, 32)
+    with with_depthwise_in_groups(tiny_onnx_fp32.path) as path:
+        model = onnx.load(path)
+        weight = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("_diagonal"))
+        values = onnx.numpy_helper.to_array(weight)
+        weight.CopyFrom(onnx.numpy_helper.from_array(values[:, ::-1].copy(), weight.name))
+        onnx.save(model, path)
+        logits = OrtRunner(path).run(images)
+    assert float((logits - OrtRunner(tiny_onnx_fp32.path).run(images)).abs().max()) > 1e-2
+
+
+def test_on_turing_an_engine_moves_a_fraction_with_depthwise_in_groups(
+    tiny_onnx_fp16: Artifact, tmp_path: Path
+) -> None:
+    engine = build_engine(tiny_onnx_fp16, BuildSpec(target="sm75", batches=((1, 4, 8),)), tmp_path)
+    plain = measure_compiled(tiny_onnx_fp16.path, batch=8, target="sm75", backend=RTX)
+    facts = engine.manifest.facts
+    assert facts["depthwise_in_groups_of"] == 8
+    assert facts["compiled"]["megabytes_per_image"] < 0.75 * plain.megabytes_per_image
+    assert engine.manifest.source_sha256 == tiny_onnx_fp16.sha256
+
+
+def test_elsewhere_depthwise_convolutions_are_built_as_exported(tiny_engine: Artifact) -> None:
+    assert tiny_engine.manifest.facts["depthwise_in_groups_of"] == 1
 
 
 def refusing_half_depthwise(monkeypatch: pytest.MonkeyPatch, reason: str) -> list[Path]:

@@ -1,5 +1,6 @@
 """A recorded ONNX file to an engine: profiles, checks, and what was found on the way in the manifest."""
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from cnx_deploy.errors import BuildError, InputError
 from cnx_deploy.onnx_checks import check_graph
 from cnx_deploy.trt.backend import Backend, load_backend
 from cnx_deploy.trt.compiled import measure_compiled
-from cnx_deploy.trt.depthwise import with_depthwise_in_fp32
+from cnx_deploy.trt.depthwise import CHANNELS_PER_GROUP, with_depthwise_in_fp32, with_depthwise_in_groups
 from cnx_deploy.trt.kernel_log import kernels_in_log
 from cnx_deploy.trt.network import NetworkBuild, Progress, half_share, type_census
 
@@ -24,6 +25,8 @@ MIN_HALF_SHARE = 0.95
 
 LISTS_KERNELS = "tensorrt-rtx"
 """The runtime whose log `trt.kernel_log` reads; TensorRT proper has another format and builds for minutes."""
+
+TURING = "sm75"
 
 NO_HALF_DEPTHWISE = ("No low-precision conv kernel", "Could not find any implementation")
 
@@ -109,25 +112,34 @@ def _check_batches(source: Artifact, spec: BuildSpec) -> None:
 def _built(
     backend: Backend, source: Artifact, spec: BuildSpec, progress: Progress | None
 ) -> tuple[bytes, dict[str, Any]]:
-    start = time.monotonic()
-    build, plan, fallback = _serialised(backend, source, spec, progress)
-    facts: dict[str, Any] = {
-        "runtime_version": backend.version,
-        "build_seconds": round(time.monotonic() - start, 2),
-        "census": type_census(build.network),
-        "half_share_of_products": round(half_share(build.network), 4),
-        "depthwise_fp32_fallback": fallback,
-        "range_warnings": list(build.range_warnings()),
-        "kernels_by_profile": _kernels_by_profile(build, spec),
-        "run": "not run: built ahead of time" if spec.target != "current" else "not run yet: see verify",
-    }
-    if spec.target == "current":
-        facts["gpu"] = find_gpus()[0].target
-    if spec.measure and backend.name == LISTS_KERNELS and not fallback:
-        largest = spec.batches[-1][2]
-        compiled = measure_compiled(source.path, batch=largest, target=spec.target, backend=backend, progress=progress)
-        facts["compiled"] = compiled.to_dict()
+    in_groups = _turing(backend, source, spec)
+    with with_depthwise_in_groups(source.path) if in_groups else contextlib.nullcontext(source.path) as path:
+        start = time.monotonic()
+        build, plan, fallback = _serialised(backend, path, source.manifest.request, spec, progress)
+        facts: dict[str, Any] = {
+            "runtime_version": backend.version,
+            "build_seconds": round(time.monotonic() - start, 2),
+            "census": type_census(build.network),
+            "half_share_of_products": round(half_share(build.network), 4),
+            "depthwise_fp32_fallback": fallback,
+            "depthwise_in_groups_of": CHANNELS_PER_GROUP if in_groups else 1,
+            "range_warnings": list(build.range_warnings()),
+            "kernels_by_profile": _kernels_by_profile(build, spec),
+            "run": "not run: built ahead of time" if spec.target != "current" else "not run yet: see verify",
+        }
+        if spec.target == "current":
+            facts["gpu"] = find_gpus()[0].target
+        if spec.measure and backend.name == LISTS_KERNELS and not fallback:
+            batch = spec.batches[-1][2]
+            compiled = measure_compiled(path, batch=batch, target=spec.target, backend=backend, progress=progress)
+            facts["compiled"] = compiled.to_dict()
     return plan, facts
+
+
+def _turing(backend: Backend, source: Artifact, spec: BuildSpec) -> bool:
+    """Whether the engine is one whose FP16 depthwise convolutions the compiler pads eightfold."""
+    target = find_gpus()[0].target if spec.target == "current" else spec.target
+    return backend.name == LISTS_KERNELS and target == TURING and source.manifest.request["precision"] == "fp16"
 
 
 def _kernels_by_profile(build: NetworkBuild, spec: BuildSpec) -> dict[str, int]:
@@ -139,21 +151,21 @@ def _kernels_by_profile(build: NetworkBuild, spec: BuildSpec) -> dict[str, int]:
 
 
 def _serialised(
-    backend: Backend, source: Artifact, spec: BuildSpec, progress: Progress | None
+    backend: Backend, path: Path, request: Mapping[str, Any], spec: BuildSpec, progress: Progress | None
 ) -> tuple[NetworkBuild, bytes, bool]:
     """Build as the file says; where TensorRT has no FP16 depthwise kernel, once more with those layers in FP32.
 
     TensorRT 11.2 has none on some GPUs (NVIDIA/TensorRT issue 4838).
     """
     try:
-        build = NetworkBuild(backend, source.path)
-        _check_half_share(build, source.manifest.request)
+        build = NetworkBuild(backend, path)
+        _check_half_share(build, request)
         return build, build.serialise(_config(build, spec), progress), False
     except BuildError as error:
-        if source.manifest.request["precision"] != "fp16" or not any(text in str(error) for text in NO_HALF_DEPTHWISE):
+        if request["precision"] != "fp16" or not any(text in str(error) for text in NO_HALF_DEPTHWISE):
             raise
-    with with_depthwise_in_fp32(source.path) as path:
-        build = NetworkBuild(backend, path)
+    with with_depthwise_in_fp32(path) as widened:
+        build = NetworkBuild(backend, widened)
         return build, build.serialise(_config(build, spec), progress), True
 
 

@@ -1,6 +1,9 @@
-"""The fallback for a TensorRT that has no FP16 kernel for depthwise convolutions: those layers in FP32.
+"""Depthwise convolutions where the compiler has no good FP16 kernel for them: the same layers, written otherwise.
 
-See NVIDIA/TensorRT issue 4838; the compiler's own message advises it.
+In FP32, for a TensorRT that has none at all (NVIDIA/TensorRT issue 4838; the compiler's own message advises it). As a
+grouped convolution with a diagonal weight, for Turing: there TensorRT-RTX 1.7 computes a depthwise convolution as a
+grouped one of eight channels, seven of them zeros that it adds to the input: eight times the traffic, and constants as
+large as the batch in the plan. With the zeros in the weight the input stays as it is; the function is the same.
 """
 
 import contextlib
@@ -11,21 +14,65 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["with_depthwise_in_fp32"]
+__all__ = ["CHANNELS_PER_GROUP", "with_depthwise_in_fp32", "with_depthwise_in_groups"]
+
+CHANNELS_PER_GROUP = 8
 
 
 @contextlib.contextmanager
 def with_depthwise_in_fp32(onnx_path: Path) -> Iterator[Path]:
     """A temporary copy of an ONNX file whose FP16 grouped convolutions compute in FP32 between two casts."""
     model = ir.load(onnx_path)
-    for node in list(model.graph):
+    for node in _grouped_convolutions(model.graph):
+        _compute_in_fp32(model.graph, node)
+    with _saved(model, onnx_path.name) as path:
+        yield path
+
+
+@contextlib.contextmanager
+def with_depthwise_in_groups(onnx_path: Path) -> Iterator[Path]:
+    """A temporary copy whose depthwise convolutions are grouped ones, `CHANNELS_PER_GROUP` wide, weights diagonal.
+
+    A convolution whose channels do not divide by that stays as it is.
+    """
+    model = ir.load(onnx_path)
+    for node in _grouped_convolutions(model.graph):
+        _compute_in_groups(model.graph, node)
+    with _saved(model, onnx_path.name) as path:
+        yield path
+
+
+def _grouped_convolutions(graph: ir.Graph) -> Iterator[ir.Node]:
+    for node in list(graph):
         group = node.attributes.get("group")
         if node.op_type == "Conv" and group is not None and group.as_int() > 1:
-            _compute_in_fp32(model.graph, node)
+            yield node
+
+
+@contextlib.contextmanager
+def _saved(model: ir.Model, name: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / onnx_path.name
-        ir.save(model, path, external_data=f"{path.name}.data")
+        path = Path(folder) / name
+        ir.save(model, path, external_data=f"{name}.data")
         yield path
+
+
+def _compute_in_groups(graph: ir.Graph, node: ir.Node) -> None:
+    weight = node.inputs[1]
+    if weight is None or weight.const_value is None:
+        raise ValueError(f"{node.name}: the weight is not a constant")
+    values = weight.const_value.numpy()  # (C, 1, k, k)
+    channels = len(values)
+    if values.shape[1] != 1 or channels % CHANNELS_PER_GROUP:
+        return
+    diagonal = np.zeros((channels, CHANNELS_PER_GROUP, *values.shape[2:]), values.dtype)
+    rows = np.arange(channels)
+    diagonal[rows, rows % CHANNELS_PER_GROUP] = values[:, 0]
+    wide = ir.Value(name=f"{weight.name}_diagonal", const_value=ir.tensor(diagonal))
+    wide.shape = ir.Shape(diagonal.shape)
+    graph.register_initializer(wide)
+    node.replace_input_with(1, wide)
+    node.attributes["group"] = ir.AttrInt64("group", channels // CHANNELS_PER_GROUP)
 
 
 def _compute_in_fp32(graph: ir.Graph, node: ir.Node) -> None:
