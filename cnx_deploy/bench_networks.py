@@ -6,7 +6,7 @@ from typing import Any
 from cnx_deploy.artifacts import Artifact
 from cnx_deploy.variants import Variant, find_variant
 
-__all__ = ["activation_count", "network_facts", "network_name", "networks_of"]
+__all__ = ["activation_count", "network_facts", "network_name", "networks_of", "precisions_of"]
 
 
 def networks_of(artifacts: Sequence[Artifact]) -> Iterator[list[Artifact]]:
@@ -17,6 +17,11 @@ def networks_of(artifacts: Sequence[Artifact]) -> Iterator[list[Artifact]]:
         key = (model.weights.sha256, model.image_size, request["input_kind"], str(request["mean"]), str(request["std"]))
         groups.setdefault(key, []).append(artifact)
     yield from groups.values()
+
+
+def precisions_of(artifacts: Sequence[Artifact]) -> tuple[str, ...]:
+    """The precision of each artifact."""
+    return tuple(str(artifact.manifest.request["precision"]) for artifact in artifacts)
 
 
 def network_name(artifact: Artifact) -> str:

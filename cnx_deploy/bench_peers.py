@@ -1,12 +1,13 @@
 """What our files are measured against: the same weights in PyTorch, compiled PyTorch, and timm's model on ONNX Runtime.
 
-A peer computes in FP32 and is judged by the same gate as ours. Each is prepared first (exported, where that is needed)
-and then made, so that what making it takes is comparable.
+On a CPU a peer computes in FP32, as ONNX Runtime does there even with FP16 files. On a GPU PyTorch's peers compute as
+our files do: FP16 files against FP16 under autocast, for FP32 would flatter them. Each peer is prepared first
+(exported, where that is needed) and then made, so that what making it takes is comparable.
 """
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,42 +25,74 @@ from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.ort import OrtRunner
 from cnx_deploy.runners.pytorch import TorchRunner, reference_runner
 
-__all__ = ["PEERS", "CompiledRunner", "Peer", "PeerSetup", "timm_twin"]
+__all__ = ["PEERS", "CompiledRunner", "HalfAutocast", "Peer", "PeerSetup", "place_of_peers", "timm_twin"]
 
 OPSET = 20
 
 
 @dataclass(frozen=True, slots=True)
 class PeerSetup:
-    """What a peer is made from: one network and its deployment; `folder` must live as long as the runner."""
+    """What a peer is made from: one network and its deployment; `folder` must live as long as the runner.
+
+    `device` and `precision` are PyTorch's, as `place_of_peers` gives them.
+    """
 
     model: ConvNeXtV2
     deploy: DeploySpec
     threads: int | None
     folder: Path
-
-    @property
-    def device(self) -> str:
-        """Where PyTorch's peers run: the GPU if there is one."""
-        return "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = "cpu"
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A peer's row name and how it is prepared; `takes_normalised` images instead of what our files take.
+    """How a peer is called and prepared; `takes_normalised` images instead of what our files take.
 
     `prepare` returns what makes the runner. It raises MissingRequirementError where this machine lacks something.
+    `is_torch`: it runs where PyTorch does, else on ONNX Runtime's CPU provider in FP32.
     """
 
-    name: str
+    title: str
     prepare: Callable[[PeerSetup], Callable[[], Runner]]
     takes_normalised: bool = False
+    is_torch: bool = True
+
+    def precision_here(self, torch_precision: str) -> str:
+        """The precision it computes in, where PyTorch's peers compute in `torch_precision`."""
+        return torch_precision if self.is_torch else "fp32"
+
+    def row_name(self, torch_precision: str) -> str:
+        """The name of its rows: "torch eager fp32"."""
+        return f"{self.title} {self.precision_here(torch_precision)}"
 
     def input_from_pixels(self, deploy: DeploySpec) -> Callable[[Tensor], Tensor] | None:
         """(N, S, S, 3) uint8 pixels -> the peer's input; None where it takes what our files take."""
         if not self.takes_normalised:
             return None
         return Preprocessing(image_size=deploy.image_size, mean=deploy.mean, std=deploy.std).normalise
+
+
+def place_of_peers(precisions: Iterable[str]) -> tuple[str, str]:
+    """Device and precision of PyTorch's peers beside files of these precisions: FP16 on a GPU where one file is."""
+    if not torch.cuda.is_available():
+        return "cpu", "fp32"
+    return "cuda", "fp16" if "fp16" in precisions else "fp32"
+
+
+class HalfAutocast(nn.Module):
+    """A module under FP16 autocast, as timm's own benchmark runs it: FP32 weights, half products, FP32 logits."""
+
+    def __init__(self, module: nn.Module, device: str) -> None:
+        super().__init__()
+        self.module = module
+        self.device_type = device
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Raw images -> float32 logits."""
+        with torch.autocast(self.device_type, dtype=torch.float16):
+            logits: Tensor = self.module(images)
+        return logits.float()
 
 
 class CompiledRunner(TorchRunner):
@@ -69,7 +102,8 @@ class CompiledRunner(TorchRunner):
     """
 
     def __init__(self, eager: TorchRunner) -> None:
-        info = replace(eager.info, backend="torch.compile", details=(("shapes", "static"), ("graph", "whole")))
+        details = (*eager.info.details, ("shapes", "static"), ("graph", "whole"))
+        info = replace(eager.info, backend="torch.compile", details=details)
         super().__init__(eager.module, eager.input_spec, info)
         self._eager: nn.Module = eager.module
         self._batch = 0
@@ -108,14 +142,22 @@ def timm_twin(model: ConvNeXtV2) -> nn.Module:
     return twin.eval()
 
 
-def _eager(setup: PeerSetup) -> Callable[[], Runner]:
+def _eager(setup: PeerSetup) -> Callable[[], TorchRunner]:
     model = setup.model.to(setup.device)
-    return lambda: reference_runner(model, setup.deploy)
+
+    def make() -> TorchRunner:
+        runner = reference_runner(model, setup.deploy)
+        if setup.precision == "fp32":
+            return runner
+        info = replace(runner.info, precision="fp16", arithmetic="fp16", details=(("autocast", "fp16"),))
+        return TorchRunner(HalfAutocast(runner.module, setup.device).to(setup.device), runner.input_spec, info)
+
+    return make
 
 
 def _compiled(setup: PeerSetup) -> Callable[[], Runner]:
-    model = setup.model.to(setup.device)
-    return lambda: CompiledRunner(reference_runner(model, setup.deploy))
+    make = _eager(setup)
+    return lambda: CompiledRunner(make())
 
 
 def _timm(setup: PeerSetup) -> Callable[[], Runner]:
@@ -139,8 +181,8 @@ def _timm_runner(path: Path, threads: int | None) -> OrtRunner:
 
 
 PEERS = {
-    "torch": Peer("torch eager fp32", _eager),
-    "compile": Peer("torch.compile fp32", _compiled),
-    "timm": Peer("timm.onnx fp32", _timm, takes_normalised=True),
+    "torch": Peer("torch eager", _eager),
+    "compile": Peer("torch.compile", _compiled),
+    "timm": Peer("timm.onnx", _timm, takes_normalised=True, is_torch=False),
 }
 """The peers by the word that `--compare` takes."""

@@ -10,8 +10,8 @@ from typing import Any, Literal, cast
 
 from cnx_deploy.artifacts import Artifact
 from cnx_deploy.bench_gpu import gpu_states
-from cnx_deploy.bench_networks import network_facts, network_name, networks_of
-from cnx_deploy.bench_peers import PEERS
+from cnx_deploy.bench_networks import network_facts, network_name, networks_of, precisions_of
+from cnx_deploy.bench_peers import PEERS, place_of_peers
 from cnx_deploy.benchmark import Timing
 from cnx_deploy.comparison import BenchRequest
 from cnx_deploy.devices import DEVICES, find_device
@@ -86,10 +86,13 @@ def share_of_bound(row: Timing, network: Mapping[str, Any]) -> dict[str, Any] | 
 
 def _planned(group: Sequence[Artifact], request: BenchRequest) -> Iterator[PlannedRow]:
     network = network_name(group[0])
+    _, precision = place_of_peers(precisions_of(group))
     for batch in request.batch_sizes:
         for word in request.compare:
             installed = word != "timm" or importlib.util.find_spec("timm") is not None
-            yield PlannedRow(network, PEERS[word].name, batch, None if installed else "timm is not installed")
+            yield PlannedRow(
+                network, PEERS[word].row_name(precision), batch, None if installed else "timm is not installed"
+            )
         for artifact in group:
             smallest, _, largest = artifact.manifest.request["batch"]
             if smallest <= batch <= largest:

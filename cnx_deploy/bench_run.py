@@ -9,7 +9,8 @@ from cnx_deploy.artifacts import Artifact
 from cnx_deploy.bench_conditions import Conditions, conditions_now, doubts, throttling
 from cnx_deploy.bench_gate import Verdict, judge_against, read_baseline, refuse_incomparable
 from cnx_deploy.bench_gpu import gpu_states
-from cnx_deploy.bench_peers import PEERS
+from cnx_deploy.bench_networks import precisions_of
+from cnx_deploy.bench_peers import PEERS, place_of_peers
 from cnx_deploy.bench_report import document, gate_lines, head_lines, table_lines
 from cnx_deploy.bench_sweep import Knee, knees
 from cnx_deploy.comparison import Benchmark, BenchRequest, bench_artifacts
@@ -71,7 +72,9 @@ def run_bench(
     warnings = doubts(conditions, omp_threads)
     baseline = read_baseline(gate) if gate is not None else None
     if baseline is not None:
-        refuse_incomparable(baseline, conditions.machine, [PEERS[word].name for word in request.compare])
+        _, precision = place_of_peers(precisions_of(artifacts))
+        peers = [PEERS[word].row_name(precision) for word in request.compare]
+        refuse_incomparable(baseline, conditions.machine, peers)
     result = bench_artifacts(artifacts, request, progress)
     verdicts = judge_against(baseline, document(result, conditions), max_regress) if baseline is not None else ()
     return BenchReport(

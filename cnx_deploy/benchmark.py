@@ -63,8 +63,9 @@ class Timing:
 
     `latency`: a whole batch on the host clock, images already on the runner's device. `images_per_second` is from its
     median. `cold_call_ms`: the runner's very first call, on its smallest batch; `first_call_ms`: the first of this one.
-    `ratios`: to each peer of the same run. `status` is OK, UNSTABLE (the last windows disagree, or a GPU's
-    compute time varies) or INVALID (the timed logits fail their gate); `remarks` say why, and what was cut short.
+    `ratios`: to each peer of the same run on the same kind of device. `status` is OK, UNSTABLE (the last windows
+    disagree, or a GPU's compute time varies) or INVALID (the timed logits fail their gate); `remarks` say why, and
+    what was cut short.
     """
 
     name: str
@@ -252,7 +253,7 @@ def _timing(sample: _Sample, peers: Sequence[_Sample], expected: Tensor | None, 
         ratios=tuple(
             ratio_of(peer.candidate.name, peer.milliseconds, sample.milliseconds, spec.seed)
             for peer in peers
-            if peer is not sample
+            if peer is not sample and peer.candidate.runner.device.type == candidate.runner.device.type
         ),
         status="INVALID" if wrong else "UNSTABLE" if unsteady else "OK",
         remarks=(*wrong, *unsteady, *few, *(limits_of(gpu) if gpu is not None else ())),

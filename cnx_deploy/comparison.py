@@ -16,8 +16,8 @@ import torch
 
 from cnx_deploy.artifacts import Artifact
 from cnx_deploy.bench_candidate import Candidate, create
-from cnx_deploy.bench_networks import network_facts, network_name, networks_of
-from cnx_deploy.bench_peers import PEERS, PeerSetup
+from cnx_deploy.bench_networks import network_facts, network_name, networks_of, precisions_of
+from cnx_deploy.bench_peers import PEERS, PeerSetup, place_of_peers
 from cnx_deploy.bench_sweep import is_over, sweep_batches
 from cnx_deploy.benchmark import BenchSpec, Timing, measure_together
 from cnx_deploy.data import image_like_batches, runner_input
@@ -129,16 +129,18 @@ def bench_artifacts(
 
 def _open_peers(network: _Network, request: BenchRequest, stack: ExitStack) -> None:
     deploy = deploy_spec_from_request(network.artifacts[0].manifest.request)
+    place = place_of_peers(precisions_of(network.artifacts))
     for peer in (PEERS[word] for word in request.compare):
+        name, gate = peer.row_name(place[1]), GATES[peer.precision_here(place[1])]
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         # A model of its own: the peer may move it to a GPU, and the reference stays on the CPU.
-        setup = PeerSetup(recorded_model(network.artifacts[0]).model, deploy, request.threads, folder)
+        setup = PeerSetup(recorded_model(network.artifacts[0]).model, deploy, request.threads, folder, *place)
         try:
-            candidate = create(peer.name, network.name, peer.prepare(setup), GATES["fp32"], stack)
+            candidate = create(name, network.name, peer.prepare(setup), gate, stack)
             take = peer.input_from_pixels(deploy)
             network.candidates.append(replace(candidate, is_peer=True, input_from_pixels=take))
         except MissingRequirementError as error:
-            network.not_run.append(NotRun(peer.name, network.name, None, None, None, str(error)))
+            network.not_run.append(NotRun(name, network.name, None, None, None, str(error)))
 
 
 def _open_artifacts(network: _Network, request: BenchRequest, stack: ExitStack) -> None:

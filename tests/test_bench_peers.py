@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cnx_deploy.bench_peers import PEERS, CompiledRunner, PeerSetup, timm_twin
+from cnx_deploy.bench_peers import PEERS, CompiledRunner, PeerSetup, place_of_peers, timm_twin
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.errors import MissingRequirementError
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
@@ -37,6 +37,28 @@ def test_a_peer_gives_the_logits_of_the_reference(tiny_model: ConvNeXtV2, tmp_pa
     runner, logits = made(word, tiny_model, tmp_path, spec)
     assert not GATES["fp32"].failures(differences(logits, expected))
     assert runner.info.precision in ("fp32", "float32")
+
+
+def test_pytorchs_peers_compute_in_fp32_on_a_cpu_and_as_our_files_do_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert place_of_peers(["fp16", "fp32"]) == ("cpu", "fp32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert place_of_peers(["fp16", "fp32"]) == ("cuda", "fp16")
+    assert place_of_peers(["fp32"]) == ("cuda", "fp32")
+    names = [PEERS[word].row_name("fp16") for word in ("torch", "compile", "timm")]
+    assert names == ["torch eager fp16", "torch.compile fp16", "timm.onnx fp32"]
+
+
+def test_a_peer_in_half_is_within_the_fp16_gate_and_outside_the_fp32_one(
+    tiny_model: ConvNeXtV2, tmp_path: Path
+) -> None:
+    images = runner_input(PIXELS, "float")
+    expected = reference_runner(tiny_model, SPEC).run(images).clone()
+    runner = PEERS["torch"].prepare(PeerSetup(tiny_model, SPEC, 1, tmp_path, "cpu", "fp16"))()
+    found = differences(runner.run(images), expected)
+    assert (runner.info.precision, runner.info.details) == ("fp16", (("autocast", "fp16"),))
+    assert not GATES["fp16"].failures(found)
+    assert GATES["fp32"].failures(found)
 
 
 def test_one_wrong_weight_of_the_twin_is_seen_by_the_gate(tiny_model: ConvNeXtV2) -> None:

@@ -365,6 +365,18 @@ def test_every_peer_has_a_ratio_and_none_to_itself(runner):
     assert ratios == {"torch": {"timm": 0.5}, "timm": {"torch": 2.0}, "ours": {"torch": 4.0, "timm": 2.0}}
 
 
+def test_a_peer_on_another_kind_of_device_is_none(runner, monkeypatch):
+    monkeypatch.setitem(benchmark.AGREEMENT, "meta", 0.1)
+    elsewhere = runner(30.0, device=torch.device("meta"))
+    candidates = [
+        Candidate("elsewhere", elsewhere, 0.0, None, is_peer=True),
+        Candidate("here", runner(20.0), 0.0, None, is_peer=True),
+        Candidate("ours", runner(10.0), 0.0, None),
+    ]
+    found = measure_together(candidates, [IMAGES] * 3, BenchSpec(duration_seconds=0.1))
+    assert [[ratio.peer for ratio in row.ratios] for row in found] == [[], [], ["here"]]
+
+
 def test_without_a_peer_no_ratio_is_given(runner):
     candidates = [Candidate(name, runner(10.0), 0.0, None) for name in "ab"]
     found = measure_together(candidates, [IMAGES] * 2, BenchSpec(duration_seconds=0.1))
