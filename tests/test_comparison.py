@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,11 +39,11 @@ def artifacts(folder: Path) -> list[Artifact]:
 
 def words(folder: Path, *more: str) -> list[str]:
     folders = ["--export-dir", str(folder / "export"), "--engines-dir", str(folder / "engines")]
-    return [*folders, "--batch", "2", "--duration", str(DURATION), *more]
+    return [*folders, "--batch", "2", "--duration", str(DURATION), "--threads", "1", *more]
 
 
 def test_pytorch_is_the_baseline_and_every_file_has_a_row(artifacts: list[Artifact]) -> None:
-    request = BenchRequest(batches=(1, 4), duration=DURATION, compare=("torch",))
+    request = BenchRequest(batches=(1, 4), duration=DURATION, compare=("torch",), threads=1)
     result = bench_artifacts(artifacts, request)
     names = [(row.name, row.batch) for row in result.rows if row.backend != "tensorrt-rtx"]
     files = ["torch eager fp32", "atto-32-fp16.onnx", "atto-32-fp32.onnx"]
@@ -115,7 +116,7 @@ def test_json_is_one_document_with_versions_and_hashes(folder: Path) -> None:
     assert document["schema_version"] == 2
     environment = document["environment"]
     assert environment["tools"]["torch"]
-    assert environment["machine"]["threads"] == environment["processors"]
+    assert environment["machine"]["threads"] == 1
     (network,) = document["networks"].values()
     assert len(network["files"]["atto-32-fp32.onnx"]["sha256"]) == 64
     assert len(network["weights"]["sha256"]) == 64
@@ -181,7 +182,7 @@ def test_the_gate_lets_an_untouched_run_pass(folder: Path, baseline: Path) -> No
 def test_the_gate_fails_a_planted_regression(folder: Path, baseline: Path) -> None:
     document = json.loads(baseline.read_text(encoding="utf-8"))
     (planted,) = (row for row in document["rows"] if row["name"] == "atto-32-fp32.onnx")
-    planted["ratios"][0]["ratio"] *= 100
+    planted["ratios"][0]["ratio"] *= 1e6  # beyond what a busy machine does to a ratio
     baseline.write_text(json.dumps(document), encoding="utf-8")
     result = gated(folder, baseline, "--max-regress", "90%")
     assert isinstance(result.exception, CheckFailedError)
@@ -206,3 +207,25 @@ def test_a_baseline_of_another_machine_without_a_common_peer_is_refused_before_m
 def test_an_engine_that_is_named_without_a_gpu_is_an_error(folder: Path) -> None:
     result = CliRunner().invoke(bench, [str(folder / "engines" / "atto-32-fp16-rtx-sm89.engine")])
     assert isinstance(result.exception, MissingRequirementError)
+
+
+def test_timms_model_takes_turns_with_ours_and_has_the_same_logits(artifacts: list[Artifact]) -> None:
+    result = bench_artifacts(artifacts, BenchRequest(batches=(2,), duration=DURATION, compare=("timm",)))
+    rows = {row.name: row for row in result.rows if row.backend == "onnxruntime"}
+    timm = rows.pop("timm.onnx fp32")
+    assert timm.correctness is not None
+    assert timm.correctness.failures == ()
+    assert timm.details["threads"] == rows["atto-32-fp32.onnx"].details["threads"]
+    for row in rows.values():
+        assert row.ratio_to("timm.onnx fp32") is not None
+        assert row.latency.calls == timm.latency.calls
+
+
+def test_a_peer_that_is_missing_is_said_and_the_next_is_the_baseline(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm.models.convnext", None)
+    printed = CliRunner().invoke(bench, words(folder, "--compare", "timm,torch")).stdout
+    missing = next(line for line in printed.splitlines() if line.startswith("timm.onnx fp32"))
+    assert missing.split(maxsplit=2)[2] == "latency: not run (timm is not installed)"
+    assert "x torch eager fp32 (95 %)" in printed
