@@ -40,6 +40,7 @@ class PeerSetup:
     model: ConvNeXtV2
     deploy: DeploySpec
     threads: int | None
+    spin: bool
     folder: Path
     device: str = "cpu"
     precision: str = "fp32"
@@ -170,11 +171,11 @@ def _timm(setup: PeerSetup) -> Callable[[], Runner]:
             twin, (example,), path, dynamo=True, opset_version=OPSET, input_names=["images"], output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},), verbose=False,
         )  # fmt: skip
-    return lambda: _timm_runner(path, setup.threads)
+    return lambda: _timm_runner(path, setup.threads, setup.spin)
 
 
-def _timm_runner(path: Path, threads: int | None) -> OrtRunner:
-    runner = OrtRunner(path, threads=threads)
+def _timm_runner(path: Path, threads: int | None, spin: bool) -> OrtRunner:
+    runner = OrtRunner(path, threads=threads, spin=spin)
     details = (("timm", str(package_version("timm"))), *runner.info.details)
     runner.info = replace(runner.info, precision="fp32", details=details)
     return runner

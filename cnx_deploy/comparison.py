@@ -43,7 +43,8 @@ REFERENCE_BATCH = 8
 class BenchRequest:
     """What `cnx-deploy bench` takes. Without `files`, everything recorded in both folders.
 
-    `compare`: words of `bench_peers.PEERS`, the first is the baseline of the table. `threads` None means all.
+    `compare`: words of `bench_peers.PEERS`, the first is the baseline of the table. `threads` None means all;
+    `spin`: see `runners.ort.OrtRunner`.
     `sweep`: batches 1, 2, 4, … to `max_batch` instead of `batches`. `cuda_graph`: engines replay a captured graph.
     """
 
@@ -54,6 +55,7 @@ class BenchRequest:
     duration: float = 3.0
     compare: tuple[str, ...] = ()
     threads: int | None = None
+    spin: bool = True
     sweep: bool = False
     max_batch: int = 256
     cuda_graph: bool = False
@@ -134,7 +136,9 @@ def _open_peers(network: _Network, request: BenchRequest, stack: ExitStack) -> N
         name, gate = peer.row_name(place[1]), GATES[peer.precision_here(place[1])]
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         # A model of its own: the peer may move it to a GPU, and the reference stays on the CPU.
-        setup = PeerSetup(recorded_model(network.artifacts[0]).model, deploy, request.threads, folder, *place)
+        setup = PeerSetup(
+            recorded_model(network.artifacts[0]).model, deploy, request.threads, request.spin, folder, *place
+        )
         try:
             candidate = create(name, network.name, peer.prepare(setup), gate, stack)
             take = peer.input_from_pixels(deploy)
@@ -164,7 +168,7 @@ def _open_artifacts(network: _Network, request: BenchRequest, stack: ExitStack) 
 def _artifact_runner(artifact: Artifact, request: BenchRequest) -> Runner:
     if artifact.manifest.kind == "engine":
         return TensorRTRunner(artifact, cuda_graph=request.cuda_graph)
-    return open_runner(artifact, threads=request.threads)
+    return open_runner(artifact, threads=request.threads, spin=request.spin)
 
 
 def _measure(network: _Network, batch: int, request: BenchRequest, progress: Progress | None) -> None:

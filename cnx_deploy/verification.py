@@ -130,7 +130,7 @@ def verify_artifact(artifact: Artifact, reference: Reference, progress: Progress
     if artifact.manifest.kind == "engine":
         return _verify_engine(artifact, reference, progress)
     check_graph(artifact.path)
-    with OrtRunner(artifact.path) as runner:
+    with OrtRunner(artifact.path, spin=False) as runner:
         spec = _profile_spec(artifact, runner.input_spec)
         batches = reference.batches(spec)
         expected = reference.logits(artifact, batches, progress)
@@ -161,7 +161,7 @@ def check_exported(
         batches = [runner_input(batch, spec.input_kind) for batch in _rebatched(source, sizes)]
         with reference_runner(loaded.model, spec) as runner:
             expected = logits_of(runner, batches)
-        with OrtRunner(path) as runner:
+        with OrtRunner(path, spin=False) as runner:
             result = _judge(runner, expected, batches, GATES[spec.precision], None)
         if not result.passed:
             raise ParityError(
@@ -220,15 +220,17 @@ def recorded_model(artifact: Artifact) -> LoadedModel:
     return loaded
 
 
-def open_runner(artifact: Artifact, *, device: str = "cpu", threads: int | None = None) -> Runner:
+def open_runner(artifact: Artifact, *, device: str = "cpu", threads: int | None = None, spin: bool = False) -> Runner:
     """A runner for an ONNX or engine artifact; its hashes are checked first.
+
+    `spin`: see `OrtRunner`; off, as checks are not timed and may share the machine.
 
     Raises MissingRequirementError when this machine cannot run it.
     """
     artifact = open_artifact(artifact.path)
     if artifact.manifest.kind == "engine":
         return TensorRTRunner(artifact)
-    return OrtRunner(artifact.path, device=device, threads=threads)
+    return OrtRunner(artifact.path, device=device, threads=threads, spin=spin)
 
 
 def batch_sizes(smallest: int, largest: int, samples: int) -> list[int]:

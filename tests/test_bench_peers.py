@@ -23,7 +23,7 @@ PIXELS = next(image_like_batches(3, 32, batch_size=3))
 def made(word: str, model: ConvNeXtV2, folder: Path, spec: DeploySpec = SPEC) -> tuple[Runner, torch.Tensor]:
     """A peer on this machine's CPU, and its logits for `PIXELS`."""
     peer = PEERS[word]
-    runner = peer.prepare(PeerSetup(model, spec, 1, folder))()
+    runner = peer.prepare(PeerSetup(model, spec, 1, False, folder))()
     take = peer.input_from_pixels(spec)
     images = take(PIXELS) if take is not None else runner_input(PIXELS, spec.input_kind)
     return runner, runner.run(images.to(runner.device))
@@ -54,7 +54,7 @@ def test_a_peer_in_half_is_within_the_fp16_gate_and_outside_the_fp32_one(
 ) -> None:
     images = runner_input(PIXELS, "float")
     expected = reference_runner(tiny_model, SPEC).run(images).clone()
-    runner = PEERS["torch"].prepare(PeerSetup(tiny_model, SPEC, 1, tmp_path, "cpu", "fp16"))()
+    runner = PEERS["torch"].prepare(PeerSetup(tiny_model, SPEC, 1, False, tmp_path, "cpu", "fp16"))()
     found = differences(runner.run(images), expected)
     assert (runner.info.precision, runner.info.details) == ("fp16", (("autocast", "fp16"),))
     assert not GATES["fp16"].failures(found)
@@ -91,7 +91,7 @@ def test_without_timm_its_peer_is_a_missing_requirement(
 ) -> None:
     monkeypatch.setitem(sys.modules, "timm.models.convnext", None)
     with pytest.raises(MissingRequirementError, match="timm is not installed"):
-        PEERS["timm"].prepare(PeerSetup(tiny_model, SPEC, 1, tmp_path))
+        PEERS["timm"].prepare(PeerSetup(tiny_model, SPEC, 1, False, tmp_path))
 
 
 def test_without_a_compiler_torch_compile_is_a_missing_requirement_and_not_eager(

@@ -51,6 +51,7 @@ class _Percent(click.ParamType[float]):
 @click.option("--duration", type=click.FloatRange(min=0.1), default=3.0, show_default=True, help="Seconds a row.")
 @click.option("--compare", type=_Peers(), multiple=True, help="Measure these in turns and print speed-ups over them.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: all].")
+@click.option("--spin/--no-spin", default=True, show_default=True, help="ONNX Runtime's threads wait by spinning.")
 @click.option("--cuda-graph", is_flag=True, help="Capture engines in a CUDA graph.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the images and of the intervals.")
 @click.option("--gate", type=click.Path(path_type=Path), help="An earlier --json document; slower is exit code 3.")

@@ -42,8 +42,9 @@ class OrtRunner(HoldsNothing):
         path: a file whose hash or graph has been checked.
         device: "cpu" or "cuda". Another provider than the one asked for is an error, never a slower number.
         threads: intra-operator threads; None for all processors this process may use.
-        spin: whether idle threads wait by spinning. Off by default: runners are compared in turn within one process,
-            and threads that spin take the processors from whoever runs next.
+        spin: whether idle threads wait by spinning, between the operators of one call only: after it they stop, or they
+            would take the processors from whoever runs next. On two free processors atto at batch 1 is 1.2 times as
+            fast; where others work on the same processors it is half as fast.
         optimise: graph optimisations; off tells a fault of the graph from a fault of a fusion.
     """
 
@@ -53,7 +54,7 @@ class OrtRunner(HoldsNothing):
         *,
         device: str = "cpu",
         threads: int | None = None,
-        spin: bool = False,
+        spin: bool = True,
         optimise: bool = True,
     ) -> None:
         threads = threads or cpu_count()
@@ -74,7 +75,7 @@ class OrtRunner(HoldsNothing):
             details=(
                 ("provider", self._session.get_providers()[0]),
                 ("threads", str(threads)),
-                ("spinning", "on" if spin else "off"),
+                ("spinning", "within a call" if spin else "off"),
                 ("optimisations", "all" if optimise else "none"),
             ),
         )
@@ -98,6 +99,7 @@ def _session(path: Path, device: str, threads: int, spin: bool, optimise: bool) 
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
     provider, provider_options = PROVIDERS[device]
