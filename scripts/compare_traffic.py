@@ -1,67 +1,118 @@
 """Compile our FP16 graph and the peers' with the same TensorRT-RTX and print kernels and MB an image of each.
 
-usage: compare_traffic.py [VARIANT ...] [--batch 64] [--target sm89]      (default: atto)
+usage: compare_traffic.py [VARIANT ...] [--batch 64] [--target sm89] [--image-size 224] [--only-ours] [--record FILE]
+       (default: atto; options that take several values are repeated)
 
-The peers are timm's and transformers' models, `.half()`, exported by torch.onnx.export as they are.
+The peers are timm's and transformers' models, `.half()`, exported by torch.onnx.export as they are. For Turing (sm75)
+our graph is written as `build-trt` writes it, with depthwise convolutions in groups. Each kernel's inputs, constants
+and outputs count once, also where a kernel reads a tensor in two places.
 """
 
 import argparse
+import contextlib
+import datetime
+import itertools
+import json
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cnx_deploy.artifacts import ModelRecord, WeightsRecord
+from cnx_deploy.environment import tool_versions
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.onnx_export import ExportSpec, export_onnx
 from cnx_deploy.trt.backend import load_backend
 from cnx_deploy.trt.compiled import measure_compiled
+from cnx_deploy.trt.depthwise import with_depthwise_in_groups
 from cnx_deploy.variants import VARIANTS, find_variant
+
+OURS = "cnx-deploy"
 
 
 def main() -> int:
-    """Print one line a variant and graph."""
-    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    arguments.add_argument("variants", nargs="*", default=["atto"], metavar="VARIANT", help=", ".join(VARIANTS))
-    arguments.add_argument("--batch", type=int, default=64)
-    arguments.add_argument("--target", default="sm89")
-    options = arguments.parse_args()
-    backend = load_backend("tensorrt-rtx")
-    print(f"{backend.name} {backend.version}, {options.target}, batch {options.batch}, FP16, 224 px")
-    print(f"{'variant':8} {'graph':14} {'kernels':>8} {'MB an image':>12} {'of best peer':>13}")
-    for name in options.variants:
-        with tempfile.TemporaryDirectory() as folder:
-            paths = {"timm": timm_file, "transformers": transformers_file, "cnx-deploy": own_file}
-            found = {}
-            for graph, export in paths.items():
-                path = export(name, Path(folder))
-                found[graph] = measure_compiled(path, batch=options.batch, target=options.target, backend=backend)
-            best = min(found[graph].megabytes_per_image for graph in ("timm", "transformers"))
-            for graph, compiled in found.items():
-                megabytes = compiled.megabytes_per_image
-                row = f"{len(compiled.kernels):>8} {megabytes:>12.1f} {megabytes / best:>13.3f}"
-                print(f"{name:8} {graph:14} {row}", flush=True)
+    """Print one line a graph; with --record, write them as JSON."""
+    options = parsed_options()
+    rows = []
+    print(f"{'variant':8} {'px':>4} {'target':6} {'batch':>5} {'graph':13} {'kernels':>8} {'MB an image':>12} of peer")
+    for name, size in itertools.product(options.variants, options.image_size):
+        for row in measured(name, size, options):
+            share = f"{row['of_best_peer']:.3f}" if row["of_best_peer"] else ""
+            print(
+                f"{name:8} {size:>4} {row['target']:6} {row['batch']:>5} {row['graph']:13} {row['kernels']:>8} "
+                f"{row['megabytes_per_image']:>12.2f} {share}",
+                flush=True,
+            )
+            rows.append(row)
+    if options.record:
+        command = " ".join(["scripts/compare_traffic.py", *(word for word in sys.argv[1:])])
+        made = {"date": datetime.date.today().isoformat(), "command": command, "tools": tool_versions()}
+        options.record.write_text(json.dumps({**made, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def own_file(name: str, folder: Path) -> Path:
+def parsed_options() -> argparse.Namespace:
+    """The command line; options that may be repeated are lists."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("variants", nargs="*", default=["atto"], metavar="VARIANT", help=", ".join(VARIANTS))
+    parser.add_argument("--batch", type=int, action="append")
+    parser.add_argument("--target", action="append")
+    parser.add_argument("--image-size", type=int, action="append")
+    parser.add_argument("--only-ours", action="store_true")
+    parser.add_argument("--record", type=Path)
+    options = parser.parse_args()
+    options.batch, options.target = options.batch or [64], options.target or ["sm89"]
+    options.image_size = options.image_size or [224]
+    return options
+
+
+def measured(name: str, size: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of one variant at one size: each graph is exported once and compiled for every target and batch."""
+    backend = load_backend("tensorrt-rtx")
+    exports = {OURS: own_file} if options.only_ours else {"timm": timm_file, "transformers": transformers_file}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {graph: export(name, size, Path(folder)) for graph, export in {**exports, OURS: own_file}.items()}
+        for target, batch in itertools.product(options.target, options.batch):
+            best = None
+            for graph, path in paths.items():
+                with written_for(target, graph, path) as written:
+                    compiled = measure_compiled(written, batch=batch, target=target, backend=backend)
+                moved = compiled.megabytes_per_image
+                if graph != OURS:
+                    best = min(moved, best or moved)
+                yield {
+                    "variant": name, "image_size": size, "target": target, "batch": batch, "graph": graph,
+                    "kernels": len(compiled.kernels), "megabytes_per_image": round(moved, 3),
+                    "plan_megabytes": round(compiled.plan_bytes / 1e6, 2),
+                    "of_best_peer": round(moved / best, 4) if best and graph == OURS else None,
+                }  # fmt: skip
+
+
+def written_for(target: str, graph: str, path: Path) -> contextlib.AbstractContextManager[Path]:
+    """The file that is compiled."""
+    return with_depthwise_in_groups(path) if (target, graph) == ("sm75", OURS) else contextlib.nullcontext(path)
+
+
+def own_file(name: str, size: int, folder: Path) -> Path:
     """Our deploy form."""
-    record = ModelRecord(name, 1000, 224, WeightsRecord("random", "0", "0" * 64, "none"), {})
-    spec = ExportSpec(deploy=DeploySpec(precision="fp16"))
+    record = ModelRecord(name, 1000, size, WeightsRecord("random", "0", "0" * 64, "none"), {})
+    spec = ExportSpec(deploy=DeploySpec(precision="fp16", image_size=size))
     return export_onnx(random_model(name), record, spec, folder)[0].path
 
 
-def timm_file(name: str, folder: Path) -> Path:
+def timm_file(name: str, size: int, folder: Path) -> Path:
     """The model of timm."""
     import timm
 
-    return exported(timm.create_model(f"convnextv2_{name}"), folder / "timm.onnx")
+    return exported(timm.create_model(f"convnextv2_{name}"), size, folder / "timm.onnx")
 
 
-def transformers_file(name: str, folder: Path) -> Path:
+def transformers_file(name: str, size: int, folder: Path) -> Path:
     """The model of transformers, its logits alone."""
     from transformers import ConvNextV2Config, ConvNextV2ForImageClassification
 
@@ -76,12 +127,12 @@ def transformers_file(name: str, folder: Path) -> Path:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return self.model(images).logits
 
-    return exported(Logits(), folder / "transformers.onnx")
+    return exported(Logits(), size, folder / "transformers.onnx")
 
 
-def exported(model: torch.nn.Module, path: Path) -> Path:
+def exported(model: torch.nn.Module, size: int, path: Path) -> Path:
     """Half precision, dynamic batch, the exporter's own defaults otherwise."""
-    images = torch.zeros(2, 3, 224, 224, dtype=torch.float16)
+    images = torch.zeros(2, 3, size, size, dtype=torch.float16)
     batch = torch.export.Dim("batch", min=1, max=64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

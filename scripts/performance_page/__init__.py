@@ -1,0 +1,1 @@
+"""The parts of scripts/plot_performance.py: recorded data, tables, plots."""
