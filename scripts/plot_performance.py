@@ -59,7 +59,7 @@ SECTIONS = (
         tables.cpu_text, "A CPU's speeds; no GPU was there.",
     ),
     Section(
-        "cost", "export and build-trt of each variant",
+        "cost", "scripts/measure_cost.py",
         "Seconds and peak memory of export and build over the number of parameters, on logarithmic axes.",
         tables.cost_text, "Made without a GPU.",
     ),

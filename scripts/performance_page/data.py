@@ -15,7 +15,7 @@ from cnx_deploy.roofline import work_of
 
 __all__ = [
     "BASELINE", "GROWTHS", "OURS", "PEERS", "Comparison", "Document", "Speed", "comparisons", "growth", "read_document",
-    "source_of", "speeds",
+    "shared_condition", "source_of", "speeds",
 ]  # fmt: skip
 
 Document = dict[str, Any]
@@ -112,6 +112,14 @@ def comparisons(document: Document) -> list[Comparison]:
         condition = (row["variant"], row["image_size"], row["target"], row["batch"])
         found.setdefault(condition, {})[row["graph"]] = row
     return [Comparison(*condition, graphs) for condition, graphs in found.items()]
+
+
+def shared_condition(found: Sequence[Comparison]) -> str:
+    """The target, batch and image size of all rows, in words. Raises InputError where they are not the same."""
+    conditions = {f"{each.target}, batch {each.batch}, {each.image_size} px" for each in found}
+    if len(conditions) != 1:
+        raise InputError(f"traffic.json compares variants under one condition, not under {sorted(conditions)}.")
+    return conditions.pop()
 
 
 def speeds(document: Document) -> list[Speed]:

@@ -29,6 +29,7 @@ from performance_page.data import (
     Speed,
     comparisons,
     growth,
+    shared_condition,
     speeds,
 )
 
@@ -81,10 +82,7 @@ FLOOR = Look(GREY, "|", 11)
 def traffic_plot(document: Document, source: str) -> bytes:
     """Bytes an image over the better peer's, a line a variant: ours, the peers and the fused floor."""
     found = [comparison for comparison in comparisons(document) if comparison.best_peer is not None]
-    conditions = {f"{each.target}, batch {each.batch}, {each.image_size} px" for each in found}
-    if len(conditions) != 1:
-        raise InputError(f"This plot compares variants under one condition, not {sorted(conditions)}.")
-    drawn = f"bytes an image ÷ the better peer's, less is better; labels: ours, MB\n{conditions.pop()}"
+    drawn = f"bytes an image ÷ the better peer's, less is better; labels: ours, MB\n{shared_condition(found)}"
     with style.context(["default", STYLE]):
         figure, ((axes,),) = _figure((1, 1), 0.32 * len(found), "FP16 memory traffic", drawn, source)
         for line, comparison in enumerate(found):

@@ -13,6 +13,7 @@ from performance_page.data import (
     Speed,
     comparisons,
     growth,
+    shared_condition,
     speeds,
 )  # fmt: skip
 
@@ -26,18 +27,20 @@ VERSIONS = ("cnx-deploy", "tensorrt-rtx", "onnxruntime-gpu", "onnxruntime", "tor
 
 def traffic_text(document: Document) -> str:
     """Kernels and megabytes an image of each graph, by variant."""
-    header = ("variant", "px", "target", "batch", *(f"{graph}, kernels | MB" for graph in (*PEERS, OURS)))
-    header = tuple(cell for title in header for cell in title.split(" | "))
+    found = comparisons(document)
+    titles = [title for graph in (*PEERS, OURS) for title in (f"{graph}, kernels", "MB")]
     rows = [
         (
-            *_condition(found), *(cell for graph in (*PEERS, OURS) for cell in _kernels_and_bytes(found, graph)),
-            _number(found.ratio, ".3f"), f"{found.floor:.1f}",
+            each.variant,
+            *(cell for graph in (*PEERS, OURS) for cell in _kernels_and_bytes(each, graph)),
+            _number(each.ratio, ".3f"),
+            f"{each.floor:.1f}",
         )
-        for found in comparisons(document)
-    ]  # fmt: skip
+        for each in found
+    ]
     return _paragraphs(
-        _table((*header, "ratio to the better peer", "fused floor, MB"), rows, text_columns=1),
-        f"{NO_GPU} {_versions(document['tools'])}",
+        _table(("variant", *titles, "ours ÷ the better peer's", "fused floor, MB"), rows),
+        f"{shared_condition(found)}, FP16; MB an image. {NO_GPU} {_versions(document['tools'])}",
     )
 
 
@@ -47,11 +50,13 @@ def targets_text(document: Document) -> str:
     batches = sorted({comparison.batch for comparison in found})
     lines: dict[tuple[str, ...], dict[int, Comparison]] = {}
     for comparison in found:
-        lines.setdefault(_condition(comparison)[:3], {})[comparison.batch] = comparison
+        lines.setdefault((comparison.variant, str(comparison.image_size), comparison.target), {})[comparison.batch] = (
+            comparison
+        )
     rows = [(*line, *(_division(by_batch.get(batch)) for batch in batches)) for line, by_batch in lines.items()]
     header = ("variant", "px", "target", *(f"batch {batch}" for batch in batches))
     return _paragraphs(
-        _table(header, rows, text_columns=1),
+        _table(header, rows),
         f"MB an image: ours ÷ the better peer's = ratio. {NO_GPU} {_versions(document['tools'])}",
     )
 
@@ -67,7 +72,7 @@ def cpu_text(document: Document) -> str:
     header = ("variant", "px", "batch", "what", "images/s", f"× {BASELINE} (95 %)", "status")
     missing = [f"{row['name']} ({row['reason']})" for row in document["not_run"]]
     return _paragraphs(
-        _table(header, rows, text_columns=1),
+        _table(header, rows),
         _machine(document),
         f"Not run: {', '.join(missing)}." if missing else "",
         f"Doubts at the start: {'; '.join(document['warnings'])}." if document["warnings"] else "",
@@ -77,34 +82,32 @@ def cpu_text(document: Document) -> str:
 
 def cost_text(document: Document) -> str:
     """Seconds, peak memory and file sizes of export and build by variant, and how they grow."""
-    figures = {
-        "export_seconds": "export, s", "export_peak_mib": "peak MiB", "build_seconds": "build, s",
-        "build_peak_mib": "peak MiB", "onnx_megabytes": "ONNX, MB", "engine_megabytes": "engines, MB",
-    }  # fmt: skip
+    figures = (
+        ("export_seconds", "export, s", ",.1f"), ("export_peak_mib", "peak MiB", ",.0f"),
+        ("build_seconds", "build, s", ",.1f"), ("build_peak_mib", "peak MiB", ",.0f"),
+        ("onnx_megabytes", "FP16 ONNX, MB", ",.1f"), ("engine_megabytes", "sm89 engine, MB", ",.1f"),
+    )  # fmt: skip
     rows = [
-        (row["variant"], f"{row['parameters']:,}", *(_number(row[column], ",.1f", NOT_RUN) for column in figures))
+        (row["variant"], f"{row['parameters']:,}", *(_number(row[name], form, NOT_RUN) for name, _, form in figures))
         for row in document["rows"]
     ]
     grown = [f"{name} × {10**slope:.1f}" for name, slope in _growths(document["rows"])]
     return _paragraphs(
-        _table(("variant", "parameters", *figures.values()), rows, text_columns=1),
+        _table(("variant", "parameters", *(title for _, title, _ in figures)), rows),
         f"Ten times the parameters (a straight line through the logarithms): {', '.join(grown)}." if grown else "",
-        f"Machine: {document['machine']}. `cnx-deploy --help` takes {document['help_seconds']:.2f} s. {NO_GPU}",
+        f"Engines for {', '.join(document['targets'])}. Machine: {document['machine']}, no GPU. "
+        f"`cnx-deploy --help` takes {document['help_seconds']:.2f} s. {_versions(document['tools'])}",
     )
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int) -> str:
-    """A Markdown table; the first `text_columns` are left-aligned, the others right-aligned."""
-    rule = ["---"] * text_columns + ["--:"] * (len(header) - text_columns)
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, its first column left-aligned and the others right-aligned."""
+    rule = ["---"] + ["--:"] * (len(header) - 1)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
 def _paragraphs(*texts: str) -> str:
     return "\n\n".join(text for text in texts if text)
-
-
-def _condition(found: Comparison) -> tuple[str, str, str, str]:
-    return found.variant, str(found.image_size), found.target, str(found.batch)
 
 
 def _kernels_and_bytes(found: Comparison, graph: str) -> tuple[str, str]:
@@ -151,7 +154,7 @@ def _shared_work(found: Sequence[Speed]) -> str:
     """Which share of the work no graph can leave out: counted from the architecture, not measured."""
     sizes = dict.fromkeys((speed.variant, speed.image_size) for speed in found)
     works = [work_of(variant, size, "fp32") for variant, size in sizes]
-    shares = ", ".join(f"{work.variant} {work.gemm_macs / work.macs:.1%}" for work in works)
+    shares = ", ".join(f"{work.variant} {100 * work.gemm_macs / work.macs:.1f} %" for work in works)
     return f"Multiply-accumulates in matrix products, counted from the architecture: {shares}."
 
 
