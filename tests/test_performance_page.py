@@ -173,6 +173,12 @@ def test_variants_under_different_conditions_are_refused(
     assert "one condition" in capsys.readouterr().err
 
 
+def test_a_record_without_peers_is_refused(script: ModuleType, docs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(docs, "traffic-targets", {**HEAD, "rows": graphs("atto", ours=1.0)})
+    assert script.main(["--docs-dir", str(docs)]) == 2
+    assert "nothing to compare" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("content", "reason"), [("{", "is not JSON"), ('{"date": "2026-01-02"}', "has no")])
 def test_a_damaged_record_is_one_message_and_changes_nothing(
     script: ModuleType, docs: Path, capsys: pytest.CaptureFixture[str], content: str, reason: str

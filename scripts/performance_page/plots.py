@@ -7,7 +7,7 @@ fixed: matplotlib's layout engines place axes anew in the last digit each time, 
 
 import io
 import textwrap
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -43,10 +43,10 @@ HEAD, FOOT, FOOTER_LINE = 1.02, 0.5, 0.13
 FOOTER_COLUMNS = 105
 BLUE, ORANGE, GREEN, PURPLE, GREY, SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#555555", "#56B4E9"
 STYLE = {
-    "svg.hashsalt": "cnx-deploy", "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9.5,
+    "svg.hashsalt": "cnx-deploy", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9.5,
+    "font.sans-serif": ["DejaVu Sans", "Verdana"],  # phones lack the first; the second has its widths
     "axes.grid": True, "grid.color": "#dddddd", "axes.axisbelow": True, "axes.spines.top": False,
     "axes.spines.right": False, "axes.titlesize": 9.5, "legend.frameon": False, "legend.fontsize": 8.5,
-    "lines.markersize": 6,
 }  # fmt: skip
 
 
@@ -167,9 +167,12 @@ def _figure(
 ) -> tuple[Figure, Sequence[Sequence[Axes]]]:
     """A figure with rows × columns of panels, `panel_height` inches each, and the axes of them.
 
-    Above stand the title and, in two lines at most, what is drawn; below, where the data come from.
+    Above stand the title and, in two lines at most, what is drawn; below, where the data come from. Raises InputError
+    when there is nothing to draw.
     """
     rows, columns = shape
+    if not rows * columns * panel_height:
+        raise InputError("The data hold nothing to compare. Record them together with the peers.")
     lines = textwrap.wrap(source, FOOTER_COLUMNS, break_on_hyphens=False)
     foot = FOOT + FOOTER_LINE * len(lines)
     gap = 0.35
@@ -247,12 +250,10 @@ def _interval(axes: Axes, speed: Speed, line: float, look: Look) -> None:
 
 
 def _growth_line(axes: Axes, rows: Sequence[Document], column: str, look: Look) -> None:
-    points = [(row["parameters"], row[column]) for row in rows if row[column] is not None]
+    known = [row for row in rows if row[column] is not None]
     slope = growth(rows, column)
     words = "" if slope is None else f": × {10**slope:.1f} for 10 × the parameters"
-    axes.plot(*_columns(points), f"{look.shape}-", color=look.color, linewidth=1, label=GROWTHS[column] + words)
-
-
-def _columns(points: Iterable[tuple[float, float]]) -> tuple[Sequence[float], Sequence[float]]:
-    parameters, values = zip(*points, strict=True)
-    return parameters, values
+    axes.plot(
+        [row["parameters"] for row in known], [row[column] for row in known], f"{look.shape}-", color=look.color,
+        linewidth=1, label=GROWTHS[column] + words,
+    )  # fmt: skip

@@ -94,7 +94,7 @@ def cost_text(document: Document) -> str:
     grown = [f"{name} × {10**slope:.1f}" for name, slope in _growths(document["rows"])]
     return _paragraphs(
         _table(("variant", "parameters", *(title for _, title, _ in figures)), rows),
-        f"Ten times the parameters (a straight line through the logarithms): {', '.join(grown)}." if grown else "",
+        f"For ten times the parameters: {', '.join(grown)}." if grown else "",
         f"Engines for {', '.join(document['targets'])}. Machine: {document['machine']}, no GPU. "
         f"`cnx-deploy --help` takes {document['help_seconds']:.2f} s. {_versions(document['tools'])}",
     )
