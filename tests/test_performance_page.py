@@ -141,6 +141,15 @@ def test_tables_have_the_rows_of_the_data_and_no_others(script: ModuleType, docs
     assert cells(docs, "cost")[2][4] == "not run"
 
 
+def test_where_a_peer_moves_less_is_said(script: ModuleType, docs: Path) -> None:
+    script.main(["--docs-dir", str(docs)])
+    assert "Ours moves more in 0 of 2." in part(docs, "traffic-targets")
+    worse = [*graphs("atto", timm=2.0, ours=1.0), *graphs("base", timm=1.0, ours=1.25)]
+    record(docs, "traffic-targets", {**HEAD, "rows": worse})
+    script.main(["--docs-dir", str(docs)])
+    assert "Ours moves more in 1 of 2: base 224 px sm89 batch 64 (1.250)." in part(docs, "traffic-targets")
+
+
 def test_every_section_names_its_command_its_day_and_what_was_not_run(script: ModuleType, docs: Path) -> None:
     script.main(["--docs-dir", str(docs)])
     for name in ("traffic", "traffic-targets", "cost"):

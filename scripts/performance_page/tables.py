@@ -57,6 +57,7 @@ def targets_text(document: Document) -> str:
     header = ("variant", "px", "target", *(f"batch {batch}" for batch in batches))
     return _paragraphs(
         _table(header, rows),
+        _where_ours_moves_more(found),
         f"MB an image: ours ÷ the better peer's = ratio. {NO_GPU} {_versions(document['tools'])}",
     )
 
@@ -120,6 +121,17 @@ def _division(found: Comparison | None) -> str:
     if found is None or found.ratio is None:
         return NOT_RUN
     return f"{found.megabytes(OURS):.1f} ÷ {found.best_peer:.1f} = {found.ratio:.3f}"
+
+
+def _where_ours_moves_more(found: Sequence[Comparison]) -> str:
+    """The conditions under which the better peer moves fewer bytes, so that no reader has to look for them."""
+    compared = [(each, each.ratio) for each in found if each.ratio is not None]
+    worse = [
+        f"{each.variant} {each.image_size} px {each.target} batch {each.batch} ({ratio:.3f})"
+        for each, ratio in compared
+        if ratio > 1.0
+    ]
+    return f"Ours moves more in {len(worse)} of {len(compared)}{': ' if worse else ''}{', '.join(worse)}."
 
 
 def _number(value: float | None, form: str, missing: str = "–") -> str:
