@@ -53,15 +53,20 @@ class TokenBlock(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Apply the block; see the class for shapes."""
         size = images.shape[2:]
-        tokens = self.dwconv(images).flatten(2).permute(0, 2, 1)  # (N, HW, C)
+        # Permuted before it is flattened: the other way round TensorRT copies the tensor twice at batch 8.
+        tokens = self.dwconv(images).permute(0, 2, 3, 1).flatten(1, 2)  # (N, HW, C)
         hidden = self.act(self.pwconv1(self.norm(tokens)))  # (N, HW, 4C)
         gain = self.grn(hidden)  # (N, 1, 4C)
         if self.gain_in_weight:
             return images + _images_from_tokens(self.pwconv2(hidden, gain), size)
-        scaled = hidden * gain if self.beta is None else hidden * gain + self.beta
         if isinstance(self.pwconv2, nn.Conv2d):
-            return images + torch.as_tensor(self.pwconv2(_images_from_tokens(scaled, size)))
-        return images + _images_from_tokens(self.pwconv2(scaled), size)
+            # Unflattened before it is scaled: the other way round TensorRT stores the squares at batch 1.
+            scaled = self._scaled(hidden.reshape(-1, *size, hidden.shape[-1]), gain[:, None])
+            return images + torch.as_tensor(self.pwconv2(scaled.permute(0, 3, 1, 2)))
+        return images + _images_from_tokens(self.pwconv2(self._scaled(hidden, gain)), size)
+
+    def _scaled(self, hidden: Tensor, gain: Tensor) -> Tensor:
+        return hidden * gain if self.beta is None else hidden * gain + self.beta
 
 
 class ChannelsFirstBlock(nn.Module):
