@@ -69,7 +69,7 @@ def _compute_in_groups(graph: ir.Graph, node: ir.Node) -> None:
     rows = np.arange(channels)
     diagonal[rows, rows % CHANNELS_PER_GROUP] = values[:, 0]
     wide = ir.Value(name=f"{weight.name}_diagonal", const_value=ir.tensor(diagonal))
-    wide.shape = ir.Shape(diagonal.shape)
+    wide.dtype, wide.shape = weight.const_value.dtype, ir.Shape(diagonal.shape)
     graph.register_initializer(wide)
     node.replace_input_with(1, wide)
     node.attributes["group"] = ir.AttrInt64("group", channels // CHANNELS_PER_GROUP)
