@@ -141,6 +141,14 @@ def test_tables_have_the_rows_of_the_data_and_no_others(script: ModuleType, docs
     assert cells(docs, "cost")[2][4] == "not run"
 
 
+def test_variants_that_a_record_lacks_are_named(script: ModuleType, docs: Path) -> None:
+    script.main(["--docs-dir", str(docs)])
+    for name in ("traffic", "traffic-targets"):
+        assert "Not recorded: femto, pico, nano, base, large, huge." in part(docs, name)
+    assert "Not recorded: femto, nano, tiny, large, huge." in part(docs, "cost")
+    assert "Not recorded: femto, pico, nano, tiny, base, large, huge." in part(docs, "cpu")
+
+
 def test_where_a_peer_moves_less_is_said(script: ModuleType, docs: Path) -> None:
     script.main(["--docs-dir", str(docs)])
     assert "Ours moves more in 0 of 2." in part(docs, "traffic-targets")

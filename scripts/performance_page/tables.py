@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from cnx_deploy.roofline import work_of
+from cnx_deploy.variants import VARIANTS
 from performance_page.data import (
     BASELINE,
     GROWTHS,
@@ -40,6 +41,7 @@ def traffic_text(document: Document) -> str:
     ]
     return _paragraphs(
         _table(("variant", *titles, "ours ÷ the better peer's", "fused floor, MB"), rows),
+        _left_out(each.variant for each in found),
         f"{shared_condition(found)}, FP16; MB an image. {NO_GPU} {_versions(document['tools'])}",
     )
 
@@ -57,7 +59,7 @@ def targets_text(document: Document) -> str:
     header = ("variant", "px", "target", *(f"batch {batch}" for batch in batches))
     return _paragraphs(
         _table(header, rows),
-        _where_ours_moves_more(found),
+        f"{_where_ours_moves_more(found)} {_left_out(comparison.variant for comparison in found)}",
         f"MB an image: ours ÷ the better peer's = ratio. {NO_GPU} {_versions(document['tools'])}",
     )
 
@@ -78,6 +80,7 @@ def cpu_text(document: Document) -> str:
         f"Not run: {', '.join(missing)}." if missing else "",
         f"Doubts at the start: {'; '.join(document['warnings'])}." if document["warnings"] else "",
         _shared_work(found),
+        _left_out(speed.variant for speed in found),
     )
 
 
@@ -96,6 +99,7 @@ def cost_text(document: Document) -> str:
     return _paragraphs(
         _table(("variant", "parameters", *(title for _, title, _ in figures)), rows),
         f"For ten times the parameters: {', '.join(grown)}." if grown else "",
+        _left_out(row["variant"] for row in document["rows"]),
         f"Engines for {', '.join(document['targets'])}. Machine: {document['machine']}, no GPU. "
         f"`cnx-deploy --help` takes {document['help_seconds']:.2f} s. {_versions(document['tools'])}",
     )
@@ -121,6 +125,13 @@ def _division(found: Comparison | None) -> str:
     if found is None or found.ratio is None:
         return NOT_RUN
     return f"{found.megabytes(OURS):.1f} ÷ {found.best_peer:.1f} = {found.ratio:.3f}"
+
+
+def _left_out(recorded: Iterable[str]) -> str:
+    """The variants that a data file does not have."""
+    found = set(recorded)
+    missing = [variant for variant in VARIANTS if variant not in found]
+    return f"Not recorded: {', '.join(missing)}." if missing else ""
 
 
 def _where_ours_moves_more(found: Sequence[Comparison]) -> str:
