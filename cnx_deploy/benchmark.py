@@ -35,6 +35,9 @@ SLOW_CALLS = 10
 
 WARM_UP_SECONDS = 0.2
 WARM_UP_CALLS = 10
+REST_SECONDS = 0.01
+"""Between the calls of candidates in turn: threads of the one before (OpenMP's spin for milliseconds) fall asleep."""
+
 GPU_CV_PERCENT = 2.5
 """trtexec warns above this coefficient of variation of the compute time."""
 
@@ -206,6 +209,8 @@ def _measure_window(samples: Sequence[_Sample], spec: BenchSpec, progress: Progr
     start = time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds or len(samples[0].windows[-1]) < calls:
         for sample in samples:
+            if len(samples) > 1:
+                time.sleep(REST_SECONDS)
             sample.call()
         if progress is not None:
             share = (number + min(1.0, elapsed / seconds)) / max(WINDOWS, number + 1)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from cnx_deploy.artifacts import ModelRecord, WeightsRecord
-from cnx_deploy.environment import tool_versions
+from cnx_deploy.environment import package_version, tool_versions
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.onnx_export import ExportSpec, export_onnx
@@ -51,9 +51,18 @@ def main() -> int:
             rows.append(row)
     if options.record:
         command = " ".join(["scripts/compare_traffic.py", *(word for word in sys.argv[1:])])
-        made = {"date": datetime.date.today().isoformat(), "command": command, "tools": tool_versions()}
+        made = {
+            "date": datetime.date.today().isoformat(),
+            "command": command,
+            "tools": {**tool_versions(), **peer_versions()},
+        }
         options.record.write_text(json.dumps({**made, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def peer_versions() -> dict[str, str]:
+    """Versions of the peers' packages."""
+    return {name: package_version(name) or "not installed" for name in ("timm", "transformers")}
 
 
 def parsed_options() -> argparse.Namespace:
