@@ -96,16 +96,19 @@ def export_onnx(
             return found, True
         path = staging.folder / f"{stem}.onnx"
         deployed = deploy_form(model, spec.deploy)
-        _write(_graph_from_module(deployed, spec), record, spec, path)
+        norm_on_patches = deployed.norm_on_patches
+        graph = _graph_from_module(deployed, spec)
+        del deployed
+        _write(graph, record, spec, path)
+        del graph  # with it the folded weights, which are not needed while the file is checked
         facts = check_export(
             path,
             variant=model.variant,
             layout=str(spec.deploy.layout),
             batch=spec.batch,
             leave_out=spec.deploy.leave_out,
-            norm_on_patches=deployed.norm_on_patches,
+            norm_on_patches=norm_on_patches,
         )
-        del deployed  # its weights are not needed while the file is verified
         parity = dict(verify(path)) if verify is not None else None
         manifest = Manifest(
             kind="onnx",

@@ -35,6 +35,9 @@ class Clock:
     def perf_counter(self) -> float:
         return self.nanoseconds / 1e9
 
+    def sleep(self, seconds: float) -> None:
+        self.nanoseconds += round(seconds * 1e9)
+
 
 @dataclass
 class KnownSpeed:
@@ -141,8 +144,9 @@ def test_slow_calls_at_the_start_are_warm_up(runner):
 def test_the_duration_is_spent_on_each_candidate(runner):
     fast, slow = runner(10.0), runner(30.0)
     candidates = [Candidate("fast", fast, 0.0, None), Candidate("slow", slow, 0.0, None)]
-    found = measure_together(candidates, [IMAGES, IMAGES], BenchSpec(duration_seconds=2.0))
-    assert [timing.latency.calls for timing in found] == [102, 102]  # three windows: 34 × 40 ms is over 2 × 2 s / 3
+    found = measure_together(candidates, [IMAGES, IMAGES], BenchSpec(duration_seconds=3.0))
+    # Three windows of 34 rounds: 34 × 60 ms, rests included, is over 2 × 3 s / 3.
+    assert [timing.latency.calls for timing in found] == [102, 102]
 
 
 def test_a_real_clock_measures_at_least_what_a_runner_sleeps():
