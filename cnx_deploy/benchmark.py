@@ -46,7 +46,8 @@ GPU_CV_PERCENT = 2.5
 class BenchSpec:
     """How long to measure. `duration_seconds` is per candidate and batch, rests included.
 
-    The clock is `time.perf_counter_ns`. A third of the duration is a window. Up to `max_windows` are measured until the last three agree.
+    The clock is `time.perf_counter_ns`. A third of the duration is a window. Up to `max_windows` are measured until the
+    last three agree.
     """
 
     duration_seconds: float = 3.0
