@@ -108,6 +108,7 @@ def with_compiled(
 ) -> Inspection:
     """The inspection of an ONNX file and, in `facts["compiled"]`, what TensorRT-RTX makes of it now; nothing is run.
 
+    The file is written for the target as `build-trt` writes it.
     `target` as in "sm89"; `progress` is told a text while the compiler works. Raises InputError for another kind of
     file, a target that does not exist or a batch the graph does not take; BuildError when it cannot be compiled;
     MissingRequirementError without TensorRT-RTX.
@@ -116,10 +117,12 @@ def with_compiled(
         raise InputError(f"{found.path} is {found.description}; only an ONNX file is compiled. Leave out --compile.")
     from cnx_deploy.trt.backend import load_backend
     from cnx_deploy.trt.compiled import measure_compiled
+    from cnx_deploy.trt.depthwise import written_for
 
     backend = load_backend("tensorrt-rtx")
     backend.check_target(target)
-    compiled = measure_compiled(found.path, batch=batch, target=target, backend=backend, progress=progress)
+    with written_for(found.path, target) as path:
+        compiled = measure_compiled(path, batch=batch, target=target, backend=backend, progress=progress)
     facts = {**found.facts, "runtime": backend.name, "runtime_version": backend.version, "compiled": compiled.to_dict()}
     return replace(found, facts=facts, notes=(*found.notes, "Compiled now and not run: the figures are no latency."))
 

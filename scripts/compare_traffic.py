@@ -9,7 +9,6 @@ and outputs count once, also where a kernel reads a tensor in two places.
 """
 
 import argparse
-import contextlib
 import datetime
 import itertools
 import json
@@ -29,7 +28,7 @@ from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.onnx_export import ExportSpec, export_onnx
 from cnx_deploy.trt.backend import load_backend
 from cnx_deploy.trt.compiled import measure_compiled
-from cnx_deploy.trt.depthwise import with_depthwise_in_groups
+from cnx_deploy.trt.depthwise import written_for
 from cnx_deploy.variants import VARIANTS, find_variant
 
 OURS = "cnx-deploy"
@@ -89,7 +88,7 @@ def measured(name: str, size: int, options: argparse.Namespace) -> Iterator[dict
         for target, batch in itertools.product(options.target, options.batch):
             best = None
             for graph, path in paths.items():
-                with written_for(target, graph, path) as written:
+                with written_for(path, target if graph == OURS else "as exported") as written:
                     compiled = measure_compiled(written, batch=batch, target=target, backend=backend)
                 moved = compiled.megabytes_per_image
                 if graph != OURS:
@@ -100,11 +99,6 @@ def measured(name: str, size: int, options: argparse.Namespace) -> Iterator[dict
                     "plan_megabytes": round(compiled.plan_bytes / 1e6, 2),
                     "of_best_peer": round(moved / best, 4) if best and graph == OURS else None,
                 }  # fmt: skip
-
-
-def written_for(target: str, graph: str, path: Path) -> contextlib.AbstractContextManager[Path]:
-    """The file that is compiled."""
-    return with_depthwise_in_groups(path) if (target, graph) == ("sm75", OURS) else contextlib.nullcontext(path)
 
 
 def own_file(name: str, size: int, folder: Path) -> Path:

@@ -19,6 +19,7 @@ from performance_page.data import Document, read_document, source_of
 
 from cnx_deploy.errors import CnxDeployError, InputError, MissingRequirementError, RecordsError
 
+FILES = "export/{atto,nano,tiny,base}-224-fp32.onnx"
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
@@ -54,7 +55,7 @@ SECTIONS = (
         tables.targets_text, tables.NO_GPU,
     ),
     Section(
-        "cpu", "cnx-deploy bench --batch 1 --batch 8 --compare timm,torch,compile --json",
+        "cpu", f"cnx-deploy bench {FILES} --batch 1 --batch 8 --compare timm,torch,compile --no-spin --json",
         "Speed of our ONNX files and of PyTorch over timm's model in ONNX Runtime, with 95 % intervals.",
         tables.cpu_text, "A CPU's speeds; no GPU was there.",
     ),

@@ -239,6 +239,15 @@ def test_an_onnx_file_compiled_now_has_the_kernels_of_its_engine(exported, engin
 
 
 @NEEDS_RTX
+def test_for_turing_a_file_is_compiled_as_its_engine_is(exported, tmp_path):
+    from cnx_deploy.trt.builder import BuildSpec, build_engine
+
+    spec = BuildSpec(runtime="tensorrt-rtx", target="sm75", batches=((1, 2, 4),))
+    recorded = build_engine(exported, spec, tmp_path).manifest.facts["compiled"]
+    compiled = with_compiled(inspect_file(exported.path), target="sm75", batch=4).facts["compiled"]
+    assert compiled["megabytes_per_image"] == recorded["megabytes_per_image"]
+
+
 def test_an_onnx_file_without_a_manifest_is_compiled_too(onnx_copy):
     onnx_copy.with_suffix(".json").unlink()
     found = with_compiled(inspect_file(onnx_copy), target="sm86", batch=1)

@@ -204,3 +204,19 @@ def test_a_torch_runner_says_its_precision(tiny_model, precision):
 def test_a_runner_is_its_own_context(runner):
     with runner as entered:
         assert entered is runner
+
+
+@pytest.mark.parametrize(("spin", "said"), [(True, "within a call"), (False, "off")])
+def test_threads_that_spin_stop_after_the_call(tiny_onnx_fp32, spin, said, monkeypatch):
+    given = {}
+
+    class Recorded(onnxruntime.SessionOptions):
+        def add_session_config_entry(self, key, value):
+            given[key] = value
+            super().add_session_config_entry(key, value)
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Recorded)
+    info = OrtRunner(tiny_onnx_fp32.path, spin=spin).info
+    assert dict(info.details)["spinning"] == said
+    assert given["session.intra_op.allow_spinning"] == str(int(spin))
+    assert given["session.force_spinning_stop"] == "1"

@@ -5,7 +5,7 @@ channels-first throughout with pointwise layers as 1×1 convolutions, which ONNX
 Modules keep the training form's names (`stages.2.3.grn`), and so do the nodes of the exported graph.
 
 Precision is part of the module: in FP16 every parameter is half, but each LayerNorm, the pooling and each GRN
-statistic are computed in FP32 (an *island*: `_widen` in, `.to` out), and logits leave in FP32. What is exported is
+statistic are computed in FP32 (an *island*: `widen` in, `.to` out), and logits leave in FP32. What is exported is
 what is read here.
 """
 

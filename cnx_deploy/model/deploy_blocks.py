@@ -62,7 +62,8 @@ class TokenBlock(nn.Module):
         if isinstance(self.pwconv2, nn.Conv2d):
             # Unflattened before it is scaled: the other way round TensorRT stores the squares at batch 1.
             scaled = self._scaled(hidden.reshape(-1, *size, hidden.shape[-1]), gain[:, None])
-            return images + torch.as_tensor(self.pwconv2(scaled.permute(0, 3, 1, 2)))
+            output: Tensor = images + self.pwconv2(scaled.permute(0, 3, 1, 2))
+            return output
         return images + _images_from_tokens(self.pwconv2(self._scaled(hidden, gain)), size)
 
     def _scaled(self, hidden: Tensor, gain: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from cnx_deploy.errors import BuildError, InputError
 from cnx_deploy.onnx_checks import check_graph
 from cnx_deploy.trt.backend import Backend, load_backend
 from cnx_deploy.trt.compiled import measure_compiled
-from cnx_deploy.trt.depthwise import CHANNELS_PER_GROUP, with_depthwise_in_fp32, with_depthwise_in_groups
+from cnx_deploy.trt.depthwise import CHANNELS_PER_GROUP, with_depthwise_in_fp32, written_for
 from cnx_deploy.trt.kernel_log import kernels_in_log
 from cnx_deploy.trt.network import NetworkBuild, Progress, half_share, type_census
 
@@ -25,8 +25,6 @@ MIN_HALF_SHARE = 0.95
 
 LISTS_KERNELS = "tensorrt-rtx"
 """The runtime whose log `trt.kernel_log` reads; TensorRT proper has another format and builds for minutes."""
-
-TURING = "sm75"
 
 NO_HALF_DEPTHWISE = ("No low-precision conv kernel", "Could not find any implementation")
 
@@ -112,8 +110,9 @@ def _check_batches(source: Artifact, spec: BuildSpec) -> None:
 def _built(
     backend: Backend, source: Artifact, spec: BuildSpec, progress: Progress | None
 ) -> tuple[bytes, dict[str, Any]]:
-    in_groups = _turing(backend, source, spec)
-    with with_depthwise_in_groups(source.path) if in_groups else contextlib.nullcontext(source.path) as path:
+    gpu = find_gpus()[0].target if spec.target == "current" else spec.target
+    rewrites = backend.name == LISTS_KERNELS  # how the other one compiles depthwise convolutions is not known here
+    with written_for(source.path, gpu) if rewrites else contextlib.nullcontext(source.path) as path:
         start = time.monotonic()
         build, plan, fallback = _serialised(backend, path, source.manifest.request, spec, progress)
         facts: dict[str, Any] = {
@@ -122,24 +121,18 @@ def _built(
             "census": type_census(build.network),
             "half_share_of_products": round(half_share(build.network), 4),
             "depthwise_fp32_fallback": fallback,
-            "depthwise_in_groups_of": CHANNELS_PER_GROUP if in_groups else 1,
+            "depthwise_in_groups_of": 1 if path == source.path else CHANNELS_PER_GROUP,
             "range_warnings": list(build.range_warnings()),
             "kernels_by_profile": _kernels_by_profile(build, spec),
             "run": "not run: built ahead of time" if spec.target != "current" else "not run yet: see verify",
         }
         if spec.target == "current":
-            facts["gpu"] = find_gpus()[0].target
+            facts["gpu"] = gpu
         if spec.measure and backend.name == LISTS_KERNELS and not fallback:
             batch = spec.batches[-1][2]
             compiled = measure_compiled(path, batch=batch, target=spec.target, backend=backend, progress=progress)
             facts["compiled"] = compiled.to_dict()
     return plan, facts
-
-
-def _turing(backend: Backend, source: Artifact, spec: BuildSpec) -> bool:
-    """Whether the engine is one whose FP16 depthwise convolutions the compiler pads eightfold."""
-    target = find_gpus()[0].target if spec.target == "current" else spec.target
-    return backend.name == LISTS_KERNELS and target == TURING and source.manifest.request["precision"] == "fp16"
 
 
 def _kernels_by_profile(build: NetworkBuild, spec: BuildSpec) -> dict[str, int]:

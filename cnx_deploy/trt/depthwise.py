@@ -14,9 +14,17 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["CHANNELS_PER_GROUP", "with_depthwise_in_fp32", "with_depthwise_in_groups"]
+__all__ = ["CHANNELS_PER_GROUP", "with_depthwise_in_fp32", "with_depthwise_in_groups", "written_for"]
 
 CHANNELS_PER_GROUP = 8
+TURING = "sm75"
+
+
+@contextlib.contextmanager
+def written_for(onnx_path: Path, target: str) -> Iterator[Path]:
+    """The file that TensorRT-RTX compiles for `target`: itself, or for Turing a temporary copy with groups."""
+    with with_depthwise_in_groups(onnx_path) if target == TURING else contextlib.nullcontext(onnx_path) as path:
+        yield path
 
 
 @contextlib.contextmanager
