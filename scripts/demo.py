@@ -120,9 +120,11 @@ def speed_of(name: str, speed: dict[Any, Any], compiled: dict[str, Any]) -> str:
         row = compiled[name]
         return f"{row['kernels']} kernels, {row['megabytes_per_image']:.1f} MB an image; latency: not run (no GPU)"
     cells = [
-        f"batch {batch}: {row['images_per_second']:.0f}/s ({row['speedup']:.2f}x torch)"
+        f"batch {batch}: {row['images_per_second']:.0f}/s ({ratio['ratio']:.2f}x torch"
+        f"{'' if row['status'] == 'OK' else ', ' + row['status']})"
         for (row_name, batch), row in sorted(speed.items())
-        if row_name == name and row["speedup"] is not None
+        for ratio in row["ratios"]
+        if row_name == name and ratio["peer"].startswith("torch eager")
     ]
     return ", ".join(cells)
 

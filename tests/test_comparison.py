@@ -1,8 +1,10 @@
 """The benchmark over recorded artifacts: rows, what was not run, and the command's three outputs."""
 
 import csv
+import importlib.util
 import io
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from cnx_deploy.environment import find_gpus
 from cnx_deploy.errors import CheckFailedError, InputError, MissingRequirementError
 from cnx_deploy.pipeline import BuildRequest, ExportRequest, run_builds, run_exports
 
+ROOT = Path(__file__).parent.parent
 DURATION = 0.15
 
 
@@ -122,6 +125,22 @@ def test_json_is_one_document_with_versions_and_hashes(folder: Path) -> None:
     assert len(network["weights"]["sha256"]) == 64
     assert all(row["details"]["provider"] == "CPUExecutionProvider" for row in document["rows"])
     assert {row["name"] for row in document["rows"]} >= {"atto-32-fp16.onnx", "atto-32-fp32.onnx"}
+
+
+def test_the_demo_reads_its_closing_table_from_the_document(folder: Path) -> None:
+    """`scripts/demo` takes minutes and is not run here: what it takes from the document must be in the document."""
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    document = json.loads(CliRunner().invoke(bench, words(folder, "--compare", "torch", "--json")).stdout)
+    speed = {(row["name"], row["batch"]): row for row in document["rows"]}
+    not_run = {row["name"]: row for row in document["not_run"]}
+    assert re.match(r"batch 2: \d+/s \(\d+\.\d\dx torch", demo.speed_of("atto-32-fp32.onnx", speed, not_run))
+    if not find_gpus():
+        engine = "atto-32-fp16-rtx-sm89.engine"
+        assert demo.speed_of(engine, speed, not_run).endswith("latency: not run (no GPU)")
 
 
 def test_a_file_whose_timed_logits_are_wrong_is_invalid_and_fails_the_command(folder: Path, tmp_path: Path) -> None:
