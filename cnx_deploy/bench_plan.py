@@ -89,7 +89,7 @@ def _planned(group: Sequence[Artifact], request: BenchRequest) -> Iterator[Plann
     _, precision = place_of_peers(precisions_of(group))
     for batch in request.batch_sizes:
         for word in request.compare:
-            installed = word != "timm" or importlib.util.find_spec("timm") is not None
+            installed = not word.startswith("timm") or importlib.util.find_spec("timm") is not None
             yield PlannedRow(
                 network, PEERS[word].row_name(precision), batch, None if installed else "timm is not installed"
             )

@@ -17,7 +17,7 @@ import torch
 from cnx_deploy.artifacts import Artifact
 from cnx_deploy.bench_candidate import Candidate, create
 from cnx_deploy.bench_networks import network_facts, network_name, networks_of, precisions_of
-from cnx_deploy.bench_peers import PEERS, PeerSetup, place_of_peers
+from cnx_deploy.bench_peers import PEERS, OrtSettings, PeerSetup, place_of_peers
 from cnx_deploy.bench_sweep import is_over, sweep_batches
 from cnx_deploy.benchmark import BenchSpec, Timing, measure_together
 from cnx_deploy.data import image_like_batches, runner_input
@@ -27,9 +27,9 @@ from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.onnx_export import deploy_spec_from_request
 from cnx_deploy.parity import GATES, logits_of
 from cnx_deploy.runners.base import Runner
+from cnx_deploy.runners.opening import open_runner
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.runners.tensorrt_runner import TensorRTRunner
-from cnx_deploy.verification import open_runner, recorded_model
+from cnx_deploy.verification import recorded_model
 
 __all__ = ["BenchRequest", "Benchmark", "NotRun", "bench_artifacts"]
 
@@ -44,7 +44,7 @@ class BenchRequest:
     """What `cnx-deploy bench` takes. Without `files`, everything recorded in both folders.
 
     `compare`: words of `bench_peers.PEERS`, the first is the baseline of the table. `threads` None means all;
-    `spin`: see `runners.ort.OrtRunner`.
+    `spin`, `thread_per_image`: see `runners.ort.OrtRunner`.
     `sweep`: batches 1, 2, 4, … to `max_batch` instead of `batches`. `cuda_graph`: engines replay a captured graph.
     """
 
@@ -56,6 +56,7 @@ class BenchRequest:
     compare: tuple[str, ...] = ()
     threads: int | None = None
     spin: bool = True
+    thread_per_image: bool = True
     sweep: bool = False
     max_batch: int = 256
     cuda_graph: bool = False
@@ -70,6 +71,11 @@ class BenchRequest:
     def batch_sizes(self) -> tuple[int, ...]:
         """The batches to measure, in this order."""
         return sweep_batches(self.max_batch) if self.sweep else self.batches
+
+    @property
+    def gives_images_to_threads(self) -> bool:
+        """Whether a thread gets images of its own: only where a batch has one for each, as it costs memory."""
+        return self.thread_per_image and max(self.batch_sizes) >= (self.threads or cpu_count())
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +142,9 @@ def _open_peers(network: _Network, request: BenchRequest, stack: ExitStack) -> N
         name, gate = peer.row_name(place[1]), GATES[peer.precision_here(place[1])]
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         # A model of its own: the peer may move it to a GPU, and the reference stays on the CPU.
-        setup = PeerSetup(
-            recorded_model(network.artifacts[0]).model, deploy, request.threads, request.spin, folder, *place
-        )
+        model = recorded_model(network.artifacts[0]).model
+        settings = OrtSettings(request.threads, request.spin, request.gives_images_to_threads)
+        setup = PeerSetup(model, deploy, settings, folder, *place)
         try:
             candidate = create(name, network.name, peer.prepare(setup), gate, stack)
             take = peer.input_from_pixels(deploy)
@@ -166,9 +172,13 @@ def _open_artifacts(network: _Network, request: BenchRequest, stack: ExitStack) 
 
 
 def _artifact_runner(artifact: Artifact, request: BenchRequest) -> Runner:
-    if artifact.manifest.kind == "engine":
-        return TensorRTRunner(artifact, cuda_graph=request.cuda_graph)
-    return open_runner(artifact, threads=request.threads, spin=request.spin)
+    return open_runner(
+        artifact,
+        threads=request.threads,
+        spin=request.spin,
+        thread_per_image=request.gives_images_to_threads,
+        cuda_graph=request.cuda_graph,
+    )
 
 
 def _measure(network: _Network, batch: int, request: BenchRequest, progress: Progress | None) -> None:

@@ -19,9 +19,9 @@ from cnx_deploy.model.checkpoint import load_checkpoint
 from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.onnx_checks import check_graph
 from cnx_deploy.runners.base import Runner
+from cnx_deploy.runners.opening import open_runner
 from cnx_deploy.runners.ort import OrtRunner
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.verification import open_runner
 
 __all__ = ["ClassScore", "Classifier", "Prediction", "classify_files", "find_image_files", "open_classifier"]
 
@@ -74,24 +74,25 @@ class Prediction:
         return {"path": str(self.path), "scores": [asdict(score) for score in self.scores], "error": self.error}
 
 
-def open_classifier(path: Path) -> Classifier:
+def open_classifier(path: Path, *, many: bool = False) -> Classifier:
     """Open a checkpoint, an ONNX file or an engine, told by its content, on the CPU or the engine's GPU.
 
     Hashes are checked where a manifest names the file. An ONNX file of this project without its manifest is taken
     after its graph has been checked; an engine without one is refused. Raises InputError for other files and for an
     ONNX file that does not say what images it takes, MissingRequirementError for an engine that cannot run here.
+    `many`: whole batches will come, so ONNX Runtime's threads get images of their own (`OrtRunner`).
     """
     kind = kind_of_file(path)
     artifact = recorded_artifact(path)
     if artifact is not None and artifact.manifest.kind != "checkpoint":
-        return _recorded_classifier(artifact)
+        return _recorded_classifier(artifact, many)
     if kind == "engine":
         raise RefusedArtifactError(
             f"{path} is refused: an engine is native code, and no manifest beside it names it and its hash. "
             "Build it with cnx-deploy build-trt, or put its manifest back."
         )
     if kind == "onnx":
-        return _unrecorded_onnx(path)
+        return _unrecorded_onnx(path, many)
     if kind == "unknown":
         raise InputError(
             f"{path} is neither a checkpoint, nor an ONNX file, nor an engine by its content. Give one of these."
@@ -139,18 +140,17 @@ def classify_files(
                 yield Prediction(path, (), error=pixels)
 
 
-def _recorded_classifier(artifact: Artifact) -> Classifier:
+def _recorded_classifier(artifact: Artifact, many: bool) -> Classifier:
     model = artifact.manifest.model
     is_random = model.weights.origin == "random"
     notes = (
         (f"The weights are random (seed {model.weights.reference}): the answers mean nothing.",) if is_random else ()
     )
-    return Classifier(
-        open_runner(artifact), Preprocessing.from_dict(dict(model.preprocessing)), model.class_names, notes
-    )
+    runner = open_runner(artifact, thread_per_image=many)
+    return Classifier(runner, Preprocessing.from_dict(dict(model.preprocessing)), model.class_names, notes)
 
 
-def _unrecorded_onnx(path: Path) -> Classifier:
+def _unrecorded_onnx(path: Path, many: bool) -> Classifier:
     metadata = check_graph(path).metadata
     if "cnx_deploy.preprocessing" not in metadata:
         raise InputError(
@@ -165,7 +165,8 @@ def _unrecorded_onnx(path: Path) -> Classifier:
     notes = ["No manifest beside it names it: its graph was checked, its hash and origin cannot be."]
     if metadata.get("cnx_deploy.weights_origin") == "random":
         notes.append("The weights are random: the answers mean nothing.")
-    return Classifier(OrtRunner(path), preprocessing, tuple(names) if names else None, tuple(notes))
+    runner = OrtRunner(path, thread_per_image=many)
+    return Classifier(runner, preprocessing, tuple(names) if names else None, tuple(notes))
 
 
 def _checkpoint_classifier(path: Path) -> Classifier:

@@ -21,9 +21,9 @@ from cnx_deploy.onnx_checks import check_graph
 from cnx_deploy.onnx_export import deploy_spec_from_request
 from cnx_deploy.parity import GATES, Gate, ParityResult, compare, logits_of
 from cnx_deploy.runners.base import InputSpec, Runner
+from cnx_deploy.runners.opening import open_runner
 from cnx_deploy.runners.ort import OrtRunner
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
-from cnx_deploy.runners.tensorrt_runner import TensorRTRunner
 from cnx_deploy.variants import find_variant
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "batch_sizes",
     "check_exported",
     "model_record",
-    "open_runner",
     "recorded_model",
     "verify_artifact",
 ]
@@ -218,19 +217,6 @@ def recorded_model(artifact: Artifact) -> LoadedModel:
             f"hash {found[:12]}…, the manifest says {weights.sha256[:12]}…. Export again with --force."
         )
     return loaded
-
-
-def open_runner(artifact: Artifact, *, device: str = "cpu", threads: int | None = None, spin: bool = False) -> Runner:
-    """A runner for an ONNX or engine artifact; its hashes are checked first.
-
-    `spin`: see `OrtRunner`; off, as checks are not timed and may share the machine.
-
-    Raises MissingRequirementError when this machine cannot run it.
-    """
-    artifact = open_artifact(artifact.path)
-    if artifact.manifest.kind == "engine":
-        return TensorRTRunner(artifact)
-    return OrtRunner(artifact.path, device=device, threads=threads, spin=spin)
 
 
 def batch_sizes(smallest: int, largest: int, samples: int) -> list[int]:

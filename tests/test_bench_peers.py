@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cnx_deploy.bench_peers import PEERS, CompiledRunner, PeerSetup, place_of_peers, timm_twin
+from cnx_deploy.bench_peers import PEERS, CompiledRunner, OrtSettings, PeerSetup, place_of_peers, timm_twin
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.errors import MissingRequirementError
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
@@ -17,20 +17,21 @@ from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import reference_runner
 
 SPEC = DeploySpec(image_size=32)
+QUIET = OrtSettings(threads=1, spin=False)
 PIXELS = next(image_like_batches(3, 32, batch_size=3))
 
 
 def made(word: str, model: ConvNeXtV2, folder: Path, spec: DeploySpec = SPEC) -> tuple[Runner, torch.Tensor]:
     """A peer on this machine's CPU, and its logits for `PIXELS`."""
     peer = PEERS[word]
-    runner = peer.prepare(PeerSetup(model, spec, 1, False, folder))()
+    runner = peer.prepare(PeerSetup(model, spec, QUIET, folder))()
     take = peer.input_from_pixels(spec)
     images = take(PIXELS) if take is not None else runner_input(PIXELS, spec.input_kind)
     return runner, runner.run(images.to(runner.device))
 
 
 @pytest.mark.parametrize("kind", ["float", "uint8"])
-@pytest.mark.parametrize("word", ["torch", "timm"])
+@pytest.mark.parametrize("word", ["torch", "timm", "timm-whole"])
 def test_a_peer_gives_the_logits_of_the_reference(tiny_model: ConvNeXtV2, tmp_path: Path, word: str, kind: str) -> None:
     spec = DeploySpec(image_size=32, input_kind=kind)
     expected = reference_runner(tiny_model, spec).run(runner_input(PIXELS, kind)).clone()
@@ -54,7 +55,7 @@ def test_a_peer_in_half_is_within_the_fp16_gate_and_outside_the_fp32_one(
 ) -> None:
     images = runner_input(PIXELS, "float")
     expected = reference_runner(tiny_model, SPEC).run(images).clone()
-    runner = PEERS["torch"].prepare(PeerSetup(tiny_model, SPEC, 1, False, tmp_path, "cpu", "fp16"))()
+    runner = PEERS["torch"].prepare(PeerSetup(tiny_model, SPEC, QUIET, tmp_path, "cpu", "fp16"))()
     found = differences(runner.run(images), expected)
     assert (runner.info.precision, runner.info.details) == ("fp16", (("autocast", "fp16"),))
     assert not GATES["fp16"].failures(found)
@@ -78,6 +79,15 @@ def test_timms_peer_takes_any_batch_and_says_its_version_and_provider(tiny_model
     assert [len(runner.run(torch.rand(batch, 3, 32, 32))) for batch in (1, 5)] == [1, 5]
 
 
+@pytest.mark.parametrize(("word", "share"), [("timm", "images of its own"), ("timm-whole", "a share of each operator")])
+def test_timms_peer_runs_as_our_files_do_or_in_whole_batches(
+    tiny_model: ConvNeXtV2, tmp_path: Path, word: str, share: str
+) -> None:
+    setup = PeerSetup(tiny_model, SPEC, OrtSettings(threads=2, spin=False, thread_per_image=True), tmp_path)
+    with PEERS[word].prepare(setup)() as runner:
+        assert dict(runner.info.details)["a thread has"] == share
+
+
 def test_timms_peer_still_runs_when_its_file_is_gone(tiny_model: ConvNeXtV2, tmp_path: Path) -> None:
     (tmp_path / "timm").mkdir()
     runner, logits = made("timm", tiny_model, tmp_path / "timm")
@@ -91,7 +101,7 @@ def test_without_timm_its_peer_is_a_missing_requirement(
 ) -> None:
     monkeypatch.setitem(sys.modules, "timm.models.convnext", None)
     with pytest.raises(MissingRequirementError, match="timm is not installed"):
-        PEERS["timm"].prepare(PeerSetup(tiny_model, SPEC, 1, False, tmp_path))
+        PEERS["timm"].prepare(PeerSetup(tiny_model, SPEC, QUIET, tmp_path))
 
 
 def test_without_a_compiler_torch_compile_is_a_missing_requirement_and_not_eager(

@@ -20,6 +20,15 @@ def images_for(spec: DeploySpec, count: int) -> torch.Tensor:
     return runner_input(torch.cat(list(image_like_batches(count, spec.image_size, batch_size=count))), spec.input_kind)
 
 
+def with_fixed_batch(source, path, batch):
+    """A copy of an ONNX file that takes this batch only."""
+    model = onnx.load(source)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    onnx.save(model, path)
+    return path
+
+
 @pytest.fixture(params=["onnxruntime", "torch reference", "torch deploy form"])
 def runner(request, tiny_model, tiny_onnx_fp32):
     """Each runner of the same network: FP32, float images of 32 px."""
@@ -125,6 +134,50 @@ def test_images_that_are_not_contiguous_are_read_right(tiny_onnx_fp32):
     assert (strided.is_contiguous(), torch.equal(runner.run(strided), runner.run(images))) == (False, True)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_with_images_of_their_own_give_each_image_its_own_logits(tiny_onnx_fp32, batch, threads):
+    images = images_for(SPEC, batch)
+    with OrtRunner(tiny_onnx_fp32.path, threads=threads, thread_per_image=True) as runner:
+        found = runner.run(images)
+        assert torch.equal(runner.run(images), found)
+    expected = OrtRunner(tiny_onnx_fp32.path, threads=1).run(images)
+    assert GATES["fp32"].failures(differences(found, expected)) == ()
+    swapped = expected.roll(1, dims=0)
+    assert batch == 1 or GATES["fp32"].failures(differences(found, swapped))
+
+
+@pytest.mark.parametrize(("batch", "alone", "together"), [(1, 0, [1]), (2, 2, []), (3, 2, [1]), (8, 8, [])])
+def test_images_left_over_are_run_by_all_threads(tiny_onnx_fp32, batch, alone, together, monkeypatch):
+    runner = OrtRunner(tiny_onnx_fp32.path, threads=2, thread_per_image=True)
+    calls = []
+    monkeypatch.setattr(
+        runner, "_bound_run", lambda session, images, logits: calls.append((session is runner._session, len(images)))
+    )
+    runner.run(images_for(SPEC, batch))
+    assert [size for by_all, size in calls if by_all] == together
+    assert [size for by_all, size in calls if not by_all] == [1] * alone
+
+
+def test_an_error_in_a_thread_with_its_own_images_reaches_the_caller(tiny_onnx_fp32, monkeypatch):
+    runner = OrtRunner(tiny_onnx_fp32.path, threads=2, thread_per_image=True)
+
+    def fail(*_):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(runner, "_run_each", fail)
+    with pytest.raises(RuntimeError, match="planted"):
+        runner.run(images_for(SPEC, 2))
+
+
+def test_one_thread_or_a_file_of_a_fixed_batch_shares_operators(tiny_onnx_fp32, tmp_path):
+    fixed = with_fixed_batch(tiny_onnx_fp32.path, tmp_path / "fixed.onnx", 4)
+    for path, threads in ((tiny_onnx_fp32.path, 1), (fixed, 2)):
+        runner = OrtRunner(path, threads=threads, thread_per_image=True)
+        assert dict(runner.info.details)["a thread has"] == "a share of each operator"
+    assert runner.run(images_for(SPEC, 4)).shape[0] == 4
+
+
 def test_each_image_of_a_batch_gets_its_own_logits(runner):
     images = images_for(SPEC, 4)
     alone = torch.cat([runner.run(image[None]).clone() for image in images])
@@ -189,11 +242,8 @@ def test_a_file_that_names_no_range_takes_any_batch(tmp_path, tiny_onnx_fp32):
 
 
 def test_a_file_of_a_fixed_batch_takes_that_batch_only(tmp_path, tiny_onnx_fp32):
-    model = onnx.load(tiny_onnx_fp32.path)
-    for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_value = 4
-    onnx.save(model, tmp_path / "fixed.onnx")
-    assert OrtRunner(tmp_path / "fixed.onnx").input_spec == InputSpec("float", 32, 4, 4)
+    fixed = with_fixed_batch(tiny_onnx_fp32.path, tmp_path / "fixed.onnx", 4)
+    assert OrtRunner(fixed).input_spec == InputSpec("float", 32, 4, 4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -25,13 +25,13 @@ from cnx_deploy.pipeline import (
     run_verifications,
 )
 from cnx_deploy.runners.base import InputSpec
+from cnx_deploy.runners.opening import open_runner
 from cnx_deploy.verification import (
     Reference,
     Verification,
     batch_sizes,
     check_exported,
     model_record,
-    open_runner,
     recorded_model,
     verify_artifact,
 )

@@ -20,7 +20,7 @@ def evaluate_command(artifact: Path, data: Path, batch_size: int, as_json: bool)
     from cnx_deploy.evaluation import evaluate
     from cnx_deploy.prediction import open_classifier
 
-    with open_classifier(artifact) as classifier, options.reporter("Evaluating") as progress:
+    with open_classifier(artifact, many=True) as classifier, options.reporter("Evaluating") as progress:
         for text in classifier.notes:
             options.note(f"Note: {text}")
         found = evaluate(

@@ -30,7 +30,7 @@ def predict(
 
     files = find_image_files(images)
     rows = []
-    with open_classifier(artifact) as classifier:
+    with open_classifier(artifact, many=len(files) > 1) as classifier:
         for text in classifier.notes:
             options.note(f"Note: {text}")
         for row in classify_files(classifier, files, top=top, batch_size=batch_size):

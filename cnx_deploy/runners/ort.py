@@ -1,7 +1,11 @@
 """ONNX Runtime runner, with inputs and outputs bound to torch tensors."""
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import onnxruntime
@@ -10,7 +14,7 @@ from torch import Tensor
 
 from cnx_deploy.environment import cpu_count, cpu_name
 from cnx_deploy.errors import CorruptArtifactError, MissingRequirementError
-from cnx_deploy.runners.base import HoldsNothing, InputSpec, RunnerInfo, check_input
+from cnx_deploy.runners.base import InputSpec, RunnerInfo, check_input
 
 __all__ = ["OrtRunner"]
 
@@ -35,7 +39,7 @@ LOAD_ERRORS = tuple(
 """ONNX Runtime's exceptions have no common base of their own."""
 
 
-class OrtRunner(HoldsNothing):
+class OrtRunner:
     """Run an ONNX file; see `runners.base.Runner`.
 
     Args:
@@ -45,6 +49,10 @@ class OrtRunner(HoldsNothing):
         spin: whether idle threads wait by spinning, between the operators of one call only: after it they stop, or they
             would take the processors from whoever runs next. On two free processors atto at batch 1 is 1.2 times as
             fast; where others work on the same processors it is half as fast.
+        thread_per_image: on a CPU, give each thread images of its own instead of a share of each operator: nobody waits
+            at the end of an operator, and what an image needs stays near its processor. On two threads a batch of 8 is
+            1.1 times as fast. It takes a second session, with its own copy of the weights; images left over when the
+            batch is no multiple of the threads, and files that do not take one image, run as without it.
         optimise: graph optimisations; off tells a fault of the graph from a fault of a fusion.
     """
 
@@ -55,9 +63,10 @@ class OrtRunner(HoldsNothing):
         device: str = "cpu",
         threads: int | None = None,
         spin: bool = True,
+        thread_per_image: bool = False,
         optimise: bool = True,
     ) -> None:
-        threads = threads or cpu_count()
+        self._threads = threads = threads or cpu_count()
         self._session = _session(path, device, threads, spin, optimise)
         source = self._session.get_inputs()[0]
         self._input_name, self._output_name = source.name, self._session.get_outputs()[0].name
@@ -65,6 +74,11 @@ class OrtRunner(HoldsNothing):
         described: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         self.input_spec = _input_spec(source, described.get("cnx_deploy.batch"))
         self.device = torch.device(device)
+        self._held = ExitStack()
+        self._image_session = self._pool = None
+        if thread_per_image and device == "cpu" and threads > 1 and self.input_spec.min_batch <= 1:
+            self._image_session = _session(path, device, 1, False, optimise)
+            self._pool = self._held.enter_context(ThreadPoolExecutor(threads))
         precision = described.get("cnx_deploy.precision", "unknown")
         self.info = RunnerInfo(
             backend="onnxruntime",
@@ -76,22 +90,44 @@ class OrtRunner(HoldsNothing):
                 ("provider", self._session.get_providers()[0]),
                 ("threads", str(threads)),
                 ("spinning", "within a call" if spin else "off"),
+                ("a thread has", "images of its own" if self._pool is not None else "a share of each operator"),
                 ("optimisations", "all" if optimise else "none"),
             ),
         )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held.close()
 
     def run(self, images: Tensor) -> Tensor:
         """Raw images -> (N, num_classes) float32 logits."""
         check_input(images, self.input_spec)
         images = images.contiguous()
-        logits = torch.empty((images.shape[0], self._classes), dtype=torch.float32, device=self.device)
-        binding = self._session.io_binding()
+        logits = torch.empty((len(images), self._classes), dtype=torch.float32, device=self.device)
+        alone = len(images) // self._threads * self._threads if self._pool is not None else 0
+        if self._pool is not None and alone:
+            shares = [range(first, alone, self._threads) for first in range(self._threads)]
+            list(self._pool.map(lambda share: self._run_each(share, images, logits), shares))
+        if alone < len(images):
+            self._bound_run(self._session, images[alone:], logits[alone:])
+        return logits
+
+    def _run_each(self, share: Iterable[int], images: Tensor, logits: Tensor) -> None:
+        for index in share:
+            self._bound_run(self._image_session, images[index : index + 1], logits[index : index + 1])
+
+    def _bound_run(self, session: Any, images: Tensor, logits: Tensor) -> None:
+        """Contiguous images -> `logits`, in place."""
+        binding = session.io_binding()
         kind = np.uint8 if images.dtype == torch.uint8 else np.float32
         place = (self.device.type, self.device.index or 0)
         binding.bind_input(self._input_name, *place, kind, tuple(images.shape), images.data_ptr())
         binding.bind_output(self._output_name, *place, np.float32, tuple(logits.shape), logits.data_ptr())
-        self._session.run_with_iobinding(binding)
-        return logits
+        session.run_with_iobinding(binding)
 
 
 def _session(path: Path, device: str, threads: int, spin: bool, optimise: bool) -> Any:
