@@ -1,0 +1,62 @@
+"""A runner that evaluates an ONNX file operator by operator in the types that its tensors have.
+
+ONNX Runtime's CPU provider computes FP16 files in FP32, so that it cannot show an overflow; this one can.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnx_deploy.emulator.graph import Evaluation, Graph
+from cnx_deploy.environment import cpu_name
+from cnx_deploy.errors import InputError
+from cnx_deploy.runners.base import HoldsNothing, InputSpec, RunnerInfo, check_input
+
+__all__ = ["EmulatedRunner"]
+
+NARROW = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class EmulatedRunner(HoldsNothing):
+    """Run an FP16 or BF16 ONNX file by the rules of `emulator.operators`; see `runners.base.Runner`.
+
+    Raises InputError for a file without tensors narrower than FP32, and for one with operators it does not know.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.graph = Graph(path)
+        narrow = {NARROW[tensor.dtype] for tensor in self.graph.constants.values() if tensor.dtype in NARROW}
+        if len(narrow) != 1:
+            raise InputError(f"{path} holds no FP16 or BF16 weights, so there is no rounding to emulate.")
+        self.device = torch.device("cpu")
+        self.input_spec = _input_spec(self.graph)
+        self.info = RunnerInfo(
+            backend="emulator",
+            version=torch.__version__,
+            device=cpu_name(),
+            precision=narrow.copy().pop(),
+            arithmetic=narrow.pop(),
+            details=(("rounding", "after every operator"),),
+        )
+
+    def run(self, images: Tensor) -> Tensor:
+        """Raw images -> (N, num_classes) float32 logits."""
+        return self.evaluate(images).tensors[self.graph.outputs[0]].float()
+
+    def evaluate(self, images: Tensor, keep: tuple[str, ...] = ()) -> Evaluation:
+        """Raw images -> logits and the tensors named in `keep`, in the types in which the graph stores them."""
+        check_input(images, self.input_spec)
+        with torch.inference_mode():
+            return self.graph.evaluate(images, keep)
+
+
+def _input_spec(graph: Graph) -> InputSpec:
+    shape: Any = graph.input.shape
+    size, batch = int(shape[2]), shape[0]
+    kind = "uint8" if graph.input.dtype is not None and graph.input.dtype.name == "UINT8" else "float"
+    if isinstance(batch, int):
+        return InputSpec(kind, size, batch, batch)
+    smallest, _, largest = (int(part) for part in graph.metadata.get("cnx_deploy.batch", "1:1:4096").split(":"))
+    return InputSpec(kind, size, smallest, largest)
