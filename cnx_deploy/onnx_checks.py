@@ -18,10 +18,13 @@ from google.protobuf.message import DecodeError
 from cnx_deploy.errors import CorruptArtifactError, GraphCheckError
 from cnx_deploy.variants import Variant
 
-__all__ = ["GraphFacts", "check_export", "check_graph", "half_reductions"]
+__all__ = ["GraphFacts", "check_export", "check_graph", "half_reductions", "opset_for"]
 
 OPSET = 20
 """Lowest opset with one Gelu operator, which ONNX Runtime and TensorRT fuse; exported files use it."""
+
+BF16_OPSET = 22
+"""Lowest opset whose Conv takes BF16."""
 
 REDUCTIONS = frozenset(
     {
@@ -64,9 +67,14 @@ class GraphFacts:
 
     @property
     def half_share(self) -> float:
-        """Share of FP16 among the floating-point node outputs."""
+        """Share of FP16 and BF16 among the floating-point node outputs."""
         floating = {name: count for name, count in self.types.items() if name in ("FLOAT", "FLOAT16", "BFLOAT16")}
-        return floating.get("FLOAT16", 0) / max(1, sum(floating.values()))
+        return 1.0 - floating.get("FLOAT", 0) / max(1, sum(floating.values())) if floating else 0.0
+
+
+def opset_for(precision: str) -> int:
+    """The opset that a file of this precision is exported with."""
+    return BF16_OPSET if precision == "bf16" else OPSET
 
 
 def check_graph(path: Path) -> GraphFacts:
@@ -93,6 +101,7 @@ def check_export(
     variant: Variant,
     layout: str,
     batch: tuple[int, int, int],
+    opset: int = OPSET,
     leave_out: Collection[str] = (),
     norm_on_patches: bool = False,
 ) -> GraphFacts:
@@ -114,8 +123,8 @@ def check_export(
         for operator, count in expected.items()
         if facts.operators.get(operator, 0) != count
     ]
-    if facts.opset != OPSET:
-        problems.append(f"opset {OPSET} expected, {facts.opset} written")
+    if facts.opset != opset:
+        problems.append(f"opset {opset} expected, {facts.opset} written")
     dynamic = batch[0] != batch[2]
     for kind, tensors, name in (("input", facts.inputs, "images"), ("output", facts.outputs, "logits")):
         if list(tensors) != [name]:

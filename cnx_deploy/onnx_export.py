@@ -28,7 +28,7 @@ from cnx_deploy.artifacts import (
 from cnx_deploy.errors import ExportError, InputError, OutputExistsError
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import FORM, DeployedConvNeXtV2, DeploySpec, deploy_form
-from cnx_deploy.onnx_checks import OPSET, GraphFacts, check_export
+from cnx_deploy.onnx_checks import GraphFacts, check_export, opset_for
 from cnx_deploy.runners.base import InputSpec
 
 __all__ = ["ExportSpec", "deploy_spec_from_request", "export_onnx"]
@@ -53,12 +53,15 @@ class ExportSpec:
         if not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2]:
             raise InputError(f"A batch range is smallest:typical:largest, each at least 1, not {self.batch}.")
         if self.deploy.precision == "fp64":
-            raise InputError("FP64 exists to prove the deploy form; export fp32 or fp16.")
+            raise InputError("FP64 exists to prove the deploy form; export fp32, fp16 or bf16.")
 
     @property
     def request(self) -> dict[str, Any]:
-        """What the manifest keeps of the request."""
-        return {**asdict(self.deploy), "batch": list(self.batch), "opset": OPSET, "form": FORM}
+        """What the manifest keeps of the request; parts kept in FP32 only where there are any."""
+        deploy = asdict(self.deploy)
+        if not deploy["keep_fp32"]:
+            del deploy["keep_fp32"]
+        return {**deploy, "batch": list(self.batch), "opset": opset_for(self.deploy.precision), "form": FORM}
 
 
 def deploy_spec_from_request(request: Mapping[str, Any]) -> DeploySpec:
@@ -106,6 +109,7 @@ def export_onnx(
             variant=model.variant,
             layout=str(spec.deploy.layout),
             batch=spec.batch,
+            opset=opset_for(spec.deploy.precision),
             leave_out=spec.deploy.leave_out,
             norm_on_patches=norm_on_patches,
         )
@@ -148,7 +152,7 @@ def _graph_from_module(module: DeployedConvNeXtV2, spec: ExportSpec) -> ir.Model
                 module,
                 (example,),
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset_for(spec.deploy.precision),
                 input_names=["images"],
                 output_names=["logits"],
                 dynamic_shapes=({0: batch_axis},) if dynamic else None,

@@ -68,6 +68,8 @@ GATES: dict[str, Gate] = {
         Gate("tf32-engine", 5e-3, 0.9999, 0.999, 1e-5),
         # FP16 arithmetic: NVIDIA's own ConvNeXt port gates at a relative norm of 0.015 and cosine 0.999.
         Gate("fp16", 1.5e-2, 0.999, 0.995, 1e-3),
+        # BF16 keeps eight bits where FP16 keeps eleven.
+        Gate("bf16", 4e-2, 0.998, 0.99, 5e-3),
     )
 }
 

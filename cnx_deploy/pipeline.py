@@ -14,7 +14,7 @@ from cnx_deploy.data import Preprocessing
 from cnx_deploy.errors import InputError, MissingRequirementError
 from cnx_deploy.interchange import save_comparison
 from cnx_deploy.model.checkpoint import LoadedModel, resolve_model
-from cnx_deploy.model.deploy import DeploySpec, InputKind, Layout, Precision
+from cnx_deploy.model.deploy import HALVES, DeploySpec, InputKind, Layout, Precision
 from cnx_deploy.onnx_export import ExportSpec, export_onnx
 from cnx_deploy.trt.backend import default_targets, load_backend, require_gpu
 from cnx_deploy.trt.builder import BuildSpec, build_engine
@@ -37,7 +37,7 @@ Note = Callable[[str], None]
 class ExportRequest:
     """What `cnx-deploy export` takes; see `onnx_export.ExportSpec` and `model.deploy.DeploySpec`.
 
-    `image_size` None means the checkpoint's own, else 224.
+    `image_size` None means the checkpoint's own, else 224. `keep_fp32` is of the half-precision files alone.
     """
 
     variant: str
@@ -52,6 +52,7 @@ class ExportRequest:
     input_kind: InputKind = "float"
     optimize_for: Layout | None = None
     leave_out: tuple[str, ...] = ()
+    keep_fp32: tuple[str, ...] = ()
     output_dir: Path = Path("export")
     name: str | None = None
     no_verify: bool = False
@@ -215,6 +216,7 @@ def _export(
         input_kind=request.input_kind,
         layout=request.optimize_for,
         leave_out=request.leave_out,
+        keep_fp32=request.keep_fp32 if precision in HALVES else (),
         mean=preprocessing.mean,
         std=preprocessing.std,
     )

@@ -17,7 +17,7 @@ from cnx_deploy.cli import options
 @click.option("--reset-head", is_flag=True, help="Re-initialise the head when the class count differs.")
 @options.image_size
 @click.option(
-    "--precision", "precisions", type=click.Choice(["fp32", "fp16"]), multiple=True, default=("fp32", "fp16"),
+    "--precision", "precisions", type=click.Choice(["fp32", "fp16", "bf16"]), multiple=True, default=("fp32", "fp16"),
     show_default=True, help="Precision of the file; repeat for several.",
 )  # fmt: skip
 @click.option("--batch", type=options.BATCH_RANGE, default=(1, 8, 64), help="Batch range [default: 1:8:64].")
@@ -28,7 +28,13 @@ from cnx_deploy.cli import options
 @click.option(
     "--optimize-for",
     type=click.Choice(["gpu", "cpu"]),
-    help="Layout of the graph [default: gpu for fp16, cpu for fp32].",
+    help="Layout of the graph [default: cpu for fp32, else gpu].",
+)
+@click.option(
+    "--keep-fp32",
+    metavar="MODULE",
+    multiple=True,
+    help="Keep a module of the half-precision files in FP32, such as stages.2.3 or stages.2.3.pwconv1 (repeatable).",
 )
 @click.option(
     "--without-fold",

@@ -4,14 +4,15 @@ Two layouts. `gpu`: channels-last tokens (N, HW, C), so that the compiler fuses 
 channels-first throughout with pointwise layers as 1×1 convolutions, which ONNX Runtime's blocked kernels want.
 Modules keep the training form's names (`stages.2.3.grn`), and so do the nodes of the exported graph.
 
-Precision is part of the module: in FP16 every parameter is half, but each LayerNorm, the pooling and each GRN
-statistic are computed in FP32 (an *island*: `widen` in, `.to` out), and logits leave in FP32. What is exported is
-what is read here.
+Precision is part of the module: in FP16 or BF16 every parameter is half, but each LayerNorm, the pooling and each GRN
+statistic are computed in FP32 (an *island*: `widen` in, `.to` out), and logits leave in FP32. Parts named in
+`DeploySpec.keep_fp32` are islands as a whole: every part casts its input to its own type, so neighbours that are kept
+make one island. What is exported is what is read here.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from cnx_deploy.model.deploy_layers import (
     depthwise,
     doubles,
     linear,
+    type_of,
     widen,
 )
 from cnx_deploy.model.folds import (
@@ -40,18 +42,36 @@ from cnx_deploy.model.folds import (
     norm_moves_fewer_bytes_on_patches,
 )
 from cnx_deploy.model.layers import Block
-from cnx_deploy.variants import check_image_size
+from cnx_deploy.variants import Variant, check_image_size
 
-__all__ = ["FORM", "DeploySpec", "DeployedConvNeXtV2", "InputKind", "Layout", "Precision", "deploy_form"]
+__all__ = [
+    "FORM",
+    "HALVES",
+    "DeploySpec",
+    "DeployedConvNeXtV2",
+    "InputKind",
+    "Layout",
+    "Precision",
+    "deploy_form",
+    "parts_of",
+]
 
-Precision = Literal["fp32", "fp16", "fp64"]
+Precision = Literal["fp32", "fp16", "bf16", "fp64"]
 Layout = Literal["gpu", "cpu"]
 InputKind = Literal["float", "uint8"]
 
 FORM = 2
 """Raised whenever the same spec gives another graph, so that a file of an earlier form is not taken for a new one."""
 
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "fp64": torch.float64}
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp64": torch.float64,
+}
+HALVES = ("fp16", "bf16")
+BLOCK_PARTS = ("dwconv", "pwconv1", "grn", "pwconv2")
+"""Parts of a block that can be kept in FP32 by themselves; its norm is in any case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +83,7 @@ class DeploySpec:
     input is raw: "float" takes (N, 3, S, S) float32 in [0, 1], "uint8" takes (N, S, S, 3) uint8.
     `layout` None means tokens ("gpu") for FP16 and channels-first ("cpu") otherwise. "fp64" exists to prove the
     algebra; it is not exported. `leave_out` names folds (`folds.FOLDS`) that are not to be made; the function stays.
+    `keep_fp32` names modules (`parts_of`) that stay in FP32 in a half-precision deployment.
     """
 
     precision: Precision = "fp32"
@@ -72,28 +93,45 @@ class DeploySpec:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     leave_out: tuple[str, ...] = ()
+    keep_fp32: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_image_size(self.image_size, self.image_size)
         _check_choice("precision", self.precision, get_args(Precision))
         _check_choice("input kind", self.input_kind, get_args(InputKind))
         if self.layout is None:
-            object.__setattr__(self, "layout", "gpu" if self.precision == "fp16" else "cpu")
+            object.__setattr__(self, "layout", "gpu" if self.is_half else "cpu")
         _check_choice("layout", str(self.layout), get_args(Layout))
         for fold in self.leave_out:
             _check_choice("fold", fold, tuple(FOLDS))
         object.__setattr__(self, "leave_out", tuple(sorted(set(self.leave_out))))
+        object.__setattr__(self, "keep_fp32", tuple(sorted(set(self.keep_fp32))))
+        if self.keep_fp32 and not self.is_half:
+            raise InputError(f"Parts are kept in FP32 in a file of half precision, not in {self.precision}.")
         if any(value <= 0.0 for value in self.std):
             raise InputError(f"Every std of the normalisation must be positive, not {self.std}.")
 
     @property
+    def is_half(self) -> bool:
+        """Whether tensors are stored in 16 bits."""
+        return self.precision in HALVES
+
+    def keeps(self, module: str) -> bool:
+        """Whether a module of the deploy form stays in FP32: it or what it is part of is named."""
+        return any(f"{module}.".startswith(f"{kept}.") for kept in self.keep_fp32)
+
+    def dtype_of(self, module: str) -> torch.dtype:
+        """The type of a module's parameters, by its name in the deploy form."""
+        return torch.float32 if self.keeps(module) else DTYPES[self.precision]
+
+    @property
     def scales_input(self) -> bool:
-        """Whether a [0, 1] image is brought to [0, 255] before it is rounded to FP16.
+        """Whether a [0, 1] image is brought to [0, 255] before it is rounded to FP16 or BF16.
 
         There the levels of an 8-bit image are exact; in [0, 1] FP16 is off by up to 0.06 of a level, and the
         normalisation, which is folded and so comes later, would magnify it on images of low contrast.
         """
-        return self.precision == "fp16" and self.input_kind == "float"
+        return self.is_half and self.input_kind == "float"
 
     @property
     def folds(self) -> frozenset[str]:
@@ -121,15 +159,18 @@ class DeployedConvNeXtV2(nn.Module):
         super().__init__()
         self.spec = spec
         self.num_classes = model.num_classes
-        dtype = DTYPES[spec.precision]  # each part is rounded as it is made: float64 copies of huge take 5 GB
+        _check_parts(spec.keep_fp32, model)
         self.normalise = None if "input-normalisation" in spec.folds else _input_normalisation(spec)
-        self.downsample_layers = nn.ModuleList(layer.to(dtype) for layer in _downsample_layers(model, spec))
-        self.stages = nn.ModuleList(nn.Sequential(*stage) for stage in _stages(model, spec, dtype))
-        head, affine = doubles(model.head), doubles(model.norm)
-        if "head-affine" in spec.folds:
-            self.norm, self.head = TokenNorm(), linear(*fold_affine_into_linear(*head, *affine)).to(dtype)
-        else:
-            self.norm, self.head = TokenNorm(*affine).to(dtype), linear(*head).to(dtype)
+        # Each part is rounded as it is made: float64 copies of huge take 5 GB.
+        self.downsample_layers = nn.ModuleList(
+            _rounded(layer, f"downsample_layers.{index}", spec)
+            for index, layer in enumerate(_downsample_layers(model, spec))
+        )
+        self.stages = nn.ModuleList(nn.Sequential(*stage) for stage in _stages(model, spec))
+        dense, affine = doubles(model.head), doubles(model.norm)
+        folded = "head-affine" in spec.folds
+        self.norm = _rounded(TokenNorm() if folded else TokenNorm(*affine), "norm", spec)
+        self.head = _rounded(linear(*(fold_affine_into_linear(*dense, *affine) if folded else dense)), "head", spec)
 
     @property
     def norm_on_patches(self) -> bool:
@@ -140,13 +181,13 @@ class DeployedConvNeXtV2(nn.Module):
         """Classify; see the class for shapes."""
         if self.spec.scales_input:
             images = images * 255.0
-        dtype = self.head.weight.dtype
-        hidden = (images if self.normalise is None else self.normalise(images)).to(dtype)
+        hidden = images if self.normalise is None else self.normalise(images)
+        hidden = hidden.to(type_of(self.downsample_layers[0]))
         if self.spec.input_kind == "uint8" and not self.spec.reads_patches:
             hidden = hidden.permute(0, 3, 1, 2)  # after the cast: TensorRT's Transpose takes no uint8
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
-            hidden = stage(downsample(hidden))
-        pooled = self.norm(widen(hidden).mean(dim=(2, 3))).to(hidden.dtype)  # (N, C)
+            hidden = stage(downsample(hidden.to(type_of(downsample))))
+        pooled = self.norm(widen(hidden).mean(dim=(2, 3))).to(self.head.weight.dtype)  # (N, C)
         return widen(self.head(pooled))
 
 
@@ -194,22 +235,51 @@ def _downsampling(norm: nn.LayerNorm, conv: nn.Conv2d, spec: DeploySpec) -> nn.S
     return nn.Sequential(ChannelsFirstNorm(spelled_out, *affine), convolution(*dense, stride=2))
 
 
-def _stages(model: ConvNeXtV2, spec: DeploySpec, dtype: torch.dtype) -> Iterator[Iterator[nn.Module]]:
+def _stages(model: ConvNeXtV2, spec: DeploySpec) -> Iterator[Iterator[nn.Module]]:
     """The deployed blocks of each stage."""
     for stage, blocks in enumerate(model.stage_blocks()):
         yield (
-            _block(block, spec, stage, last=index == len(blocks) - 1).to(dtype) for index, block in enumerate(blocks)
+            _rounded(_block(block, spec, stage, index, len(blocks)), f"stages.{stage}.{index}", spec)
+            for index, block in enumerate(blocks)
         )
 
 
-def _block(block: Block, spec: DeploySpec, stage: int, *, last: bool) -> nn.Module:
+def _block(block: Block, spec: DeploySpec, stage: int, index: int, depth: int) -> nn.Module:
+    stream_type = spec.dtype_of(f"stages.{stage}.{index}")
     if spec.layout == "cpu":
-        return ChannelsFirstBlock(block, folds=spec.folds)
+        return ChannelsFirstBlock(block, folds=spec.folds, stream_type=stream_type)
     side = spec.image_size // (4 << stage)
     in_weight = gain_moves_fewer_bytes_in_weight(
-        block.dwconv.in_channels, side * side, before_downsampling=last and stage < 3
+        block.dwconv.in_channels, side * side, before_downsampling=index == depth - 1 and stage < 3
     )
-    return TokenBlock(block, gain_in_weight=in_weight, folds=spec.folds)
+    return TokenBlock(block, gain_in_weight=in_weight, folds=spec.folds, stream_type=stream_type)
+
+
+def _rounded(module: nn.Module, name: str, spec: DeploySpec) -> Any:
+    """The module, called `name` in the deploy form, with each parameter in the type that `spec` gives it."""
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.data.to(spec.dtype_of(name))
+    for child_name, child in module.named_children():
+        _rounded(child, f"{name}.{child_name}", spec)
+    return module
+
+
+def parts_of(variant: Variant) -> tuple[str, ...]:
+    """The modules that `DeploySpec.keep_fp32` can name: stem and downsamplings, blocks and their parts, the head."""
+    blocks = [f"stages.{stage}.{index}" for stage, depth in enumerate(variant.depths) for index in range(depth)]
+    parts = [f"{block}.{part}" for block in blocks for part in BLOCK_PARTS]
+    return (*(f"downsample_layers.{index}" for index in range(4)), *blocks, *parts, "head")
+
+
+def _check_parts(names: tuple[str, ...], model: ConvNeXtV2) -> None:
+    known = parts_of(model.variant)
+    for name in names:
+        if name not in known:
+            last = f"stages.3.{model.variant.depths[3] - 1}"
+            raise InputError(
+                f"No part of {model.variant.name} is called {name!r}. There are downsample_layers.0 to .3, blocks from "
+                f"stages.0.0 to {last}, their parts such as {last}.grn ({', '.join(BLOCK_PARTS)}), and head."
+            )
 
 
 def _statistics(spec: DeploySpec) -> tuple[Tensor, Tensor]:

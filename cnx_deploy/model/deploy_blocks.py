@@ -1,6 +1,7 @@
 """The block of the deploy form in both layouts: tokens for a GPU, channels first for a CPU.
 
 `folds` names the folds that are made (`folds.FOLDS`); one that is not leaves the training form's operation in place.
+`stream_type` is the type of the tensor that runs through the blocks; each part casts its input to its own type.
 """
 
 from collections.abc import Set
@@ -18,6 +19,7 @@ from cnx_deploy.model.deploy_layers import (
     depthwise,
     doubles,
     linear,
+    type_of,
 )
 from cnx_deploy.model.folds import fold_affine_into_linear, fold_grn_beta
 from cnx_deploy.model.layers import Block
@@ -32,8 +34,9 @@ class TokenBlock(nn.Module):
     tensor, and the second pointwise layer is a 1×1 convolution that takes bias and residual along.
     """
 
-    def __init__(self, block: Block, *, gain_in_weight: bool, folds: Set[str]) -> None:
+    def __init__(self, block: Block, *, gain_in_weight: bool, folds: Set[str], stream_type: torch.dtype) -> None:
         super().__init__()
+        self.stream_type = stream_type
         self.gain_in_weight = gain_in_weight and {"grn-gain", "grn-beta"} <= folds
         self.dwconv = depthwise(*doubles(block.dwconv))
         affine, pointwise = _first_pointwise(block, folds)
@@ -52,19 +55,24 @@ class TokenBlock(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Apply the block; see the class for shapes."""
-        size = images.shape[2:]
+        images, size = images.to(self.stream_type), images.shape[2:]
         # Permuted before it is flattened: the other way round TensorRT copies the tensor twice at batch 8.
-        tokens = self.dwconv(images).permute(0, 2, 3, 1).flatten(1, 2)  # (N, HW, C)
-        hidden = self.act(self.pwconv1(self.norm(tokens)))  # (N, HW, 4C)
+        tokens = self.dwconv(images.to(type_of(self.dwconv))).permute(0, 2, 3, 1).flatten(1, 2)  # (N, HW, C)
+        hidden = self.act(self.pwconv1(self.norm(tokens).to(type_of(self.pwconv1))))  # (N, HW, 4C)
         gain = self.grn(hidden)  # (N, 1, 4C)
+        return (images + self._branch(hidden, gain, size)).to(self.stream_type)
+
+    def _branch(self, hidden: Tensor, gain: Tensor, size: torch.Size) -> Tensor:
+        """Hidden tensor and gain -> what is added to the stream, (N, C, H, W)."""
         if self.gain_in_weight:
-            return images + _images_from_tokens(self.pwconv2(hidden, gain), size)
+            return _images_from_tokens(self.pwconv2(hidden, gain), size)
         if isinstance(self.pwconv2, nn.Conv2d):
             # Unflattened before it is scaled: the other way round TensorRT stores the squares at batch 1.
             scaled = self._scaled(hidden.reshape(-1, *size, hidden.shape[-1]), gain[:, None])
-            output: Tensor = images + self.pwconv2(scaled.permute(0, 3, 1, 2))
-            return output
-        return images + _images_from_tokens(self.pwconv2(self._scaled(hidden, gain)), size)
+            branch: Tensor = self.pwconv2(scaled.to(type_of(self.pwconv2)).permute(0, 3, 1, 2))
+            return branch
+        scaled = self._scaled(hidden, gain)
+        return _images_from_tokens(self.pwconv2(scaled.to(type_of(self.pwconv2))), size)
 
     def _scaled(self, hidden: Tensor, gain: Tensor) -> Tensor:
         return hidden * gain if self.beta is None else hidden * gain + self.beta
@@ -73,8 +81,9 @@ class TokenBlock(nn.Module):
 class ChannelsFirstBlock(nn.Module):
     """The block with pointwise layers as 1×1 convolutions. (N, C, H, W) -> (N, C, H, W)."""
 
-    def __init__(self, block: Block, *, folds: Set[str]) -> None:
+    def __init__(self, block: Block, *, folds: Set[str], stream_type: torch.dtype) -> None:
         super().__init__()
+        self.stream_type = stream_type
         self.dwconv = depthwise(*doubles(block.dwconv))
         affine, (weight, bias) = _first_pointwise(block, folds)
         self.norm = ChannelsFirstNorm(False, *affine)
@@ -88,15 +97,17 @@ class ChannelsFirstBlock(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Apply the block; see the class for shapes."""
-        hidden = self.act(self.pwconv1(self.norm(self.dwconv(images))))  # (N, 4C, H, W)
+        images = images.to(self.stream_type)
+        normed = self.norm(self.dwconv(images.to(type_of(self.dwconv))))
+        hidden = self.act(self.pwconv1(normed.to(type_of(self.pwconv1))))  # (N, 4C, H, W)
         if isinstance(self.grn, PooledResponseGain):
             scaled = hidden * self.grn(hidden)
         else:
             scaled = hidden * self.grn(hidden.flatten(2))[..., None]
         if self.beta is not None:
             scaled = scaled + self.beta
-        output: Tensor = images + self.pwconv2(scaled)
-        return output
+        output: Tensor = images + self.pwconv2(scaled.to(type_of(self.pwconv2)))
+        return output.to(self.stream_type)
 
 
 Affine = tuple[Tensor, Tensor] | tuple[()]

@@ -23,6 +23,7 @@ __all__ = [
     "depthwise",
     "doubles",
     "linear",
+    "type_of",
     "widen",
 ]
 
@@ -84,13 +85,13 @@ class ResponseGain(nn.Module):
         self.gamma = nn.Parameter(gamma.unsqueeze(self.position_axis - 1))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden tensor -> gain, in the hidden tensor's type."""
+        """Hidden tensor -> gain, in gamma's type."""
         wide = widen(hidden)
         squares = (wide * wide).sum(dim=self.position_axis, keepdim=True)
         inverse_mean = 1.0 / (torch.sqrt(squares).mean(dim=self.channel_axis, keepdim=True) + EPS)  # (N, 1, 1)
         share = torch.sqrt(squares * (inverse_mean * inverse_mean))
         gain: Tensor = 1.0 + widen(self.gamma) * share
-        return gain.to(hidden.dtype)
+        return gain.to(self.gamma.dtype)
 
 
 class PooledResponseGain(nn.Module):
@@ -105,11 +106,11 @@ class PooledResponseGain(nn.Module):
         self.affine = depthwise(gamma[:, None, None, None], torch.ones_like(gamma))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden tensor -> gain, in the hidden tensor's type."""
+        """Hidden tensor -> gain, in gamma's type."""
         wide, (height, width) = widen(hidden), hidden.shape[2:]
         rms = torch.sqrt(F.avg_pool2d(wide * wide, (height, width)))
         share = rms / (rms.mean(dim=1, keepdim=True) + EPS / (height * width) ** 0.5)
-        gain: Tensor = self.affine(share.to(hidden.dtype))
+        gain: Tensor = self.affine(share.to(type_of(self.affine)))
         return gain
 
 
@@ -126,7 +127,8 @@ class GainedLinear(nn.Module):
 
     def forward(self, tokens: Tensor, gain: Tensor) -> Tensor:
         """Apply; see the class for shapes."""
-        return torch.matmul(tokens, gain.permute(0, 2, 1) * self.weight) + self.bias
+        weight = (gain.permute(0, 2, 1) * self.weight).to(self.weight.dtype)
+        return torch.matmul(tokens.to(self.weight.dtype), weight) + self.bias
 
 
 class PatchConvolution(nn.Module):
@@ -215,6 +217,11 @@ class InputNormalisation(nn.Module):
 def widen(tensor: Tensor) -> Tensor:
     """Enter an FP32 island; FP32 and float64 stay what they are."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def type_of(module: nn.Module) -> torch.dtype:
+    """The type of a module's parameters, which it wants its input in."""
+    return next(module.parameters()).dtype
 
 
 def doubles(layer: nn.Conv2d | nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:

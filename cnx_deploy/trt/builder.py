@@ -23,6 +23,9 @@ __all__ = ["BuildSpec", "build_engine"]
 MIN_HALF_SHARE = 0.95
 """Least share of HALF among matrix products and convolutions of an FP16 file: ours have 1.0, an FP32 graph 0."""
 
+FIRST_WITH_BF16 = 80
+"""Compute capability 8.0, Ampere: the first with BF16 in its tensor cores (NVIDIA, CUDA programming guide)."""
+
 LISTS_KERNELS = "tensorrt-rtx"
 """The runtime whose log `trt.kernel_log` reads; TensorRT proper has another format and builds for minutes."""
 
@@ -69,6 +72,7 @@ def build_engine(
     backend = load_backend(spec.runtime)
     backend.check_target(spec.target)
     _check_batches(source, spec)
+    _check_has_bf16(source, spec.target)
     request = {
         **source.manifest.request,
         "runtime": backend.name,
@@ -105,6 +109,15 @@ def _check_batches(source: Artifact, spec: BuildSpec) -> None:
                 f"{source.path.name} was exported for batches {smallest} to {largest}; a profile of {low} to {high} "
                 f"does not fit. Export it with --batch {min(low, smallest)}:{high}:{max(high, largest)}."
             )
+
+
+def _check_has_bf16(source: Artifact, target: str) -> None:
+    gpu = find_gpus()[0].target if target == "current" else target
+    if source.manifest.request["precision"] == "bf16" and int(gpu.removeprefix("sm")) < FIRST_WITH_BF16:
+        raise InputError(
+            f"{source.path.name} is BF16, and {gpu} has no BF16 arithmetic; sm{FIRST_WITH_BF16} is the first that has. "
+            "Export it with --precision fp16 for this GPU."
+        )
 
 
 def _built(
@@ -167,9 +180,12 @@ def _config(build: NetworkBuild, spec: BuildSpec) -> Any:
 
 
 def _check_half_share(build: NetworkBuild, request: Mapping[str, Any]) -> None:
-    share = half_share(build.network)
-    if request["precision"] == "fp16" and share < MIN_HALF_SHARE:
+    """Raise BuildError for a file that computes in FP32 what it says it computes in half, parts it keeps left out."""
+    precision = request["precision"]
+    share = half_share(build.network, request.get("keep_fp32", ()))
+    if precision != "fp32" and share < MIN_HALF_SHARE:
         raise BuildError(
-            f"{build.onnx_path.name} calls itself FP16, but only {share:.0%} of its matrix products and convolutions "
-            f"are (at least {MIN_HALF_SHARE:.0%} expected). Export it again with --precision fp16 --force."
+            f"{build.onnx_path.name} calls itself {precision.upper()}, but only {share:.0%} of its matrix products and "
+            f"convolutions are (at least {MIN_HALF_SHARE:.0%} expected). Export it again with --precision {precision} "
+            "--force."
         )

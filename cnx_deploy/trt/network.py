@@ -114,15 +114,21 @@ def type_census(network: Any) -> dict[str, dict[str, int]]:
     return {"types": dict(sorted(types.items())), "float_layers": dict(sorted(float_layers.items()))}
 
 
-def half_share(network: Any) -> float:
-    """Share of HALF among the matrix products and convolutions of a parsed network: where the arithmetic is.
+def half_share(network: Any, kept: Sequence[str] = ()) -> float:
+    """Share of HALF and BF16 among the matrix products and convolutions of a parsed network: where the arithmetic is.
 
-    Over all layers the share says little, for every FP32 island brings a dozen small layers.
+    Over all layers the share says little, for every FP32 island brings a dozen small layers. `kept` names modules that
+    are FP32 on purpose; layers have their names before the dot or slash. 1 where nothing else is left.
     """
     trt_kinds = ("CONVOLUTION", "MATRIX_MULTIPLY")
     layers = [network.get_layer(index) for index in range(network.num_layers)]
-    heavy = [layer.get_output(0).dtype.name for layer in layers if layer.type.name in trt_kinds]
-    return heavy.count("HALF") / max(1, len(heavy))
+    meant = tuple(f"{name}{end}" for name in kept for end in "./")
+    heavy = [
+        layer.get_output(0).dtype.name
+        for layer in layers
+        if layer.type.name in trt_kinds and not layer.name.startswith(meant)
+    ]
+    return sum(heavy.count(kind) for kind in ("HALF", "BF16")) / len(heavy) if heavy else float(bool(kept))
 
 
 @contextlib.contextmanager
