@@ -157,7 +157,7 @@ def _open_artifacts(network: _Network, request: BenchRequest, stack: ExitStack) 
     for artifact in network.artifacts:
         recorded = artifact.manifest.request
         gate = str(recorded["precision"])
-        if artifact.manifest.kind == "engine" and gate != "fp16":
+        if artifact.manifest.kind == "engine" and gate == "fp32":
             gate = "tf32-engine" if recorded["allow_tf32"] else "fp32-engine"
         try:
             make = partial(_artifact_runner, artifact, request)

@@ -81,7 +81,8 @@ class BuildRequest:
 class VerifyRequest:
     """What `cnx-deploy verify` takes. Without `files`, everything recorded in both folders.
 
-    `save_inputs`: folder for the images and the reference's logits in Polygraphy's formats, in one folder a network.
+    `runners`: see `verification.verify_artifact`. `save_inputs`: folder for the images and the reference's logits in
+    Polygraphy's formats, in one folder a network.
     """
 
     files: tuple[Path, ...] = ()
@@ -90,6 +91,7 @@ class VerifyRequest:
     data: Path | None = None
     samples: int = 64
     save_inputs: Path | None = None
+    runners: tuple[str, ...] = ()
 
 
 def run_exports(request: ExportRequest, note: Note) -> list[Artifact]:
@@ -163,7 +165,7 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
             require_gpu()  # an engine that was named is asked for; before any weight is loaded
         if reference is None or not reference.matches(artifact):
             reference = Reference(artifact, request.data, request.samples)
-        verification = verify_artifact(artifact, reference, progress)
+        verification = verify_artifact(artifact, reference, progress, runners=request.runners)
         if outdated := _outdated(artifact, request.export_dir):
             verification = replace(verification, notes=(*verification.notes, outdated))
         if request.files and verification.not_run:

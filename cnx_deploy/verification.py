@@ -21,9 +21,8 @@ from cnx_deploy.onnx_checks import check_graph
 from cnx_deploy.onnx_export import deploy_spec_from_request
 from cnx_deploy.parity import GATES, Gate, ParityResult, compare, logits_of
 from cnx_deploy.runners.base import InputSpec, Runner
-from cnx_deploy.runners.opening import open_runner
-from cnx_deploy.runners.ort import OrtRunner
-from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
+from cnx_deploy.runners.opening import checked_by, open_onnx, open_runner
+from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.variants import find_variant
 
 __all__ = [
@@ -40,7 +39,12 @@ CHECKED_BATCHES = (1, 2, 7)
 """Besides the largest: one, the smallest real batch, and an odd one that no kernel is tuned for."""
 
 EMULATED_IMAGES = 10
-"""PyTorch's half arithmetic on a CPU takes seconds an image for the large variants."""
+"""Unless it is asked for by name: the emulator takes seconds an image for the large variants."""
+
+HIDES_OVERFLOW = (
+    "ONNX Runtime computes FP16 files in FP32 on a CPU: its row shows that the graph is right, not that FP16 is safe. "
+    "The emulator's row and the graph check (no reduction in FP16) are the evidence."
+)
 
 Progress = Callable[[str, int], None]
 
@@ -119,35 +123,38 @@ class Reference:
         return self._logits[key]
 
 
-def verify_artifact(artifact: Artifact, reference: Reference, progress: Progress | None = None) -> Verification:
+def verify_artifact(
+    artifact: Artifact, reference: Reference, progress: Progress | None = None, *, runners: Sequence[str] = ()
+) -> Verification:
     """Run an artifact here, as far as that is possible, and judge it against `reference`.
 
-    Raises CorruptArtifactError when its bytes are not what the manifest says; a runner that this machine lacks the
-    hardware for is reported, not raised.
+    `runners`: names of `runners.opening.ONNX_RUNNERS` for an ONNX file, by default those that prove most; engines run
+    on their GPU alone. Raises CorruptArtifactError when its bytes are not what the manifest says; a runner that this
+    machine lacks the hardware for is reported, not raised.
     """
     artifact = open_artifact(artifact.path)
     if artifact.manifest.kind == "engine":
         return _verify_engine(artifact, reference, progress)
     check_graph(artifact.path)
-    with OrtRunner(artifact.path, spin=False) as runner:
-        spec = _profile_spec(artifact, runner.input_spec)
-        batches = reference.batches(spec)
-        expected = reference.logits(artifact, batches, progress)
-        results = [_judge(runner, expected, batches, GATES[runner.info.precision], progress)]
-    notes = []
-    if runner.info.arithmetic != runner.info.precision:
-        notes.append(
-            "ONNX Runtime computes FP16 files in FP32 on a CPU: its row shows that the graph is right, "
-            "not that FP16 is safe. The graph check (no reduction in FP16) and the rounding emulation are the evidence."
-        )
-        results.append(_emulate(artifact, reference, batches, expected, progress))
-    return Verification(artifact.path.name, "onnx", tuple(results), notes=tuple(notes))
+    precision = str(artifact.manifest.request["precision"])
+    results = []
+    for name in runners or checked_by(precision):
+        with open_onnx(name, artifact.path, precision) as runner:
+            batches = reference.batches(_profile_spec(artifact, runner.input_spec))
+            expected = reference.logits(artifact, batches, progress)
+            if name.startswith("emulate-") and not runners:
+                batches = _first(batches, EMULATED_IMAGES)
+            images = sum(len(batch) for batch in batches)
+            results.append(_judge(runner, expected[:images], batches, GATES[precision], progress))
+    computed_in_fp32 = precision == "fp16" and any(not name.startswith("emulate-") for name in runners or ("",))
+    notes = (HIDES_OVERFLOW,) if computed_in_fp32 else ()
+    return Verification(artifact.path.name, "onnx", tuple(results), notes=notes)
 
 
 def check_exported(
     loaded: LoadedModel, request: dict[str, Any], record: ModelRecord
 ) -> Callable[[Path], dict[str, Any]]:
-    """The check an export runs on the file before it is put into place: batches of 1 and 2 on ONNX Runtime.
+    """The check an export runs on the file before it is put into place: batches of 1 and 2, here and now.
 
     The returned function raises ParityError; otherwise it gives the verdict for the manifest.
     """
@@ -160,7 +167,8 @@ def check_exported(
         batches = [runner_input(batch, spec.input_kind) for batch in _rebatched(source, sizes)]
         with reference_runner(loaded.model, spec) as runner:
             expected = logits_of(runner, batches)
-        with OrtRunner(path, spin=False) as runner:
+        name = checked_by(spec.precision)[0]
+        with open_onnx(name, path, spec.precision) as runner:
             result = _judge(runner, expected, batches, GATES[spec.precision], None)
         if not result.passed:
             raise ParityError(
@@ -243,25 +251,22 @@ def _verify_engine(artifact: Artifact, reference: Reference, progress: Progress 
         precision = artifact.manifest.request["precision"]
         gate = (
             precision
-            if precision == "fp16"
+            if precision != "fp32"
             else f"{'tf32' if artifact.manifest.request['allow_tf32'] else 'fp32'}-engine"
         )
         result = _judge(runner, expected, batches, GATES[gate], progress)
     return Verification(artifact.path.name, "engine", (result,))
 
 
-def _emulate(
-    artifact: Artifact, reference: Reference, batches: Sequence[Tensor], expected: Tensor, progress: Progress | None
-) -> ParityResult:
-    """The deploy form in PyTorch's half arithmetic on the first images: an engine's rounding, emulated."""
+def _first(batches: Sequence[Tensor], images: int) -> list[Tensor]:
+    """The first `images` images, in the batches they are in."""
     few: list[Tensor] = []
     for batch in batches:
-        few.append(batch[: max(0, EMULATED_IMAGES - sum(len(earlier) for earlier in few))])
-        if sum(len(taken) for taken in few) >= EMULATED_IMAGES:
+        room = images - sum(len(taken) for taken in few)
+        if room <= 0:
             break
-    with deployed_runner(reference.loaded.model, deploy_spec_from_request(artifact.manifest.request)) as runner:
-        images = sum(len(batch) for batch in few)
-        return _judge(runner, expected[:images], few, GATES["fp16"], progress)
+        few.append(batch[:room])
+    return few
 
 
 def _judge(

@@ -4,6 +4,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 
@@ -31,7 +32,7 @@ def made(word: str, model: ConvNeXtV2, folder: Path, spec: DeploySpec = SPEC) ->
 
 
 @pytest.mark.parametrize("kind", ["float", "uint8"])
-@pytest.mark.parametrize("word", ["torch", "timm", "timm-whole"])
+@pytest.mark.parametrize("word", ["torch", "timm", "timm-18"])
 def test_a_peer_gives_the_logits_of_the_reference(tiny_model: ConvNeXtV2, tmp_path: Path, word: str, kind: str) -> None:
     spec = DeploySpec(image_size=32, input_kind=kind)
     expected = reference_runner(tiny_model, spec).run(runner_input(PIXELS, kind)).clone()
@@ -79,13 +80,22 @@ def test_timms_peer_takes_any_batch_and_says_its_version_and_provider(tiny_model
     assert [len(runner.run(torch.rand(batch, 3, 32, 32))) for batch in (1, 5)] == [1, 5]
 
 
-@pytest.mark.parametrize(("word", "share"), [("timm", "images of its own"), ("timm-whole", "a share of each operator")])
-def test_timms_peer_runs_as_our_files_do_or_in_whole_batches(
-    tiny_model: ConvNeXtV2, tmp_path: Path, word: str, share: str
+@pytest.mark.parametrize(
+    ("word", "share", "gelu"),
+    [
+        ("timm", "images of its own", "Gelu"),
+        ("timm-whole", "a share of each operator", "Gelu"),
+        ("timm-18", "a share of each operator", "Erf"),
+    ],
+)
+def test_timms_peer_runs_as_our_files_do_or_as_it_is_found(
+    tiny_model: ConvNeXtV2, tmp_path: Path, word: str, share: str, gelu: str
 ) -> None:
     setup = PeerSetup(tiny_model, SPEC, OrtSettings(threads=2, spin=False, thread_per_image=True), tmp_path)
     with PEERS[word].prepare(setup)() as runner:
         assert dict(runner.info.details)["a thread has"] == share
+    operators = {node.op_type for node in onnx.load(tmp_path / "timm.onnx").graph.node}
+    assert {"Gelu", "Erf"} & operators == {gelu}
 
 
 def test_timms_peer_still_runs_when_its_file_is_gone(tiny_model: ConvNeXtV2, tmp_path: Path) -> None:

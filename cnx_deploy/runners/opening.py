@@ -1,11 +1,47 @@
 """A runner for a recorded artifact, whose hashes are checked before a byte of it is parsed."""
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
 from cnx_deploy.artifacts import Artifact, open_artifact
+from cnx_deploy.errors import InputError
 from cnx_deploy.runners.base import Runner
+from cnx_deploy.runners.emulated import EmulatedRunner
 from cnx_deploy.runners.ort import OrtRunner
 from cnx_deploy.runners.tensorrt_runner import TensorRTRunner
 
-__all__ = ["open_runner"]
+__all__ = ["ONNX_RUNNERS", "checked_by", "open_onnx", "open_runner"]
+
+ONNX_RUNNERS: dict[str, Callable[[Path], Runner]] = {
+    "onnxruntime": partial(OrtRunner, spin=False),
+    "onnxruntime-plain": partial(OrtRunner, spin=False, optimise=False),
+    "emulate-fp16": EmulatedRunner,
+    "emulate-bf16": EmulatedRunner,
+}
+"""What can run an ONNX file without a GPU, by the word that `verify --runner` takes; "plain" is without fusions."""
+
+
+def checked_by(precision: str) -> tuple[str, ...]:
+    """The runners whose agreement with PyTorch says most of a file of this precision, without a GPU.
+
+    ONNX Runtime's CPU provider computes FP16 in FP32, which proves the graph; the emulator rounds, which proves the
+    precision. It has no BF16 convolution at all.
+    """
+    return {"fp16": ("onnxruntime", "emulate-fp16"), "bf16": ("emulate-bf16",)}.get(precision, ("onnxruntime",))
+
+
+def open_onnx(name: str, path: Path, precision: str) -> Runner:
+    """The runner of `ONNX_RUNNERS` for a file whose hash or graph has been checked.
+
+    Raises InputError for an emulation of another precision than the file's, and for BF16 on ONNX Runtime's CPU.
+    """
+    emulates = name.removeprefix("emulate-") if name.startswith("emulate-") else None
+    if emulates is not None and emulates != precision:
+        raise InputError(f"{path.name} is {precision.upper()}: --runner {name} has no {emulates.upper()} to emulate.")
+    if emulates is None and precision == "bf16":
+        raise InputError(f"ONNX Runtime has no BF16 convolution on a CPU: use --runner emulate-bf16 for {path.name}.")
+    return ONNX_RUNNERS[name](path)
 
 
 def open_runner(
