@@ -7,6 +7,7 @@ The FP16 rule is static because a CPU cannot show the fault: ONNX Runtime's CPU 
 and hides every overflow (microsoft/onnxruntime issue 11831).
 """
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from cnx_deploy.errors import CorruptArtifactError, GraphCheckError
+from cnx_deploy.model.layers import EPS
 from cnx_deploy.variants import Variant
 
 __all__ = ["GraphFacts", "check_export", "check_graph", "half_reductions", "opset_for"]
@@ -50,13 +52,17 @@ REDUCTIONS = frozenset(
         "Softmax",
     }
 )
+LARGEST_EPSILON = 1e-3
 SUBGRAPHS = frozenset({onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS})
 HALVES = frozenset({onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
 
 
 @dataclass(frozen=True, slots=True)
 class GraphFacts:
-    """What a graph consists of. `types` counts node outputs by element type, `operators` nodes by operator."""
+    """What a graph consists of. `types` counts node outputs by element type, `operators` nodes by operator.
+
+    `epsilons` are those of its norms: LayerNormalization's attribute, and any constant below 1e-3 that is added.
+    """
 
     opset: int
     operators: Mapping[str, int]
@@ -64,6 +70,8 @@ class GraphFacts:
     inputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
     outputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
     metadata: Mapping[str, str]
+    epsilons: tuple[float, ...]
+    gelu_forms: frozenset[str]
 
     @property
     def half_share(self) -> float:
@@ -123,6 +131,7 @@ def check_export(
         for operator, count in expected.items()
         if facts.operators.get(operator, 0) != count
     ]
+    problems.extend(_wrong_constants(facts, norms=blocks + token_norms + 4))
     if facts.opset != opset:
         problems.append(f"opset {opset} expected, {facts.opset} written")
     dynamic = batch[0] != batch[2]
@@ -136,6 +145,22 @@ def check_export(
     if problems:
         raise GraphCheckError(f"{path.name} is not the graph that was asked for:\n  " + "\n  ".join(problems))
     return facts
+
+
+def _wrong_constants(facts: GraphFacts, norms: int) -> Iterator[str]:
+    """What no comparison of logits shows: GELU's form, and an epsilon where the statistics are of the order of one.
+
+    An average pool takes the mean square where GRN takes the sum, so there eps is divided by the side of the map.
+    """
+    if facts.gelu_forms - {"none"}:
+        yield f"Gelu by erf expected, {sorted(facts.gelu_forms)} found"
+    side = max((size for _, shape in facts.inputs.values() for size in shape if isinstance(size, int)), default=0)
+    right = [EPS, *(EPS / max(1, side // (4 << stage)) for stage in range(4))]
+    wrong = [found for found in facts.epsilons if not any(math.isclose(found, each, rel_tol=1e-4) for each in right)]
+    if wrong:
+        yield f"every epsilon is {EPS:g}, found {', '.join(f'{value:g}' for value in sorted(set(wrong)))}"
+    if len(facts.epsilons) != norms:
+        yield f"{norms} epsilons expected, one a norm and a GRN, {len(facts.epsilons)} found"
 
 
 def half_reductions(model: onnx.ModelProto) -> Iterator[str]:
@@ -195,7 +220,26 @@ def _facts(model: onnx.ModelProto) -> GraphFacts:
         inputs={value.name: _tensor_spec(value) for value in model.graph.input},
         outputs={value.name: _tensor_spec(value) for value in model.graph.output},
         metadata={entry.key: entry.value for entry in model.metadata_props},
+        epsilons=tuple(_epsilons(model)),
+        gelu_forms=frozenset(
+            next((entry.s.decode() for entry in node.attribute if entry.name == "approximate"), "none")
+            for node in model.graph.node
+            if node.op_type == "Gelu"
+        ),
     )
+
+
+def _epsilons(model: onnx.ModelProto) -> Iterator[float]:
+    scalars = {
+        tensor.name: float(onnx.numpy_helper.to_array(tensor).reshape(()))
+        for tensor in model.graph.initializer
+        if tensor.data_location != onnx.TensorProto.EXTERNAL and math.prod(tensor.dims) == 1
+    }
+    for node in model.graph.node:
+        if node.op_type == "LayerNormalization":
+            yield next((entry.f for entry in node.attribute if entry.name == "epsilon"), 1e-5)
+        elif node.op_type == "Add":
+            yield from (scalars[name] for name in node.input if 0.0 < scalars.get(name, 0.0) < LARGEST_EPSILON)
 
 
 def _tensor_spec(value: onnx.ValueInfoProto) -> tuple[str, tuple[int | str, ...]]:

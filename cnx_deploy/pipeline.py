@@ -12,13 +12,14 @@ from typing import Literal
 from cnx_deploy.artifacts import Artifact, find_artifacts, open_artifact
 from cnx_deploy.data import Preprocessing
 from cnx_deploy.errors import InputError, MissingRequirementError
+from cnx_deploy.export_check import check_exported
 from cnx_deploy.interchange import save_comparison
 from cnx_deploy.model.checkpoint import LoadedModel, resolve_model
 from cnx_deploy.model.deploy import HALVES, DeploySpec, InputKind, Layout, Precision
 from cnx_deploy.onnx_export import ExportSpec, export_onnx
 from cnx_deploy.trt.backend import default_targets, load_backend, require_gpu
 from cnx_deploy.trt.builder import BuildSpec, build_engine
-from cnx_deploy.verification import Progress, Reference, Verification, check_exported, model_record, verify_artifact
+from cnx_deploy.verification import Progress, Reference, Verification, model_record, verify_artifact
 
 __all__ = [
     "BuildRequest",

@@ -14,23 +14,26 @@ from torch import Tensor
 
 from cnx_deploy.artifacts import Artifact, ModelRecord, WeightsRecord, open_artifact, relative_reference
 from cnx_deploy.data import Preprocessing, batches_from_folder, image_like_batches, runner_input
-from cnx_deploy.errors import CorruptArtifactError, InputError, MissingRequirementError, ParityError
+from cnx_deploy.errors import CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, load_checkpoint, load_pretrained
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.onnx_checks import check_graph
 from cnx_deploy.onnx_export import deploy_spec_from_request
-from cnx_deploy.parity import GATES, Gate, ParityResult, compare, logits_of
+from cnx_deploy.parity import GATES, Gate, ParityResult, differences, logits_of
 from cnx_deploy.runners.base import InputSpec, Runner
 from cnx_deploy.runners.opening import checked_by, open_onnx, open_runner
 from cnx_deploy.runners.pytorch import reference_runner
+from cnx_deploy.saved_results import OutputWriter, SavedOutputs
 from cnx_deploy.variants import find_variant
 
 __all__ = [
+    "TORCH_REFERENCE",
+    "Candidate",
     "Reference",
     "Verification",
     "batch_sizes",
-    "check_exported",
     "model_record",
+    "rebatched",
     "recorded_model",
     "verify_artifact",
 ]
@@ -40,6 +43,11 @@ CHECKED_BATCHES = (1, 2, 7)
 
 EMULATED_IMAGES = 10
 """Unless it is asked for by name: the emulator takes seconds an image for the large variants."""
+
+SAMPLES = 64
+"""At least so many images, unless they have labels: then all."""
+
+TORCH_REFERENCE = "torch float32"
 
 HIDES_OVERFLOW = (
     "ONNX Runtime computes FP16 files in FP32 on a CPU: its row shows that the graph is right, not that FP16 is safe. "
@@ -76,17 +84,34 @@ class Verification:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A runner of an artifact that is to be judged. `spec`: the batches it takes; `limit`: images at most."""
+
+    artifact: Artifact
+    runner: Runner
+    spec: InputSpec
+    gate: Gate
+    limit: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Backend and precision."""
+        return f"{self.runner.info.backend} {self.runner.info.precision}"
+
+
 class Reference:
     """The recorded network's model and its logits on the comparison images, computed once and kept.
 
-    `images` None means seeded image-like batches; else a folder of images.
+    `images` None means seeded image-like batches; else a folder of images. `samples` None means SAMPLES.
     """
 
-    def __init__(self, artifact: Artifact, images: Path | None = None, samples: int = 64) -> None:
+    def __init__(self, artifact: Artifact, images: Path | None = None, samples: int | None = None) -> None:
         self.loaded = recorded_model(artifact)
         self.record = artifact.manifest.model
         self.images = images
-        self.samples = samples
+        self.samples = SAMPLES if samples is None else samples
+        self._names: tuple[str, ...] = ()
         self._logits: dict[tuple[Any, ...], Tensor] = {}
 
     def matches(self, artifact: Artifact) -> bool:
@@ -101,10 +126,12 @@ class Reference:
         total = sum(sizes)
         if self.images is None:
             source = image_like_batches(total, spec.image_size, batch_size=1)
+            self._names = tuple(f"image-like {index} of seed 0" for index in range(total))
         else:
-            found = batches_from_folder(self.images, preprocessing, 1, limit=total)
+            found = list(batches_from_folder(self.images, preprocessing, 1, limit=total))
             source = (pixels for pixels, _, _ in found)
-        return [runner_input(batch, spec.kind) for batch in _rebatched(source, sizes)]
+            self._names = tuple(str(path) for _, _, (path,) in found)
+        return [runner_input(batch, spec.kind) for batch in rebatched(source, sizes)]
 
     def batches_for(self, artifact: Artifact) -> list[Tensor]:
         """The batches that `artifact` is verified on."""
@@ -122,62 +149,58 @@ class Reference:
                 self._logits[key] = logits_of(runner, pieces, _told(progress, "PyTorch reference"))
         return self._logits[key]
 
+    def judge(
+        self, candidate: Candidate, progress: Progress | None = None, writer: OutputWriter | None = None
+    ) -> ParityResult:
+        """Run the candidate on the comparison images; `writer` is given both sides' logits."""
+        batches = self.batches(candidate.spec)
+        expected = self.logits(candidate.artifact, batches, progress)
+        if candidate.limit is not None:
+            batches = _first(batches, candidate.limit)
+        sizes = [len(batch) for batch in batches]
+        logits = logits_of(candidate.runner, batches, _told(progress, candidate.name))
+        expected, gate = expected[: sum(sizes)], candidate.gate
+        found = differences(logits, expected)
+        batch = tuple(dict.fromkeys(sizes))
+        result = ParityResult(candidate.name, TORCH_REFERENCE, gate, batch, found, gate.failures(found))
+        if writer is not None:
+            names = iter(self._names)
+            for pair in zip(torch.split(logits, sizes), torch.split(expected, sizes), strict=True):
+                writer.add(*pair, tuple(itertools.islice(names, len(pair[0]))))
+            writer.close(result)
+        return result
+
 
 def verify_artifact(
-    artifact: Artifact, reference: Reference, progress: Progress | None = None, *, runners: Sequence[str] = ()
+    artifact: Artifact,
+    reference: Reference,
+    progress: Progress | None = None,
+    *,
+    runners: Sequence[str] = (),
+    outputs: SavedOutputs | None = None,
 ) -> Verification:
     """Run an artifact here, as far as that is possible, and judge it against `reference`.
 
     `runners`: names of `runners.opening.ONNX_RUNNERS` for an ONNX file, by default those that prove most; engines run
-    on their GPU alone. Raises CorruptArtifactError when its bytes are not what the manifest says; a runner that this
+    on their GPU alone. `outputs`: where both sides' logits are saved. Raises CorruptArtifactError when its bytes are not what the manifest says; a runner that this
     machine lacks the hardware for is reported, not raised.
     """
     artifact = open_artifact(artifact.path)
     if artifact.manifest.kind == "engine":
-        return _verify_engine(artifact, reference, progress)
+        return _verify_engine(artifact, reference, progress, outputs)
     check_graph(artifact.path)
     precision = str(artifact.manifest.request["precision"])
     results = []
     for name in runners or checked_by(precision):
         with open_onnx(name, artifact.path, precision) as runner:
-            batches = reference.batches(_profile_spec(artifact, runner.input_spec))
-            expected = reference.logits(artifact, batches, progress)
-            if name.startswith("emulate-") and not runners:
-                batches = _first(batches, EMULATED_IMAGES)
-            images = sum(len(batch) for batch in batches)
-            results.append(_judge(runner, expected[:images], batches, GATES[precision], progress))
+            limit = EMULATED_IMAGES if name.startswith("emulate-") and not runners else None
+            spec = _profile_spec(artifact, runner.input_spec)
+            results.append(
+                _judge(Candidate(artifact, runner, spec, GATES[precision], limit), reference, progress, outputs)
+            )
     computed_in_fp32 = precision == "fp16" and any(not name.startswith("emulate-") for name in runners or ("",))
     notes = (HIDES_OVERFLOW,) if computed_in_fp32 else ()
     return Verification(artifact.path.name, "onnx", tuple(results), notes=notes)
-
-
-def check_exported(
-    loaded: LoadedModel, request: dict[str, Any], record: ModelRecord
-) -> Callable[[Path], dict[str, Any]]:
-    """The check an export runs on the file before it is put into place: batches of 1 and 2, here and now.
-
-    The returned function raises ParityError; otherwise it gives the verdict for the manifest.
-    """
-
-    def check(path: Path) -> dict[str, Any]:
-        spec = deploy_spec_from_request(request)
-        smallest, _, largest = request["batch"]
-        sizes = [size for size in (1, 2) if smallest <= size <= largest] or [smallest]
-        source = image_like_batches(sum(sizes), spec.image_size, batch_size=1)
-        batches = [runner_input(batch, spec.input_kind) for batch in _rebatched(source, sizes)]
-        with reference_runner(loaded.model, spec) as runner:
-            expected = logits_of(runner, batches)
-        name = checked_by(spec.precision)[0]
-        with open_onnx(name, path, spec.precision) as runner:
-            result = _judge(runner, expected, batches, GATES[spec.precision], None)
-        if not result.passed:
-            raise ParityError(
-                f"{path.name} differs from PyTorch: {'; '.join(result.failures)}. Nothing was written. "
-                "Use --no-verify to keep the file for inspection."
-            )
-        return {key: value for key, value in result.to_dict().items() if key not in ("failures", "gate")}
-
-    return check
 
 
 def model_record(
@@ -240,21 +263,22 @@ def _head_of(record: ModelRecord) -> dict[str, Any]:
     return {"num_classes": record.num_classes, "reset_head": True} if record.head_is_new else {}
 
 
-def _verify_engine(artifact: Artifact, reference: Reference, progress: Progress | None) -> Verification:
+def _verify_engine(
+    artifact: Artifact, reference: Reference, progress: Progress | None, outputs: SavedOutputs | None
+) -> Verification:
     try:
         runner = open_runner(artifact)
     except MissingRequirementError as error:
         return Verification(artifact.path.name, "engine", (), not_run=(str(error),))
     with runner:
-        batches = reference.batches(runner.input_spec)
-        expected = reference.logits(artifact, batches, progress)
         precision = artifact.manifest.request["precision"]
         gate = (
             precision
             if precision != "fp32"
             else f"{'tf32' if artifact.manifest.request['allow_tf32'] else 'fp32'}-engine"
         )
-        result = _judge(runner, expected, batches, GATES[gate], progress)
+        candidate = Candidate(artifact, runner, runner.input_spec, GATES[gate])
+        result = _judge(candidate, reference, progress, outputs)
     return Verification(artifact.path.name, "engine", (result,))
 
 
@@ -270,10 +294,12 @@ def _first(batches: Sequence[Tensor], images: int) -> list[Tensor]:
 
 
 def _judge(
-    runner: Runner, expected: Tensor, batches: Sequence[Tensor], gate: Gate, progress: Progress | None
+    candidate: Candidate, reference: Reference, progress: Progress | None, outputs: SavedOutputs | None
 ) -> ParityResult:
-    told = _told(progress, f"{runner.info.backend} {runner.info.precision}")
-    return compare(runner, expected, batches, gate, reference_name="torch float32", progress=told)
+    if outputs is None:
+        return reference.judge(candidate, progress)
+    names = (candidate.name, TORCH_REFERENCE)
+    return reference.judge(candidate, progress, outputs.writer(candidate.artifact, candidate.runner.info, names))
 
 
 def _profile_spec(artifact: Artifact, spec: InputSpec) -> InputSpec:
@@ -285,7 +311,7 @@ def _told(progress: Progress | None, what: str) -> Callable[[int], None] | None:
     return None if progress is None else lambda images: progress(what, images)
 
 
-def _rebatched(source: Iterator[Tensor], sizes: Sequence[int]) -> Iterator[Tensor]:
+def rebatched(source: Iterator[Tensor], sizes: Sequence[int]) -> Iterator[Tensor]:
     """Single images from `source` in batches of the given sizes; a source that ends early ends the batches."""
     for size in sizes:
         images = list(itertools.islice(source, size))

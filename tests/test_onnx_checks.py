@@ -212,6 +212,7 @@ def test_wrong_counts_are_each_named(tmp_path, tiny_variant):
         "5 Gelu expected, 1 found",
         "5 ReduceSum expected, 0 found",
         "6 LayerNormalization expected, 0 found",
+        "15 epsilons expected, one a norm and a GRN, 0 found",
     ]
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from cnx_deploy.artifacts import Artifact, open_artifact, sha256_of_file
 from cnx_deploy.data import Preprocessing
 from cnx_deploy.errors import CorruptArtifactError, InputError, OutputExistsError, ParityError
+from cnx_deploy.export_check import check_exported
 from cnx_deploy.model.checkpoint import hash_weights, save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.pipeline import (
@@ -30,7 +31,6 @@ from cnx_deploy.verification import (
     Reference,
     Verification,
     batch_sizes,
-    check_exported,
     model_record,
     recorded_model,
     verify_artifact,

@@ -1,0 +1,61 @@
+"""What an export compares before it puts a file into place."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cnx_deploy.artifacts import ModelRecord
+from cnx_deploy.data import image_like_batches, runner_input
+from cnx_deploy.errors import ParityError
+from cnx_deploy.model.checkpoint import LoadedModel
+from cnx_deploy.onnx_export import deploy_spec_from_request
+from cnx_deploy.parity import GATES, ParityResult, compare, logits_of
+from cnx_deploy.runners.opening import checked_by, open_onnx
+from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
+from cnx_deploy.verification import rebatched
+
+__all__ = ["check_exported"]
+
+REFERENCE = "torch float32"
+
+
+def check_exported(
+    loaded: LoadedModel, request: dict[str, Any], record: ModelRecord
+) -> Callable[[Path], dict[str, Any]]:
+    """The check an export runs on the file before it is put into place: batches of 1 and 2, here and now.
+
+    A half-precision file's deploy form is judged in FP32 first: rounding would hide a small mistake in it.
+
+    The returned function raises ParityError; otherwise it gives the verdict for the manifest.
+    """
+
+    def check(path: Path) -> dict[str, Any]:
+        spec = deploy_spec_from_request(request)
+        smallest, _, largest = request["batch"]
+        sizes = [size for size in (1, 2) if smallest <= size <= largest] or [smallest]
+        source = image_like_batches(sum(sizes), spec.image_size, batch_size=1)
+        batches = [runner_input(batch, spec.input_kind) for batch in rebatched(source, sizes)]
+        with reference_runner(loaded.model, spec) as runner:
+            expected = logits_of(runner, batches)
+        if spec.is_half:
+            with deployed_runner(loaded.model, replace(spec, precision="fp32", keep_fp32=())) as runner:
+                _refuse_failed(
+                    compare(runner, expected, batches, GATES["fp32"], reference_name=REFERENCE),
+                    f"The form of {path.name}",
+                )
+        name = checked_by(spec.precision)[0]
+        with open_onnx(name, path, spec.precision) as runner:
+            result = compare(runner, expected, batches, GATES[spec.precision], reference_name=REFERENCE)
+        _refuse_failed(result, path.name)
+        return {key: value for key, value in result.to_dict().items() if key not in ("failures", "gate")}
+
+    return check
+
+
+def _refuse_failed(result: ParityResult, what: str) -> None:
+    if not result.passed:
+        raise ParityError(
+            f"{what} differs from PyTorch: {'; '.join(result.failures)}. Nothing was written. "
+            "Use --no-verify to keep the file for inspection."
+        )
