@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cnx_deploy.bench_energy import memory_before, memory_grown_since
 from cnx_deploy.data import runner_input
 from cnx_deploy.parity import Gate
 from cnx_deploy.runners.base import Runner
@@ -20,6 +21,8 @@ __all__ = ["Candidate", "create", "peak_memory_mib", "reset_peak_memory"]
 class Candidate:
     """A runner to time, under the name its row has; `create_seconds` is what making it took, without its first call.
 
+    `device_memory_mib`: growth of device memory from before it was made until after its first call, on its smallest
+    batch, without CUDA's context; None on a CPU and where nobody says. `device_memory_source`: who said it.
     `is_peer`: the others' speed is given as a ratio to this one. `input_from_pixels` makes another input than our
     files take of (N, S, S, 3) uint8 pixels.
     """
@@ -33,6 +36,8 @@ class Candidate:
     is_peer: bool = False
     cold_call_ms: float | None = None
     input_from_pixels: Callable[[Tensor], Tensor] | None = None
+    device_memory_mib: float | None = None
+    device_memory_source: str = ""
 
     def images_from_pixels(self, pixels: Tensor) -> Tensor:
         """(N, S, S, 3) uint8 pixels -> the batch this candidate takes, in host memory."""
@@ -42,7 +47,11 @@ class Candidate:
 
 
 def create(name: str, network: str, make: Callable[[], Runner], gate: Gate, stack: ExitStack) -> Candidate:
-    """Make a runner, which `stack` closes, and call it once on its smallest batch, which the memory includes."""
+    """Make a runner, which `stack` closes, and call it once on its smallest batch, which the memory includes.
+
+    Where there is a GPU, CUDA's context is made before, and is in no runner's time or memory.
+    """
+    on_device = memory_before()
     before = reset_peak_memory()
     start = time.perf_counter()
     runner = stack.enter_context(make())
@@ -54,7 +63,11 @@ def create(name: str, network: str, make: Callable[[], Runner], gate: Gate, stac
     cold_call_ms = 1000.0 * (time.perf_counter() - start)
     peak = peak_memory_mib()
     grown = None if peak is None else max(0.0, peak - before)
-    return Candidate(name, runner, create_seconds, grown, gate, network, cold_call_ms=cold_call_ms)
+    device_mib, source = memory_grown_since(on_device, runner.device)
+    return Candidate(
+        name, runner, create_seconds, grown, gate, network, cold_call_ms=cold_call_ms, device_memory_mib=device_mib,
+        device_memory_source=source,
+    )  # fmt: skip
 
 
 def reset_peak_memory() -> float:
