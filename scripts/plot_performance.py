@@ -55,7 +55,9 @@ SECTIONS = (
         tables.targets_text, tables.NO_GPU,
     ),
     Section(
-        "cpu", f"cnx-deploy bench {FILES} --batch 1 --batch 8 --compare timm,torch,compile --no-spin --json",
+        "cpu",
+        f"cnx-deploy bench {FILES} --batch 1 --batch 8 "
+        "--compare timm,timm-whole,timm-18,torch,compile --no-spin --json",
         "Speed of our ONNX files and of PyTorch over timm's model in ONNX Runtime, with 95 % intervals.",
         tables.cpu_text, "A CPU's speeds; no GPU was there.",
     ),

@@ -22,7 +22,7 @@ from tests.bench_rows import row
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "plot_performance.py"
 HEAD = {"date": "2026-01-02", "command": "record it", "tools": {"tensorrt-rtx": "1.5"}}
-BASELINE = "timm.onnx fp32"
+BASELINE, WHOLE = "timm.onnx fp32", "timm.onnx whole batch fp32"
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def grown(variant: str, parameters: int) -> dict[str, Any]:
 
 def benchmark() -> dict[str, Any]:
     """What `bench --json` prints of one file of ours beside timm's model, the file's row unstable."""
-    ratio = (Ratio(BASELINE, 1.25, 1.2, 1.3),)
+    ratio = (Ratio(BASELINE, 1.25, 1.2, 1.3), Ratio(WHOLE, 1.5, 1.4, 1.6))
     rows = (row(1, 80, name=BASELINE), row(1, 100, name="atto-32-fp32.onnx", ratios=ratio, status="UNSTABLE"))
     missing = (NotRun("atto-32-fp16-rtx-sm89.engine", "atto-32", 64, 98, 31.2, "no GPU"),)
     networks = {"atto-32": {"variant": "atto", "image_size": 32}}
@@ -170,8 +170,8 @@ def test_every_section_names_its_command_its_day_and_what_was_not_run(script: Mo
 def test_an_unstable_row_stays_marked_and_what_was_not_run_has_no_speed(script: ModuleType, docs: Path) -> None:
     script.main(["--docs-dir", str(docs)])
     baseline, ours = cells(docs, "cpu")
-    assert baseline[3:] == [BASELINE, "80.0", "baseline", "OK"]
-    assert ours[3:] == ["atto-32-fp32.onnx", "100.0", "1.25 (1.20–1.30)", "**UNSTABLE**"]
+    assert baseline[3:] == [BASELINE, "80.0", "baseline", "–", "OK"]
+    assert ours[3:] == ["atto-32-fp32.onnx", "100.0", "1.25 (1.20–1.30)", "1.50 (1.40–1.60)", "**UNSTABLE**"]
     assert "Not run: atto-32-fp16-rtx-sm89.engine (no GPU)." in part(docs, "cpu")
 
 

@@ -14,8 +14,8 @@ from cnx_deploy.errors import InputError
 from cnx_deploy.roofline import work_of
 
 __all__ = [
-    "BASELINE", "GROWTHS", "OURS", "PEERS", "Comparison", "Document", "Speed", "comparisons", "growth", "read_document",
-    "shared_condition", "source_of", "speeds",
+    "BASELINE", "GROWTHS", "OURS", "PEERS", "WHOLE_BATCHES", "Comparison", "Document", "Speed", "comparisons", "growth",
+    "read_document", "shared_condition", "source_of", "speeds",
 ]  # fmt: skip
 
 Document = dict[str, Any]
@@ -24,7 +24,10 @@ Document = dict[str, Any]
 OURS = "cnx-deploy"
 PEERS = ("timm", "transformers")
 BASELINE = "timm.onnx fp32"
-"""The row of a CPU benchmark that the others are compared with."""
+"""The row of a CPU benchmark that the others are compared with: timm's graph, run as our files are."""
+
+WHOLE_BATCHES = "timm.onnx whole batch fp32"
+"""The same graph as ONNX Runtime runs it by itself."""
 
 GROWTHS = {
     "export_seconds": "export time",
@@ -77,6 +80,7 @@ class Speed:
     """One row of a CPU benchmark. `kind`: what was timed, such as "ours fp16" or "torch eager fp32".
 
     `ratio`: how many times as fast as `BASELINE` in the same run, with its interval; None for that row itself.
+    `whole_ratio`: the same over `WHOLE_BATCHES`.
     """
 
     variant: str
@@ -86,6 +90,7 @@ class Speed:
     kind: str
     images_per_second: float
     ratio: Ratio | None
+    whole_ratio: Ratio | None
     status: str
 
     @property
@@ -152,9 +157,14 @@ def _speeds(document: Document) -> Iterator[Speed]:
             name=row["name"],
             kind=_kind(row["name"], network),
             images_per_second=row["images_per_second"],
-            ratio=next((Ratio(**ratio) for ratio in row["ratios"] if ratio["peer"] == BASELINE), None),
+            ratio=_ratio_over(BASELINE, row),
+            whole_ratio=_ratio_over(WHOLE_BATCHES, row),
             status=row["status"],
         )
+
+
+def _ratio_over(peer: str, row: Document) -> Ratio | None:
+    return next((Ratio(**ratio) for ratio in row["ratios"] if ratio["peer"] == peer), None)
 
 
 def _kind(name: str, network: Document) -> str:

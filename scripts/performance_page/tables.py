@@ -9,6 +9,7 @@ from performance_page.data import (
     GROWTHS,
     OURS,
     PEERS,
+    WHOLE_BATCHES,
     Comparison,
     Document,
     Speed,
@@ -69,10 +70,10 @@ def cpu_text(document: Document) -> str:
     found = speeds(document)
     rows = [
         (speed.variant, str(speed.image_size), str(speed.batch), speed.name, f"{speed.images_per_second:.1f}",
-         _ratio_cell(speed), _status_cell(speed))
+         _ratio_cell(speed, BASELINE), _ratio_cell(speed, WHOLE_BATCHES), _status_cell(speed))
         for speed in found
     ]  # fmt: skip
-    header = ("variant", "px", "batch", "what", "images/s", f"× {BASELINE} (95 %)", "status")
+    header = ("variant", "px", "batch", "what", "images/s", f"× {BASELINE} (95 %)", f"× {WHOLE_BATCHES}", "status")
     missing = [f"{row['name']} ({row['reason']})" for row in document["not_run"]]
     return _paragraphs(
         _table(header, rows),
@@ -154,10 +155,11 @@ def _versions(tools: Document) -> str:
     return f"Versions: {', '.join(f'{name} {tools[name]}' for name in VERSIONS if name in tools)}."
 
 
-def _ratio_cell(speed: Speed) -> str:
-    if speed.ratio is None:
-        return "baseline" if speed.name == BASELINE else "–"
-    return f"{speed.ratio.ratio:.2f} ({speed.ratio.low:.2f}–{speed.ratio.high:.2f})"
+def _ratio_cell(speed: Speed, baseline: str) -> str:
+    ratio = speed.ratio if baseline == BASELINE else speed.whole_ratio
+    if ratio is None:
+        return "baseline" if speed.name == baseline else "–"
+    return f"{ratio.ratio:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
 
 
 def _status_cell(speed: Speed) -> str:
