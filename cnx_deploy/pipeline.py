@@ -14,9 +14,11 @@ from cnx_deploy.data import Preprocessing
 from cnx_deploy.errors import InputError, MissingRequirementError
 from cnx_deploy.export_check import check_exported
 from cnx_deploy.interchange import save_comparison
+from cnx_deploy.labelled import reference_for
 from cnx_deploy.model.checkpoint import LoadedModel, resolve_model
 from cnx_deploy.model.deploy import HALVES, DeploySpec, InputKind, Layout, Precision
 from cnx_deploy.onnx_export import ExportSpec, export_onnx
+from cnx_deploy.saved_results import SavedOutputs
 from cnx_deploy.trt.backend import default_targets, load_backend, require_gpu
 from cnx_deploy.trt.builder import BuildSpec, build_engine
 from cnx_deploy.verification import Progress, Reference, Verification, model_record, verify_artifact
@@ -82,16 +84,19 @@ class BuildRequest:
 class VerifyRequest:
     """What `cnx-deploy verify` takes. Without `files`, everything recorded in both folders.
 
-    `runners`: see `verification.verify_artifact`. `save_inputs`: folder for the images and the reference's logits in
-    Polygraphy's formats, in one folder a network.
+    `data`: images, or a folder of images for each class, all of which are used unless `samples` limits them; without
+    labels, and without `data`, None is 64. `runners`: see `verification.verify_artifact`. `save_inputs`: folder for
+    the images and the reference's logits in Polygraphy's formats, in one folder a network; of labelled images the
+    first that 64, or `samples`, asks for. `save_outputs`: new folder for the logits of both sides, to be judged again.
     """
 
     files: tuple[Path, ...] = ()
     export_dir: Path = Path("export")
     engines_dir: Path = Path("engines")
     data: Path | None = None
-    samples: int = 64
+    samples: int | None = None
     save_inputs: Path | None = None
+    save_outputs: Path | None = None
     runners: tuple[str, ...] = ()
 
 
@@ -159,19 +164,22 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
     Raises MissingRequirementError when an engine that was named cannot run here.
     """
     found = []
+    outputs = SavedOutputs(request.save_outputs) if request.save_outputs is not None else None
     reference: Reference | None = None
     for artifact in selected(request.files, request.export_dir, request.engines_dir, note):
         note(f"Verifying {artifact.path.name}")
         if request.files and artifact.manifest.kind == "engine":
             require_gpu()  # an engine that was named is asked for; before any weight is loaded
         if reference is None or not reference.matches(artifact):
-            reference = Reference(artifact, request.data, request.samples)
-        verification = verify_artifact(artifact, reference, progress, runners=request.runners)
+            reference = reference_for(artifact, request.data, request.samples)
+        verification = verify_artifact(artifact, reference, progress, runners=request.runners, outputs=outputs)
         if outdated := _outdated(artifact, request.export_dir):
             verification = replace(verification, notes=(*verification.notes, outdated))
         if request.files and verification.not_run:
             raise MissingRequirementError(f"{artifact.path.name}: {verification.not_run[0]}")
         found.append(verification)
+        if outputs is not None:
+            outputs.finish(artifact, verification.not_run, verification.notes)
         if request.save_inputs is not None and artifact.manifest.kind == "onnx":
             folder = request.save_inputs / artifact.manifest.stem
             batches = reference.batches_for(artifact)

@@ -4,7 +4,7 @@ The reference is always PyTorch's training form in FP32 with the weights that th
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.artifacts import Artifact, ModelRecord, WeightsRecord, open_artifact, relative_reference
+from cnx_deploy.batch_plan import batch_sizes, first_images, rebatched
 from cnx_deploy.data import Preprocessing, batches_from_folder, image_like_batches, runner_input
 from cnx_deploy.errors import CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, load_checkpoint, load_pretrained
@@ -37,9 +38,6 @@ __all__ = [
     "recorded_model",
     "verify_artifact",
 ]
-
-CHECKED_BATCHES = (1, 2, 7)
-"""Besides the largest: one, the smallest real batch, and an odd one that no kernel is tuned for."""
 
 EMULATED_IMAGES = 10
 """Unless it is asked for by name: the emulator takes seconds an image for the large variants."""
@@ -156,7 +154,7 @@ class Reference:
         batches = self.batches(candidate.spec)
         expected = self.logits(candidate.artifact, batches, progress)
         if candidate.limit is not None:
-            batches = _first(batches, candidate.limit)
+            batches = first_images(batches, candidate.limit)
         sizes = [len(batch) for batch in batches]
         logits = logits_of(candidate.runner, batches, _told(progress, candidate.name))
         expected, gate = expected[: sum(sizes)], candidate.gate
@@ -182,8 +180,8 @@ def verify_artifact(
     """Run an artifact here, as far as that is possible, and judge it against `reference`.
 
     `runners`: names of `runners.opening.ONNX_RUNNERS` for an ONNX file, by default those that prove most; engines run
-    on their GPU alone. `outputs`: where both sides' logits are saved. Raises CorruptArtifactError when its bytes are not what the manifest says; a runner that this
-    machine lacks the hardware for is reported, not raised.
+    on their GPU alone. `outputs`: where both sides' logits are saved. Raises CorruptArtifactError when its bytes are
+    not what the manifest says; a runner that this machine lacks the hardware for is reported, not raised.
     """
     artifact = open_artifact(artifact.path)
     if artifact.manifest.kind == "engine":
@@ -250,14 +248,6 @@ def recorded_model(artifact: Artifact) -> LoadedModel:
     return loaded
 
 
-def batch_sizes(smallest: int, largest: int, samples: int) -> list[int]:
-    """Sizes to check within a range: 1, 2, 7 and the largest, then the largest until `samples` images are reached."""
-    sizes = sorted({size for size in (*CHECKED_BATCHES, largest) if smallest <= size <= largest})
-    while sum(sizes) < samples:
-        sizes.append(max(smallest, min(largest, samples - sum(sizes))))
-    return sizes
-
-
 def _head_of(record: ModelRecord) -> dict[str, Any]:
     """How to get the same head again; a new one is drawn from a fixed seed."""
     return {"num_classes": record.num_classes, "reset_head": True} if record.head_is_new else {}
@@ -282,17 +272,6 @@ def _verify_engine(
     return Verification(artifact.path.name, "engine", (result,))
 
 
-def _first(batches: Sequence[Tensor], images: int) -> list[Tensor]:
-    """The first `images` images, in the batches they are in."""
-    few: list[Tensor] = []
-    for batch in batches:
-        room = images - sum(len(taken) for taken in few)
-        if room <= 0:
-            break
-        few.append(batch[:room])
-    return few
-
-
 def _judge(
     candidate: Candidate, reference: Reference, progress: Progress | None, outputs: SavedOutputs | None
 ) -> ParityResult:
@@ -309,11 +288,3 @@ def _profile_spec(artifact: Artifact, spec: InputSpec) -> InputSpec:
 
 def _told(progress: Progress | None, what: str) -> Callable[[int], None] | None:
     return None if progress is None else lambda images: progress(what, images)
-
-
-def rebatched(source: Iterator[Tensor], sizes: Sequence[int]) -> Iterator[Tensor]:
-    """Single images from `source` in batches of the given sizes; a source that ends early ends the batches."""
-    for size in sizes:
-        images = list(itertools.islice(source, size))
-        if images:
-            yield torch.cat(images)

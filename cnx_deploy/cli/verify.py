@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from cnx_deploy.cli import options
-from cnx_deploy.errors import ParityError
+from cnx_deploy.cli.saved import judged, saved_options
+from cnx_deploy.errors import InputError, ParityError
 
 if TYPE_CHECKING:
     from cnx_deploy.verification import Verification
@@ -17,22 +19,43 @@ if TYPE_CHECKING:
 @options.export_dir
 @options.engines_dir
 @click.option(
-    "--data", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of images to compare on."
-)
-@click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Images, at least.")
+    "--data", type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of images to compare on; with a folder for each class, accuracy and agreement are counted.",
+)  # fmt: skip
+@click.option(
+    "--samples", type=click.IntRange(min=1),
+    help="Images, at least; of labelled images at most [default: 64; all labelled images].",
+)  # fmt: skip
+@click.option(
+    "--runner", "runners", multiple=True,
+    type=click.Choice(["onnxruntime", "onnxruntime-plain", "emulate-fp16", "emulate-bf16"]),
+    help="What runs ONNX files, on all images (repeat for several) [default: what proves most].",
+)  # fmt: skip
 @click.option(
     "--save-inputs", type=click.Path(file_okay=False, path_type=Path),
     help="Folder for the images and PyTorch's logits in Polygraphy's formats.",
 )  # fmt: skip
+@saved_options
+@click.option("--layers", is_flag=True, help="Compare every module's output, to find where two runs part; 2 images.")
+@click.option(
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="SVG file for --layers (needs the extra report)."
+)
 @options.as_json
-def verify(as_json: bool, **arguments: Any) -> None:
+def verify(as_json: bool, layers: bool, plot: Path | None, **arguments: Any) -> None:
     """Compare ONNX FILES and engines with PyTorch; by default everything recorded. Exit code 3 when a gate fails."""
-    options.refuse_engines_without_gpu(arguments["files"])
-    from cnx_deploy.pipeline import VerifyRequest, run_verifications
+    found = judged(arguments)
+    if layers:
+        _verify_layers(plot, as_json=as_json, **arguments)
+        return
+    if plot is not None:
+        raise click.UsageError("--plot draws what --layers finds: add --layers.")
+    if found is None:
+        options.refuse_engines_without_gpu(arguments["files"])
+        from cnx_deploy.pipeline import VerifyRequest, run_verifications
 
-    with options.reporter("Verifying") as progress:
-        request = VerifyRequest(**arguments)
-        found = run_verifications(request, options.note, lambda text, images: progress(text, 0.0))
+        with options.reporter("Verifying") as progress:
+            request = VerifyRequest(**arguments)
+            found = run_verifications(request, options.note, lambda text, images: progress(text, 0.0))
     if as_json:
         options.echo_json({"verifications": [entry.to_dict() for entry in found]})
     else:
@@ -43,7 +66,46 @@ def verify(as_json: bool, **arguments: Any) -> None:
         options.fail(ParityError(message), as_json=as_json)
 
 
+def _verify_layers(plot: Path | None, *, as_json: bool, files: tuple[Path, ...], **arguments: Any) -> None:
+    """Compare ONNX files by layer, on two images where no number is given."""
+    context = click.get_current_context()
+    given = {name for name in arguments if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    if given & {"runners", "save_inputs", "save_outputs"}:
+        text = "leave --runner and --save-inputs out, and --save-outputs."
+        raise click.UsageError(f"--layers has sides of its own and saves nothing: {text}")
+    from cnx_deploy.layers import layers_of_artifact
+    from cnx_deploy.layers_report import check_plot, document, table, write_plot
+    from cnx_deploy.pipeline import selected
+
+    samples = arguments["samples"] if "samples" in given else 2
+    recorded = selected(files, arguments["export_dir"], arguments["engines_dir"], options.note)
+    artifacts = [artifact for artifact in recorded if files or artifact.manifest.kind == "onnx"]
+    if not artifacts:
+        raise InputError(f"No ONNX file is recorded in {arguments['export_dir']}. Run `cnx-deploy export` first.")
+    if plot is not None:
+        check_plot(plot)
+        if len(artifacts) != 1:
+            raise click.UsageError(f"--plot draws one file and {len(artifacts)} are compared: name one.")
+    found = []
+    with options.reporter("Comparing") as progress:
+        words = {"samples": samples, "images": arguments["data"], "progress": lambda text, _: progress(text, 0.0)}
+        for artifact in artifacts:
+            options.note(f"Comparing {artifact.path.name} by layer")
+            found.append(layers_of_artifact(artifact, **words))
+    if plot is not None:
+        options.note(f"  {write_plot(found[0], plot)}")
+    if as_json:
+        options.echo_json({"layers": [document(entry) for entry in found]})
+    else:
+        click.echo("\n\n".join("\n".join(table(entry)) for entry in found))
+    failed = [entry.artifact for entry in found if not entry.passed]
+    if failed:
+        options.fail(ParityError(f"{', '.join(failed)} part from PyTorch by layer; see above where."), as_json=as_json)
+
+
 def _show(found: "list[Verification]") -> None:
+    from cnx_deploy.agreement import LabelledResult
+
     click.echo(
         f"{'artifact':34} {'run by':22} {'images':>6} {'rel. L2':>9} {'cosine':>10} {'top-1':>7} {'KL':>9}  verdict"
     )
@@ -55,6 +117,8 @@ def _show(found: "list[Verification]") -> None:
                 f"{numbers.centred_cosine_min:>10.7f} {numbers.top1_agreement:>7.2%} {numbers.mean_kl:>9.1e}  "
                 f"{'pass' if result.passed else 'FAIL: ' + '; '.join(result.failures)}"
             )
+            for line in result.lines() if isinstance(result, LabelledResult) else ():
+                click.echo(f"  {line}")
         for reason in entry.not_run:
             click.echo(f"{entry.artifact:34} not run: {reason}")
     for line in dict.fromkeys(line for entry in found for line in entry.notes):
