@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.artifacts import Artifact, find_artifacts, open_artifact
+from cnx_deploy.batch_plan import first_images
 from cnx_deploy.errors import InputError, MissingRequirementError
 from cnx_deploy.onnx_checks import check_graph
 from cnx_deploy.onnx_export import ExportSpec, deploy_spec_from_request, export_onnx
@@ -31,6 +32,9 @@ from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.verification import Progress, Reference
 
 __all__ = ["Step", "StepVerdict", "run_steps", "verify_steps"]
+
+IMAGES = 16
+"""Unless another number is asked for: the emulator takes seconds an image for the large variants."""
 
 FLOOR_IMAGES = 4
 """Float64 takes three times as long as FP32 and as much memory again."""
@@ -111,7 +115,7 @@ def verify_steps(
     if artifact.manifest.kind != "onnx" or precision not in ("fp16", "bf16"):
         raise InputError(f"{artifact.path.name} is no half-precision ONNX file, which --steps leads to. Name one.")
     check_graph(artifact.path)
-    batches = reference.batches_for(artifact)
+    batches = _batches(artifact, reference)
     floor, floor_images = _noise_floor(artifact, reference, batches)
     steps: list[Step] = []
     with ExitStack() as stack:
@@ -142,9 +146,16 @@ def run_steps(
     for artifact in halves:
         note(f"Following {artifact.path.name} from PyTorch on")
         built = [engine for engine in engines if engine.manifest.source_sha256 == artifact.sha256]
-        reference = Reference(artifact, request.data, request.samples)
+        reference = Reference(artifact, request.data, request.samples or IMAGES)
         verdicts.append(verify_steps(artifact, built, reference, progress))
     return verdicts
+
+
+def _batches(artifact: Artifact, reference: Reference) -> list[Tensor]:
+    """As many images as the reference has samples, in batches that the file takes."""
+    smallest, everything = int(artifact.manifest.request["batch"][0]), reference.batches_for(artifact)
+    few = first_images(everything, reference.samples)
+    return [batch for batch in few if len(batch) >= smallest] or everything[:1]
 
 
 def _noise_floor(artifact: Artifact, reference: Reference, batches: Sequence[Tensor]) -> tuple[float, int]:

@@ -6,12 +6,14 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
 from onnx import numpy_helper
 
 from cnx_deploy import steps
 from cnx_deploy.artifacts import Artifact, ModelRecord, WeightsRecord
+from cnx_deploy.cli import cli
 from cnx_deploy.data import Preprocessing
-from cnx_deploy.errors import InputError
+from cnx_deploy.errors import InputError, ParityError
 from cnx_deploy.model.checkpoint import LoadedModel, hash_weights
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import DeploySpec
@@ -127,6 +129,23 @@ def test_a_wrong_engine_is_blamed_on_tensorrt(healthy, tiny_engine, monkeypatch)
     verdict = chain(artifact, loaded, engines=(tiny_engine,))
     assert [step.failed for step in verdict.steps] == [False, False, False, True]
     assert verdict.sentence().endswith("To blame: TensorRT.")
+
+
+def test_the_command_follows_recorded_files_and_ends_in_3_where_a_step_fails(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = CliRunner().invoke(cli, ["export", "--variant", "atto", "--image-size", "32", "--precision", "fp16"])
+    assert made.exit_code == 0, made.output
+    found = CliRunner().invoke(cli, ["verify", "--steps", "--samples", "3"])
+    assert found.exit_code == 0, found.output
+    assert "atto-32-fp16.onnx: 3 steps passed" in found.stdout
+    assert found.stdout.count("pass\n") == 3
+    logits = steps._logits
+    monkeypatch.setattr(steps, "_logits", lambda *given: logits(*given) + (1.0 if given[2] == "emulator" else 0.0))
+    failed = CliRunner().invoke(cli, ["verify", "--steps", "--samples", "3"])
+    assert isinstance(failed.exception, ParityError)  # exit code 3
+    assert "To blame: FP16" in str(failed.exception)
+    refused = CliRunner().invoke(cli, ["verify", "--steps", "--runner", "onnxruntime"])
+    assert (refused.exit_code, "leave --runner out" in refused.output) == (2, True)
 
 
 def test_the_verdict_is_json(healthy) -> None:

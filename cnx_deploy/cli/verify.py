@@ -8,6 +8,7 @@ from click.core import ParameterSource
 
 from cnx_deploy.cli import options
 from cnx_deploy.cli.saved import judged, saved_options
+from cnx_deploy.cli.steps import verify_steps
 from cnx_deploy.errors import InputError, ParityError
 
 if TYPE_CHECKING:
@@ -40,10 +41,14 @@ if TYPE_CHECKING:
 @click.option(
     "--plot", type=click.Path(dir_okay=False, path_type=Path), help="SVG file for --layers (needs the extra report)."
 )
+@click.option("--steps", is_flag=True, help="Follow the chain PyTorch, FP32, half precision, engine; name what fails.")
 @options.as_json
-def verify(as_json: bool, layers: bool, plot: Path | None, **arguments: Any) -> None:
+def verify(as_json: bool, layers: bool, steps: bool, plot: Path | None, **arguments: Any) -> None:
     """Compare ONNX FILES and engines with PyTorch; by default everything recorded. Exit code 3 when a gate fails."""
     found = judged(arguments)
+    if steps:
+        verify_steps(arguments.pop("files"), arguments, as_json=as_json)
+        return
     if layers:
         _verify_layers(plot, as_json=as_json, **arguments)
         return
