@@ -7,7 +7,7 @@ Each stage is a plain function of the module that owns it:
 - ``cnx_deploy.onnx_export``: ``export_onnx``
 - ``cnx_deploy.trt.builder``: ``build_engine``
 - ``cnx_deploy.parity``: ``compare``
-- ``cnx_deploy.benchmark``: ``measure``
+- ``cnx_deploy.bench.timing``: ``measure_together``
 
 This file imports nothing, so that ``cnx-deploy --help`` stays fast.
 """

@@ -18,6 +18,7 @@ from cnx_deploy.verification import rebatched
 __all__ = ["check_exported"]
 
 REFERENCE = "torch float32"
+KEEP = "--keep-fp32"
 
 
 def check_exported(
@@ -25,7 +26,8 @@ def check_exported(
 ) -> Callable[[Path], dict[str, Any]]:
     """The check an export runs on the file before it is put into place: batches of 1 and 2, here and now.
 
-    A half-precision file's deploy form is judged in FP32 first: rounding would hide a small mistake in it.
+    A half-precision file's deploy form is judged in FP32 first: rounding would hide a small mistake in it. The file
+    itself is run by ONNX Runtime where that can, and by the emulator, which alone sees FP16 overflow.
 
     The returned function raises ParityError; otherwise it gives the verdict for the manifest.
     """
@@ -44,18 +46,19 @@ def check_exported(
                     compare(runner, expected, batches, GATES["fp32"], reference_name=REFERENCE),
                     f"The form of {path.name}",
                 )
-        name = checked_by(spec.precision)[0]
-        with open_onnx(name, path, spec.precision) as runner:
-            result = compare(runner, expected, batches, GATES[spec.precision], reference_name=REFERENCE)
-        _refuse_failed(result, path.name)
+        for name in checked_by(spec.precision):
+            with open_onnx(name, path, spec.precision) as runner:
+                result = compare(runner, expected, batches, GATES[spec.precision], reference_name=REFERENCE)
+            remedy = f" `cnx-deploy bisect` names what has to stay in FP32 ({KEEP})." if spec.is_half else ""
+            _refuse_failed(result, f"{path.name} ({result.candidate})", remedy)
         return {key: value for key, value in result.to_dict().items() if key not in ("failures", "gate")}
 
     return check
 
 
-def _refuse_failed(result: ParityResult, what: str) -> None:
+def _refuse_failed(result: ParityResult, what: str, remedy: str = "") -> None:
     if not result.passed:
         raise ParityError(
             f"{what} differs from PyTorch: {'; '.join(result.failures)}. Nothing was written. "
-            "Use --no-verify to keep the file for inspection."
+            f"Use --no-verify to keep the file for inspection.{remedy}"
         )

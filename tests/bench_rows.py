@@ -1,7 +1,7 @@
 """Rows of a benchmark with chosen figures, for tests of what is made of rows."""
 
-from cnx_deploy.bench_statistics import Ratio, latency_of
-from cnx_deploy.benchmark import Timing
+from cnx_deploy.bench.statistics import Ratio, latency_of
+from cnx_deploy.bench.timing import Timing
 
 
 def row(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from cnx_deploy.artifacts import ModelRecord, WeightsRecord
-from cnx_deploy.bisection_case import Case
+from cnx_deploy.bisection.case import Case
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model

@@ -10,7 +10,7 @@ from onnx import numpy_helper
 
 from cnx_deploy.artifacts import Artifact
 from cnx_deploy.data import image_like_batches, runner_input
-from cnx_deploy.layers import (
+from cnx_deploy.layers.comparison import (
     LayerComparison,
     compare_layers,
 )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from cnx_deploy import bench_energy
+from cnx_deploy.bench import energy as bench_energy
 from cnx_deploy.runners.base import HoldsNothing
 from tests.known_speed import Clock, KnownSpeed
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cnx_deploy.bench_conditions import Conditions, conditions_now, doubts, isa_flags
-from cnx_deploy.bench_gpu import GpuTimes, gpu_times, limits_of, states_from_csv
-from cnx_deploy.bench_statistics import latency_of
+from cnx_deploy.bench.conditions import Conditions, conditions_now, doubts, isa_flags
+from cnx_deploy.bench.gpu import GpuTimes, gpu_times, limits_of, states_from_csv
+from cnx_deploy.bench.statistics import latency_of
 from cnx_deploy.environment import cpu_count, find_gpus
 from cnx_deploy.runners.base import Split
 

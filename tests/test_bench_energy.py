@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from cnx_deploy.bench_candidate import Candidate, create
-from cnx_deploy.bench_energy import (
+from cnx_deploy.bench.candidate import Candidate, create
+from cnx_deploy.bench.energy import (
     BY_CUDA,
     BY_NVML,
     measure_energy,

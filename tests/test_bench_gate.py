@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cnx_deploy.bench_gate import judge_against, read_baseline, refuse_incomparable
+from cnx_deploy.bench.gate import judge_against, read_baseline, refuse_incomparable
 from cnx_deploy.errors import InputError
 
 MACHINE = {"cpu": "Epyc", "processors": 2, "threads": 2, "gpus": []}

@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 
-from cnx_deploy.bench_peers import PEERS, CompiledRunner, OrtSettings, PeerSetup, place_of_peers, timm_twin
+from cnx_deploy.bench.peers import PEERS, CompiledRunner, OrtSettings, PeerSetup, place_of_peers, timm_twin
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.errors import MissingRequirementError
 from cnx_deploy.model.convnextv2 import ConvNeXtV2

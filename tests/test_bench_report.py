@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from cnx_deploy.artifacts import Artifact
-from cnx_deploy.bench_conditions import Conditions
-from cnx_deploy.bench_energy import BY_NVML, Energy
-from cnx_deploy.bench_gate import Verdict, judge_against, read_baseline
-from cnx_deploy.bench_networks import activation_count
-from cnx_deploy.bench_plan import plan_of, share_of_bound
-from cnx_deploy.bench_report import as_csv, baseline_of, document, gate_lines, plan_lines, table_lines
-from cnx_deploy.bench_statistics import Ratio
-from cnx_deploy.bench_sweep import knees
-from cnx_deploy.comparison import Benchmark, BenchRequest, NotRun
+from cnx_deploy.bench.comparison import Benchmark, BenchRequest, NotRun
+from cnx_deploy.bench.conditions import Conditions
+from cnx_deploy.bench.energy import BY_NVML, Energy
+from cnx_deploy.bench.gate import Verdict, judge_against, read_baseline
+from cnx_deploy.bench.networks import activation_count
+from cnx_deploy.bench.plan import plan_of, share_of_bound
+from cnx_deploy.bench.report import as_csv, baseline_of, document, gate_lines, plan_lines, table_lines
+from cnx_deploy.bench.statistics import Ratio
+from cnx_deploy.bench.sweep import knees
 from cnx_deploy.devices import find_device
 from cnx_deploy.roofline import bound_of, work_of
 from cnx_deploy.variants import find_variant

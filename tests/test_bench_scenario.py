@@ -14,14 +14,14 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from cnx_deploy import bench_scenario
 from cnx_deploy.artifacts import Artifact, open_artifact, sha256_of_file
-from cnx_deploy.bench_candidate import Candidate
-from cnx_deploy.bench_scenario import run_scenario
-from cnx_deploy.bench_under_load import ScenarioRequest, ScenarioRow, measure_under_load
+from cnx_deploy.bench import scenario as bench_scenario
+from cnx_deploy.bench.candidate import Candidate
+from cnx_deploy.bench.comparison import BenchRequest
+from cnx_deploy.bench.scenario import run_scenario
+from cnx_deploy.bench.under_load import ScenarioRequest, ScenarioRow, measure_under_load
 from cnx_deploy.cli import main
 from cnx_deploy.cli.bench import bench
-from cnx_deploy.comparison import BenchRequest
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.errors import CheckFailedError, InputError, MissingRequirementError
 from cnx_deploy.model.checkpoint import hash_weights

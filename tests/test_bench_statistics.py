@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from cnx_deploy.bench_statistics import Ratio, disagreement, latency_of, ratio_of
+from cnx_deploy.bench.statistics import Ratio, disagreement, latency_of, ratio_of
 
 
 def test_the_figures_are_those_of_the_sample() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cnx_deploy.bench_sweep import is_over, knee_of, knees, sweep_batches
+from cnx_deploy.bench.sweep import is_over, knee_of, knees, sweep_batches
 from tests.bench_rows import row
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cnx_deploy import benchmark
-from cnx_deploy.bench_candidate import Candidate, peak_memory_mib, reset_peak_memory
-from cnx_deploy.bench_statistics import Ratio
-from cnx_deploy.benchmark import BenchSpec, Timing, measure_together
+from cnx_deploy.bench import timing as benchmark
+from cnx_deploy.bench.candidate import Candidate, peak_memory_mib, reset_peak_memory
+from cnx_deploy.bench.statistics import Ratio
+from cnx_deploy.bench.timing import BenchSpec, Timing, measure_together
 from cnx_deploy.errors import InputError
 from cnx_deploy.parity import GATES
 from cnx_deploy.runners.base import RunnerInfo, Split
@@ -347,7 +347,9 @@ CPU_ROW = """
 import contextlib, sys, time
 import torch
 sys.modules.pop("pynvml", None)  # torch itself imports it where it is installed
-from cnx_deploy import bench_candidate, bench_energy, benchmark
+from cnx_deploy.bench import candidate as bench_candidate
+from cnx_deploy.bench import energy as bench_energy
+from cnx_deploy.bench import timing as benchmark
 from cnx_deploy.parity import GATES
 from tests.known_speed import IMAGES
 from tests.nvml_double import GpuRunner

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from cnx_deploy.artifacts import Artifact
-from cnx_deploy.bisection import Tried, find_kept
-from cnx_deploy.bisection_case import Case, case_of
-from cnx_deploy.bisection_probe import MixedForm, _rounded_operators
-from cnx_deploy.bisection_search import minimal_set, smallest_subset
-from cnx_deploy.bisection_units import in_order, islands_of, spelled, units_of
+from cnx_deploy.bisection.case import Case, case_of
+from cnx_deploy.bisection.find import Tried, find_kept
+from cnx_deploy.bisection.probe import MixedForm, _rounded_operators
+from cnx_deploy.bisection.search import minimal_set, smallest_subset
+from cnx_deploy.bisection.units import in_order, islands_of, spelled, units_of
 from cnx_deploy.data import Preprocessing
 from cnx_deploy.errors import InputError
 from cnx_deploy.model.checkpoint import LoadedModel

@@ -10,12 +10,12 @@ import click
 import pytest
 import torch
 
-from cnx_deploy import bisection
 from cnx_deploy.artifacts import Artifact, ModelRecord, WeightsRecord, open_artifact
-from cnx_deploy.bisection import Tried, bisect_artifact, run_bisection
-from cnx_deploy.bisection_case import Case, Exported, Probe, Recorded, case_of, recorded_as_it_is
-from cnx_deploy.bisection_probe import MixedForm
-from cnx_deploy.bisection_report import command_of, document_of, failure, lines_of
+from cnx_deploy.bisection import find as bisection
+from cnx_deploy.bisection.case import Case, Exported, Probe, Recorded, case_of, recorded_as_it_is
+from cnx_deploy.bisection.find import Tried, bisect_artifact, run_bisection
+from cnx_deploy.bisection.probe import MixedForm
+from cnx_deploy.bisection.report import command_of, document_of, failure, lines_of
 from cnx_deploy.cli import cli, main
 from cnx_deploy.errors import InputError
 from cnx_deploy.model.checkpoint import LoadedModel, save_checkpoint

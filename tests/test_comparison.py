@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from cnx_deploy import benchmark
 from cnx_deploy.artifacts import Artifact, open_artifact, sha256_of_file
-from cnx_deploy.bench_sweep import knees
+from cnx_deploy.bench import timing as benchmark
+from cnx_deploy.bench.comparison import BenchRequest, bench_artifacts
+from cnx_deploy.bench.sweep import knees
 from cnx_deploy.cli.bench import bench
-from cnx_deploy.comparison import BenchRequest, bench_artifacts
 from cnx_deploy.environment import find_gpus
 from cnx_deploy.errors import CheckFailedError, InputError, MissingRequirementError
 from cnx_deploy.pipeline import BuildRequest, ExportRequest, run_builds, run_exports

@@ -19,11 +19,11 @@ from cnx_deploy.cli import main
 from cnx_deploy.data import Preprocessing, image_like_batches, runner_input
 from cnx_deploy.emulator.graph import Graph
 from cnx_deploy.errors import InputError
-from cnx_deploy.headroom import Headroom, HeadroomRequest, measure_headroom, run_headroom, safe_image_size
-from cnx_deploy.headroom_plot import write_plot
-from cnx_deploy.headroom_ranges import HALF_MAX, larger, rank, stage_of
-from cnx_deploy.headroom_recorder import parameter_ranges, recorded_form
-from cnx_deploy.headroom_report import failure, lines_of
+from cnx_deploy.headroom.analysis import Headroom, HeadroomRequest, measure_headroom, run_headroom, safe_image_size
+from cnx_deploy.headroom.plot import write_plot
+from cnx_deploy.headroom.ranges import HALF_MAX, larger, rank, stage_of
+from cnx_deploy.headroom.recorder import parameter_ranges, recorded_form
+from cnx_deploy.headroom.report import failure, lines_of
 from cnx_deploy.model.checkpoint import LoadedModel, save_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.model.deploy import DeploySpec, deploy_form, parts_of

@@ -9,10 +9,10 @@ import onnx
 import pytest
 import torch
 
-from cnx_deploy import layers_sides
 from cnx_deploy.artifacts import Artifact, open_artifact, sha256_of_file
 from cnx_deploy.errors import CorruptArtifactError, InputError
-from cnx_deploy.layers import (
+from cnx_deploy.layers import sides as layers_sides
+from cnx_deploy.layers.comparison import (
     JUMP,
     Figures,
     LayerComparison,
@@ -22,9 +22,9 @@ from cnx_deploy.layers import (
     layers_of_artifact,
     with_jumps,
 )
-from cnx_deploy.layers_report import document, table
-from cnx_deploy.layers_sides import SIDES, Subject, reference_form, torch_outputs
-from cnx_deploy.layers_taps import LOGITS, canonical, module_names, tapped_copy, taps_in_file
+from cnx_deploy.layers.report import document, table
+from cnx_deploy.layers.sides import SIDES, Subject, reference_form, torch_outputs
+from cnx_deploy.layers.taps import LOGITS, canonical, module_names, tapped_copy, taps_in_file
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.parity import GATES
 from tests.conftest import TINY_TEST

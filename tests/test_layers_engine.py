@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from cnx_deploy import layers_engine, layers_sides
 from cnx_deploy.artifacts import Artifact
 from cnx_deploy.errors import BuildError, InputError, MissingRequirementError
-from cnx_deploy.layers_engine import Engine, compiled_plan
-from cnx_deploy.layers_report import table
-from cnx_deploy.layers_sides import SIDES, reference_form
-from cnx_deploy.layers_taps import module_names, tapped_copy, taps_in_file
+from cnx_deploy.layers import engine as layers_engine
+from cnx_deploy.layers import sides as layers_sides
+from cnx_deploy.layers.engine import Engine, compiled_plan
+from cnx_deploy.layers.report import table
+from cnx_deploy.layers.sides import SIDES, reference_form
+from cnx_deploy.layers.taps import module_names, tapped_copy, taps_in_file
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.trt.backend import Backend, load_backend
 from cnx_deploy.trt.network import NetworkBuild

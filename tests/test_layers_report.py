@@ -12,12 +12,12 @@ import pytest
 from cnx_deploy.artifacts import Artifact, open_artifact, sha256_of_file
 from cnx_deploy.cli import main
 from cnx_deploy.errors import CorruptArtifactError, MissingRequirementError
-from cnx_deploy.layers import (
+from cnx_deploy.layers.comparison import (
     Figures,
     LayerComparison,
     layers_of_artifact,
 )
-from cnx_deploy.layers_report import check_plot, table, write_plot
+from cnx_deploy.layers.report import check_plot, table, write_plot
 from cnx_deploy.model.checkpoint import hash_weights
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.variants import VARIANTS

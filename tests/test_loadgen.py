@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from cnx_deploy.bench.loadgen import SCENARIOS, Load, run_load
 from cnx_deploy.errors import CnxDeployError, InputError, ParityError
-from cnx_deploy.loadgen import SCENARIOS, Load, run_load
 
 
 def load(scenario: str, **values: Any) -> Load:

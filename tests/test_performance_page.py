@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from cnx_deploy.bench_conditions import conditions_now
-from cnx_deploy.bench_report import document
-from cnx_deploy.bench_statistics import Ratio
-from cnx_deploy.comparison import Benchmark, NotRun
+from cnx_deploy.bench.comparison import Benchmark, NotRun
+from cnx_deploy.bench.conditions import conditions_now
+from cnx_deploy.bench.report import document
+from cnx_deploy.bench.statistics import Ratio
 from cnx_deploy.roofline import work_of
 from tests.bench_rows import row
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from cnx_deploy.artifacts import Artifact
-from cnx_deploy.bench_candidate import Candidate
-from cnx_deploy.benchmark import BenchSpec, measure_together
+from cnx_deploy.bench.candidate import Candidate
+from cnx_deploy.bench.timing import BenchSpec, measure_together
 from cnx_deploy.environment import Gpu
 from cnx_deploy.errors import BuildError, CnxDeployError, CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.runners import tensorrt_runner

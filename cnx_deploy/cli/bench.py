@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cnx_deploy.bench.loadgen import SCENARIOS, import_loadgen
 from cnx_deploy.cli import options
 from cnx_deploy.errors import CheckFailedError
-from cnx_deploy.loadgen import SCENARIOS, import_loadgen
 
 if TYPE_CHECKING:
-    from cnx_deploy.bench_run import BenchReport
-    from cnx_deploy.bench_scenario import ScenarioReport
-    from cnx_deploy.comparison import BenchRequest
+    from cnx_deploy.bench.comparison import BenchRequest
+    from cnx_deploy.bench.run import BenchReport
+    from cnx_deploy.bench.scenario import ScenarioReport
 
 PEERS = ("torch", "compile", "timm", "timm-whole", "timm-18")
 
@@ -89,8 +89,8 @@ def bench(
     if dry_run:
         _show_plan(request, as_json=as_json)
         return
-    from cnx_deploy.bench_report import as_csv as csv_of
-    from cnx_deploy.bench_run import run_bench
+    from cnx_deploy.bench.report import as_csv as csv_of
+    from cnx_deploy.bench.run import run_bench
     from cnx_deploy.pipeline import selected
 
     artifacts = list(selected(request.files, request.export_dir, request.engines_dir, options.note))
@@ -126,8 +126,8 @@ def _run_scenario(
     *,
     as_json: bool,
 ) -> None:
-    from cnx_deploy.bench_scenario import run_scenario
-    from cnx_deploy.bench_under_load import ScenarioRequest
+    from cnx_deploy.bench.scenario import run_scenario
+    from cnx_deploy.bench.under_load import ScenarioRequest
     from cnx_deploy.pipeline import selected
 
     request = ScenarioRequest(
@@ -157,7 +157,7 @@ def _show(report: "BenchReport | ScenarioReport", text: str, *, as_json: bool) -
 def _request(batches: tuple[int, ...], compare: tuple[tuple[str, ...], ...], **others: Any) -> "BenchRequest":
     if batches and others["sweep"]:
         raise click.UsageError("--sweep chooses the batches: leave out --batch, or use --max-batch.")
-    from cnx_deploy.comparison import BenchRequest
+    from cnx_deploy.bench.comparison import BenchRequest
 
     words = dict.fromkeys(word for given in compare for word in given)
     return BenchRequest(batches=batches or (1, 8), compare=tuple(words), **others)
@@ -165,9 +165,9 @@ def _request(batches: tuple[int, ...], compare: tuple[tuple[str, ...], ...], **o
 
 def _show_plan(request: "BenchRequest", *, as_json: bool) -> None:
     from cnx_deploy.artifacts import find_artifacts
-    from cnx_deploy.bench_conditions import conditions_now
-    from cnx_deploy.bench_plan import plan_of
-    from cnx_deploy.bench_report import head_lines, plan_document, plan_lines
+    from cnx_deploy.bench.conditions import conditions_now
+    from cnx_deploy.bench.plan import plan_of
+    from cnx_deploy.bench.report import head_lines, plan_document, plan_lines
     from cnx_deploy.pipeline import selected
 
     # A plan needs the manifests only, and a fresh clone has no more.

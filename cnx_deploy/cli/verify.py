@@ -78,8 +78,8 @@ def _verify_layers(plot: Path | None, *, as_json: bool, files: tuple[Path, ...],
     if given & {"runners", "save_inputs", "save_outputs"}:
         text = "leave --runner and --save-inputs out, and --save-outputs."
         raise click.UsageError(f"--layers has sides of its own and saves nothing: {text}")
-    from cnx_deploy.layers import layers_of_artifact
-    from cnx_deploy.layers_report import check_plot, document, table, write_plot
+    from cnx_deploy.layers.comparison import layers_of_artifact
+    from cnx_deploy.layers.report import check_plot, document, table, write_plot
     from cnx_deploy.pipeline import selected
 
     samples = arguments["samples"] if "samples" in given else 2

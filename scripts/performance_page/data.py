@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cnx_deploy.bench_statistics import Ratio
+from cnx_deploy.bench.statistics import Ratio
 from cnx_deploy.errors import InputError
 from cnx_deploy.roofline import work_of
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from cnx_deploy.bisection_units import units_of
+from cnx_deploy.bisection.units import units_of
 from cnx_deploy.emulator.operators import OPERATORS
 from cnx_deploy.errors import InputError
 from cnx_deploy.model.convnextv2 import ConvNeXtV2

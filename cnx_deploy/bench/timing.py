@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from cnx_deploy.bench_candidate import Candidate
-from cnx_deploy.bench_correctness import Correctness, KeptOutputs, judge
-from cnx_deploy.bench_energy import Energy, measure_energy
-from cnx_deploy.bench_gpu import GpuTimes, gpu_times, limits_of
-from cnx_deploy.bench_statistics import WINDOWS, Latency, Ratio, disagreement, latency_of, ratio_of
+from cnx_deploy.bench.candidate import Candidate
+from cnx_deploy.bench.correctness import Correctness, KeptOutputs, judge
+from cnx_deploy.bench.energy import Energy, measure_energy
+from cnx_deploy.bench.gpu import GpuTimes, gpu_times, limits_of
+from cnx_deploy.bench.statistics import WINDOWS, Latency, Ratio, disagreement, latency_of, ratio_of
 from cnx_deploy.errors import InputError
 from cnx_deploy.runners.base import Runner, Split, SplitRunner
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cnx_deploy.data import Preprocessing
-from cnx_deploy.headroom_ranges import NormRange, ParameterRange, ResponseRange, TensorRange, larger
+from cnx_deploy.headroom.ranges import NormRange, ParameterRange, ResponseRange, TensorRange, larger
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import DeployedConvNeXtV2, DeploySpec, deploy_form
 from cnx_deploy.model.deploy_blocks import TokenBlock

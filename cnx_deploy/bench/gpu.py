@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cnx_deploy.bench_statistics import Latency, latency_of
+from cnx_deploy.bench.statistics import Latency, latency_of
 from cnx_deploy.runners.base import Split
 
 __all__ = ["GpuState", "GpuTimes", "gpu_states", "gpu_times", "limits_of", "processes_on_gpus", "states_from_csv"]

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator
 
 from cnx_deploy.errors import CheckFailedError
-from cnx_deploy.headroom import Headroom
-from cnx_deploy.headroom_ranges import HALF_MAX, ParameterRange, Summary, TensorRange, rank, worst
+from cnx_deploy.headroom.analysis import Headroom
+from cnx_deploy.headroom.ranges import HALF_MAX, ParameterRange, Summary, TensorRange, rank, worst
 
 __all__ = ["failure", "lines_of"]
 

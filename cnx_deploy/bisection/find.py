@@ -1,6 +1,6 @@
 """Which smallest set of modules must stay in FP32 for a half-precision file to pass its gate.
 
-Sets are tried on the form that would be exported (`bisection_probe`), block by block first, then by the parts of each
+Sets are tried on the form that would be exported (`bisection.probe`), block by block first, then by the parts of each
 block found. What comes out is exported and run by the emulator, and so is each set that lacks one of its names: the
 whole has to pass and none of those. Where files and probes disagree, the search is made again with a file a probe.
 """
@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cnx_deploy.artifacts import Artifact, open_artifact
-from cnx_deploy.bisection_case import Case, Exported, Probe, Recorded, case_of, exported_with, recorded_as_it_is
-from cnx_deploy.bisection_probe import MixedForm
-from cnx_deploy.bisection_search import Passes, minimal_set, smallest_subset
-from cnx_deploy.bisection_units import in_order, islands_of, parts_of_unit, spelled
+from cnx_deploy.bisection.case import Case, Exported, Probe, Recorded, case_of, exported_with, recorded_as_it_is
+from cnx_deploy.bisection.probe import MixedForm
+from cnx_deploy.bisection.search import Passes, minimal_set, smallest_subset
+from cnx_deploy.bisection.units import in_order, islands_of, parts_of_unit, spelled
 from cnx_deploy.errors import InputError
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.deploy import FORM, HALVES

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnx_deploy.errors import InputError, MissingRequirementError
-from cnx_deploy.layers import LayerComparison, SideResult, TapResult, block_of
+from cnx_deploy.layers.comparison import LayerComparison, SideResult, TapResult, block_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

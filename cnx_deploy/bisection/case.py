@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.artifacts import Artifact, ModelRecord
-from cnx_deploy.bisection_units import in_order, units_of
+from cnx_deploy.bisection.units import in_order, units_of
 from cnx_deploy.data import Preprocessing, batches_from_folder, image_like_batches, runner_input
 from cnx_deploy.emulator.graph import Graph
 from cnx_deploy.errors import InputError, ParityError

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from cnx_deploy.artifacts import Artifact
-from cnx_deploy.bench_gpu import gpu_states
-from cnx_deploy.bench_networks import network_facts, network_name, networks_of, precisions_of
-from cnx_deploy.bench_peers import PEERS, place_of_peers
-from cnx_deploy.benchmark import Timing
-from cnx_deploy.comparison import BenchRequest
+from cnx_deploy.bench.comparison import BenchRequest
+from cnx_deploy.bench.gpu import gpu_states
+from cnx_deploy.bench.networks import network_facts, network_name, networks_of, precisions_of
+from cnx_deploy.bench.peers import PEERS, place_of_peers
+from cnx_deploy.bench.timing import Timing
 from cnx_deploy.devices import DEVICES, find_device
 from cnx_deploy.environment import find_gpus
 from cnx_deploy.roofline import bound_of, table, work_of
@@ -46,7 +46,7 @@ class Plan:
 
 
 def plan_of(artifacts: Sequence[Artifact], request: BenchRequest) -> Plan:
-    """Say what `comparison.bench_artifacts` would measure, without loading a weight.
+    """Say what `bench.comparison.bench_artifacts` would measure, without loading a weight.
 
     The bounds are at the largest batch: of this machine's GPU where it is known, else of all GPUs in the table.
     """

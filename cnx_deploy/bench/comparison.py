@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from cnx_deploy.artifacts import Artifact
-from cnx_deploy.bench_candidate import Candidate, create
-from cnx_deploy.bench_networks import network_facts, network_name, networks_of, precisions_of
-from cnx_deploy.bench_peers import PEERS, OrtSettings, PeerSetup, place_of_peers
-from cnx_deploy.bench_sweep import is_over, sweep_batches
-from cnx_deploy.benchmark import BenchSpec, Timing, measure_together
+from cnx_deploy.bench.candidate import Candidate, create
+from cnx_deploy.bench.networks import network_facts, network_name, networks_of, precisions_of
+from cnx_deploy.bench.peers import PEERS, OrtSettings, PeerSetup, place_of_peers
+from cnx_deploy.bench.sweep import is_over, sweep_batches
+from cnx_deploy.bench.timing import BenchSpec, Timing, measure_together
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.environment import cpu_count, find_gpus
 from cnx_deploy.errors import InputError, MissingRequirementError
@@ -43,7 +43,7 @@ REFERENCE_BATCH = 8
 class BenchRequest:
     """What `cnx-deploy bench` takes. Without `files`, everything recorded in both folders.
 
-    `compare`: words of `bench_peers.PEERS`, the first is the baseline of the table. `threads` None means all;
+    `compare`: words of `bench.peers.PEERS`, the first is the baseline of the table. `threads` None means all;
     `spin`, `thread_per_image`: see `runners.ort.OrtRunner`.
     `sweep`: batches 1, 2, 4, … to `max_batch` instead of `batches`. `cuda_graph`: engines replay a captured graph.
     """

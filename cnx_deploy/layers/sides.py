@@ -17,8 +17,8 @@ from torch import Tensor
 
 from cnx_deploy.environment import cpu_count
 from cnx_deploy.errors import CorruptArtifactError
-from cnx_deploy.layers_engine import compiled_engine
-from cnx_deploy.layers_taps import LOGITS, Taps, tapped_copy
+from cnx_deploy.layers.engine import compiled_engine
+from cnx_deploy.layers.taps import LOGITS, Taps, tapped_copy
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import DeployedConvNeXtV2, DeploySpec, deploy_form
 from cnx_deploy.parity import GATES, Gate

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cnx_deploy.bench_energy import memory_before, memory_grown_since
+from cnx_deploy.bench.energy import memory_before, memory_grown_since
 from cnx_deploy.data import runner_input
 from cnx_deploy.parity import Gate
 from cnx_deploy.runners.base import Runner

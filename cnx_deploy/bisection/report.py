@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from cnx_deploy.artifacts import Artifact
-from cnx_deploy.bisection import Bisection
-from cnx_deploy.bisection_case import Exported, Probe
+from cnx_deploy.bisection.case import Exported, Probe
+from cnx_deploy.bisection.find import Bisection
 from cnx_deploy.errors import CheckFailedError
 from cnx_deploy.onnx_export import ExportSpec, deploy_spec_from_request
 

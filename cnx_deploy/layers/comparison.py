@@ -19,8 +19,8 @@ from torch import Tensor
 from cnx_deploy.artifacts import Artifact, open_artifact
 from cnx_deploy.data import Preprocessing, batches_from_folder, image_like_batches, runner_input
 from cnx_deploy.errors import InputError, MissingRequirementError
-from cnx_deploy.layers_sides import SIDES, Side, Subject, reference_form, torch_outputs
-from cnx_deploy.layers_taps import canonical, module_names, taps_in_file
+from cnx_deploy.layers.sides import SIDES, Side, Subject, reference_form, torch_outputs
+from cnx_deploy.layers.taps import canonical, module_names, taps_in_file
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.onnx_export import deploy_spec_from_request

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cnx_deploy.data import Preprocessing, batches_from_folder, image_like_batches
 from cnx_deploy.errors import InputError
-from cnx_deploy.headroom_ranges import (
+from cnx_deploy.headroom.ranges import (
     HALF_MAX,
     NormRange,
     ParameterRange,
@@ -26,7 +26,7 @@ from cnx_deploy.headroom_ranges import (
     stage_of,
     worst,
 )
-from cnx_deploy.headroom_recorder import Recorder, parameter_ranges, recorded_form
+from cnx_deploy.headroom.recorder import Recorder, parameter_ranges, recorded_form
 from cnx_deploy.model.checkpoint import LoadedModel, resolve_model
 from cnx_deploy.variants import STRIDE
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cnx_deploy.benchmark import Timing
+from cnx_deploy.bench.timing import Timing
 
 __all__ = ["Knee", "is_over", "knee_of", "knees", "sweep_batches"]
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from cnx_deploy.bench_conditions import Conditions
-from cnx_deploy.bench_gate import SCHEMA_VERSION, Verdict
-from cnx_deploy.bench_plan import NOT_MEASURED, Plan, share_of_bound
-from cnx_deploy.bench_statistics import PERCENTILES
-from cnx_deploy.bench_sweep import Knee
-from cnx_deploy.benchmark import Timing
-from cnx_deploy.comparison import Benchmark, NotRun
+from cnx_deploy.bench.comparison import Benchmark, NotRun
+from cnx_deploy.bench.conditions import Conditions
+from cnx_deploy.bench.gate import SCHEMA_VERSION, Verdict
+from cnx_deploy.bench.plan import NOT_MEASURED, Plan, share_of_bound
+from cnx_deploy.bench.statistics import PERCENTILES
+from cnx_deploy.bench.sweep import Knee
+from cnx_deploy.bench.timing import Timing
 
 __all__ = [
     "as_csv",

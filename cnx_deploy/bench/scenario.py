@@ -5,7 +5,7 @@ in batches; `server`, images that arrive at random (Poisson) at a rate, answered
 The figures are LoadGen's, of its rules and its verdict, and no MLPerf result. Answers kept from the run are judged
 against the reference, so a fast wrong answer is INVALID.
 
-The JSON document is that of `bench_report.document` with no `rows`, and::
+The JSON document is that of `bench.report.document` with no `rows`, and::
 
     "scenario": {
       "loadgen": "6.0.17", "note": "LoadGen, not an MLPerf submission: …",
@@ -18,7 +18,7 @@ The JSON document is that of `bench_report.document` with no `rows`, and::
         "latency_ms": {"p50", "p90", "p95", "p99"},           null where too few queries carry one; {} for offline
         "p90_estimate_ms",                                    LoadGen's bound on p90 of a single stream, else null
         "p99_within_slo": true,                               null but for server
-        "correctness": {…},                                   `bench_correctness.Correctness`
+        "correctness": {…},                                   `bench.correctness.Correctness`
         "status": "VALID" | "INVALID", "remarks": [why it is INVALID]
       }]
     }
@@ -34,18 +34,18 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.artifacts import Artifact
-from cnx_deploy.bench_candidate import create
-from cnx_deploy.bench_conditions import Conditions, conditions_now, doubts, throttling
-from cnx_deploy.bench_gpu import gpu_states
-from cnx_deploy.bench_networks import network_facts, network_name, networks_of
-from cnx_deploy.bench_report import document, head_lines
-from cnx_deploy.bench_statistics import PERCENTILES
-from cnx_deploy.bench_under_load import Reference, ScenarioRequest, ScenarioRow, measure_under_load
-from cnx_deploy.comparison import REFERENCE_BATCH, Benchmark, NotRun
+from cnx_deploy.bench.candidate import create
+from cnx_deploy.bench.comparison import REFERENCE_BATCH, Benchmark, NotRun
+from cnx_deploy.bench.conditions import Conditions, conditions_now, doubts, throttling
+from cnx_deploy.bench.gpu import gpu_states
+from cnx_deploy.bench.loadgen import import_loadgen, loadgen_version
+from cnx_deploy.bench.networks import network_facts, network_name, networks_of
+from cnx_deploy.bench.report import document, head_lines
+from cnx_deploy.bench.statistics import PERCENTILES
+from cnx_deploy.bench.under_load import Reference, ScenarioRequest, ScenarioRow, measure_under_load
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.environment import cpu_count, find_gpus
 from cnx_deploy.errors import MissingRequirementError
-from cnx_deploy.loadgen import import_loadgen, loadgen_version
 from cnx_deploy.onnx_export import deploy_spec_from_request
 from cnx_deploy.parity import GATES, Gate, logits_of
 from cnx_deploy.runners.opening import open_runner
@@ -132,7 +132,7 @@ def run_scenario(
     omp_threads: str | None = None,
     progress: Progress | None = None,
 ) -> ScenarioReport:
-    """Put each artifact under load, one after the other; see `bench_conditions.doubts` for `omp_threads`.
+    """Put each artifact under load, one after the other; see `bench.conditions.doubts` for `omp_threads`.
 
     Raises MissingRequirementError without LoadGen, CnxDeployError where a runner fails under load.
     """

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnx_deploy.errors import InputError, MissingRequirementError
-from cnx_deploy.headroom import Headroom
-from cnx_deploy.headroom_ranges import NormRange, ResponseRange, TensorRange, group_of, stage_of
+from cnx_deploy.headroom.analysis import Headroom
+from cnx_deploy.headroom.ranges import NormRange, ResponseRange, TensorRange, group_of, stage_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from cnx_deploy.bench_candidate import Candidate
-from cnx_deploy.bench_correctness import Correctness, KeptOutputs, judge
-from cnx_deploy.bench_statistics import PERCENTILES
-from cnx_deploy.bench_sweep import sweep_batches
-from cnx_deploy.comparison import BenchRequest
+from cnx_deploy.bench.candidate import Candidate
+from cnx_deploy.bench.comparison import BenchRequest
+from cnx_deploy.bench.correctness import Correctness, KeptOutputs, judge
+from cnx_deploy.bench.loadgen import Load, LoadResult, run_load
+from cnx_deploy.bench.statistics import PERCENTILES
+from cnx_deploy.bench.sweep import sweep_batches
 from cnx_deploy.errors import InputError
-from cnx_deploy.loadgen import Load, LoadResult, run_load
 from cnx_deploy.runners.base import InputSpec, RunnerInfo
 
 __all__ = ["Reference", "ScenarioRequest", "ScenarioRow", "measure_under_load"]
@@ -69,7 +69,7 @@ class ScenarioRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScenarioRow:
-    """One file under load; the fields are explained in `bench_scenario`."""
+    """One file under load; the fields are explained in `bench.scenario`."""
 
     name: str
     network: str

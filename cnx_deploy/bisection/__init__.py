@@ -1,0 +1,1 @@
+"""Which smallest set of modules has to stay in FP32."""

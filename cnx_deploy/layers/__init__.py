@@ -1,0 +1,1 @@
+"""Where two runs of one network part: every module's output, side by side."""
