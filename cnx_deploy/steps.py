@@ -185,7 +185,8 @@ def _steps(
         yield _step("PyTorch FP32", what, blame, logits, expected, GATES["fp32"], batches)
     rounded = _logits(open_onnx(f"emulate-{precision}", artifact.path, precision), batches, "emulator", progress)
     blame = f"{precision.upper()}: see `cnx-deploy headroom` and `cnx-deploy bisect`."
-    yield _step("FP32 ONNX", artifact.path.name, blame, rounded, logits, GATES[precision], batches)
+    emulated = f"{artifact.path.name} (emulated)"
+    yield _step("FP32 ONNX", emulated, blame, rounded, logits, GATES[precision], batches)
     for engine in engines:
         yield _engine_step(engine, artifact, rounded, batches, progress)
 

@@ -49,7 +49,7 @@ def test_a_healthy_chain_passes_and_says_what_was_not_run(healthy, tiny_engine) 
     assert [step.candidate for step in verdict.steps] == [
         "FP32 ONNX (no optimisations)",
         "FP32 ONNX (all optimisations)",
-        "tiny-test-32-fp16.onnx",
+        "tiny-test-32-fp16.onnx (emulated)",
         tiny_engine.path.name,
     ]
     assert verdict.failed is None
