@@ -33,7 +33,7 @@ def main() -> int:
     targets = [word for target in TARGETS for word in ("--target", target)]
     cnx("build-trt", "--export-dir", str(EXPORT), "--output-dir", str(ENGINES), *targets)
     step("Verify everything against PyTorch on the validation images")
-    verified = cnx_json("verify", *folders, "--data", str(DATA / "val"), "--samples", "128")
+    verified = cnx_json("verify", *folders, "--data", str(DATA / "val"))
     step("Accuracy on the validation images")
     files = sorted(EXPORT.glob("*.onnx"))
     accuracy = {file.name: cnx_json("eval", str(file), str(DATA)) for file in files}
