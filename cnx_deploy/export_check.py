@@ -1,9 +1,12 @@
 """What an export compares before it puts a file into place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from cnx_deploy.artifacts import ModelRecord
 from cnx_deploy.data import image_like_batches, runner_input
@@ -11,6 +14,7 @@ from cnx_deploy.errors import ParityError
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.onnx_export import deploy_spec_from_request
 from cnx_deploy.parity import GATES, ParityResult, compare, logits_of
+from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.opening import checked_by, open_onnx
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
 from cnx_deploy.verification import rebatched
@@ -41,24 +45,29 @@ def check_exported(
         with reference_runner(loaded.model, spec) as runner:
             expected = logits_of(runner, batches)
         if spec.is_half:
-            with deployed_runner(loaded.model, replace(spec, precision="fp32", keep_fp32=())) as runner:
-                _refuse_failed(
-                    compare(runner, expected, batches, GATES["fp32"], reference_name=REFERENCE),
-                    f"The form of {path.name}",
-                )
-        for name in checked_by(spec.precision):
-            with open_onnx(name, path, spec.precision) as runner:
-                result = compare(runner, expected, batches, GATES[spec.precision], reference_name=REFERENCE)
-            remedy = f" `cnx-deploy bisect` names what has to stay in FP32 ({KEEP})." if spec.is_half else ""
-            _refuse_failed(result, f"{path.name} ({result.candidate})", remedy)
-        return {key: value for key, value in result.to_dict().items() if key not in ("failures", "gate")}
+            form = partial(deployed_runner, loaded.model, replace(spec, precision="fp32", keep_fp32=()))
+            _compared(form, expected, batches, "fp32", f"The form of {path.name}")
+        remedy = f" `cnx-deploy bisect` names what has to stay in FP32 ({KEEP})." if spec.is_half else ""
+        results = [
+            _compared(
+                partial(open_onnx, name, path, spec.precision), expected, batches, spec.precision, path.name, remedy
+            )
+            for name in checked_by(spec.precision)
+        ]
+        return {key: value for key, value in results[-1].to_dict().items() if key not in ("failures", "gate")}
 
     return check
 
 
-def _refuse_failed(result: ParityResult, what: str, remedy: str = "") -> None:
+def _compared(
+    make: Callable[[], Runner], expected: Tensor, batches: Sequence[Tensor], gate: str, what: str, remedy: str = ""
+) -> ParityResult:
+    """Make a runner, judge it and let it go before the next one is made: each holds the weights of huge once more."""
+    with make() as runner:
+        result = compare(runner, expected, batches, GATES[gate], reference_name=REFERENCE)
     if not result.passed:
         raise ParityError(
-            f"{what} differs from PyTorch: {'; '.join(result.failures)}. Nothing was written. "
+            f"{what} ({result.candidate}) differs from PyTorch: {'; '.join(result.failures)}. Nothing was written. "
             f"Use --no-verify to keep the file for inspection.{remedy}"
         )
+    return result

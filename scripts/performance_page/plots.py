@@ -76,6 +76,8 @@ class Look:
 SERIES = tuple(Look(*pair) for pair in zip((BLUE, SKY, ORANGE, GREEN, PURPLE, GREY), "oDs^vX", strict=True))
 """The first, second, … series of a plot."""
 GRAPHS = {"timm": Look(ORANGE, "s", 8.5, "white"), "transformers": Look(GREEN, "^"), OURS: Look(BLUE, "o")}
+LEGEND_MARKS = 4
+"""What one line of a legend holds."""
 FLOOR = Look(GREY, "|", 11)
 
 
@@ -123,7 +125,8 @@ def cpu_plot(document: Document, source: str) -> bytes:
     batches = sorted({speed.batch for speed in found})
     networks = list(dict.fromkeys(_network(speed) for speed in found))
     looks = _looks(list(dict.fromkeys(speed.kind for speed in found)))
-    drawn = f"times as fast as {BASELINE}, with its 95 % interval, more is better\nhollow: UNSTABLE or INVALID"
+    end = "; hollow: not OK" if len(looks) > LEGEND_MARKS else ", more is better\nhollow: UNSTABLE or INVALID"
+    drawn = f"times as fast as {BASELINE}, with its 95 % interval{end}"
     with style.context(["default", STYLE]):
         height = 0.16 * len(networks) * (len(looks) + 1)
         figure, (panels,) = _figure((1, len(batches)), height, "Speed on a CPU", drawn, source)
@@ -199,10 +202,12 @@ def _svg(figure: Figure) -> bytes:
 
 
 def _legend(figure: Figure, looks: dict[str, Look]) -> None:
-    """One line below what is drawn."""
+    """Below what is drawn: one line, or two of three marks where there are many, then what is drawn has one line."""
+    in_two_lines = len(looks) > LEGEND_MARKS
     figure.legend(
-        [look.mark() for look in looks.values()], list(looks), loc="upper left", ncols=len(looks), columnspacing=1.0,
-        bbox_to_anchor=(0.0, 1 - 0.53 / figure.get_figheight()), handletextpad=0.2, handlelength=1.4,
+        [look.mark() for look in looks.values()], list(looks), loc="upper left", columnspacing=1.0,
+        ncols=-(-len(looks) // 2) if in_two_lines else len(looks), handletextpad=0.2, handlelength=1.4,
+        bbox_to_anchor=(0.0, 1 - (0.37 if in_two_lines else 0.53) / figure.get_figheight()),
     )  # fmt: skip
 
 
