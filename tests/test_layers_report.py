@@ -17,9 +17,10 @@ from cnx_deploy.layers.comparison import (
     LayerComparison,
     layers_of_artifact,
 )
-from cnx_deploy.layers.report import check_plot, table, write_plot
+from cnx_deploy.layers.report import table, write_plot
 from cnx_deploy.model.checkpoint import hash_weights
 from cnx_deploy.model.convnextv2 import random_model
+from cnx_deploy.plot_files import check_plot
 from cnx_deploy.variants import VARIANTS
 from tests.conftest import TINY_TEST
 from tests.layer_faults import compare, planted, shifted, with_constant

@@ -79,8 +79,9 @@ def _verify_layers(plot: Path | None, *, as_json: bool, files: tuple[Path, ...],
         text = "leave --runner and --save-inputs out, and --save-outputs."
         raise click.UsageError(f"--layers has sides of its own and saves nothing: {text}")
     from cnx_deploy.layers.comparison import layers_of_artifact
-    from cnx_deploy.layers.report import check_plot, document, table, write_plot
+    from cnx_deploy.layers.report import document, table, write_plot
     from cnx_deploy.pipeline import selected
+    from cnx_deploy.plot_files import check_plot
 
     samples = arguments["samples"] if "samples" in given else 2
     recorded = selected(files, arguments["export_dir"], arguments["engines_dir"], options.note)

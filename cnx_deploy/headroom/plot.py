@@ -3,22 +3,20 @@
 matplotlib is the extra `report`; it is imported when something is drawn.
 """
 
-import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cnx_deploy.errors import InputError, MissingRequirementError
 from cnx_deploy.headroom.analysis import Headroom
 from cnx_deploy.headroom.ranges import NormRange, ResponseRange, TensorRange, group_of, stage_of
+from cnx_deploy.plot_files import save_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["check_plot", "write_plot"]
+__all__ = ["write_plot"]
 
 WIDTH, PANEL, GAP, HEAD, FOOT = 7.2, 1.45, 0.5, 0.95, 0.45
 """Inches: the figure, a panel's height, between panels, above them, below them."""
@@ -36,35 +34,9 @@ STYLE = {
 GREY = "#555555"
 
 
-def check_plot(path: Path) -> None:
-    """Raise, before anything is measured, InputError for another suffix, MissingRequirementError without matplotlib."""
-    if path.suffix.lower() != ".svg":
-        raise InputError(f"{path} is no name for a plot: expected the suffix .svg. Give another.")
-    try:
-        missing = importlib.util.find_spec("matplotlib") is None
-    except ValueError:  # a module that was taken out of sys.modules by hand
-        missing = True
-    if missing:
-        raise MissingRequirementError(
-            "matplotlib is not installed, which draws the plot. Install it with pip install 'cnx-deploy[report]', or "
-            "leave --plot out."
-        )
-
-
 def write_plot(found: Headroom, path: Path) -> Path:
-    """Draw `found` into an SVG file, whole or not at all; the same data give the same bytes. See `check_plot`."""
-    check_plot(path)
-    from matplotlib import style
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}.svg")
-    try:
-        with style.context(["default", STYLE]):
-            _figure(found).savefig(temporary, format="svg", metadata={"Date": None})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    """Draw `found` into an SVG file, whole or not at all; the same data give the same bytes."""
+    return save_svg(path, lambda: _figure(found), STYLE)
 
 
 def _figure(found: Headroom) -> "Figure":

@@ -3,22 +3,21 @@
 matplotlib is the extra `report`; it is imported when something is drawn.
 """
 
-import importlib.util
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cnx_deploy.errors import InputError, MissingRequirementError
+from cnx_deploy.errors import InputError
 from cnx_deploy.layers.comparison import LayerComparison, SideResult, TapResult, block_of
+from cnx_deploy.plot_files import save_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["check_plot", "document", "table", "write_plot"]
+__all__ = ["document", "table", "write_plot"]
 
 MARKS = {"ok": "", "jumps": "^", "fails": "!", "other order": "!", "not finite": "!", "not lined up": "!"}
 LEGEND = (
@@ -70,35 +69,9 @@ def table(found: LayerComparison) -> Iterator[str]:
         yield "no side diverges" + (", but not every module was compared" if found.missing else "")
 
 
-def check_plot(path: Path) -> None:
-    """Before anything runs: InputError unless `path` ends in .svg, MissingRequirementError without matplotlib."""
-    if path.suffix.lower() != ".svg":
-        raise InputError(f"{path} is no name for a plot: expected the suffix .svg. Give another.")
-    try:
-        missing = importlib.util.find_spec("matplotlib") is None
-    except ValueError:  # a module that was taken out of sys.modules by hand
-        missing = True
-    if missing:
-        raise MissingRequirementError(
-            "matplotlib is not installed, which draws the plot. Install it with pip install 'cnx-deploy[report]', or "
-            "leave --plot out."
-        )
-
-
 def write_plot(found: LayerComparison, path: Path) -> Path:
     """Draw relative L2 by depth, a line a side, whole or not at all; the same data give the same bytes."""
-    check_plot(path)
-    from matplotlib import style
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}.svg")
-    try:
-        with style.context(["default", STYLE]):
-            _figure(found).savefig(temporary, format="svg", metadata={"Date": None})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return save_svg(path, lambda: _figure(found), STYLE)
 
 
 def _place(side: SideResult, tap: TapResult) -> dict[str, Any]:
