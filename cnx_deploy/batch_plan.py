@@ -36,14 +36,16 @@ def cut_in_batches(items: Sequence[Item], smallest: int, largest: int) -> Iterat
         at += size
 
 
-def first_images(batches: Sequence[Tensor], images: int) -> list[Tensor]:
-    """The first `images` images, in the batches they are in."""
+def first_images(batches: Sequence[Tensor], images: int, smallest: int = 1) -> list[Tensor]:
+    """The first `images` images, in the batches they are in; no batch is below `smallest`, and the first is there."""
     few: list[Tensor] = []
     for batch in batches:
         room = images - sum(len(taken) for taken in few)
-        if room <= 0:
+        if few and room < min(smallest, len(batch)):
             break
-        few.append(batch[:room])
+        few.append(batch[: max(room, smallest)])
+        if room <= len(batch):
+            break
     return few
 
 

@@ -12,6 +12,7 @@ from cnx_deploy.artifacts import ModelRecord
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.errors import ParityError
 from cnx_deploy.model.checkpoint import LoadedModel
+from cnx_deploy.model.deploy import parts_of
 from cnx_deploy.onnx_export import deploy_spec_from_request
 from cnx_deploy.parity import GATES, ParityResult, compare, logits_of
 from cnx_deploy.runners.base import Runner
@@ -30,7 +31,8 @@ def check_exported(
 ) -> Callable[[Path], dict[str, Any]]:
     """The check an export runs on the file before it is put into place: batches of 1 and 2, here and now.
 
-    A half-precision file's deploy form is judged in FP32 first: rounding would hide a small mistake in it. The file
+    A half-precision file's deploy form is judged with every part in FP32 first, on images that rounding leaves as they
+    are: it would hide a small mistake. The file
     itself is run by ONNX Runtime where that can, and by the emulator, which alone sees FP16 overflow.
 
     The returned function raises ParityError; otherwise it gives the verdict for the manifest.
@@ -45,7 +47,7 @@ def check_exported(
         with reference_runner(loaded.model, spec) as runner:
             expected = logits_of(runner, batches)
         if spec.is_half:
-            form = partial(deployed_runner, loaded.model, replace(spec, precision="fp32", keep_fp32=()))
+            form = partial(deployed_runner, loaded.model, replace(spec, keep_fp32=parts_of(loaded.model.variant)))
             _compared(form, expected, batches, "fp32", f"The form of {path.name}")
         remedy = f" `cnx-deploy bisect` names what has to stay in FP32 ({KEEP})." if spec.is_half else ""
         results = [

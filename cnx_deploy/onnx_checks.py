@@ -154,7 +154,7 @@ def _wrong_constants(facts: GraphFacts, norms: int) -> Iterator[str]:
     """
     if facts.gelu_forms - {"none"}:
         yield f"Gelu by erf expected, {sorted(facts.gelu_forms)} found"
-    side = max((size for _, shape in facts.inputs.values() for size in shape if isinstance(size, int)), default=0)
+    side = max((size for _, shape in facts.inputs.values() for size in shape[1:] if isinstance(size, int)), default=0)
     right = [EPS, *(EPS / max(1, side // (4 << stage)) for stage in range(4))]
     wrong = [found for found in facts.epsilons if not any(math.isclose(found, each, rel_tol=1e-4) for each in right)]
     if wrong:

@@ -16,8 +16,9 @@ from cnx_deploy.export_check import check_exported
 from cnx_deploy.interchange import save_comparison
 from cnx_deploy.labelled import reference_for
 from cnx_deploy.model.checkpoint import LoadedModel, resolve_model
-from cnx_deploy.model.deploy import HALVES, DeploySpec, InputKind, Layout, Precision
+from cnx_deploy.model.deploy import HALVES, DeploySpec, InputKind, Layout, Precision, check_parts
 from cnx_deploy.onnx_export import ExportSpec, export_onnx
+from cnx_deploy.runners.opening import misfit
 from cnx_deploy.saved_results import SavedOutputs
 from cnx_deploy.trt.backend import default_targets, load_backend, require_gpu
 from cnx_deploy.trt.builder import BuildSpec, build_engine
@@ -110,6 +111,9 @@ def run_exports(request: ExportRequest, note: Note) -> list[Artifact]:
         num_classes=request.num_classes,
         reset_head=request.reset_head,
     )
+    check_parts(request.keep_fp32, loaded.model.variant)
+    if request.keep_fp32 and not set(request.precisions) & set(HALVES):
+        raise InputError("--keep-fp32 is of half-precision files, and none is asked for. Add --precision fp16 or bf16.")
     if loaded.weights.origin == "random":
         note(f"No checkpoint: weights are random (seed {request.seed}), GRN included. Predictions mean nothing.")
     if loaded.head_is_new:
@@ -172,7 +176,11 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
             require_gpu()  # an engine that was named is asked for; before any weight is loaded
         if reference is None or not reference.matches(artifact):
             reference = reference_for(artifact, request.data, request.samples)
-        verification = verify_artifact(artifact, reference, progress, runners=request.runners, outputs=outputs)
+        runners, unfit = _fitting(request, artifact)
+        if unfit and not runners:
+            found.append(Verification(artifact.path.name, artifact.manifest.kind, (), not_run=unfit))
+            continue
+        verification = verify_artifact(artifact, reference, progress, runners=runners, outputs=outputs)
         if outdated := _outdated(artifact, request.export_dir):
             verification = replace(verification, notes=(*verification.notes, outdated))
         if request.files and verification.not_run:
@@ -186,6 +194,17 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
             save_comparison(folder, batches, reference.logits(artifact, batches, progress))
             note(f"  images and PyTorch's logits for `polygraphy run`: {folder}")
     return found
+
+
+def _fitting(request: VerifyRequest, artifact: Artifact) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The runners asked for that fit a recorded file, and why others do not; a file that was named takes them all."""
+    if request.files or artifact.manifest.kind != "onnx":
+        return request.runners, ()
+    reasons = {
+        name: misfit(name, artifact.path, str(artifact.manifest.request["precision"])) for name in request.runners
+    }
+    fitting = tuple(name for name, reason in reasons.items() if reason is None)
+    return fitting, tuple(reason for reason in reasons.values() if reason is not None)
 
 
 def _outdated(engine: Artifact, export_dir: Path) -> str | None:

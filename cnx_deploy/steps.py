@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.artifacts import Artifact, find_artifacts, open_artifact
-from cnx_deploy.batch_plan import first_images
+from cnx_deploy.batch_plan import cut_in_batches, first_images
 from cnx_deploy.errors import InputError, MissingRequirementError
+from cnx_deploy.model.deploy import HALVES
 from cnx_deploy.onnx_checks import check_graph
 from cnx_deploy.onnx_export import ExportSpec, deploy_spec_from_request, export_onnx
 from cnx_deploy.parity import GATES, Gate, ParityResult, differences, logits_of
 from cnx_deploy.pipeline import VerifyRequest, selected
-from cnx_deploy.runners.base import Runner
+from cnx_deploy.runners.base import InputSpec, Runner
 from cnx_deploy.runners.opening import open_onnx, open_runner
 from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.verification import Progress, Reference
@@ -111,9 +112,7 @@ def verify_steps(
     not what happens to lie in a folder. Raises InputError for a file that is not of half precision.
     """
     artifact = open_artifact(artifact.path)
-    precision = str(artifact.manifest.request["precision"])
-    if artifact.manifest.kind != "onnx" or precision not in ("fp16", "bf16"):
-        raise InputError(f"{artifact.path.name} is no half-precision ONNX file, which --steps leads to. Name one.")
+    _refuse_other(artifact)
     check_graph(artifact.path)
     batches = _batches(artifact, reference)
     floor, floor_images = _noise_floor(artifact, reference, batches)
@@ -142,6 +141,8 @@ def run_steps(
     if not halves:
         raise InputError("--steps leads to a half-precision ONNX file, and none is recorded and present. Export one.")
     engines = [each for each in find_artifacts(request.engines_dir, "engine") if each.path.is_file()]
+    for artifact in halves:
+        _refuse_other(artifact)
     verdicts = []
     for artifact in halves:
         note(f"Following {artifact.path.name} from PyTorch on")
@@ -151,11 +152,14 @@ def run_steps(
     return verdicts
 
 
+def _refuse_other(artifact: Artifact) -> None:
+    if artifact.manifest.kind != "onnx" or artifact.manifest.request["precision"] not in HALVES:
+        raise InputError(f"{artifact.path.name} is no half-precision ONNX file, which --steps leads to. Name one.")
+
+
 def _batches(artifact: Artifact, reference: Reference) -> list[Tensor]:
     """As many images as the reference has samples, in batches that the file takes."""
-    smallest, everything = int(artifact.manifest.request["batch"][0]), reference.batches_for(artifact)
-    few = first_images(everything, reference.samples)
-    return [batch for batch in few if len(batch) >= smallest] or everything[:1]
+    return first_images(reference.batches_for(artifact), reference.samples, int(artifact.manifest.request["batch"][0]))
 
 
 def _noise_floor(artifact: Artifact, reference: Reference, batches: Sequence[Tensor]) -> tuple[float, int]:
@@ -199,15 +203,24 @@ def _engine_step(
         runner = open_runner(engine)
     except MissingRequirementError as error:
         return Step(source.path.name, engine.path.name, "TensorRT.", None, str(error))
+    batches = _recut(batches, runner.input_spec)
     logits = _logits(runner, batches, engine.path.name, progress)
+    rounded = rounded[: len(logits)]
     return _step(source.path.name, engine.path.name, "TensorRT.", logits, rounded, GATES[precision], batches)
 
 
+def _recut(batches: Sequence[Tensor], spec: InputSpec) -> list[Tensor]:
+    """The same images in batches that an engine takes, whose profile may be narrower than its file's range."""
+    images = torch.cat(list(batches))
+    pieces = [images[list(rows)] for rows in cut_in_batches(range(len(images)), spec.min_batch, spec.max_batch or 64)]
+    return [piece for piece in pieces if len(piece) >= spec.min_batch]
+
+
 def _single_precision(artifact: Artifact, reference: Reference, folder: Path) -> Path:
-    """An FP32 file of the same weights and input, as `export` writes it."""
+    """An FP32 file of the same weights, input and layout: what is wrong with the form is no fault of the precision."""
     deploy = deploy_spec_from_request(artifact.manifest.request)
     spec = ExportSpec(
-        deploy=replace(deploy, precision="fp32", layout=None, keep_fp32=()),
+        deploy=replace(deploy, precision="fp32", keep_fp32=()),
         batch=tuple(artifact.manifest.request["batch"]),
     )
     return export_onnx(reference.loaded.model, artifact.manifest.model, spec, folder)[0].path

@@ -33,6 +33,7 @@ __all__ = [
     "Reference",
     "Verification",
     "batch_sizes",
+    "gate_of",
     "model_record",
     "rebatched",
     "recorded_model",
@@ -108,6 +109,7 @@ class Reference:
         self.loaded = recorded_model(artifact)
         self.record = artifact.manifest.model
         self.images = images
+        self.asked = samples
         self.samples = SAMPLES if samples is None else samples
         self._names: tuple[str, ...] = ()
         self._logits: dict[tuple[Any, ...], Tensor] = {}
@@ -129,7 +131,10 @@ class Reference:
             found = list(batches_from_folder(self.images, preprocessing, 1, limit=total))
             source = (pixels for pixels, _, _ in found)
             self._names = tuple(str(path) for _, _, (path,) in found)
-        return [runner_input(batch, spec.kind) for batch in rebatched(source, sizes)]
+        batches = [batch for batch in rebatched(source, sizes) if len(batch) >= spec.min_batch]
+        if not batches:
+            raise InputError(f"{self.images} has fewer images than the {spec.min_batch} of one batch. Give more.")
+        return [runner_input(batch, spec.kind) for batch in batches]
 
     def batches_for(self, artifact: Artifact) -> list[Tensor]:
         """The batches that `artifact` is verified on."""
@@ -154,7 +159,7 @@ class Reference:
         batches = self.batches(candidate.spec)
         expected = self.logits(candidate.artifact, batches, progress)
         if candidate.limit is not None:
-            batches = first_images(batches, candidate.limit)
+            batches = first_images(batches, candidate.limit, candidate.spec.min_batch)
         sizes = [len(batch) for batch in batches]
         logits = logits_of(candidate.runner, batches, _told(progress, candidate.name))
         expected, gate = expected[: sum(sizes)], candidate.gate
@@ -191,7 +196,8 @@ def verify_artifact(
     results = []
     for name in runners or checked_by(precision):
         with open_onnx(name, artifact.path, precision) as runner:
-            limit = EMULATED_IMAGES if name.startswith("emulate-") and not runners else None
+            few = name.startswith("emulate-") and not runners
+            limit = max(EMULATED_IMAGES, reference.asked or 0) if few else None
             spec = _profile_spec(artifact, runner.input_spec)
             results.append(
                 _judge(Candidate(artifact, runner, spec, GATES[precision], limit), reference, progress, outputs)
@@ -199,6 +205,15 @@ def verify_artifact(
     computed_in_fp32 = precision == "fp16" and any(not name.startswith("emulate-") for name in runners or ("",))
     notes = (HIDES_OVERFLOW,) if computed_in_fp32 else ()
     return Verification(artifact.path.name, "onnx", tuple(results), notes=notes)
+
+
+def gate_of(artifact: Artifact) -> Gate:
+    """What an artifact's results are judged by: its precision's gate, and for FP32 engines one for TF32 on or off."""
+    request = artifact.manifest.request
+    name = str(request["precision"])
+    if artifact.manifest.kind == "engine" and name == "fp32":
+        name = "tf32-engine" if request["allow_tf32"] else "fp32-engine"
+    return GATES[name]
 
 
 def model_record(
@@ -261,13 +276,7 @@ def _verify_engine(
     except MissingRequirementError as error:
         return Verification(artifact.path.name, "engine", (), not_run=(str(error),))
     with runner:
-        precision = artifact.manifest.request["precision"]
-        gate = (
-            precision
-            if precision != "fp32"
-            else f"{'tf32' if artifact.manifest.request['allow_tf32'] else 'fp32'}-engine"
-        )
-        candidate = Candidate(artifact, runner, runner.input_spec, GATES[gate])
+        candidate = Candidate(artifact, runner, runner.input_spec, gate_of(artifact))
         result = _judge(candidate, reference, progress, outputs)
     return Verification(artifact.path.name, "engine", (result,))
 

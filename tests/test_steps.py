@@ -114,7 +114,7 @@ def test_a_wrong_engine_is_blamed_on_tensorrt(healthy, tiny_engine, monkeypatch)
 
         def __init__(self, engine: Artifact) -> None:
             self._inner = steps.open_onnx("onnxruntime", artifact.path, "fp16")
-            self.device, self.info = self._inner.device, self._inner.info
+            self.device, self.info, self.input_spec = self._inner.device, self._inner.info, self._inner.input_spec
 
         def __enter__(self) -> "Off":
             return self

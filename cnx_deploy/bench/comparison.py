@@ -29,9 +29,9 @@ from cnx_deploy.parity import GATES, logits_of
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.opening import open_runner
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.verification import recorded_model
+from cnx_deploy.verification import gate_of, recorded_model
 
-__all__ = ["BenchRequest", "Benchmark", "NotRun", "bench_artifacts"]
+__all__ = ["BenchRequest", "Benchmark", "NotRun", "bench_artifacts", "reason_not_run"]
 
 Progress = Callable[[str, float], None]
 
@@ -155,20 +155,20 @@ def _open_peers(network: _Network, request: BenchRequest, stack: ExitStack) -> N
 
 def _open_artifacts(network: _Network, request: BenchRequest, stack: ExitStack) -> None:
     for artifact in network.artifacts:
-        recorded = artifact.manifest.request
-        gate = str(recorded["precision"])
-        if artifact.manifest.kind == "engine" and gate == "fp32":
-            gate = "tf32-engine" if recorded["allow_tf32"] else "fp32-engine"
         try:
             make = partial(_artifact_runner, artifact, request)
-            network.candidates.append(create(artifact.path.name, network.name, make, GATES[gate], stack))
+            network.candidates.append(create(artifact.path.name, network.name, make, gate_of(artifact), stack))
         except MissingRequirementError as error:
             compiled = artifact.manifest.facts.get("compiled") or {}
             figures = (compiled.get("batch"), compiled.get("kernels"), compiled.get("megabytes_per_image"))
-            reason = str(error) if find_gpus() else "no GPU"
-            network.not_run.append(NotRun(artifact.path.name, network.name, *figures, reason))
+            network.not_run.append(NotRun(artifact.path.name, network.name, *figures, reason_not_run(artifact, error)))
     if not request.compare and network.candidates:
         network.candidates[0] = replace(network.candidates[0], is_peer=True)
+
+
+def reason_not_run(artifact: Artifact, error: MissingRequirementError) -> str:
+    """Why an artifact cannot be timed here, in few words where an engine has no GPU."""
+    return "no GPU" if artifact.manifest.kind == "engine" and not find_gpus() else str(error)
 
 
 def _artifact_runner(artifact: Artifact, request: BenchRequest) -> Runner:

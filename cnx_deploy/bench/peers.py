@@ -20,7 +20,7 @@ from cnx_deploy.data import Preprocessing
 from cnx_deploy.environment import package_version
 from cnx_deploy.errors import MissingRequirementError
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.model.deploy import DeploySpec
+from cnx_deploy.model.deploy import DTYPES, DeploySpec
 from cnx_deploy.model.layouts import official_state
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.ort import OrtRunner
@@ -85,23 +85,24 @@ class Peer:
 
 
 def place_of_peers(precisions: Iterable[str]) -> tuple[str, str]:
-    """Device and precision of PyTorch's peers beside files of these precisions: FP16 on a GPU where one file is."""
+    """Device and precision of PyTorch's peers beside files of these precisions: as the files are on a GPU."""
     if not torch.cuda.is_available():
         return "cpu", "fp32"
-    return "cuda", "fp16" if "fp16" in precisions else "fp32"
+    found = set(precisions)
+    return "cuda", next((half for half in ("fp16", "bf16") if half in found), "fp32")
 
 
 class HalfAutocast(nn.Module):
-    """A module under FP16 autocast, as timm's own benchmark runs it: FP32 weights, half products, FP32 logits."""
+    """A module under autocast, as timm's own benchmark runs it: FP32 weights, half products, FP32 logits."""
 
-    def __init__(self, module: nn.Module, device: str) -> None:
+    def __init__(self, module: nn.Module, device: str, dtype: torch.dtype = torch.float16) -> None:
         super().__init__()
         self.module = module
-        self.device_type = device
+        self.device_type, self.dtype = device, dtype
 
     def forward(self, images: Tensor) -> Tensor:
         """Raw images -> float32 logits."""
-        with torch.autocast(self.device_type, dtype=torch.float16):
+        with torch.autocast(self.device_type, dtype=self.dtype):
             logits: Tensor = self.module(images)
         return logits.float()
 
@@ -160,8 +161,10 @@ def _eager(setup: PeerSetup) -> Callable[[], TorchRunner]:
         runner = reference_runner(model, setup.deploy)
         if setup.precision == "fp32":
             return runner
-        info = replace(runner.info, precision="fp16", arithmetic="fp16", details=(("autocast", "fp16"),))
-        return TorchRunner(HalfAutocast(runner.module, setup.device).to(setup.device), runner.input_spec, info)
+        half = setup.precision
+        info = replace(runner.info, precision=half, arithmetic=half, details=(("autocast", half),))
+        dtype = DTYPES[setup.precision]
+        return TorchRunner(HalfAutocast(runner.module, setup.device, dtype).to(setup.device), runner.input_spec, info)
 
     return make
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from cnx_deploy.artifacts import Artifact
 from cnx_deploy.bench.candidate import create
-from cnx_deploy.bench.comparison import REFERENCE_BATCH, Benchmark, NotRun
+from cnx_deploy.bench.comparison import REFERENCE_BATCH, Benchmark, NotRun, reason_not_run
 from cnx_deploy.bench.conditions import Conditions, conditions_now, doubts, throttling
 from cnx_deploy.bench.gpu import gpu_states
 from cnx_deploy.bench.loadgen import import_loadgen, loadgen_version
@@ -44,13 +44,13 @@ from cnx_deploy.bench.report import document, head_lines
 from cnx_deploy.bench.statistics import PERCENTILES
 from cnx_deploy.bench.under_load import Reference, ScenarioRequest, ScenarioRow, measure_under_load
 from cnx_deploy.data import image_like_batches, runner_input
-from cnx_deploy.environment import cpu_count, find_gpus
+from cnx_deploy.environment import cpu_count
 from cnx_deploy.errors import MissingRequirementError
 from cnx_deploy.onnx_export import deploy_spec_from_request
-from cnx_deploy.parity import GATES, Gate, logits_of
+from cnx_deploy.parity import logits_of
 from cnx_deploy.runners.opening import open_runner
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.verification import recorded_model
+from cnx_deploy.verification import gate_of, recorded_model
 
 __all__ = ["ScenarioReport", "run_scenario"]
 
@@ -182,23 +182,15 @@ def _row_of(artifact: Artifact, request: ScenarioRequest, pixels: Tensor, refere
     )  # fmt: skip
     with ExitStack() as stack:
         try:
-            candidate = create(name, network, make, _gate_of(artifact), stack)
+            candidate = create(name, network, make, gate_of(artifact), stack)
         except MissingRequirementError as error:
-            return NotRun(name, network, None, None, None, str(error) if find_gpus() else "no GPU")
+            return NotRun(name, network, None, None, None, reason_not_run(artifact, error))
         spec = candidate.runner.input_spec
         batch = request.batch_for(spec)
         if spec.min_batch > 1 or (spec.max_batch is not None and batch > spec.max_batch):
             reason = f"it takes {spec.min_batch} to {spec.max_batch} images a call, and the load comes in 1 to {batch}"
             return NotRun(name, network, batch, None, None, reason)
         return measure_under_load(candidate, pixels, reference, request)
-
-
-def _gate_of(artifact: Artifact) -> Gate:
-    recorded = artifact.manifest.request
-    name = str(recorded["precision"])
-    if artifact.manifest.kind == "engine" and name != "fp16":
-        name = "tf32-engine" if recorded["allow_tf32"] else "fp32-engine"
-    return GATES[name]
 
 
 def _row_document(row: ScenarioRow) -> dict[str, Any]:

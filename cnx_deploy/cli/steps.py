@@ -26,7 +26,8 @@ def verify_steps(files: tuple[Path, ...], arguments: dict[str, Any], *, as_json:
     context = click.get_current_context()
     given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
     if given - GOES_WITH_STEPS:
-        names = ", ".join(sorted(f"--{name.replace('_', '-').removesuffix('s')}" for name in given - GOES_WITH_STEPS))
+        wrong = given - GOES_WITH_STEPS
+        names = ", ".join(sorted(each.opts[0] for each in context.command.params if each.name in wrong))
         raise click.UsageError(f"--steps has runners and results of its own: leave {names} out.")
     from cnx_deploy.pipeline import VerifyRequest
     from cnx_deploy.steps import run_steps

@@ -87,7 +87,7 @@ def _steps(model: ir.Model, constants: dict[str, Tensor], path: Path) -> Iterato
     for node in model.graph:
         attributes = {name: _value(attribute) for name, attribute in node.attributes.items()}
         name, output = str(node.name), str(node.outputs[0].name)
-        if node.op_type == "Constant":
+        if node.op_type == "Constant" and "value" in attributes:
             constants[output] = _tensor(attributes["value"])
             continue
         if node.domain not in ("", "ai.onnx") or node.op_type not in OPERATORS or len(node.outputs) != 1:

@@ -13,6 +13,7 @@ The rules, for a tensor of type T narrower than FP32 (FP16 or BF16):
 Operators of ai.onnx up to opset 23, as far as exports of ConvNeXt networks hold them.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -91,8 +92,10 @@ def _conv(inputs: Sequence[Tensor | None], attributes: Attributes) -> Tensor:
 
 def _average_pool(inputs: Sequence[Tensor | None], attributes: Attributes) -> Tensor:
     images = _needed(inputs)
-    kernel = attributes["kernel_shape"]
-    pooled = F.avg_pool2d(_wide(images), kernel, attributes.get("strides", [1, 1]), _padding(attributes))
+    kernel, padding = attributes["kernel_shape"], _padding(attributes)
+    if any(padding) or attributes.get("ceil_mode", 0) or set(attributes.get("dilations", [1])) != {1}:
+        raise InputError("An AveragePool with pads, dilations or ceil_mode cannot be emulated.")
+    pooled = F.avg_pool2d(_wide(images), kernel, attributes.get("strides", [1, 1]))
     return pooled.to(images.dtype)
 
 
@@ -158,6 +161,12 @@ def _reshape(inputs: Sequence[Tensor | None], attributes: Attributes) -> Tensor:
     return tensor.reshape(shape)
 
 
+def _flatten(inputs: Sequence[Tensor | None], attributes: Attributes) -> Tensor:
+    tensor, axis = _needed(inputs), int(attributes.get("axis", 1))
+    rows = math.prod(tensor.shape[:axis])
+    return tensor.reshape(rows, tensor.numel() // max(1, rows))
+
+
 def _unsqueeze(inputs: Sequence[Tensor | None], _: Attributes) -> Tensor:
     tensor, axes = _needed(inputs), _ints(_needed(inputs, 1))
     rank = tensor.ndim + len(axes)
@@ -166,7 +175,9 @@ def _unsqueeze(inputs: Sequence[Tensor | None], _: Attributes) -> Tensor:
     return tensor
 
 
-def _squeeze(inputs: Sequence[Tensor | None], _: Attributes) -> Tensor:
+def _squeeze(inputs: Sequence[Tensor | None], attributes: Attributes) -> Tensor:
+    if "axes" in attributes:
+        raise InputError("A Squeeze of an opset before 13 cannot be emulated.")
     axes = _optional(inputs, 1)
     return _needed(inputs).squeeze() if axes is None else _needed(inputs).squeeze(tuple(_ints(axes)))
 
@@ -207,7 +218,7 @@ OPERATORS: dict[str, Operator] = {
     "Div": _elementwise(_divide),
     "Erf": _elementwise(torch.erf),
     "Expand": _expand,
-    "Flatten": lambda inputs, _: _needed(inputs).flatten(1),
+    "Flatten": _flatten,
     "Gather": _gather,
     "Gelu": _gelu,
     "Gemm": _gemm,

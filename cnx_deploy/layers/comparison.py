@@ -275,4 +275,7 @@ def _batches(artifact: Artifact, spec: DeploySpec, samples: int, images: Path | 
     else:
         preprocessing = Preprocessing.from_dict(dict(artifact.manifest.model.preprocessing))
         source = (pixels for pixels, _, _ in batches_from_folder(images, preprocessing, size, limit=count))
-    return [runner_input(batch, spec.input_kind) for batch in source]
+    batches = [runner_input(batch, spec.input_kind) for batch in source if len(batch) >= smallest]
+    if not batches:
+        raise InputError(f"{images} has fewer images than the {smallest} of one batch. Give more.")
+    return batches

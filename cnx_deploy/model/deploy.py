@@ -52,6 +52,7 @@ __all__ = [
     "InputKind",
     "Layout",
     "Precision",
+    "check_parts",
     "deploy_form",
     "parts_of",
 ]
@@ -159,7 +160,7 @@ class DeployedConvNeXtV2(nn.Module):
         super().__init__()
         self.spec = spec
         self.num_classes = model.num_classes
-        _check_parts(spec.keep_fp32, model)
+        check_parts(spec.keep_fp32, model.variant)
         self.normalise = None if "input-normalisation" in spec.folds else _input_normalisation(spec)
         # Each part is rounded as it is made: float64 copies of huge take 5 GB.
         self.downsample_layers = nn.ModuleList(
@@ -169,7 +170,7 @@ class DeployedConvNeXtV2(nn.Module):
         self.stages = nn.ModuleList(nn.Sequential(*stage) for stage in _stages(model, spec))
         dense, affine = doubles(model.head), doubles(model.norm)
         folded = "head-affine" in spec.folds
-        self.norm = _rounded(TokenNorm() if folded else TokenNorm(*affine), "norm", spec)
+        self.norm = _rounded(TokenNorm() if folded else TokenNorm(*affine), "head", spec)
         self.head = _rounded(linear(*(fold_affine_into_linear(*dense, *affine) if folded else dense)), "head", spec)
 
     @property
@@ -271,13 +272,14 @@ def parts_of(variant: Variant) -> tuple[str, ...]:
     return (*(f"downsample_layers.{index}" for index in range(4)), *blocks, *parts, "head")
 
 
-def _check_parts(names: tuple[str, ...], model: ConvNeXtV2) -> None:
-    known = parts_of(model.variant)
+def check_parts(names: tuple[str, ...], variant: Variant) -> None:
+    """Raise InputError for a name that is none of `parts_of`."""
+    known = parts_of(variant)
     for name in names:
         if name not in known:
-            last = f"stages.3.{model.variant.depths[3] - 1}"
+            last = f"stages.3.{variant.depths[3] - 1}"
             raise InputError(
-                f"No part of {model.variant.name} is called {name!r}. There are downsample_layers.0 to .3, blocks from "
+                f"No part of {variant.name} is called {name!r}. There are downsample_layers.0 to .3, blocks from "
                 f"stages.0.0 to {last}, their parts such as {last}.grn ({', '.join(BLOCK_PARTS)}), and head."
             )
 

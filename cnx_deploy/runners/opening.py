@@ -5,13 +5,15 @@ from functools import partial
 from pathlib import Path
 
 from cnx_deploy.artifacts import Artifact, open_artifact
-from cnx_deploy.errors import InputError
+from cnx_deploy.errors import InputError, MissingRequirementError
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.emulated import EmulatedRunner
 from cnx_deploy.runners.ort import OrtRunner
 from cnx_deploy.runners.tensorrt_runner import TensorRTRunner
 
-__all__ = ["ONNX_RUNNERS", "checked_by", "open_onnx", "open_runner"]
+__all__ = ["ONNX_RUNNERS", "checked_by", "misfit", "open_onnx", "open_runner"]
+
+NO_BF16 = "ONNX Runtime has no BF16 convolution on a CPU: {name} is checked by `verify` in the emulator (emulate-bf16)."
 
 ONNX_RUNNERS: dict[str, Callable[[Path], Runner]] = {
     "onnxruntime": partial(OrtRunner, spin=False),
@@ -31,16 +33,24 @@ def checked_by(precision: str) -> tuple[str, ...]:
     return {"fp16": ("onnxruntime", "emulate-fp16"), "bf16": ("emulate-bf16",)}.get(precision, ("onnxruntime",))
 
 
+def misfit(name: str, path: Path, precision: str) -> str | None:
+    """Why a runner of `ONNX_RUNNERS` cannot run a file of this precision; None where it can."""
+    emulates = name.removeprefix("emulate-") if name.startswith("emulate-") else None
+    if emulates is not None and emulates != precision:
+        return f"{path.name} is {precision.upper()}: --runner {name} has no {emulates.upper()} to emulate."
+    if emulates is None and precision == "bf16":
+        return NO_BF16.format(name=path.name)
+    return None
+
+
 def open_onnx(name: str, path: Path, precision: str) -> Runner:
     """The runner of `ONNX_RUNNERS` for a file whose hash or graph has been checked.
 
     Raises InputError for an emulation of another precision than the file's, and for BF16 on ONNX Runtime's CPU.
     """
-    emulates = name.removeprefix("emulate-") if name.startswith("emulate-") else None
-    if emulates is not None and emulates != precision:
-        raise InputError(f"{path.name} is {precision.upper()}: --runner {name} has no {emulates.upper()} to emulate.")
-    if emulates is None and precision == "bf16":
-        raise InputError(f"ONNX Runtime has no BF16 convolution on a CPU: use --runner emulate-bf16 for {path.name}.")
+    reason = misfit(name, path, precision)
+    if reason is not None:
+        raise InputError(reason)
     return ONNX_RUNNERS[name](path)
 
 
@@ -61,4 +71,6 @@ def open_runner(
     artifact = open_artifact(artifact.path)
     if artifact.manifest.kind == "engine":
         return TensorRTRunner(artifact, cuda_graph=cuda_graph)
+    if device == "cpu" and artifact.manifest.request["precision"] == "bf16":
+        raise MissingRequirementError(NO_BF16.format(name=artifact.path.name))
     return OrtRunner(artifact.path, device=device, threads=threads, spin=spin, thread_per_image=thread_per_image)
