@@ -12,16 +12,19 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from cnx_deploy.cli.train import TerminalProgress
 from cnx_deploy.cli.train import train as train_command
+from cnx_deploy.cli.training_progress import TerminalProgress
 from cnx_deploy.data import Split, image_like_batches
 from cnx_deploy.environment import cpu_count
 from cnx_deploy.errors import CheckpointError, InputError, MissingRequirementError, OutputExistsError, TrainingError
 from cnx_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from cnx_deploy.model.convnextv2 import create_model, random_model
-from cnx_deploy.training import Silence, TrainingSpec, initial_model, train
-from cnx_deploy.training_data import EpochSampler, TrainingImages, ValidationImages, make_loader
-from cnx_deploy.training_loop import cosine_with_warmup, parameter_groups
+from cnx_deploy.training import Silence, StepReport, TrainingSpec, initial_model, train
+from cnx_deploy.training.augmentation import ImageAugmentation
+from cnx_deploy.training.images import TrainingImages, ValidationImages, make_loader
+from cnx_deploy.training.optimisation import cosine_with_warmup, parameter_groups
+from cnx_deploy.training.records import CONDITIONS
+from cnx_deploy.training.sampling import EpochBatches
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,9 +59,12 @@ def spec(colours, tiny_variant, tmp_path):
 
 
 def records(run_dir: Path) -> list[dict[str, float]]:
-    """The table without the time each epoch took."""
+    """The table without how long each epoch took."""
     with (run_dir / "metrics.csv").open() as stream:
-        return [{k: float(v) for k, v in row.items() if k != "seconds"} for row in csv.DictReader(stream)]
+        return [
+            {name: float(value) for name, value in row.items() if name not in CONDITIONS and value}
+            for row in csv.DictReader(stream)
+        ]
 
 
 def weights(path: Path, variant) -> dict[str, torch.Tensor]:
@@ -71,8 +77,8 @@ class InterruptIn(Silence):
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def step(self, epoch: int, step: int, mean_loss: float) -> None:
-        if epoch == self.epoch:
+    def step(self, report: StepReport) -> None:
+        if report.epoch == self.epoch:
             os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -89,6 +95,7 @@ def test_a_run_leaves_weights_records_and_state_and_nothing_else(spec):
         "last.ckpt",
         "last.safetensors",
         "metrics.csv",
+        "previous.ckpt",
         "run.json",
     }
     assert [row["epoch"] for row in records(result.run_dir)] == [1.0, 2.0]
@@ -295,22 +302,22 @@ def test_norms_biases_and_grn_have_no_weight_decay(tiny_model):
 
 
 def test_the_learning_rate_rises_linearly_then_falls_as_half_a_cosine():
-    factor = cosine_with_warmup(100, 10)
+    factor = cosine_with_warmup(100, 10, 0.01)
     assert [factor(step) for step in (0, 4, 10)] == pytest.approx([1 / 11, 5 / 11, 1.0])
     assert factor(55) == pytest.approx(0.505)
     assert factor(100) == pytest.approx(0.01)
 
 
 def test_the_sampler_draws_every_image_once_in_another_order_each_epoch():
-    sampler = EpochSampler(20, seed=0)
-    first = list(sampler)
+    sampler = EpochBatches(20, 6, seed=0)
+    first = [item for batch in sampler for item in batch]
     sampler.set_epoch(1)
-    second = list(sampler)
+    second = [item for batch in sampler for item in batch]
     assert sorted(index for index, _ in first) == sorted(index for index, _ in second) == list(range(20))
     assert [index for index, _ in first] != [index for index, _ in second]
     assert [index for index, _ in first] != list(range(20))
     sampler.set_epoch(0)
-    assert list(sampler) == first
+    assert [item for batch in sampler for item in batch] == first
 
 
 def test_flipping_happens_only_when_it_is_asked_for(tmp_path, spec):
@@ -320,7 +327,7 @@ def test_flipping_happens_only_when_it_is_asked_for(tmp_path, spec):
     split = Split((tmp_path / "half.png",), (0,))
 
     def flipped(flip: bool) -> int:
-        images = TrainingImages(split, spec.preprocessing, min_crop_area=1.0, flip=flip)
+        images = TrainingImages(split, ImageAugmentation(dataclasses.replace(spec, min_crop_area=1.0, flip=flip)))
         return sum(bool(images[0, seed][0][16, 2, 0] > 128) for seed in range(40))
 
     assert flipped(False) == 0
@@ -330,25 +337,27 @@ def test_flipping_happens_only_when_it_is_asked_for(tmp_path, spec):
 def test_without_random_crops_training_images_are_the_evaluation_crop(colours, spec):
     path = colours / "train" / "red" / "0.png"
     split = Split((path,), (0,))
-    trained, _ = TrainingImages(split, spec.preprocessing, min_crop_area=1.0, flip=False)[0, 0]
+    plain = ImageAugmentation(dataclasses.replace(spec, min_crop_area=1.0, flip=False))
+    trained, _ = TrainingImages(split, plain)[0, 0]
     validated, _ = ValidationImages(split, spec.preprocessing)[0]
     assert torch.equal(trained, validated)
 
 
 def test_images_too_large_for_memory_are_read_when_they_are_needed(colours, spec, monkeypatch):
     split = Split((colours / "train" / "red" / "0.png",), (1,))
-    in_memory = TrainingImages(split, spec.preprocessing, min_crop_area=0.5, flip=True)
-    monkeypatch.setattr("cnx_deploy.training_data.CACHE_BYTES", 40 * 40 * 3 - 1)
-    on_demand = TrainingImages(split, spec.preprocessing, min_crop_area=0.5, flip=True)
+    in_memory = TrainingImages(split, ImageAugmentation(spec))
+    monkeypatch.setattr("cnx_deploy.training.images.CACHE_BYTES", 40 * 40 * 3 - 1)
+    on_demand = TrainingImages(split, ImageAugmentation(spec))
     assert (in_memory.cached is None, on_demand.cached) == (False, None)
     assert torch.equal(in_memory[0, 7][0], on_demand[0, 7][0])
-    loaders = [make_loader(images, 1, seed=0, workers=None, on_gpu=False) for images in (in_memory, on_demand)]
+    loaders = [make_loader(images, 1, workers=None, on_gpu=False) for images in (in_memory, on_demand)]
     assert loaders[0].num_workers == 0 < loaders[1].num_workers
 
 
 def test_without_the_train_extra_the_error_names_it(spec, monkeypatch):
-    monkeypatch.delitem(sys.modules, "cnx_deploy.training_loop")
-    monkeypatch.delattr("cnx_deploy.training_loop", raising=False)
+    for name in ("loop", "writer"):
+        monkeypatch.delitem(sys.modules, f"cnx_deploy.training.{name}", raising=False)
+        monkeypatch.delattr(f"cnx_deploy.training.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     with pytest.raises(MissingRequirementError, match=r"pip install .cnx-deploy\[train\]"):
         train(spec)

@@ -1,124 +1,102 @@
 """`cnx-deploy train`."""
 
 import dataclasses
-import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cnx_deploy.cli import options
+from cnx_deploy.cli.training_options import recipe_options
+from cnx_deploy.cli.training_progress import TerminalProgress
 from cnx_deploy.variants import VARIANTS
 
 if TYPE_CHECKING:
-    from cnx_deploy.training_spec import EpochRecord, TrainingResult
+    from cnx_deploy.training import TrainingResult, TrainingSpec
 
 INTERRUPTED = 130
 FOLDER = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command()
-@click.argument("data", type=FOLDER)
+@click.argument("data", type=click.Path(path_type=Path))
 @click.option("--variant", type=click.Choice(list(VARIANTS)), required=True, help="Size of the network.")
-@click.option(
-    "--checkpoint",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Weights to start from, any known layout.",
-)
+@click.option("--checkpoint", type=FILE, help="Weights to start from, any known layout.")
 @click.option("--pretrained", metavar="TAG", help="Published weights, e.g. convnextv2_atto.fcmae_ft_in1k.")
-@click.option("--reset-head", is_flag=True, help="Draw a new head where the classes differ.")
-@click.option("--epochs", type=int, default=30, show_default=True)
-@click.option("--image-size", type=int, default=224, show_default=True, help="Side in pixels, a multiple of 32.")
-@click.option("--batch-size", type=int, default=32, show_default=True)
-@click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True)
-@click.option("--learning-rate", type=float, help="Highest rate [default: 1e-3 for adamw, 5e-3 for sgd].")
-@click.option("--weight-decay", type=float, default=0.05, show_default=True)
-@click.option("--warmup-epochs", type=float, help="Epochs of linear warm-up [default: a tenth].")
-@click.option("--drop-path-rate", type=float, default=0.0, show_default=True, help="Stochastic depth, last block.")
-@click.option("--label-smoothing", type=float, default=0.1, show_default=True)
-@click.option("--crop-ratio", type=float, default=0.875, show_default=True, help="Centre crop of validation images.")
+@click.option("--reset-head", is_flag=True, help="Draw a new head for --checkpoint or --pretrained.")
+@click.option("--init", type=FILE, help="Weights to start from; a head of other classes is drawn anew.")
 @click.option(
-    "--min-crop-area",
-    type=float,
-    default=0.5,
-    show_default=True,
-    help="Least area of a random crop; 1: no random crop.",
-)
-@click.option("--no-flip", is_flag=True, help="No mirror images: for digits, letters, signs.")
+    "--recipe", type=click.Choice(["plain", "fine-tune", "from-scratch", "article"]), default="plain",
+    show_default=True, help="What sets the options that are not given: the papers' for the variant, or the article's.",
+)  # fmt: skip
+@recipe_options
+@click.option("--freeze-backbone", is_flag=True, help="Train the head alone.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--workers", type=int, help="Loader processes [default: 0 where the images fit in memory].")
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
+@click.option("--channels-last", is_flag=True, help="Keep images and kernels channels last.")
+@click.option("--compile", is_flag=True, help="Train the network as torch.compile makes it.")
+@click.option("--deterministic", is_flag=True, help="Only GPU kernels that give the same bits again.")
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard's events into the run's folder.")
 @click.option("--output-dir", type=FOLDER, default=Path("runs"), show_default=True, help="A run is a folder in it.")
 @click.option("--run-dir", type=FOLDER, help="The run's folder itself [default: a fresh <variant>-NNN].")
 @click.option("--resume", is_flag=True, help="Go on with the newest run of the variant, or with --run-dir.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+@click.option("--show-config", is_flag=True, help="Print the whole configuration as JSON and train nothing.")
+@options.as_json
 def train(
-    checkpoint: Path | None, pretrained: str | None, reset_head: bool, no_flip: bool, as_json: bool, **request: Any
-) -> None:
-    """Train a variant on DATA: train/ and val/ folders of classes, or one folder of classes to split.
+    checkpoint: Path | None, pretrained: str | None, reset_head: bool, init: Path | None, show_config: bool,
+    as_json: bool, data: Path, variant: str, recipe: str, **request: Any,
+) -> None:  # fmt: skip
+    """Train a variant on DATA: train/ and val/ folders of classes, one folder of classes to split, or a CSV file.
 
-    The run's folder holds best.safetensors, last.safetensors and metrics.csv. Ctrl-C leaves a run for --resume.
+    The run's folder holds best.safetensors, last.safetensors, metrics.csv and curves.svg. Ctrl-C leaves a run for
+    --resume. Under torchrun or srun every process takes its share of each step.
     """
     from cnx_deploy import training  # torch is loaded only when asked for
 
-    spec = training.TrainingSpec(flip=not no_flip, **request)
-    loaded = training.initial_model(spec, checkpoint=checkpoint, pretrained=pretrained, reset_head=reset_head)
-    with TerminalProgress() as progress:
-        if loaded is None:
-            result = training.train(spec, progress=progress)
-        else:
-            result = training.train(spec, loaded.model, progress, licence=loaded.weights.licence)
-    click.echo(json.dumps(_plain(result), indent=2) if as_json else _summary(result))
+    given = {name: value for name, value in request.items() if value is not None}
+    launch = training.launch_from_environment(os.environ)
+    spec = training.spec_from_recipe(data, variant, recipe, launch=launch, **given)
+    if show_config:
+        options.echo_json(spec.resolved())
+        return
+    sources = {"checkpoint": checkpoint, "pretrained": pretrained, "reset_head": reset_head, "init": init}
+    result = _trained(spec, sources)
+    if launch.rank == 0:
+        _tell(result, as_json=as_json)
     if result.interrupted:
-        click.echo("Interrupted. Go on with the same command and --resume.", err=True)
+        options.note("Interrupted. Go on with the same command and --resume.")
         sys.exit(INTERRUPTED)
 
 
-class TerminalProgress:
-    """Training's progress on stderr: a bar on a terminal, a line an epoch elsewhere."""
+def _trained(spec: "TrainingSpec", sources: dict[str, Any]) -> "TrainingResult":
+    from cnx_deploy import training
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
-        self.task = self.bar.add_task("Reading images", total=None)
-        self.epochs = self.steps_per_epoch = 0
-
-    def __enter__(self) -> "TerminalProgress":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.stop()
-
-    def begin(self, epochs: int, steps_per_epoch: int, epochs_done: int) -> None:
-        """Set the bar's length."""
-        self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
-        self.bar.update(self.task, total=epochs * steps_per_epoch, completed=epochs_done * steps_per_epoch)
-
-    def step(self, epoch: int, step: int, mean_loss: float) -> None:
-        """Move the bar."""
-        description = f"Epoch {epoch}/{self.epochs}, loss {mean_loss:.3f}"
-        self.bar.update(self.task, completed=(epoch - 1) * self.steps_per_epoch + step, description=description)
-
-    def end_epoch(self, record: "EpochRecord", is_best: bool) -> None:
-        """Print the epoch's line."""
-        line = (
-            f"Epoch {record.epoch}/{self.epochs}: loss {record.train_loss:.4f}, validation loss {record.val_loss:.4f}, "
-            f"top-1 {record.val_top1_percent:.2f} %{' (best)' if is_best else ''}, {record.seconds:.1f} s"
-        )
-        self.console.print(line, highlight=False, soft_wrap=True)
+    loaded = training.initial_model(spec, **sources)
+    for text in loaded.notes if loaded is not None else ():
+        options.note(f"Note: {text}")
+    with TerminalProgress() as progress:
+        if loaded is None:
+            return training.train(spec, progress=progress)
+        return training.train(spec, loaded.model, progress, licence=loaded.weights.licence)
 
 
-def _plain(result: "TrainingResult") -> dict[str, Any]:
-    return {
-        name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(result).items()
-    }
+def _tell(result: "TrainingResult", *, as_json: bool) -> None:
+    from cnx_deploy.errors import MissingRequirementError
+    from cnx_deploy.training.curves import draw_curves
 
-
-def _summary(result: "TrainingResult") -> str:
-    if result.best is None:
-        return f"{result.run_dir}: no epoch finished"
-    return f"{result.best}: top-1 {result.best_top1_percent:.2f} % after {result.epochs_run} epochs"
+    if result.epochs_run:
+        try:
+            draw_curves(result.run_dir)
+        except MissingRequirementError:
+            options.note('No curves.svg: matplotlib is not installed (pip install "cnx-deploy[report]").')
+    if as_json:
+        plain = dataclasses.asdict(result).items()
+        options.echo_json({name: str(value) if isinstance(value, Path) else value for name, value in plain})
+    elif result.best is None:
+        click.echo(f"{result.run_dir}: no epoch finished")
+    else:
+        click.echo(f"{result.best}: top-1 {result.best_top1_percent:.2f} % after {result.epochs_run} epochs")

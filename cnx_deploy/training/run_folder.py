@@ -1,0 +1,116 @@
+"""A run's folder: its numbered name, the request it was started with, and the state it is resumed from.
+
+`run.json` holds the request. The state is `last.ckpt`, the one before it `previous.ckpt`; both are written whole, and a
+broken `last.ckpt` gives way to `previous.ckpt`.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cnx_deploy.errors import CorruptArtifactError, InputError, OutputExistsError
+
+__all__ = ["STATE", "keep_state", "open_run", "usable_state", "write_whole"]
+
+REQUEST = "run.json"
+STATE = "last.ckpt"
+STATE_BEFORE = "previous.ckpt"
+
+
+def open_run(request: Mapping[str, Any], *, name: str, output_dir: Path, run_dir: Path | None, resume: bool) -> Path:
+    """Make a fresh folder and write the request into it, or find the one to resume and check that it is of the same.
+
+    `run_dir` None takes `<output_dir>/<name>-NNN`: the next number, or with `resume` the newest. `request` is plain
+    types; its entry `spec`, a dictionary, is compared field by field, and `resolved` is not. Raises InputError when
+    there is nothing to resume, the request differs or the folder cannot be written, OutputExistsError when `run_dir`
+    holds a run.
+    """
+    if resume:
+        found = run_dir or _newest_run(output_dir, name)
+        _check_same_request(found, request)
+        return found
+    made = run_dir or output_dir / f"{name}-{max(_run_numbers(output_dir, name), default=0) + 1:03}"
+    if (made / REQUEST).exists():
+        raise OutputExistsError(f"{made} holds a run already. Resume it with --resume, or name another folder.")
+    try:
+        made.mkdir(parents=True, exist_ok=True)
+        write_whole(made / REQUEST, json.dumps(request, indent=2, sort_keys=True) + "\n")
+    except OSError as error:
+        raise InputError(f"Cannot write in {made}: {error.strerror}. Choose another --output-dir.") from error
+    return made
+
+
+def keep_state(run_dir: Path, save: Callable[[Path], None], *, writes: bool = True) -> None:
+    """Put what `save` writes to a temporary path into place as the newest state; the newest so far becomes the other.
+
+    `writes` is whether this process is the one that writes: of several, `save` is called by all.
+    """
+    temporary = run_dir / f".{STATE}.tmp"
+    save(temporary)
+    if not writes:
+        return
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    if (run_dir / STATE).exists():
+        (run_dir / STATE).replace(run_dir / STATE_BEFORE)
+    temporary.replace(run_dir / STATE)
+
+
+def usable_state(run_dir: Path) -> Path:
+    """The newest state whose checksums hold. Raises InputError without one, CorruptArtifactError when none is whole."""
+    present = [run_dir / name for name in (STATE, STATE_BEFORE) if (run_dir / name).is_file()]
+    if not present:
+        raise InputError(f"{run_dir} has no {STATE} to resume from. Start a run without --resume.")
+    whole = next((path for path in present if _is_whole(path)), None)
+    if whole is None:
+        broken = " and ".join(path.name for path in present)
+        raise CorruptArtifactError(f"{run_dir}: {broken} cannot be read whole. Start a run without --resume.")
+    return whole
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, or leave what was there."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _is_whole(state: Path) -> bool:
+    """Whether every entry of torch's archive has its checksum."""
+    try:
+        with zipfile.ZipFile(state) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError, EOFError):
+        return False
+
+
+def _run_numbers(output_dir: Path, name: str) -> list[int]:
+    names = [path.name.rpartition("-") for path in output_dir.glob(f"{name}-*")]
+    return sorted(int(number) for before, _, number in names if before == name and number.isdigit())
+
+
+def _newest_run(output_dir: Path, name: str) -> Path:
+    numbers = _run_numbers(output_dir, name)
+    if not numbers:
+        raise InputError(f"{output_dir} has no run of {name} to resume. Start one without --resume.")
+    return output_dir / f"{name}-{numbers[-1]:03}"
+
+
+def _check_same_request(run_dir: Path, request: Mapping[str, Any]) -> None:
+    record = run_dir / REQUEST
+    if not record.is_file():
+        raise InputError(f"{run_dir} has no {REQUEST} to resume from. Start a run without --resume.")
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))
+        flat_before, flat_now = ({**found, **found["spec"]} for found in (before, json.loads(json.dumps(request))))
+    except (ValueError, TypeError, KeyError) as error:
+        raise CorruptArtifactError(f"{record} cannot be read ({error}). Start a run without --resume.") from error
+    differing = [f"{name} {flat_before.get(name)} then, {value} now" for name, value in flat_now.items()
+                 if name not in ("spec", "resolved") and flat_before.get(name) != value]  # fmt: skip
+    if differing:
+        raise InputError(
+            f"{run_dir} was started otherwise: {'; '.join(differing)}. Resume with the same request, or start anew."
+        )
