@@ -10,21 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from PIL import Image
 
 from cnx_deploy.cli.train import train as train_command
 from cnx_deploy.cli.training_progress import TerminalProgress
-from cnx_deploy.data import Split, image_like_batches
 from cnx_deploy.environment import cpu_count
 from cnx_deploy.errors import CheckpointError, InputError, MissingRequirementError, OutputExistsError, TrainingError
 from cnx_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from cnx_deploy.model.convnextv2 import create_model, random_model
 from cnx_deploy.training import Silence, StepReport, TrainingSpec, initial_model, train
-from cnx_deploy.training.augmentation import ImageAugmentation
-from cnx_deploy.training.images import TrainingImages, ValidationImages, make_loader
-from cnx_deploy.training.optimisation import cosine_with_warmup, parameter_groups
 from cnx_deploy.training.records import CONDITIONS
-from cnx_deploy.training.sampling import EpochBatches
+from tests.training_data import write_colours
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,16 +36,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory):
     """Reddish and bluish noise, 12 training and 4 validation images each, 40 px: learnt within a few steps."""
-    root = tmp_path_factory.mktemp("colours")
-    for split, count in (("train", 12), ("val", 4)):
-        for channel, name in ((0, "red"), (2, "blue")):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            pixels = torch.cat(list(image_like_batches(count, 40, batch_size=count, seed=channel + count))) // 2
-            pixels[..., channel] += 100
-            for index, image in enumerate(pixels):
-                Image.fromarray(image.numpy()).save(folder / f"{index}.png")
-    return root
+    return write_colours(tmp_path_factory.mktemp("colours"))
 
 
 @pytest.fixture
@@ -287,71 +273,6 @@ def test_sgd_trains(spec):
     result = train(dataclasses.replace(spec, optimizer="sgd", epochs=3))
     losses = [row["train_loss"] for row in records(result.run_dir)]
     assert losses[-1] < losses[0]
-
-
-def test_norms_biases_and_grn_have_no_weight_decay(tiny_model):
-    decayed, kept = parameter_groups(tiny_model, 0.05)
-    names = {parameter: name for name, parameter in tiny_model.named_parameters()}
-    kept_names = [names[parameter] for parameter in kept["params"]]
-    decayed_names = [names[parameter] for parameter in decayed["params"]]
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.05, 0.0)
-    assert {name for name in names.values() if "norm" in name or "bias" in name or "grn" in name} <= set(kept_names)
-    assert all(parameter.ndim >= 2 for parameter in decayed["params"])
-    assert "stages.0.0.dwconv.weight" in decayed_names
-    assert len(kept_names) + len(decayed_names) == len(names)
-
-
-def test_the_learning_rate_rises_linearly_then_falls_as_half_a_cosine():
-    factor = cosine_with_warmup(100, 10, 0.01)
-    assert [factor(step) for step in (0, 4, 10)] == pytest.approx([1 / 11, 5 / 11, 1.0])
-    assert factor(55) == pytest.approx(0.505)
-    assert factor(100) == pytest.approx(0.01)
-
-
-def test_the_sampler_draws_every_image_once_in_another_order_each_epoch():
-    sampler = EpochBatches(20, 6, seed=0)
-    first = [item for batch in sampler for item in batch]
-    sampler.set_epoch(1)
-    second = [item for batch in sampler for item in batch]
-    assert sorted(index for index, _ in first) == sorted(index for index, _ in second) == list(range(20))
-    assert [index for index, _ in first] != [index for index, _ in second]
-    assert [index for index, _ in first] != list(range(20))
-    sampler.set_epoch(0)
-    assert [item for batch in sampler for item in batch] == first
-
-
-def test_flipping_happens_only_when_it_is_asked_for(tmp_path, spec):
-    half = Image.new("RGB", (32, 32), "black")
-    half.paste("white", (16, 0, 32, 32))
-    half.save(tmp_path / "half.png")
-    split = Split((tmp_path / "half.png",), (0,))
-
-    def flipped(flip: bool) -> int:
-        images = TrainingImages(split, ImageAugmentation(dataclasses.replace(spec, min_crop_area=1.0, flip=flip)))
-        return sum(bool(images[0, seed][0][16, 2, 0] > 128) for seed in range(40))
-
-    assert flipped(False) == 0
-    assert 8 < flipped(True) < 32
-
-
-def test_without_random_crops_training_images_are_the_evaluation_crop(colours, spec):
-    path = colours / "train" / "red" / "0.png"
-    split = Split((path,), (0,))
-    plain = ImageAugmentation(dataclasses.replace(spec, min_crop_area=1.0, flip=False))
-    trained, _ = TrainingImages(split, plain)[0, 0]
-    validated, _ = ValidationImages(split, spec.preprocessing)[0]
-    assert torch.equal(trained, validated)
-
-
-def test_images_too_large_for_memory_are_read_when_they_are_needed(colours, spec, monkeypatch):
-    split = Split((colours / "train" / "red" / "0.png",), (1,))
-    in_memory = TrainingImages(split, ImageAugmentation(spec))
-    monkeypatch.setattr("cnx_deploy.training.images.CACHE_BYTES", 40 * 40 * 3 - 1)
-    on_demand = TrainingImages(split, ImageAugmentation(spec))
-    assert (in_memory.cached is None, on_demand.cached) == (False, None)
-    assert torch.equal(in_memory[0, 7][0], on_demand[0, 7][0])
-    loaders = [make_loader(images, 1, workers=None, on_gpu=False) for images in (in_memory, on_demand)]
-    assert loaders[0].num_workers == 0 < loaders[1].num_workers
 
 
 def test_without_the_train_extra_the_error_names_it(spec, monkeypatch):

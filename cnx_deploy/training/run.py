@@ -88,9 +88,11 @@ def train(
 
     `licence` goes into the written weights: that of the weights started from. `dataset`: what to train on in place of
     all that `data.find_dataset` finds in `spec.data`. Raises InputError for data, folders and resumes that do not fit,
-    MissingRequirementError without the `train` extra, TrainingError when the loss stops being a number.
+    MissingRequirementError without the `train` extra or the GPU that FP16 takes, TrainingError when the loss stops
+    being a number.
     """
     loop, writing = _import_loop()
+    _check_precision(spec)
     dataset = dataset or find_dataset(spec.data, seed=spec.seed)
     model = _model_to_train(spec, initial, len(dataset.class_names))
     run_dir = _open_run(spec, dataset)
@@ -115,6 +117,14 @@ def _import_loop() -> tuple[ModuleType, ModuleType]:
             'Install them: pip install "cnx-deploy[train]".'
         ) from error
     return loop, writer
+
+
+def _check_precision(spec: TrainingSpec) -> None:
+    """On a processor Lightning would train in BF16 instead, without a word on the terminal."""
+    if spec.precision == "fp16" and not torch.cuda.is_available():
+        raise MissingRequirementError(
+            "Training in fp16 needs a GPU, and this machine has none: expected --precision fp32 or bf16. Choose one."
+        )
 
 
 @contextlib.contextmanager
