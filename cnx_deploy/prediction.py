@@ -13,7 +13,13 @@ from torch import Tensor
 
 from cnx_deploy.artifacts import Artifact
 from cnx_deploy.data import SUFFIXES, Preprocessing, load_image, runner_input
-from cnx_deploy.errors import CheckFailedError, CorruptArtifactError, InputError, RefusedArtifactError
+from cnx_deploy.errors import (
+    CheckFailedError,
+    CorruptArtifactError,
+    InputError,
+    MissingRequirementError,
+    RefusedArtifactError,
+)
 from cnx_deploy.inspection import check_suffix, kind_of_file, recorded_artifact
 from cnx_deploy.model.checkpoint import load_checkpoint
 from cnx_deploy.model.deploy import DeploySpec
@@ -74,31 +80,32 @@ class Prediction:
         return {"path": str(self.path), "scores": [asdict(score) for score in self.scores], "error": self.error}
 
 
-def open_classifier(path: Path, *, many: bool = False) -> Classifier:
-    """Open a checkpoint, an ONNX file or an engine, told by its content, on the CPU or the engine's GPU.
+def open_classifier(path: Path, *, many: bool = False, device: str = "cpu") -> Classifier:
+    """Open a checkpoint, an ONNX file or an engine, told by its content, on `device` (cpu or cuda) or the engine's GPU.
 
     Hashes are checked where a manifest names the file. An ONNX file of this project without its manifest is taken
     after its graph has been checked; an engine without one is refused. Raises InputError for other files and for an
-    ONNX file that does not say what images it takes, MissingRequirementError for an engine that cannot run here.
+    ONNX file that does not say what images it takes, MissingRequirementError for a device or engine that this
+    machine lacks.
     `many`: whole batches will come, so ONNX Runtime's threads get images of their own (`OrtRunner`).
     """
     kind = kind_of_file(path)
     artifact = recorded_artifact(path)
     if artifact is not None and artifact.manifest.kind != "checkpoint":
-        return _recorded_classifier(artifact, many)
+        return _recorded_classifier(artifact, many, device)
     if kind == "engine":
         raise RefusedArtifactError(
             f"{path} is refused: an engine is native code, and no manifest beside it names it and its hash. "
             "Build it with cnx-deploy build-trt, or put its manifest back."
         )
     if kind == "onnx":
-        return _unrecorded_onnx(path, many)
+        return _unrecorded_onnx(path, many, device)
     if kind == "unknown":
         raise InputError(
             f"{path} is neither a checkpoint, nor an ONNX file, nor an engine by its content. Give one of these."
         )
     check_suffix(path, kind)
-    return _checkpoint_classifier(path)
+    return _checkpoint_classifier(path, device)
 
 
 def find_image_files(paths: Sequence[Path]) -> list[Path]:
@@ -140,17 +147,17 @@ def classify_files(
                 yield Prediction(path, (), error=pixels)
 
 
-def _recorded_classifier(artifact: Artifact, many: bool) -> Classifier:
+def _recorded_classifier(artifact: Artifact, many: bool, device: str) -> Classifier:
     model = artifact.manifest.model
     is_random = model.weights.origin == "random"
     notes = (
         (f"The weights are random (seed {model.weights.reference}): the answers mean nothing.",) if is_random else ()
     )
-    runner = open_runner(artifact, thread_per_image=many)
+    runner = open_runner(artifact, device=device, thread_per_image=many)
     return Classifier(runner, Preprocessing.from_dict(dict(model.preprocessing)), model.class_names, notes)
 
 
-def _unrecorded_onnx(path: Path, many: bool) -> Classifier:
+def _unrecorded_onnx(path: Path, many: bool, device: str) -> Classifier:
     metadata = check_graph(path).metadata
     if "cnx_deploy.preprocessing" not in metadata:
         raise InputError(
@@ -165,18 +172,23 @@ def _unrecorded_onnx(path: Path, many: bool) -> Classifier:
     notes = ["No manifest beside it names it: its graph was checked, its hash and origin cannot be."]
     if metadata.get("cnx_deploy.weights_origin") == "random":
         notes.append("The weights are random: the answers mean nothing.")
-    runner = OrtRunner(path, thread_per_image=many)
+    runner = OrtRunner(path, device=device, thread_per_image=many)
     return Classifier(runner, preprocessing, tuple(names) if names else None, tuple(notes))
 
 
-def _checkpoint_classifier(path: Path) -> Classifier:
+def _checkpoint_classifier(path: Path, device: str) -> Classifier:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MissingRequirementError("PyTorch finds no GPU here: expected one for the device cuda. Leave it out.")
     loaded = load_checkpoint(path)
     recorded: Mapping[str, Any] = loaded.preprocessing or {}
     preprocessing = Preprocessing.from_dict(recorded)
     spec = DeploySpec(image_size=preprocessing.image_size, mean=preprocessing.mean, std=preprocessing.std)
     assumed = f"The checkpoint says nothing of its images: {preprocessing.image_size} px and ImageNet's mean and std."
     return Classifier(
-        reference_runner(loaded.model, spec), preprocessing, loaded.class_names, () if recorded else (assumed,)
+        reference_runner(loaded.model.to(device), spec),
+        preprocessing,
+        loaded.class_names,
+        () if recorded else (assumed,),
     )
 
 

@@ -194,12 +194,60 @@ def test_the_split_follows_the_seed(tmp_path):
     assert find_dataset(root, seed=3).val != find_dataset(root, seed=4).val
 
 
-@pytest.mark.parametrize("validation", ["val", "test"])
-def test_train_and_validation_folders_are_taken_as_they_are(tmp_path, validation):
-    write_classes(tmp_path / "train", {"a": 3, "b": 2})
+@pytest.mark.parametrize("validation", ["val", "validation", "valid", "test", "Val"])
+@pytest.mark.parametrize("training", ["train", "Train"])
+def test_train_and_validation_folders_are_taken_as_they_are(tmp_path, training, validation):
+    write_classes(tmp_path / training, {"a": 3, "b": 2})
     write_classes(tmp_path / validation, {"a": 1, "b": 2})
     dataset = find_dataset(tmp_path)
     assert (dataset.train.labels, dataset.val.labels) == ((0, 0, 0, 1, 1), (0, 1, 1))
+    assert {path.parts[-3] for path in dataset.val.paths} == {validation}
+
+
+def test_validation_images_come_from_val_where_there_is_test_too(tmp_path):
+    for name in ("train", "test", "val"):
+        write_classes(tmp_path / name, {"a": 1, "b": 1})
+    assert {path.parts[-3] for path in find_dataset(tmp_path).val.paths} == {"val"}
+
+
+def test_a_class_has_the_images_below_its_folder_at_any_depth_in_a_fixed_order(tmp_path):
+    write_classes(tmp_path, {"a": 1, "a/2020": 2, "a/2020/may/first": 1, "b/deep": 2})
+    names, images = find_images(tmp_path)
+    assert names == ("a", "b")
+    assert [path.relative_to(tmp_path).as_posix() for path in images.paths] == [
+        "a/000.png", "a/2020/000.png", "a/2020/001.png", "a/2020/may/first/000.png", "b/deep/000.png", "b/deep/001.png",
+    ]  # fmt: skip
+    assert images.labels == (0, 0, 0, 0, 1, 1)
+
+
+def test_suffixes_may_be_in_upper_case_and_other_files_are_no_images(tmp_path):
+    write_classes(tmp_path, {"a": 2, "b": 1})
+    (tmp_path / "a" / "000.png").rename(tmp_path / "a" / "000.PNG")
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "a" / "png").write_text("no suffix")
+    assert [path.name for path in find_images(tmp_path)[1].paths] == ["000.PNG", "001.png", "000.png"]
+
+
+def test_hidden_files_and_folders_are_left_out(tmp_path):
+    write_classes(tmp_path, {"a": 1, "b": 1, ".thumbnails": 1, "a/.cache": 1})
+    picture(8, 8).save(tmp_path / "a" / "._000.png")  # what a Mac leaves on other file systems
+    names, images = find_images(tmp_path)
+    assert (names, len(images.paths)) == (("a", "b"), 2)
+
+
+def test_a_class_of_hidden_files_alone_has_no_images(tmp_path):
+    write_classes(tmp_path, {"a": 1, "b": 1})
+    (tmp_path / "b" / "000.png").rename(tmp_path / "b" / ".000.png")
+    with pytest.raises(InputError, match="no images for the class b"):
+        find_images(tmp_path)
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    write_classes(tmp_path / "classes", {"a": 1, "b": 1})
+    write_classes(tmp_path / "elsewhere", {"more": 2})
+    (tmp_path / "classes" / "a" / "more").symlink_to(tmp_path / "elsewhere" / "more")
+    (tmp_path / "classes" / "a" / "back").symlink_to(tmp_path / "classes" / "a")
+    assert find_images(tmp_path / "classes")[1].labels == (0, 0, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +258,7 @@ def test_train_and_validation_folders_are_taken_as_they_are(tmp_path, validation
         ({"a": 3, "b": 0}, "no images for the class b"),
         ({"a": 3, "b": 1}, "class b has one image"),
         ({"train/a": 2, "train/b": 2}, "no val/"),
+        ({"val/a": 2, "test/a": 2}, "has test, val but no folder train"),
         ({"train/a": 2, "train/b": 2, "val/a": 2, "val/c": 2}, "only one has b, c"),
     ],
     ids=str,

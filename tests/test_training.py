@@ -290,7 +290,7 @@ def test_the_command_prints_one_json_document_and_progress_apart(colours, tmp_pa
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["best"] == str(tmp_path / "atto-001" / "best.safetensors")
-    assert len(done.stderr.splitlines()) == 1
+    assert len(done.stderr.splitlines()) == 5  # the classes, and one epoch
     assert "Epoch 1/1: loss" in done.stderr
 
 

@@ -337,3 +337,24 @@ def test_the_command_draws_curves_and_takes_every_option(colours, tmp_path):
     assert "average" in done.stderr
     written = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (written["spec"]["recipe"], written["spec"]["layer_decay"]) == ("fine-tune", 0.9)
+
+
+def test_the_command_leaves_broken_images_out_and_says_so(tmp_path):
+    colours = write_colours(tmp_path / "colours", train=20)
+    (colours / "train" / "red" / "3.png").write_bytes(b"no image")
+    arguments = [str(colours), "--variant", "atto", "--image-size", "32", "--epochs", "1", "--run-dir"]
+    done = CliRunner().invoke(train_command, [*arguments, str(tmp_path / "run")])
+    assert done.exit_code == 0, done.stderr
+    assert "1 of 48 images cannot be read and are left out" in done.stderr
+    assert "3.png" in done.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["train_images"] == 39
+
+
+def test_the_command_warns_of_uneven_classes(tmp_path):
+    colours = write_colours(tmp_path / "colours", train=22)
+    for index in range(2, 22):
+        (colours / "train" / "red" / f"{index}.png").unlink()
+    arguments = [str(colours), "--variant", "atto", "--image-size", "32", "--epochs", "1", "--run-dir"]
+    done = CliRunner().invoke(train_command, [*arguments, str(tmp_path / "run")])
+    assert "largest to smallest 11.0:1" in done.stderr
+    assert "Warning: The classes are uneven" in done.stderr

@@ -11,9 +11,9 @@ import click
 from cnx_deploy.cli import options
 from cnx_deploy.cli.training_options import recipe_options
 from cnx_deploy.cli.training_progress import TerminalProgress
-from cnx_deploy.variants import VARIANTS
 
 if TYPE_CHECKING:
+    from cnx_deploy.data import Dataset
     from cnx_deploy.training import TrainingResult, TrainingSpec
 
 INTERRUPTED = 130
@@ -23,7 +23,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path))
-@click.option("--variant", type=click.Choice(list(VARIANTS)), required=True, help="Size of the network.")
+@options.variant
 @click.option("--checkpoint", type=FILE, help="Weights to start from, any known layout.")
 @click.option("--pretrained", metavar="TAG", help="Published weights, e.g. convnextv2_atto.fcmae_ft_in1k.")
 @click.option("--reset-head", is_flag=True, help="Draw a new head for --checkpoint or --pretrained.")
@@ -44,11 +44,12 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--output-dir", type=FOLDER, default=Path("runs"), show_default=True, help="A run is a folder in it.")
 @click.option("--run-dir", type=FOLDER, help="The run's folder itself [default: a fresh <variant>-NNN].")
 @click.option("--resume", is_flag=True, help="Go on with the newest run of the variant, or with --run-dir.")
+@click.option("--no-image-check", is_flag=True, help="Start without decoding every image once to find broken ones.")
 @click.option("--show-config", is_flag=True, help="Print the whole configuration as JSON and train nothing.")
 @options.as_json
 def train(
     checkpoint: Path | None, pretrained: str | None, reset_head: bool, init: Path | None, show_config: bool,
-    as_json: bool, data: Path, variant: str, recipe: str, **request: Any,
+    no_image_check: bool, as_json: bool, data: Path, variant: str, recipe: str, **request: Any,
 ) -> None:  # fmt: skip
     """Train a variant on DATA: train/ and val/ folders of classes, one folder of classes to split, or a CSV file.
 
@@ -64,7 +65,7 @@ def train(
         options.echo_json(spec.resolved())
         return
     sources = {"checkpoint": checkpoint, "pretrained": pretrained, "reset_head": reset_head, "init": init}
-    result = _trained(spec, sources)
+    result = _trained(spec, sources, _dataset(spec, check=not no_image_check))
     if launch.rank == 0:
         _tell(result, as_json=as_json)
     if result.interrupted:
@@ -72,7 +73,27 @@ def train(
         sys.exit(INTERRUPTED)
 
 
-def _trained(spec: "TrainingSpec", sources: dict[str, Any]) -> "TrainingResult":
+def _dataset(spec: "TrainingSpec", *, check: bool) -> "Dataset":
+    """The images to train on, those that cannot be read left out; says what there is."""
+    from cnx_deploy.data import class_balance, find_dataset, without_broken
+
+    dataset = find_dataset(spec.data, seed=spec.seed)
+    lines: list[str] = []
+    if check:
+        with options.reporter("Checking images") as progress:
+            dataset, report = without_broken(
+                dataset, progress=lambda done, total: progress(f"{done} of {total}", done / total)
+            )
+        lines += report.lines() if report.broken else []
+    balance = class_balance(dataset)
+    lines += balance.lines()
+    lines += [f"Warning: {balance.warning}"] if balance.warning else []
+    for line in lines if spec.launch.rank == 0 else ():
+        options.note(line)
+    return dataset
+
+
+def _trained(spec: "TrainingSpec", sources: dict[str, Any], dataset: "Dataset") -> "TrainingResult":
     from cnx_deploy import training
 
     loaded = training.initial_model(spec, **sources)
@@ -80,8 +101,9 @@ def _trained(spec: "TrainingSpec", sources: dict[str, Any]) -> "TrainingResult":
         options.note(f"Note: {text}")
     with TerminalProgress() as progress:
         if loaded is None:
-            return training.train(spec, progress=progress)
-        return training.train(spec, loaded.model, progress, licence=loaded.weights.licence)
+            return training.train(spec, progress=progress, dataset=dataset)
+        licence = loaded.weights.licence
+        return training.train(spec, loaded.model, progress, licence=licence, dataset=dataset)
 
 
 def _tell(result: "TrainingResult", *, as_json: bool) -> None:

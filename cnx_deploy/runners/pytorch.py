@@ -39,9 +39,9 @@ class _NormalisedModel(nn.Module):
         self.std: Tensor
         self.model = model
         self.input_kind = spec.input_kind
-        dtype = model.head.weight.dtype
-        self.register_buffer("mean", torch.tensor(spec.mean, dtype=dtype).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(spec.std, dtype=dtype).view(3, 1, 1))
+        own = model.head.weight
+        self.register_buffer("mean", own.new_tensor(spec.mean).view(3, 1, 1))
+        self.register_buffer("std", own.new_tensor(spec.std).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         raw = images.to(self.mean.dtype)

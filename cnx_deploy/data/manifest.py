@@ -1,0 +1,154 @@
+"""A dataset as a CSV file: the columns `path` and `label`, and `split` where the division is given.
+
+Paths are relative to the file's folder and stay below it; labels are taken as text. Other columns are ignored.
+"""
+
+import csv
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from cnx_deploy.data.dataset import Split
+from cnx_deploy.errors import InputError
+
+__all__ = ["Manifest", "is_manifest", "read_manifest"]
+
+SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
+"""What the column `split` may say, in upper or lower case, and what it means."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The rows of a file by their split; all of them under "" where there is no such column. Class names are sorted.
+
+    `lines`: the first line that names a class, for messages.
+    """
+
+    path: Path
+    class_names: tuple[str, ...]
+    splits: dict[str, Split]
+    lines: dict[str, int]
+
+    def validation(self) -> Split:
+        """The rows of val, else of test, else all of a file without splits; InputError when there are none."""
+        for name in ("val", "test", ""):
+            if name in self.splits:
+                return self.splits[name]
+        raise InputError(f"{self.path} has no rows with the split val or test. Add some, or leave the column out.")
+
+    def training(self) -> Split:
+        """The rows of train. InputError when there are none, or other rows have a class that they have not."""
+        if "train" not in self.splits:
+            raise InputError(f"{self.path} has no rows with the split train. Add some, or leave the column out.")
+        train = self.splits["train"]
+        unknown = set(range(len(self.class_names))) - set(train.labels)
+        if unknown:
+            name = self.class_names[min(unknown)]
+            raise InputError(
+                f"{self.path}, line {self.lines[name]}: the class {name} has no row with the split train. Add one, or "
+                "take the class out."
+            )
+        return train
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    line: int
+    path: str
+    label: str
+    split: str
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a path is meant as a CSV file, by its suffix."""
+    return path.suffix.lower() == ".csv" and not path.is_dir()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check every row.
+
+    InputError, with the number of the line: no header, a column missing or twice, a row too short, an empty label, an
+    unknown split, a path that is absolute, leads outside the folder, is there twice or is no file.
+    """
+    lines: dict[str, int] = {}
+    seen: dict[str, int] = {}
+    paths: dict[str, list[Path]] = {}
+    labels: dict[str, list[str]] = {}
+    folder = str(path.parent)
+    for row in _rows(path):
+        place = _place(path, row)
+        if place in seen:
+            _refuse(path, row.line, f"{row.path} is on line {seen[place]} already. An image has one row")
+        full = os.path.join(folder, place)  # noqa: PTH118 - this and the next are done for each of millions of rows
+        if not os.path.isfile(full):  # noqa: PTH113
+            _refuse(
+                path, row.line, f"{row.path} is no file below {folder}. Paths are relative to the CSV file's folder"
+            )
+        seen[place] = row.line
+        lines.setdefault(row.label, row.line)
+        paths.setdefault(row.split, []).append(Path(full))
+        labels.setdefault(row.split, []).append(row.label)
+    if not lines:
+        raise InputError(f"{path} has no rows below its header: expected one for each image.")
+    names = tuple(sorted(lines))
+    index = {name: at for at, name in enumerate(names)}
+    splits = {name: Split(tuple(paths[name]), tuple(index[label] for label in labels[name])) for name in paths}
+    return Manifest(path, names, splits, lines)
+
+
+def _rows(path: Path) -> Iterator[_Row]:
+    try:
+        # Spreadsheets put a byte-order mark before the header.
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream, strict=True)
+            columns = _columns(next(reader, []), path)
+            last = max(columns.values())
+            for values in reader:
+                if not values:
+                    continue
+                if len(values) <= last:
+                    _refuse(path, reader.line_num, f"it has {len(values)} values, the header asks for {last + 1}")
+                yield _row(path, reader.line_num, {name: values[at].strip() for name, at in columns.items()})
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text in UTF-8 ({error}). Save it as CSV in UTF-8.") from error
+    except csv.Error as error:
+        raise InputError(f"{path} is no CSV file ({error}, near line {reader.line_num}). Save it again.") from error
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is not there: expected a CSV file with the columns path and label.") from error
+
+
+def _columns(header: list[str], path: Path) -> dict[str, int]:
+    """Position of each column that is read."""
+    names = [name.strip().lower() for name in header]
+    wanted = ("path", "label", "split")
+    missing = [name for name in wanted[:2] if name not in names]
+    if missing:
+        _refuse(path, 1, f"the header has no column {' and '.join(missing)}, only {', '.join(header) or 'nothing'}")
+    twice = [name for name in wanted if names.count(name) > 1]
+    if twice:
+        _refuse(path, 1, f"the header has the column {twice[0]} twice")
+    return {name: names.index(name) for name in wanted if name in names}
+
+
+def _row(path: Path, line: int, values: dict[str, str]) -> _Row:
+    split = SPLITS.get(values["split"].lower()) if "split" in values else ""
+    if split is None:
+        _refuse(path, line, f"there is no split {values['split']!r}. Write train, val or test")
+    for name in ("path", "label"):
+        if not values[name]:
+            _refuse(path, line, f"the {name} is empty")
+    return _Row(line, values["path"], values["label"], split)
+
+
+def _place(path: Path, row: _Row) -> str:
+    """The path below the file's folder, without detours."""
+    place = os.path.normpath(row.path)
+    if os.path.isabs(place) or place.split(os.sep, 1)[0] == os.pardir:  # noqa: PTH117 - as above
+        _refuse(path, row.line, f"{row.path} leads outside {path.parent}. Paths are relative to the CSV file's folder")
+    return place
+
+
+def _refuse(path: Path, line: int, reason: str) -> NoReturn:
+    raise InputError(f"{path}, line {line}: {reason}.")
