@@ -1,28 +1,72 @@
 """`cnx-deploy eval`."""
 
+import contextlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cnx_deploy.cli import options
 
+if TYPE_CHECKING:
+    from cnx_deploy.evaluation import Evaluation
+    from cnx_deploy.runners.base import RunnerInfo
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+
 
 @click.command("eval")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.argument("data", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("data", type=click.Path(path_type=Path))
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images run at once.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+    help="Where a checkpoint or an ONNX file runs; an engine runs on its GPU.",
+)  # fmt: skip
+@click.option("--plot", type=FILE, help="Draw confusion and reliability into an SVG file.")
+@click.option("--save-predictions", type=FILE, help="Write a CSV file with every image's five best classes.")
 @options.as_json
-def evaluate_command(artifact: Path, data: Path, batch_size: int, as_json: bool) -> None:
-    """Top-1 and top-5 of ARTIFACT (a checkpoint, an ONNX file or an engine) on DATA.
+def evaluate_command(
+    artifact: Path, data: Path, batch_size: int, device: str, plot: Path | None, save_predictions: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Accuracy, confusion and calibration of ARTIFACT (a checkpoint, an ONNX file or an engine) on DATA.
 
-    DATA has a folder of images for each class, itself or in val/ or test/.
+    DATA has a folder of images for each class, itself or in val/, validation/, valid/ or test/; or is a CSV file with
+    the columns path and label, and split (train, val, test) where it holds more than the images to evaluate on.
     """
-    from cnx_deploy.evaluation import evaluate
+    from cnx_deploy.evaluation.plot import write_plot
+    from cnx_deploy.plot_files import check_plot
+
+    if plot is not None:
+        check_plot(plot)
+    found, info = _evaluated(artifact, data, batch_size, device, save_predictions)
+    if plot is not None:
+        options.note(f"{write_plot(found, plot, f'{artifact.name} on {found.count} images of {data.name}')}")
+    if as_json:
+        backend = {"backend": info.backend, "version": info.version, "device": info.device}
+        options.echo_json({"artifact": str(artifact), "data": str(data), **backend, **found.to_dict()})
+        return
+    from cnx_deploy.evaluation.report import lines_of
+
+    click.echo(f"{artifact} on {found.count} images of {data}, {info.backend} {info.version} on {info.device}")
+    for line in lines_of(found):
+        click.echo(line)
+
+
+def _evaluated(
+    artifact: Path, data: Path, batch_size: int, device: str, predictions: Path | None
+) -> tuple["Evaluation", "RunnerInfo"]:
+    from cnx_deploy.evaluation import PredictionWriter, evaluate
     from cnx_deploy.prediction import open_classifier
 
-    with open_classifier(artifact, many=True) as classifier, options.reporter("Evaluating") as progress:
+    # Made before the artifact is opened: a name that cannot be used ends the command at once.
+    writer = PredictionWriter(predictions, data) if predictions is not None else None
+    with open_classifier(artifact, many=True, device=device) as classifier, contextlib.ExitStack() as held:
+        progress = held.enter_context(options.reporter("Evaluating"))
         for text in classifier.notes:
             options.note(f"Note: {text}")
+        each = held.enter_context(writer).add if writer is not None else None
         found = evaluate(
             classifier.runner,
             data,
@@ -30,13 +74,9 @@ def evaluate_command(artifact: Path, data: Path, batch_size: int, as_json: bool)
             batch_size=batch_size,
             class_names=classifier.class_names,
             progress=lambda done, total: progress(f"{done} of {total} images", done / total),
+            each=each,
         )
-    info = classifier.runner.info
-    if as_json:
-        backend = {"backend": info.backend, "version": info.version, "device": info.device}
-        options.echo_json({"artifact": str(artifact), "data": str(data), **backend, **found.to_dict()})
-        return
-    click.echo(f"{artifact} on {found.count} images of {data}, {info.backend} {info.version} on {info.device}")
-    click.echo(f"top-1 {found.top1_percent:.2f} %, top-5 {found.top5_percent:.2f} %")
-    for entry in found.per_class:
-        click.echo(f"  {entry.name:24} {entry.correct:>6} of {entry.count}")
+        info = classifier.runner.info
+    if writer is not None:
+        options.note(f"{writer.path}")
+    return found, info
