@@ -115,23 +115,24 @@ def check_export(
 ) -> GraphFacts:
     """Check a file that `onnx_export` wrote, on top of `check_graph`.
 
-    One Gelu and one GRN statistic a block (a pool in the "cpu" layout, else a sum); each of the network's norms one
-    LayerNormalization, or, in the "gpu" layout, spelled out over the channel axis for the four channels-first ones;
-    opset as written; batch axis named. `leave_out`: folds that the export was to leave out; `norm_on_patches`: the
-    stem's norm is a sum over the patches' channels.
+    One Gelu a block and, but in V1, one GRN statistic (a pool in the "cpu" layout, else a sum); each of the network's
+    norms one LayerNormalization, or, in the "gpu" layout, spelled out over the channel axis for the four channels-first
+    ones; opset as written; batch axis named. `leave_out`: folds that the export was to leave out; `norm_on_patches`:
+    the stem's norm is a sum over the patches' channels.
     """
     facts = check_graph(path)
     blocks = variant.block_count
     token_norms = blocks + 1
     statistic = "AveragePool" if layout == "cpu" and "blocked" not in leave_out else "ReduceSum"
-    sums = blocks + norm_on_patches
+    responses = blocks if variant.version == 2 else 0
+    sums = responses + norm_on_patches
     expected = {"Gelu": blocks, statistic: sums, "LayerNormalization": token_norms + (0 if layout == "gpu" else 4)}
     problems = [
         f"{count} {operator} expected, {facts.operators.get(operator, 0)} found"
         for operator, count in expected.items()
         if facts.operators.get(operator, 0) != count
     ]
-    problems.extend(_wrong_constants(facts, norms=blocks + token_norms + 4))
+    problems.extend(_wrong_constants(facts, norms=responses + token_norms + 4))
     if facts.opset != opset:
         problems.append(f"opset {opset} expected, {facts.opset} written")
     dynamic = batch[0] != batch[2]

@@ -115,7 +115,8 @@ def run_exports(request: ExportRequest, note: Note) -> list[Artifact]:
     if request.keep_fp32 and not set(request.precisions) & set(HALVES):
         raise InputError("--keep-fp32 is of half-precision files, and none is asked for. Add --precision fp16 or bf16.")
     if loaded.weights.origin == "random":
-        note(f"No checkpoint: weights are random (seed {request.seed}), GRN included. Predictions mean nothing.")
+        kind = f"random (seed {request.seed}), {_included(loaded)} included"
+        note(f"No checkpoint: weights are {kind}. Predictions mean nothing.")
     if loaded.head_is_new:
         note(f"The head for {loaded.model.num_classes} classes is new and random: train it before it is used.")
     preprocessing = Preprocessing.from_dict(loaded.preprocessing) if loaded.preprocessing else Preprocessing()
@@ -235,6 +236,11 @@ def selected(files: Sequence[Path], export_dir: Path, engines_dir: Path, note: N
     yield from sorted(
         present, key=lambda artifact: (artifact.manifest.model.weights.sha256, artifact.manifest.kind != "onnx")
     )
+
+
+def _included(loaded: LoadedModel) -> str:
+    """What fresh weights leave without effect and random ones do not."""
+    return "GRN" if loaded.model.variant.version == 2 else "LayerScale"
 
 
 def _export(

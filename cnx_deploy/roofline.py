@@ -20,14 +20,15 @@ Traffic = Literal["fused", "as compiled"]
 
 NOT_MEASURED = "bound from the data sheet, not measured"
 BYTES_PER_ELEMENT = {"fp32": 4, "fp16": 2, "bf16": 2}
-FUSED_BLOCK_MAPS = 11
-"""Maps of C × H × W a block must move: the residual stream read and written (1 + 1), the hidden tensor of 4C written
-and read (4 + 4), and 1 for the residual read again by the addition. The hidden tensor must exist once, because GRN
-needs its norm over the whole image before the second pointwise layer can start; computing it twice is not considered.
+FUSED_BLOCK_MAPS = {2: 11, 1: 3}
+"""Maps of C × H × W a block must move, by the network's version: the residual stream read and written (1 + 1), the
+hidden tensor of 4C written and read (4 + 4), and 1 for the residual read again by the addition. The hidden tensor must
+exist once, because GRN needs its norm over the whole image before the second pointwise layer can start; computing it
+twice is not considered. V1 has no GRN, so there one kernel of both pointwise layers could keep it to itself.
 """
-PER_OP_BLOCK_MAPS = 27
+PER_OP_BLOCK_MAPS = {2: 27, 1: 15}
 """The same with one kernel an operation: depthwise 1 + 1, LayerNorm 1 + 1, pointwise and GELU 1 + 4, GRN's norm 4,
-GRN's scaling 4 + 4, pointwise 4 + 1 with the residual's 1."""
+GRN's scaling 4 + 4, pointwise 4 + 1 with the residual's 1. V1 has no GRN."""
 WORKING_MAPS = 6
 """Maps of C × H × W alive at a block's widest point: input, hidden tensor (4), output."""
 
@@ -40,9 +41,9 @@ class Work:
     (49·C·H·W a block); biases, norms and activations not counted. `parameters`: the training form's.
     `weight_bytes` = parameters × bytes an element, read once a call whatever the batch.
     `input_bytes` = 3 · size² elements of the precision; an engine that takes FP32 images reads twice that in FP16.
-    `fused_bytes` = input + each stem or downsampling's read and write + 11·C·H·W a block + the head's read.
-    `per_op_bytes` = the same with 27·C·H·W a block and a separate LayerNorm at the stem and before each downsampling.
-    Both are activations only. `working_set_bytes` = 6·C·H·W of stage 1, the largest.
+    `fused_bytes` = input + each stem or downsampling's read and write + 11·C·H·W a block (V1: 3) + the head's read.
+    `per_op_bytes` = the same with 27·C·H·W a block (V1: 15) and a separate LayerNorm at the stem and before each
+    downsampling. Both are activations only. `working_set_bytes` = 6·C·H·W of stage 1, the largest.
     """
 
     variant: str
@@ -137,8 +138,8 @@ def work_of(variant: str, image_size: int, precision: Precision, num_classes: in
         parameters=parameters,
         weight_bytes=parameters * element,
         input_bytes=pixels * element,
-        fused_bytes=(ends + FUSED_BLOCK_MAPS * blocks) * element,
-        per_op_bytes=(ends + separate_norms + PER_OP_BLOCK_MAPS * blocks) * element,
+        fused_bytes=(ends + FUSED_BLOCK_MAPS[size.version] * blocks) * element,
+        per_op_bytes=(ends + separate_norms + PER_OP_BLOCK_MAPS[size.version] * blocks) * element,
         working_set_bytes=WORKING_MAPS * maps[0] * element,
     )
 

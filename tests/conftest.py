@@ -10,12 +10,25 @@ from cnx_deploy.trt.builder import BuildSpec, build_engine
 from cnx_deploy.variants import Variant
 
 TINY_TEST = Variant("tiny-test", (1, 1, 2, 1), (8, 16, 32, 64), 138_104, 0.0)
+TINY_V1_TEST = Variant("tiny-v1-test", (1, 1, 2, 1), (8, 16, 32, 64), 137_040, None, version=1)
 
 
 @pytest.fixture(scope="session")
 def tiny_variant() -> Variant:
     """Four stages, one with two blocks; 138,104 parameters with 1000 classes."""
     return TINY_TEST
+
+
+@pytest.fixture(scope="session")
+def tiny_v1_variant() -> Variant:
+    """The same of ConvNeXt V1."""
+    return TINY_V1_TEST
+
+
+@pytest.fixture
+def tiny_v1_model(tiny_v1_variant: Variant) -> ConvNeXtV2:
+    """ConvNeXt V1 with ten classes, every parameter random and LayerScale of the order of one; a fresh copy each."""
+    return random_model(tiny_v1_variant, 10, seed=0)
 
 
 @pytest.fixture

@@ -176,6 +176,7 @@ def test_without_any_fold_the_fp16_form_passes_its_gate(tiny_model, layout):
 
 
 FOLD_SHOWS = {
+    "layer-scale": lambda deployed: deployed.stages[0][0].scale is None,
     "input-normalisation": lambda deployed: deployed.normalise is None,
     "norm-affine": lambda deployed: deployed.stages[0][0].norm.gain is None,
     "downsample-affine": lambda deployed: deployed.downsample_layers[1][0].gain is None,
@@ -190,12 +191,13 @@ FOLD_SHOWS = {
 
 
 @pytest.mark.parametrize("fold", FOLDS)
-def test_the_switch_of_a_fold_takes_it_out(request, tiny_model, fold):
+def test_the_switch_of_a_fold_takes_it_out(request, tiny_model, tiny_v1_model, fold):
     layout = "cpu" if fold == "blocked" else "gpu"
+    model = tiny_v1_model if fold == "layer-scale" else tiny_model
     if fold == "stem-norm":
         request.getfixturevalue("norm_on_patches")
-    made = deploy_form(tiny_model, DeploySpec("fp64", BOTH_GAINS_PX, layout=layout))
-    left_out = deploy_form(tiny_model, DeploySpec("fp64", BOTH_GAINS_PX, layout=layout, leave_out=(fold,)))
+    made = deploy_form(model, DeploySpec("fp64", BOTH_GAINS_PX, layout=layout))
+    left_out = deploy_form(model, DeploySpec("fp64", BOTH_GAINS_PX, layout=layout, leave_out=(fold,)))
     assert (FOLD_SHOWS[fold](made), FOLD_SHOWS[fold](left_out)) == (True, False)
 
 

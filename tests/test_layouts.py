@@ -128,5 +128,5 @@ def test_a_state_dict_that_mixes_two_layouts_is_refused(tiny_model, tiny_variant
 
 def test_another_networks_weights_are_not_recognised(tmp_path):
     path = saved(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pt")
-    with pytest.raises(CheckpointError, match=r"holds no ConvNeXt V2 weights.*weight, bias"):
+    with pytest.raises(CheckpointError, match=r"holds no ConvNeXt weights.*weight, bias"):
         load_checkpoint(path)

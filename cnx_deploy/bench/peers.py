@@ -21,6 +21,7 @@ from cnx_deploy.environment import package_version
 from cnx_deploy.errors import MissingRequirementError
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import DTYPES, DeploySpec
+from cnx_deploy.model.layers import LAYER_SCALE
 from cnx_deploy.model.layouts import official_state
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.ort import OrtRunner
@@ -145,7 +146,11 @@ def timm_twin(model: ConvNeXtV2) -> nn.Module:
         raise MissingRequirementError("timm is not installed") from error
     size = model.variant
     twin: nn.Module = convnext.ConvNeXt(
-        depths=size.depths, dims=size.dims, num_classes=model.num_classes, use_grn=True, ls_init_value=None
+        depths=size.depths,
+        dims=size.dims,
+        num_classes=model.num_classes,
+        use_grn=size.version == 2,
+        ls_init_value=LAYER_SCALE if size.version == 1 else None,
     )
     state, own = twin.state_dict(), model.state_dict()
     _, official = official_state(state, "timm")

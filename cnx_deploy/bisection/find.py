@@ -16,7 +16,7 @@ from cnx_deploy.bisection.search import Passes, minimal_set, smallest_subset
 from cnx_deploy.bisection.units import in_order, islands_of, parts_of_unit, spelled
 from cnx_deploy.errors import InputError
 from cnx_deploy.model.checkpoint import LoadedModel
-from cnx_deploy.model.deploy import FORM, HALVES
+from cnx_deploy.model.deploy import BLOCK_PARTS, FORM, HALVES, block_parts
 from cnx_deploy.parity import GATES, Gate
 from cnx_deploy.verification import recorded_model
 
@@ -114,16 +114,17 @@ def bisect_artifact(
         return found
     note(f"{artifact.path.name} fails on {found.images} images: {'; '.join(recorded.probe.failures)}")
     tried = _tried_on_the_form(case, recorded, note)
-    kept = find_kept(case.units, tried.passes)
+    parts = block_parts(loaded.model.variant)
+    kept = find_kept(case.units, tried.passes, parts)
     found = replace(found, probes=_made(tried, recorded))
     del tried  # and with it two copies of the weights, which are not needed while files are written
     return found if kept is None else _confirmed(found, kept, case, note)
 
 
-def find_kept(units: Sequence[str], passes: Passes) -> tuple[str, ...] | None:
+def find_kept(units: Sequence[str], passes: Passes, parts: Sequence[str] = BLOCK_PARTS) -> tuple[str, ...] | None:
     """The modules to keep: the minimal set of units, each block replaced by the fewest of its parts that are enough.
 
-    None where keeping everything does not pass.
+    `parts`: those that a block of the network has. None where keeping everything does not pass.
     """
     if not passes(units):
         return None
@@ -132,9 +133,10 @@ def find_kept(units: Sequence[str], passes: Passes) -> tuple[str, ...] | None:
     kept = list(minimal_set(units, passes))
     for unit in tuple(kept):
         others = [name for name in kept if name != unit]
-        parts = smallest_subset(parts_of_unit(unit), others, passes) if parts_of_unit(unit) else None
-        if parts is not None:
-            kept = [*others, *parts]
+        own = parts_of_unit(unit, parts)
+        enough = smallest_subset(own, others, passes) if own else None
+        if enough is not None:
+            kept = [*others, *enough]
     return in_order(kept, units)
 
 
@@ -168,7 +170,7 @@ def _confirmed(found: Bisection, kept: tuple[str, ...], case: Case, note: Note) 
     better: tuple[str, ...] | None = kept
     if not (exports.passes(kept) and not any(exports.passes(fewer) for fewer in _neighbours(kept))):
         note("The files contradict the probes: searching again with a file a probe")
-        better = find_kept(case.units, exports.passes)
+        better = find_kept(case.units, exports.passes, block_parts(case.loaded.model.variant))
     neighbours = tuple(exports.probe(fewer) for fewer in _neighbours(better or ()))
     final = None if better is None else files[frozenset(better)]
     probes = (*found.probes, *_made(exports, found.recorded))

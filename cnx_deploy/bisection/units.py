@@ -1,6 +1,6 @@
 """The parts of a network in the order in which they run, and sets of them in words.
 
-A unit is the stem, a downsampling, a block or the head; blocks have parts of their own (`deploy.BLOCK_PARTS`).
+A unit is the stem, a downsampling, a block or the head; blocks have parts of their own (`deploy.block_parts`).
 """
 
 from collections.abc import Collection, Sequence
@@ -20,9 +20,9 @@ def units_of(variant: Variant) -> tuple[str, ...]:
     return (*(unit for stage in stages for unit in stage), "head")
 
 
-def parts_of_unit(unit: str) -> tuple[str, ...]:
-    """The parts of a block that can be kept by themselves; other units have none."""
-    return tuple(f"{unit}.{part}" for part in BLOCK_PARTS) if unit.startswith("stages.") else ()
+def parts_of_unit(unit: str, parts: Sequence[str] = BLOCK_PARTS) -> tuple[str, ...]:
+    """The parts of a block that can be kept by themselves; other units have none. `parts`: those of the network's."""
+    return tuple(f"{unit}.{part}" for part in parts) if unit.startswith("stages.") else ()
 
 
 def in_order(names: Collection[str], units: Sequence[str]) -> tuple[str, ...]:

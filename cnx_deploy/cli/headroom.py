@@ -6,12 +6,11 @@ from typing import Any
 import click
 
 from cnx_deploy.cli import options
-from cnx_deploy.variants import VARIANTS
 
 
 @click.command()
 @click.argument("checkpoint", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--variant", type=click.Choice(list(VARIANTS)), help="Size of the network [default: the checkpoint's].")
+@click.option("--variant", **{**options.VARIANT, "help": "Size of the network [default: the checkpoint's]."})
 @options.pretrained
 @options.seed
 @options.num_classes

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from cnx_deploy.errors import CnxDeployError
-from cnx_deploy.variants import VARIANTS
+from cnx_deploy.variants import ALL_VARIANTS
 
 __all__ = [
     "BATCH_RANGE",
@@ -52,7 +52,12 @@ class _BatchRange(click.ParamType[Any]):
 
 BATCH_RANGE = _BatchRange()
 
-variant = click.option("--variant", type=click.Choice(list(VARIANTS)), required=True, help="Size of the network.")
+VARIANT: dict[str, Any] = {
+    "type": click.Choice(list(ALL_VARIANTS)),
+    "metavar": "VARIANT",
+    "help": "atto to huge, or of ConvNeXt V1 v1-atto to v1-xlarge: see cnx-deploy variants.",
+}
+variant = click.option("--variant", required=True, **VARIANT)
 checkpoint = click.option(
     "--checkpoint",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),

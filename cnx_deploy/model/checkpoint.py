@@ -30,7 +30,7 @@ from cnx_deploy.model.layouts import (
 )
 from cnx_deploy.model.pretrained import PRETRAINED_LICENCE, fetch_pretrained, variant_name_of_tag
 from cnx_deploy.model.weight_files import METADATA_KEY, WeightFile, read_weight_file
-from cnx_deploy.variants import VARIANTS, Variant, find_variant
+from cnx_deploy.variants import ALL_VARIANTS, VARIANTS, Variant, find_variant
 
 __all__ = ["LoadedModel", "hash_weights", "load_checkpoint", "load_pretrained", "resolve_model", "save_checkpoint"]
 
@@ -66,7 +66,7 @@ def load_checkpoint(
 ) -> LoadedModel:
     """Read a checkpoint in any layout of `model.layouts` into a model.
 
-    `variant` None takes the one of the eight whose shapes the file has. `num_classes` None takes the file's.
+    `variant` None takes the known one, V2 or V1, whose shapes the file has. `num_classes` None takes the file's.
     `reset_head` draws a new head (truncated normal 0.02, fixed seed). `ema`: see `weight_files.read_weight_file`,
     also for what a file can have wrong. Raises CheckpointError when the weights do not fit the model exactly.
     """
@@ -255,7 +255,7 @@ def _variant_of(state: Mapping[str, Tensor], wanted: Variant | None, *, where: s
     if found is None:
         shown = f"depths {structure[0]} and widths {structure[1]}" if structure else "no complete stage"
         raise CheckpointError(
-            f"{where} has {shown}, which is none of the eight variants ({', '.join(VARIANTS)}). "
+            f"{where} has {shown}, which is none of the known variants ({', '.join(ALL_VARIANTS)}). "
             "Give the variant it was made for."
         )
     return found

@@ -1,4 +1,4 @@
-"""The training form of ConvNeXt V2: readable, trainable, the reference for everything else.
+"""The training form of ConvNeXt V2: readable, trainable, the reference for everything else. V1 differs in its blocks.
 
 Source: Woo et al., arXiv:2301.00808; reference code facebookresearch/ConvNeXt-V2, `models/convnextv2.py` (MIT).
 """
@@ -17,7 +17,7 @@ __all__ = ["ConvNeXtV2", "create_model", "random_model"]
 
 
 class ConvNeXtV2(nn.Module):
-    """ConvNeXt V2 classifier.
+    """ConvNeXt V2 classifier, or V1 where the variant says so.
 
     Shape: (N, 3, H, W) normalised images -> (N, num_classes) logits; H and W multiples of 32.
 
@@ -92,7 +92,10 @@ def create_model(
     drop_path_rate: float = 0.0,
     head_init_scale: float = 1.0,
 ) -> ConvNeXtV2:
-    """Build a freshly initialised model as the paper does: truncated normal (0.02), zero biases, GRN the identity."""
+    """Build a freshly initialised model as the papers do.
+
+    Truncated normal (0.02), zero biases, GRN the identity; in V1 LayerScale at 1e-6.
+    """
     found = find_variant(variant) if isinstance(variant, str) else variant
     return ConvNeXtV2(found, num_classes, drop_path_rate, head_init_scale)
 
@@ -101,7 +104,8 @@ def random_model(variant: Variant | str, num_classes: int = 1000, *, seed: int =
     """Build an evaluation-mode model whose every parameter is drawn at random, none of them zero or one.
 
     For parity and benchmarks: with the paper's initialisation GRN is the identity and a broken GRN would go
-    unnoticed. Weights have standard deviation 1/sqrt(fan-in), GRN gamma 1, everything else 0.1 (gains around 1).
+    unnoticed. Weights have standard deviation 1/sqrt(fan-in), GRN gamma and LayerScale 1, everything else 0.1 (gains
+    around 1).
     The same seed gives the same weights on every machine with the same torch.
     """
     with torch.device("meta"):
@@ -113,7 +117,7 @@ def random_model(variant: Variant | str, num_classes: int = 1000, *, seed: int =
             parameter.normal_(generator=generator)
             if parameter.ndim in (2, 4) and "grn" not in name:
                 parameter.mul_(parameter[0].numel() ** -0.5)
-            elif not name.endswith("grn.gamma"):
+            elif not name.endswith(".gamma"):
                 parameter.mul_(0.1)
                 if name.endswith("weight"):  # a LayerNorm gain
                     parameter.add_(1.0)
@@ -123,7 +127,7 @@ def random_model(variant: Variant | str, num_classes: int = 1000, *, seed: int =
 def _stages(variant: Variant, drop_path_rate: float) -> list[nn.Sequential]:
     rates = iter([drop_path_rate * index / max(1, variant.block_count - 1) for index in range(variant.block_count)])
     return [
-        nn.Sequential(*(Block(width, next(rates)) for _ in range(depth)))
+        nn.Sequential(*(Block(width, next(rates), variant.version) for _ in range(depth)))
         for depth, width in zip(variant.depths, variant.dims, strict=True)
     ]
 

@@ -45,6 +45,7 @@ from cnx_deploy.model.layers import Block
 from cnx_deploy.variants import Variant, check_image_size
 
 __all__ = [
+    "BLOCK_PARTS",
     "FORM",
     "HALVES",
     "DeploySpec",
@@ -52,6 +53,7 @@ __all__ = [
     "InputKind",
     "Layout",
     "Precision",
+    "block_parts",
     "check_parts",
     "deploy_form",
     "parts_of",
@@ -265,10 +267,15 @@ def _rounded(module: nn.Module, name: str, spec: DeploySpec) -> Any:
     return module
 
 
+def block_parts(variant: Variant) -> tuple[str, ...]:
+    """The parts that each block of a variant has: V1 has no GRN."""
+    return tuple(part for part in BLOCK_PARTS if part != "grn" or variant.version == 2)
+
+
 def parts_of(variant: Variant) -> tuple[str, ...]:
     """The modules that `DeploySpec.keep_fp32` can name: stem and downsamplings, blocks and their parts, the head."""
     blocks = [f"stages.{stage}.{index}" for stage, depth in enumerate(variant.depths) for index in range(depth)]
-    parts = [f"{block}.{part}" for block in blocks for part in BLOCK_PARTS]
+    parts = [f"{block}.{part}" for block in blocks for part in block_parts(variant)]
     return (*(f"downsample_layers.{index}" for index in range(4)), *blocks, *parts, "head")
 
 
@@ -277,10 +284,10 @@ def check_parts(names: tuple[str, ...], variant: Variant) -> None:
     known = parts_of(variant)
     for name in names:
         if name not in known:
-            last = f"stages.3.{variant.depths[3] - 1}"
+            last, parts = f"stages.3.{variant.depths[3] - 1}", block_parts(variant)
             raise InputError(
                 f"No part of {variant.name} is called {name!r}. There are downsample_layers.0 to .3, blocks from "
-                f"stages.0.0 to {last}, their parts such as {last}.grn ({', '.join(BLOCK_PARTS)}), and head."
+                f"stages.0.0 to {last}, their parts such as {last}.{parts[-2]} ({', '.join(parts)}), and head."
             )
 
 

@@ -13,6 +13,7 @@ __all__ = [
     "fold_affine_into_linear",
     "fold_grn_beta",
     "fold_input_normalisation",
+    "fold_layer_scale",
     "fold_norm_into_patches",
     "fold_patches",
     "gain_moves_fewer_bytes_in_weight",
@@ -24,6 +25,7 @@ FOLDS = {
     "norm-affine": "gain and shift of a block's LayerNorm into its first pointwise layer",
     "downsample-affine": "gain and shift of a downsampling's LayerNorm into its convolution",
     "head-affine": "gain and shift of the last LayerNorm into the head",
+    "layer-scale": "LayerScale into the second pointwise layer (V1 alone)",
     "grn-beta": "GRN's beta into the second pointwise bias",
     "grn-gain": "GRN's gain into the second pointwise weight where that moves fewer bytes (gpu)",
     "residual": "the second pointwise layer as a 1x1 convolution that adds the residual, elsewhere (gpu)",
@@ -87,6 +89,14 @@ def fold_grn_beta(weight: Tensor, bias: Tensor, beta: Tensor) -> Tensor:
     Shapes: weight (C, 4C), bias (C,), beta (4C,).
     """
     return bias + weight @ beta
+
+
+def fold_layer_scale(weight: Tensor, bias: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """Gamma (W x + b)  =  (diag(gamma) W) x + gamma b, for ConvNeXt V1's LayerScale behind a linear layer.
+
+    Shapes: weight (O, I), bias and gamma (O,).
+    """
+    return weight * gamma[:, None], bias * gamma
 
 
 def gain_moves_fewer_bytes_in_weight(channels: int, positions: int, *, before_downsampling: bool) -> bool:

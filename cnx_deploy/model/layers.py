@@ -1,7 +1,8 @@
-"""The two normalisations of ConvNeXt V2 and its block, as the paper has them.
+"""The two normalisations of ConvNeXt V2 and its block, as the paper has them, and the block of V1.
 
 Source: Woo et al., "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders", arXiv:2301.00808,
-section 4 and algorithm 1 (GRN), figure 5 (block); reference code facebookresearch/ConvNeXt-V2 (MIT).
+section 4 and algorithm 1 (GRN), figure 5 (block); reference code facebookresearch/ConvNeXt-V2 (MIT). V1: Liu et al.,
+"A ConvNet for the 2020s", arXiv:2201.03545; reference code facebookresearch/ConvNeXt (MIT).
 Parameter names and shapes are those of the reference code, so its checkpoints load without renaming.
 """
 
@@ -9,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["EPS", "Block", "GlobalResponseNorm", "LayerNormChannelsFirst", "StochasticDepth"]
+__all__ = ["EPS", "LAYER_SCALE", "Block", "GlobalResponseNorm", "LayerNormChannelsFirst", "StochasticDepth"]
 
 EPS = 1e-6
 """Epsilon of every LayerNorm and GRN of the network; torch's LayerNorm default is 1e-5."""
+
+LAYER_SCALE = 1e-6
+"""What V1's LayerScale starts at (V1 paper, table 5)."""
 
 
 class GlobalResponseNorm(nn.Module):
@@ -77,23 +81,27 @@ class StochasticDepth(nn.Module):
 class Block(nn.Module):
     """Depthwise 7×7, LayerNorm, widen to 4C, GELU, GRN, narrow to C, stochastic depth, residual.
 
-    Shape: (N, C, H, W) -> (N, C, H, W).
+    Shape: (N, C, H, W) -> (N, C, H, W). In `version` 1 GRN is missing, and LayerScale multiplies each channel of the
+    branch by its `gamma` (C,) (Touvron et al., arXiv:2103.17239).
     """
 
-    def __init__(self, channels: int, drop_path_rate: float = 0.0) -> None:
+    def __init__(self, channels: int, drop_path_rate: float = 0.0, version: int = 2) -> None:
         super().__init__()
         self.dwconv = nn.Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
         self.norm = nn.LayerNorm(channels, eps=EPS)
         self.pwconv1 = nn.Linear(channels, 4 * channels)
         self.act = nn.GELU()
-        self.grn = GlobalResponseNorm(4 * channels)
+        self.grn: GlobalResponseNorm | nn.Identity = GlobalResponseNorm(4 * channels) if version == 2 else nn.Identity()
         self.pwconv2 = nn.Linear(4 * channels, channels)
+        self.gamma = nn.Parameter(torch.full((channels,), LAYER_SCALE)) if version == 1 else None
         self.drop_path = StochasticDepth(drop_path_rate)
 
     def forward(self, images: Tensor) -> Tensor:
         """Apply the block; see the class for shapes."""
         last = self.dwconv(images).permute(0, 2, 3, 1)  # (N, H, W, C)
         hidden = self.grn(self.act(self.pwconv1(self.norm(last))))  # (N, H, W, 4C)
-        branch = self.pwconv2(hidden).permute(0, 3, 1, 2)  # (N, C, H, W)
-        output: Tensor = images + self.drop_path(branch)
+        branch = self.pwconv2(hidden)  # (N, H, W, C)
+        if self.gamma is not None:
+            branch = self.gamma * branch
+        output: Tensor = images + self.drop_path(branch.permute(0, 3, 1, 2))  # (N, C, H, W)
         return output

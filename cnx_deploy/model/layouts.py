@@ -1,7 +1,7 @@
 """Whose state dict is this, and how does it read under the reference code's names?
 
-Layouts: `official` (facebookresearch/ConvNeXt-V2, also ours), `fcmae` (the reference's masked autoencoder, whose
-sparse convolutions store `kernel`), `timm`, `transformers`. Nothing here reads a file.
+Layouts: `official` (facebookresearch/ConvNeXt-V2 and ConvNeXt, also ours), `fcmae` (the reference's masked autoencoder,
+whose sparse convolutions store `kernel`), `timm`, `transformers`. Nothing here reads a file.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.errors import CheckpointError
-from cnx_deploy.variants import VARIANTS, Variant
+from cnx_deploy.variants import V1_VARIANTS, VARIANTS, Variant
 
 __all__ = [
     "Difference",
@@ -27,8 +27,8 @@ __all__ = [
 ]
 
 Layout = Literal["official", "fcmae", "timm", "transformers"]
-Structure = tuple[tuple[int, ...], tuple[int, ...]]
-"""Depths and widths of the stages."""
+Structure = tuple[tuple[int, ...], tuple[int, ...], int]
+"""Depths and widths of the stages, and the version: 1 where blocks have LayerScale."""
 
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 """What DistributedDataParallel, torch.compile and Lightning put before every name."""
@@ -37,6 +37,7 @@ MARKERS: tuple[tuple[str, Layout], ...] = (
     ("encoder.downsample_layers.", "fcmae"),
     ("stem.", "timm"),
     ("convnextv2.", "transformers"),
+    ("convnext.", "transformers"),
     ("embeddings.patch_embeddings.", "transformers"),
     ("downsample_layers.", "official"),
 )
@@ -55,20 +56,22 @@ RENAMES: dict[Layout, tuple[tuple[str, str], ...]] = {
         (r"stages\.(\d+)\.blocks\.(\d+)\.conv_dw\.", r"stages.\1.\2.dwconv."),
         (r"stages\.(\d+)\.blocks\.(\d+)\.norm\.", r"stages.\1.\2.norm."),
         (r"stages\.(\d+)\.blocks\.(\d+)\.mlp\.fc", r"stages.\1.\2.pwconv"),
+        (r"stages\.(\d+)\.blocks\.(\d+)\.gamma", r"stages.\1.\2.gamma"),
         (r"stages\.(\d+)\.blocks\.(\d+)\.mlp\.grn\.weight", r"stages.\1.\2.grn.gamma"),
         (r"stages\.(\d+)\.blocks\.(\d+)\.mlp\.grn\.bias", r"stages.\1.\2.grn.beta"),
         (r"head\.norm\.", "norm."),
         (r"head\.fc\.", "head."),
     ),
     "transformers": (
-        (r"(?:convnextv2\.)?embeddings\.patch_embeddings\.", "downsample_layers.0.0."),
-        (r"(?:convnextv2\.)?embeddings\.layernorm\.", "downsample_layers.0.1."),
-        (r"(?:convnextv2\.)?encoder\.stages\.(\d+)\.downsampling_layer\.", r"downsample_layers.\1."),
-        (r"(?:convnextv2\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.layernorm\.", r"stages.\1.\2.norm."),
-        (r"(?:convnextv2\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.grn\.weight", r"stages.\1.\2.grn.gamma"),
-        (r"(?:convnextv2\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.grn\.bias", r"stages.\1.\2.grn.beta"),
-        (r"(?:convnextv2\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.", r"stages.\1.\2."),
-        (r"(?:convnextv2\.)?layernorm\.", "norm."),
+        (r"(?:convnext(?:v2)?\.)?embeddings\.patch_embeddings\.", "downsample_layers.0.0."),
+        (r"(?:convnext(?:v2)?\.)?embeddings\.layernorm\.", "downsample_layers.0.1."),
+        (r"(?:convnext(?:v2)?\.)?encoder\.stages\.(\d+)\.downsampling_layer\.", r"downsample_layers.\1."),
+        (r"(?:convnext(?:v2)?\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.layernorm\.", r"stages.\1.\2.norm."),
+        (r"(?:convnext(?:v2)?\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.grn\.weight", r"stages.\1.\2.grn.gamma"),
+        (r"(?:convnext(?:v2)?\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.grn\.bias", r"stages.\1.\2.grn.beta"),
+        (r"(?:convnext(?:v2)?\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.layer_scale_parameter", r"stages.\1.\2.gamma"),
+        (r"(?:convnext(?:v2)?\.)?encoder\.stages\.(\d+)\.layers\.(\d+)\.", r"stages.\1.\2."),
+        (r"(?:convnext(?:v2)?\.)?layernorm\.", "norm."),
         (r"classifier\.", "head."),
     ),
 }
@@ -119,19 +122,21 @@ def official_state(tensors: Mapping[str, Tensor], where: str) -> tuple[Layout, d
 
 
 def structure_of(state: Mapping[str, Tensor]) -> Structure | None:
-    """Depths and widths that the depthwise convolutions show; None when a stage has none."""
+    """Depths and widths that the depthwise convolutions show, and the version; None when a stage has none."""
     matches = [re.fullmatch(r"stages\.(\d+)\.(\d+)\.dwconv\.weight", name) for name in state]
     blocks = [(int(match[1]), state[match[0]]) for match in matches if match]
     stages = range(1 + max((stage for stage, _ in blocks), default=-1))
     found = [[weight for at, weight in blocks if at == stage] for stage in stages]
     if not found or not all(found):
         return None
-    return tuple(map(len, found)), tuple(weights[0].shape[0] for weights in found)
+    version = 1 if any(re.fullmatch(r"stages\.\d+\.\d+\.gamma", name) for name in state) else 2
+    return tuple(map(len, found)), tuple(weights[0].shape[0] for weights in found), version
 
 
 def variant_with_structure(structure: Structure | None) -> Variant | None:
-    """The one of the eight sizes with these depths and widths, None if it is none of them."""
-    return next((variant for variant in VARIANTS.values() if (variant.depths, variant.dims) == structure), None)
+    """The one of the known sizes with these depths, widths and version, None if it is none of them."""
+    known = (*VARIANTS.values(), *V1_VARIANTS.values())
+    return next((each for each in known if (each.depths, each.dims, each.version) == structure), None)
 
 
 def shape_differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[Difference]:
@@ -178,7 +183,7 @@ def _recognise(names: Iterable[str], where: str) -> Layout:
         if any(name.startswith(marker) for name in listed):
             return layout
     raise CheckpointError(
-        f"{where} holds no ConvNeXt V2 weights that are known: its tensors are {', '.join(listed[:5]) or 'none'}, … "
+        f"{where} holds no ConvNeXt weights that are known: its tensors are {', '.join(listed[:5]) or 'none'}, … "
         f"Expected names of the official code, FCMAE, timm or transformers."
     )
 
