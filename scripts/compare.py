@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from cnx_deploy.cli.pretrain import PretrainingOnTerminal
 from cnx_deploy.cli.training_progress import TerminalProgress
 from cnx_deploy.data import few_labels, find_dataset
 from cnx_deploy.errors import CnxDeployError
@@ -79,12 +80,26 @@ def v1_v2(data: Path, size: str, seeds: int, output_dir: Path, **settings: Any) 
 @click.option("--labels", type=click.IntRange(min=1), default=10, show_default=True, help="Labelled images a class.")
 @click.option("--epochs", type=int, default=60, show_default=True, help="With labels.")
 @click.option("--pretraining-epochs", type=int, default=100, show_default=True, help="Without labels.")
+@click.option("--pretraining-learning-rate", type=float, default=1e-3, show_default=True, help="Highest rate of it.")
 def pretraining(
-    data: Path, variant: str, seeds: int, labels: int, pretraining_epochs: int, output_dir: Path, **settings: Any
+    data: Path,
+    variant: str,
+    seeds: int,
+    labels: int,
+    pretraining_epochs: int,
+    pretraining_learning_rate: float,
+    output_dir: Path,
+    **settings: Any,
 ) -> None:
     """Train with few labels from scratch and from masked pre-training on all training images."""
     request = PretrainingSpec(
-        data, variant, run_dir=output_dir / "pretraining", epochs=pretraining_epochs, image_size=settings["image_size"]
+        data,
+        variant,
+        run_dir=output_dir / "pretraining",
+        epochs=pretraining_epochs,
+        image_size=settings["image_size"],
+        learning_rate=pretraining_learning_rate,
+        min_crop_area=settings["min_crop_area"],
     )
     encoder = pretrained_encoder(request)
     dataset = find_dataset(data)
@@ -96,7 +111,11 @@ def pretraining(
             results[name].append(finished(spec_of(data, variant, seed, run_dir, **settings), init=init, dataset=few))
     sides = [side_of(name, tables) for name, tables in results.items()]
     title = f"{variant} on {data} with {labels} labels a class"
-    more = {"labels": labels, "pretraining_epochs": pretraining_epochs}
+    more = {
+        "labels": labels,
+        "pretraining_epochs": pretraining_epochs,
+        "pretraining_learning_rate": pretraining_learning_rate,
+    }
     conclude(title, sides, {**settings, **more}, output_dir / "pretraining.json")
 
 
@@ -131,8 +150,10 @@ def pretrained_encoder(request: PretrainingSpec) -> Path:
     table, weights = request.run_dir / "metrics.csv", request.run_dir / "last.safetensors"
     if not (table.is_file() and len(table.read_text().splitlines()) > request.epochs):
         click.echo(f"{request.run_dir}", err=True)
-        if pretrain(replace(request, resume=(request.run_dir / "last.ckpt").is_file())).interrupted:
-            sys.exit(130)
+        with TerminalProgress() as terminal:
+            resumed = replace(request, resume=(request.run_dir / "last.ckpt").is_file())
+            if pretrain(resumed, progress=PretrainingOnTerminal(terminal)).interrupted:
+                sys.exit(130)
     return weights
 
 

@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 from cnx_deploy.artifacts import ModelRecord, WeightsRecord
+from cnx_deploy.bench.peers import timm_twin
 from cnx_deploy.bisection.search import smallest_subset
 from cnx_deploy.bisection.units import parts_of_unit
 from cnx_deploy.data import Preprocessing, image_like_batches, runner_input
@@ -22,13 +23,17 @@ from cnx_deploy.model.folds import FOLDS
 from cnx_deploy.onnx_checks import check_export
 from cnx_deploy.onnx_export import ExportSpec, export_onnx
 from cnx_deploy.parity import GATES, differences
+from cnx_deploy.pretraining import PretrainingSpec, pretrain
 from cnx_deploy.roofline import work_of
 from cnx_deploy.runners.emulated import EmulatedRunner
 from cnx_deploy.runners.ort import OrtRunner
 from cnx_deploy.runners.pytorch import reference_runner
+from cnx_deploy.training import TrainingSpec, initial_model, train
+from cnx_deploy.training.optimisation import parameter_groups
 from cnx_deploy.trt.builder import BuildSpec, build_engine
 from cnx_deploy.variants import ALL_VARIANTS, V1_VARIANTS, VARIANTS, Variant, find_variant
 from tests.foreign_models import assert_same_weights, randomise, saved
+from tests.training_data import write_colours
 
 EXACT = 1e-12
 """Largest difference over largest logit in float64."""
@@ -111,6 +116,12 @@ def test_logits_equal_transformers(tiny_v1_variant, tmp_path):
         torch.testing.assert_close(ours(images()), theirs(images()).logits, rtol=0, atol=LOGITS_ATOL)
 
 
+def test_timms_twin_in_the_benchmark_has_its_logits(tiny_v1_model):
+    with torch.no_grad():
+        expected, found = tiny_v1_model(images()), timm_twin(tiny_v1_model)(images())
+    torch.testing.assert_close(found, expected, rtol=0, atol=LOGITS_ATOL)
+
+
 @pytest.mark.parametrize("entry", ["model", "model_ema"])
 def test_the_official_codes_checkpoint_loads(tiny_v1_model, tiny_v1_variant, tmp_path, entry):
     """facebookresearch/ConvNeXt: the names of `models/convnext.py` are those of the training form."""
@@ -180,6 +191,26 @@ def test_bisecting_a_v1_block_tries_the_parts_it_has(tiny_v1_variant):
 
     assert smallest_subset(parts, (), passes) == ("stages.0.0.pwconv2",)
     assert not [kept for kept in tried if "stages.0.0.grn" in kept]
+
+
+# Training
+
+
+def test_it_trains_from_its_own_masked_pre_training(tiny_v1_variant, tmp_path):
+    colours = write_colours(tmp_path / "colours")
+    request = PretrainingSpec(colours, tiny_v1_variant, tmp_path / "runs", epochs=1, image_size=64, batch_size=8)
+    encoder = pretrain(request).last
+    spec = TrainingSpec(colours, tiny_v1_variant, tmp_path / "runs", epochs=6, image_size=64, batch_size=8)
+    loaded = initial_model(spec, init=encoder)
+    result = train(spec, loaded.model)
+    assert (loaded.model.variant.version, result.best_top1_percent) == (1, 100.0)
+
+
+def test_layer_scale_has_no_weight_decay_and_its_layers_rate(tiny_v1_model):
+    groups = parameter_groups(tiny_v1_model, 0.3, variant=tiny_v1_model.variant, layer_decay=0.5)
+    gamma = tiny_v1_model.stages[0][0].gamma
+    mine = [group for group in groups if any(parameter is gamma for parameter in group["params"])]
+    assert [(group["weight_decay"], group["rate_share"]) for group in mine] == [(0.0, 0.5**5)]
 
 
 # Files and engines
