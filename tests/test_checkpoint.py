@@ -127,7 +127,7 @@ def test_weights_of_another_variant_name_the_first_tensor_and_both_shapes(tmp_pa
 
 def test_depths_that_no_variant_has_are_named(tiny_model, tmp_path):
     path = saved(tiny_model.state_dict(), tmp_path / "tiny.pt")
-    with pytest.raises(CheckpointError, match=r"depths \(1, 1, 2, 1\) and widths \(8, 16, 32, 64\).*none of the eight"):
+    with pytest.raises(CheckpointError, match=r"depths \(1, 1, 2, 1\) and widths \(8, 16, 32, 64\).*none of the known"):
         load_checkpoint(path)
 
 

@@ -221,12 +221,31 @@ def _check_own_metadata(file: WeightFile, state: Mapping[str, Tensor], path: Pat
             f"{FORMAT_VERSION}. Use the version that wrote it."
         )
     names, head = file.metadata.get("class_names"), state.get("head.weight")
+    _check_header_types(file.metadata, path)
     if file.metadata.get("weights_sha256") != _hash_tensors(state):
         raise CorruptArtifactError(f"{path} was altered: its weights are not those its header names. Fetch it again.")
     if names is not None and (head is None or len(names) != head.shape[0]):
         raise CorruptArtifactError(
             f"{path} has {len(names)} class names, which is not its class count. Write it again."
         )
+
+
+def _check_header_types(header: Mapping[str, Any], path: Path) -> None:
+    """Raise CorruptArtifactError for entries that are read later and are not what they should be."""
+    names, licence, preprocessing = (
+        header.get(name, default) for name, default in (("class_names", None), ("licence", ""), ("preprocessing", None))
+    )
+    named = names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))
+    expected = {
+        "class_names": (named, "a list of names"),
+        "licence": (isinstance(licence, str), "a text"),
+        "preprocessing": (preprocessing is None or isinstance(preprocessing, dict), "an object"),
+    }
+    for name, (holds, what) in expected.items():
+        if not holds:
+            raise CorruptArtifactError(
+                f"{path} has {header.get(name)!r:.80} as {name} in its header, expected {what}. Write it again."
+            )
 
 
 def _class_count(state: Mapping[str, Tensor], num_classes: int | None, *, reset_head: bool, where: str) -> int:

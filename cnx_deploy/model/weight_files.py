@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cnx_deploy.errors import CheckpointError, CorruptArtifactError, InputError, RefusedArtifactError
+from cnx_deploy.model.weight_guards import check_archive, check_safetensors_header, check_tensor, check_total
 
 __all__ = ["METADATA_KEY", "WeightFile", "read_weight_file"]
 
@@ -88,6 +89,7 @@ def read_weight_file(path: Path, *, ema: bool = False) -> WeightFile:
 
 
 def _read_safetensors(path: Path) -> WeightFile:
+    check_safetensors_header(path)
     try:
         with safe_open(path, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is not a mapping
@@ -98,12 +100,13 @@ def _read_safetensors(path: Path) -> WeightFile:
         ) from error
     try:
         return WeightFile(tensors, dict(json.loads(header)))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CorruptArtifactError(f"{path} has metadata that is not JSON ({error}). Write it again.") from error
 
 
 def _read_pickle(path: Path, *, ema: bool) -> WeightFile:
     _refuse_torchscript(path)
+    check_archive(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about pickle protocols; what matters ends in an error
@@ -177,6 +180,9 @@ def _state_dict_of(content: object, path: Path, *, ema: bool) -> WeightFile:
 
 
 def _finite_floats(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor, path)
+    check_total(tensors, path)
     checked = {}
     for name, tensor in tensors.items():
         if tensor.dtype not in READABLE_DTYPES:
