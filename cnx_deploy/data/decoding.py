@@ -1,11 +1,14 @@
 """How a file becomes an image: four formats, told by content, decoded whole or refused by name."""
 
+import contextlib
 import struct
+import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from cnx_deploy.errors import InputError
 
@@ -16,16 +19,27 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 MAX_PIXELS = 89_000_000
 """Largest image that is decoded, 267 MB as RGB; just below the size at which Pillow itself begins to warn."""
 
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF orientation; 1 is upright."""
+_FILTERS = threading.Lock()
+
 
 def load_image(path: Path) -> Image.Image:
     """Decode a JPEG, PNG, WebP or BMP file, told by its content.
 
     InputError names the file when it is another format, animated, empty, truncated or above MAX_PIXELS; the size is
-    read from the header, before anything is decoded.
+    read from the header, before anything is decoded. EXIF that cannot be read counts as none.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is the stricter one
+        with _quiet():  # the limit below is stricter than the one that Pillow warns of
             image = Image.open(path, formats=FORMATS)
         with image:
             if image.width * image.height > MAX_PIXELS:
@@ -33,7 +47,8 @@ def load_image(path: Path) -> Image.Image:
             if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
                 raise ValueError("it is an animation")
             image.load()
-            image.getexif()
+            with _quiet():
+                image.getexif()
             return image
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise InputError(
@@ -44,10 +59,20 @@ def load_image(path: Path) -> Image.Image:
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Any mode to 8-bit RGB, turned as its EXIF orientation says; alpha is dropped, as torchvision and timm do."""
-    upright = ImageOps.exif_transpose(image)
+    # Not ImageOps.exif_transpose, which packs the EXIF anew and stumbles over tags that it could read.
+    turn = image.getexif().get(ExifTags.Base.Orientation)
+    upright = image.transpose(TURNS[turn]) if isinstance(turn, int) and turn in TURNS else image
     if upright.mode.startswith("I"):
         # Pillow clips 16-bit grey at 255; the upper byte is what it keeps of 16-bit colour.
         return Image.fromarray((np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     if upright.mode == "P" and "transparency" in upright.info:
         upright = upright.convert("RGBA")
     return upright.convert("RGB")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of Pillow: what matters in them is an error here. The filters are the process's, hence the lock."""
+    with _FILTERS, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
