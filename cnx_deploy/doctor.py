@@ -14,6 +14,7 @@ from typing import Literal
 
 from cnx_deploy.environment import Gpu, find_gpus, package_version
 from cnx_deploy.errors import MissingRequirementError
+from cnx_deploy.needs import NEEDS, fitting
 
 __all__ = ["TESTED_VERSIONS", "Finding", "examine"]
 
@@ -37,11 +38,6 @@ TESTED_VERSIONS: dict[str, str] = {
 
 OLDEST_PYTHON = (3, 11)
 TRAIN_PACKAGES = ("lightning", "torchmetrics")
-
-HUGE_MEMORY_GB = 12.0
-HUGE_DISK_GB = 5.5
-"""Measured for huge at 224 px on 2026-11-24 (torch 2.14.1, TensorRT-RTX 1.7.1, CPU only): `export` in both precisions
-peaked at 10.8 GB resident; its two ONNX files and one engine are 5.3 GB."""
 
 INSTALL_TORCH = "pip install torch; see pytorch.org for the build that fits the driver"
 BUILD_AHEAD = "Build ahead of time with TensorRT-RTX and run engines on a machine with an NVIDIA GPU and its driver."
@@ -188,21 +184,27 @@ def train_finding(installed: Mapping[str, str | None]) -> Finding:
 
 
 def memory_finding(memory_gb: float | None) -> Finding:
-    """Main memory against what exporting huge took."""
+    """Main memory against what exporting and building each variant took."""
     if memory_gb is None:
-        return Finding("memory", "ok", "unknown on this system", f"Exporting huge takes {HUGE_MEMORY_GB:.0f} GB.")
-    what = f"{memory_gb:.1f} GB available; exporting huge takes {HUGE_MEMORY_GB:.0f} GB"
-    if memory_gb < HUGE_MEMORY_GB:
-        return Finding("memory", "problem", what, "Export smaller variants here, or free some memory for huge.")
-    return Finding("memory", "ok", what)
+        return Finding("memory", "ok", "unknown on this system", f"Exporting huge takes {NEEDS[-1].memory_gb:.1f} GB.")
+    remedy = "Free some memory, or export them on a larger machine."
+    return _room_finding("memory", f"{memory_gb:.1f} GB available", memory_gb, remedy)
 
 
 def disk_finding(folder: Path, free_gb: float) -> Finding:
-    """Free disk against the files of huge."""
-    what = f"{free_gb:.1f} GB free in {folder}; huge in both precisions and one engine takes {HUGE_DISK_GB} GB"
-    if free_gb < HUGE_DISK_GB:
-        return Finding("disk", "problem", what, "Free some, or use --output-dir on another disk.")
-    return Finding("disk", "ok", what)
+    """Free disk against the files of each variant in both precisions and one engine."""
+    remedy = "Free some, or use --output-dir on another disk."
+    return _room_finding("disk", f"{free_gb:.1f} GB free in {folder}", free_gb, remedy)
+
+
+def _room_finding(topic: str, found: str, gigabytes: float, remedy: str) -> Finding:
+    fits, lacks = fitting(gigabytes, topic)
+    needs = {need.variant: getattr(need, f"{topic}_gb") for need in NEEDS}
+    if not lacks:
+        return Finding(topic, "ok", f"{found}: every variant fits; huge takes {needs['huge']:.1f} GB")
+    enough = f"enough for {fits[0]}{f' to {fits[-1]}' if len(fits) > 1 else ''}" if fits else "enough for no variant"
+    short = ", ".join(f"{name} takes {needs[name]:.2g} GB" for name in lacks)
+    return Finding(topic, "problem", f"{found}: {enough}; {short}", remedy)
 
 
 def versions_finding(installed: Mapping[str, str | None]) -> Finding:

@@ -30,7 +30,10 @@ def save_comparison(folder: Path, batches: Sequence[Tensor], logits: Tensor) -> 
 
     sizes = [len(batch) for batch in batches]
     if sum(sizes) != len(logits):
-        raise InputError(f"{sum(sizes)} images and logits of {len(logits)} cannot be saved as one comparison.")
+        raise InputError(
+            f"{sum(sizes)} images and logits of {len(logits)} cannot be saved as one comparison: expected as many. "
+            "Give the logits of these images."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     inputs, reference = folder / INPUTS_NAME, folder / REFERENCE_NAME
     with G_LOGGER.verbosity(G_LOGGER.WARNING):  # it tells of each file on stdout, which is the result's

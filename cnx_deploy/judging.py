@@ -48,7 +48,9 @@ class GateChange:
         for name, (_, smallest, largest) in LIMITS.items():
             value = getattr(self, name)
             if value is not None and not smallest <= value <= largest:
-                raise InputError(f"A limit of {value} for {name} cannot be: expected {smallest:g} to {largest:g}.")
+                raise InputError(
+                    f"A limit of {value} for {name} cannot be: expected {smallest:g} to {largest:g}. Give such a one."
+                )
 
     def of(self, gate: Gate) -> Gate:
         """The gate to judge by, in place of the saved one."""

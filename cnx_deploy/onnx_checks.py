@@ -56,6 +56,9 @@ LARGEST_EPSILON = 1e-3
 SUBGRAPHS = frozenset({onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS})
 HALVES = frozenset({onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
 
+EXPORT_IT = "Export the network with cnx-deploy export, or write these otherwise:"
+CHECK_VERSIONS = "Use the versions that constraints.txt names; found were:"
+
 
 @dataclass(frozen=True, slots=True)
 class GraphFacts:
@@ -99,7 +102,7 @@ def check_graph(path: Path) -> GraphFacts:
         raise CorruptArtifactError(f"{path} is not a valid ONNX file ({reason}). Export it again.") from error
     problems = [*_foreign_operators(model), *half_reductions(model)]
     if problems:
-        raise GraphCheckError(f"{path.name} breaks the rules for an engine:\n  " + "\n  ".join(problems))
+        raise GraphCheckError("\n  ".join([f"{path.name} breaks the rules for an engine. {EXPORT_IT}", *problems]))
     return _facts(model)
 
 
@@ -144,7 +147,9 @@ def check_export(
                 f"first axis of {name} is {tensors[name][1][0]!r}, not {'batch' if dynamic else batch[0]!r}"
             )
     if problems:
-        raise GraphCheckError(f"{path.name} is not the graph that was asked for:\n  " + "\n  ".join(problems))
+        raise GraphCheckError(
+            "\n  ".join([f"{path.name} is not the graph that was asked for. {CHECK_VERSIONS}", *problems])
+        )
     return facts
 
 

@@ -51,7 +51,9 @@ class ExportSpec:
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2]:
-            raise InputError(f"A batch range is smallest:typical:largest, each at least 1, not {self.batch}.")
+            raise InputError(
+                f"A batch range is smallest:typical:largest, each at least 1, not {self.batch}. Give it so."
+            )
         if self.deploy.precision == "fp64":
             raise InputError("FP64 exists to prove the deploy form; export fp32, fp16 or bf16.")
 
@@ -161,7 +163,10 @@ def _graph_from_module(module: DeployedConvNeXtV2, spec: ExportSpec) -> ir.Model
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportError(f"torch {torch.__version__} cannot export the model: {error}") from error
     if program is None:
-        raise ExportError(f"torch {torch.__version__} exported nothing and gave no reason.")
+        raise ExportError(
+            f"torch {torch.__version__} exported nothing and gave no reason: expected a program. Use the torch of "
+            "constraints.txt."
+        )
     return program.model
 
 

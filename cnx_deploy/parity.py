@@ -126,7 +126,10 @@ def differences(candidate: Tensor, reference: Tensor) -> Differences:
     Raises InputError when the shapes differ or there is no sample.
     """
     if candidate.shape != reference.shape or candidate.ndim != 2 or not candidate.numel():
-        raise InputError(f"Cannot compare logits of shape {tuple(candidate.shape)} with {tuple(reference.shape)}.")
+        raise InputError(
+            f"Cannot compare logits of shape {tuple(candidate.shape)} with {tuple(reference.shape)}: expected the "
+            "same. Give both runs the same images and classes."
+        )
     a, b = candidate.detach().double().cpu(), reference.detach().double().cpu()
     nonfinite = int((~torch.isfinite(a)).sum() + (~torch.isfinite(b)).sum())
     if nonfinite:
@@ -159,7 +162,9 @@ def logits_of(runner: Runner, batches: Iterable[Tensor], progress: Callable[[int
         if progress is not None:
             progress(len(images))
     if not collected:
-        raise InputError("There is no image to compare on.")
+        raise InputError(
+            "There is no image to compare on: expected at least one. Give more samples, or a folder that holds some."
+        )
     return torch.cat(collected)
 
 

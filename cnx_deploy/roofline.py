@@ -152,7 +152,9 @@ def bound_of(work: Work, device: Device, *, batch: int, compiled_bytes: int | No
     for BF16 on a GPU whose tensor cores do not take it.
     """
     if batch < 1 or (compiled_bytes is not None and compiled_bytes < 1):
-        raise InputError(f"A bound needs a batch and bytes of at least 1, not {batch} and {compiled_bytes}.")
+        raise InputError(
+            f"A bound needs a batch and bytes of at least 1, not {batch} and {compiled_bytes}. Give larger ones."
+        )
     if work.precision == "bf16" and not device.has_bf16:
         raise InputError(f"{device.name} ({device.compute_capability}) has no BF16 tensor cores. Use FP16.")
     moved = compiled_bytes if compiled_bytes is not None else work.fused_bytes + work.weight_bytes / batch

@@ -71,7 +71,7 @@ def v1_v2(data: Path, size: str, seeds: int, output_dir: Path, **settings: Any) 
             spec_of(data, variant, seed, output_dir / f"{variant}-seed-{seed}", **settings) for seed in range(seeds)
         ]
         sides.append(side_of(name, [finished(spec) for spec in specs]))
-    conclude(f"ConvNeXt {size} on {data}", sides, settings, output_dir / "v1-v2.json")
+    conclude(f"ConvNeXt {size} on {data.name}", sides, settings, output_dir / "v1-v2.json")
 
 
 @main.command()
@@ -110,7 +110,7 @@ def pretraining(
             run_dir = output_dir / f"{name.replace(' ', '-')}-seed-{seed}"
             results[name].append(finished(spec_of(data, variant, seed, run_dir, **settings), init=init, dataset=few))
     sides = [side_of(name, tables) for name, tables in results.items()]
-    title = f"{variant} on {data} with {labels} labels a class"
+    title = f"{variant} on {data.name} with {labels} labels a class"
     more = {
         "labels": labels,
         "pretraining_epochs": pretraining_epochs,

@@ -1,16 +1,37 @@
 """Fixtures that every test file shares: the smallest network that has every part of the real ones."""
 
+import sys
+from collections.abc import Iterator
+
 import pytest
 
+from cnx_deploy import errors
 from cnx_deploy.artifacts import Artifact, ModelRecord, WeightsRecord
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.onnx_export import ExportSpec, export_onnx
 from cnx_deploy.trt.builder import BuildSpec, build_engine
 from cnx_deploy.variants import Variant
+from tests.message_rules import fault_of
 
 TINY_TEST = Variant("tiny-test", (1, 1, 2, 1), (8, 16, 32, 64), 138_104, 0.0)
 TINY_V1_TEST = Variant("tiny-v1-test", (1, 1, 2, 1), (8, 16, 32, 64), 137_040, None, version=1)
+
+
+@pytest.fixture(autouse=True)
+def every_message_is_whole(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each error that a test makes the package raise says what was found, what was expected and what to do."""
+    faults: list[tuple[str, str]] = []
+
+    def noting(self: errors.CnxDeployError, *words: object) -> None:
+        Exception.__init__(self, *words)
+        where = str(sys._getframe(1).f_globals.get("__name__"))
+        if where.startswith("cnx_deploy.") and (fault := fault_of(str(self))) is not None:
+            faults.append((fault, str(self)))
+
+    monkeypatch.setattr(errors.CnxDeployError, "__init__", noting)
+    yield
+    assert faults == []
 
 
 @pytest.fixture(scope="session")

@@ -247,5 +247,5 @@ def test_a_peer_that_is_missing_is_said_and_the_next_is_the_baseline(
     monkeypatch.setitem(sys.modules, "timm.models.convnext", None)
     printed = CliRunner().invoke(bench, words(folder, "--compare", "timm,torch")).stdout
     missing = next(line for line in printed.splitlines() if line.startswith("timm.onnx fp32"))
-    assert missing.split(maxsplit=2)[2] == "latency: not run (timm is not installed)"
+    assert missing.split(maxsplit=2)[2] == "latency: not run (timm is not installed: pip install timm)"
     assert "x torch eager fp32 (95 %)" in printed

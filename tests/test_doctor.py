@@ -1,5 +1,6 @@
 """The doctor's verdicts, on this machine and on machines that are described to it."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from cnx_deploy import doctor
 from cnx_deploy.environment import Gpu, find_gpus, package_version
+from cnx_deploy.needs import NEEDS
 
 CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
 LAPTOP = Gpu("GeForce RTX 4070", "sm89", "580.65", 8188)
@@ -109,11 +111,26 @@ def test_training_without_one_of_its_packages_is_missing_and_names_it():
     assert (found.status, found.what) == ("missing", "torchmetrics not installed")
 
 
-def test_memory_and_disk_too_small_for_huge_are_problems(tmp_path):
-    assert doctor.memory_finding(8.0).status == "problem"
+def test_memory_is_held_against_what_each_variant_needs():
     assert doctor.memory_finding(16.0).status == "ok"
-    assert doctor.disk_finding(tmp_path, 1.0).status == "problem"
+    some = doctor.memory_finding(4.0)
+    assert some.status == "problem"
+    assert "enough for atto to base; large takes 6.4 GB, huge takes 14 GB" in some.what
+    assert "larger machine" in some.remedy
+    assert "enough for no variant" in doctor.memory_finding(0.5).what
+
+
+def test_disk_is_held_against_what_each_variant_needs(tmp_path):
     assert doctor.disk_finding(tmp_path, 100.0).status == "ok"
+    found = doctor.disk_finding(tmp_path, 1.0)
+    assert found.status == "problem"
+    assert "enough for atto to base; large takes 1.6 GB, huge takes 5.3 GB" in found.what
+
+
+def test_the_needs_are_those_that_were_measured():
+    rows = json.loads((Path(__file__).parent.parent / "docs" / "data" / "cost.json").read_text())["rows"]
+    measured = [(r["variant"], r["export_peak_mib"], r["build_peak_mib"], r["engine_megabytes"]) for r in rows]
+    assert [(n.variant, n.export_mib, n.build_mib, n.engine_megabytes) for n in NEEDS] == measured
 
 
 def test_another_release_than_the_tested_one_is_named_with_the_command_that_installs_it():

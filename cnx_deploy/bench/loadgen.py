@@ -234,7 +234,10 @@ def _read_log(path: Path) -> dict[str, Any]:
     entries = [json.loads(line.removeprefix(":::MLLOG ")) for line in lines if line.startswith(":::MLLOG ")]
     found = {entry["key"]: entry["value"] for entry in entries}
     if "result_validity" not in found:
-        raise CnxDeployError(f"LoadGen ended without a result ({found.get('error_runtime', 'no reason given')}).")
+        raise CnxDeployError(
+            f"LoadGen ended without a result ({found.get('error_runtime', 'no reason given')}): expected a summary. "
+            "Run it again with a longer --duration."
+        )
     return found
 
 

@@ -143,7 +143,7 @@ def timm_twin(model: ConvNeXtV2) -> nn.Module:
     try:
         convnext = importlib.import_module("timm.models.convnext")
     except ImportError as error:
-        raise MissingRequirementError("timm is not installed") from error
+        raise MissingRequirementError("timm is not installed: pip install timm") from error
     size = model.variant
     twin: nn.Module = convnext.ConvNeXt(
         depths=size.depths,

@@ -59,7 +59,9 @@ class BenchSpec:
 
     def __post_init__(self) -> None:
         if self.duration_seconds <= 0 or self.min_calls < 1:
-            raise InputError("A measurement needs a positive duration and at least one call.")
+            raise InputError(
+                "A measurement needs a positive duration and at least one call, not none. Give a longer --duration."
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,7 @@ def run_bisection(
     if request.get("form") != FORM:
         raise InputError(f"{artifact.path.name} has an earlier deploy form. Export it again with --force.")
     if samples < 1:
-        raise InputError(f"A file is judged on at least one image, not on {samples}.")
+        raise InputError(f"A file is judged on at least one image, not on {samples}. Give --samples 1 or more.")
     judged_by = GATES[gate or request["precision"]]
     return bisect_artifact(artifact, recorded_model(artifact), note, gate=judged_by, data=data, samples=samples)
 

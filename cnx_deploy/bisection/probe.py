@@ -37,7 +37,10 @@ class MixedForm:
 
     def __init__(self, model: ConvNeXtV2, spec: DeploySpec) -> None:
         if not spec.is_half:
-            raise InputError(f"Parts are kept in FP32 in a file of half precision, not in {spec.precision}.")
+            raise InputError(
+                f"Parts are kept in FP32 in a file of half precision, not in {spec.precision}. Give one of fp16 or "
+                "bf16."
+            )
         self.half = deploy_form(model, replace(spec, keep_fp32=()))
         self.single = deploy_form(model, replace(spec, keep_fp32=units_of(model.variant)))
 

@@ -35,7 +35,7 @@ def few_labels(dataset: Dataset, per_class: int, *, seed: int = 0) -> Dataset:
     has fewer.
     """
     if per_class < 1:
-        raise InputError(f"A class keeps at least one training image, not {per_class}.")
+        raise InputError(f"A class keeps at least one training image, not {per_class}. Ask for more.")
     generator = torch.Generator().manual_seed(seed)
     kept: list[int] = []
     members = _members(dataset.train, len(dataset.class_names))
@@ -55,12 +55,14 @@ def split_by_class(names: Sequence[str], images: Split, *, seed: int, val_share:
     InputError for a share outside (0, 1) and a class of one image.
     """
     if not 0.0 < val_share < 1.0:
-        raise InputError(f"The validation share lies between 0 and 1, not at {val_share}.")
+        raise InputError(f"The validation share lies between 0 and 1, not at {val_share}. Give for example 0.2.")
     generator = torch.Generator().manual_seed(seed)
     val: set[int] = set()
     for name, members in zip(names, _members(images, len(names)), strict=True):
         if len(members) < 2:
-            raise InputError(f"The class {name} has one image; splitting off validation images takes at least two.")
+            raise InputError(
+                f"The class {name} has one image; splitting off validation images takes at least two. Add one."
+            )
         order = torch.randperm(len(members), generator=generator).tolist()
         wanted = min(max(1, round(val_share * len(members))), len(members) - 1)
         val.update(members[at] for at in order[:wanted])

@@ -57,7 +57,8 @@ def find_dataset(root: Path, *, seed: int = 0, val_share: float = 0.2) -> Datase
     if names != val_names:
         difference = ", ".join(sorted(set(names) ^ set(val_names)))
         raise InputError(
-            f"{root}: {train_root.name}/ and {val_root.name}/ must hold the same classes; only one has {difference}."
+            f"{root}: {train_root.name}/ and {val_root.name}/ must hold the same classes; only one has {difference}. "
+            "Add it to the other, or remove it."
         )
     return Dataset(names, train, val)
 
@@ -70,10 +71,12 @@ def _dataset_of_manifest(path: Path, seed: int, val_share: float) -> Dataset:
     else:
         train, val = split_by_class(names, manifest.splits[""], seed=seed, val_share=val_share)
     if len(names) < 2:
-        raise InputError(f"{path} has the one class {names[0]}; a classifier needs at least two.")
+        raise InputError(f"{path} has the one class {names[0]}; a classifier needs at least two. Add rows of another.")
     return Dataset(names, train, val)
 
 
 def _check_classes(root: Path, names: tuple[str, ...]) -> None:
     if len(names) < 2:
-        raise InputError(f"{root} has {len(names)} class folders; a classifier needs at least two, one folder each.")
+        raise InputError(
+            f"{root} has {len(names)} class folders; a classifier needs at least two, one folder each. Add some."
+        )

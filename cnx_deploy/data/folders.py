@@ -30,13 +30,14 @@ def images_of_folder(root: Path) -> tuple[tuple[str, ...], Split]:
     """
     if not root.is_dir():
         raise InputError(
-            f"{root} is not a folder: expected one that holds a folder of images for each class, or a .csv file."
+            f"{root} is not a folder: expected one that holds a folder of images for each class, or a .csv file. "
+            "Check the path."
         )
     names = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
     if not names:
         loose = tuple(images_below(root))
         if not loose:
-            raise InputError(f"{root} holds no images: expected a folder of them for each class.")
+            raise InputError(f"{root} holds no images: expected a folder of them for each class. Add some.")
         return (), Split(loose, (-1,) * len(loose))
     files = {name: tuple(images_below(root / name)) for name in names}
     empty = [name for name in names if not files[name]]

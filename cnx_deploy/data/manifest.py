@@ -91,7 +91,7 @@ def read_manifest(path: Path) -> Manifest:
         paths.setdefault(row.split, []).append(Path(full))
         labels.setdefault(row.split, []).append(row.label)
     if not lines:
-        raise InputError(f"{path} has no rows below its header: expected one for each image.")
+        raise InputError(f"{path} has no rows below its header: expected one for each image. Add them.")
     names = tuple(sorted(lines))
     index = {name: at for at, name in enumerate(names)}
     splits = {name: Split(tuple(paths[name]), tuple(index[label] for label in labels[name])) for name in paths}
@@ -116,7 +116,9 @@ def _rows(path: Path) -> Iterator[_Row]:
     except csv.Error as error:
         raise InputError(f"{path} is no CSV file ({error}, near line {reader.line_num}). Save it again.") from error
     except FileNotFoundError as error:
-        raise InputError(f"{path} is not there: expected a CSV file with the columns path and label.") from error
+        raise InputError(
+            f"{path} is not there: expected a CSV file with the columns path and label. Check the path."
+        ) from error
 
 
 def _columns(header: list[str], path: Path) -> dict[str, int]:
@@ -151,4 +153,4 @@ def _place(path: Path, row: _Row) -> str:
 
 
 def _refuse(path: Path, line: int, reason: str) -> NoReturn:
-    raise InputError(f"{path}, line {line}: {reason}.")
+    raise InputError(f"{path}, line {line}: {reason}. Correct the line, or remove it.")

@@ -47,11 +47,16 @@ class Preprocessing:
     def __post_init__(self) -> None:
         check_image_size(self.image_size, self.image_size)
         if not 0.0 < self.crop_ratio <= 1.0:
-            raise InputError(f"A crop ratio lies in (0, 1], not at {self.crop_ratio}. The usual one is 0.875.")
+            raise InputError(
+                f"A crop ratio lies in (0, 1], not at {self.crop_ratio}. Give one that does, usually 0.875."
+            )
         if self.interpolation not in RESAMPLING:
             raise InputError(f"No interpolation {self.interpolation!r}. Choose one of: {', '.join(RESAMPLING)}.")
         if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
-            raise InputError(f"mean must be finite and std positive, not {self.mean} and {self.std}.")
+            raise InputError(
+                f"mean must be finite and std positive, not {self.mean} and {self.std}. Give those of your images' "
+                "channels."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for a manifest; `from_dict` reads it back."""
@@ -62,7 +67,10 @@ class Preprocessing:
         """Read what `to_dict` wrote; absent fields have their defaults. InputError on anything else."""
         known = {field.name for field in fields(cls)}
         if not known.issuperset(values):
-            raise InputError(f"Preprocessing has the fields {', '.join(sorted(known))}, not {', '.join(values)}.")
+            raise InputError(
+                f"Preprocessing has the fields {', '.join(sorted(known))}, not {', '.join(map(str, values))}. Leave "
+                "the others out."
+            )
         read = dict(values)
         try:
             for name in ("mean", "std"):

@@ -43,7 +43,9 @@ class DiversityRequest:
 
     def __post_init__(self) -> None:
         if self.samples < 1:
-            raise InputError(f"Diversity is measured on at least one image, not on {self.samples}.")
+            raise InputError(
+                f"Diversity is measured on at least one image, not on {self.samples}. Give --samples 1 or more."
+            )
 
 
 @dataclass(frozen=True, slots=True)

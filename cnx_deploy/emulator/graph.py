@@ -79,7 +79,9 @@ class Graph:
         """The name of the node that makes a tensor. Raises InputError for one that no node makes."""
         found = next((step.name for step in self.steps if step.output == tensor), None)
         if found is None:
-            raise InputError(f"No operator of the graph makes a tensor called {tensor!r}.")
+            raise InputError(
+                f"No operator of the graph makes a tensor called {tensor!r}: expected one of its own. Name another."
+            )
         return found
 
 
@@ -93,7 +95,7 @@ def _steps(model: ir.Model, constants: dict[str, Tensor], path: Path) -> Iterato
         if node.domain not in ("", "ai.onnx") or node.op_type not in OPERATORS or len(node.outputs) != 1:
             raise InputError(
                 f"{path}: node {name} is a {node.domain or 'ai.onnx'}.{node.op_type} with {len(node.outputs)} outputs, "
-                f"which the emulator does not know. It knows {', '.join(sorted(OPERATORS))}."
+                f"which the emulator does not know. Run it in ONNX Runtime; known are {', '.join(sorted(OPERATORS))}."
             )
         inputs = tuple("" if value is None else str(value.name) for value in node.inputs)
         yield _Step(name, OPERATORS[node.op_type], inputs, output, attributes)

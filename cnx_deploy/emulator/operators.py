@@ -78,7 +78,11 @@ def _padding(attributes: Attributes) -> tuple[int, int]:
         raise InputError(f"A convolution with auto_pad {attributes['auto_pad']} cannot be emulated; give its pads.")
     top, left, bottom, right = attributes.get("pads", [0, 0, 0, 0])
     if (top, left) != (bottom, right):
-        raise InputError(f"A convolution with uneven pads {top, left, bottom, right} cannot be emulated.")
+        raise InputError(
+            f"A convolution with uneven pads {top, left, bottom, right} cannot be emulated: only what cnx-deploy "
+            "export "
+            "writes can. Run it in ONNX Runtime."
+        )
     return top, left
 
 
@@ -94,7 +98,10 @@ def _average_pool(inputs: Sequence[Tensor | None], attributes: Attributes) -> Te
     images = _needed(inputs)
     kernel, padding = attributes["kernel_shape"], _padding(attributes)
     if any(padding) or attributes.get("ceil_mode", 0) or set(attributes.get("dilations", [1])) != {1}:
-        raise InputError("An AveragePool with pads, dilations or ceil_mode cannot be emulated.")
+        raise InputError(
+            "An AveragePool with pads, dilations or ceil_mode cannot be emulated: only what cnx-deploy export "
+            "writes can. Run it in ONNX Runtime."
+        )
     pooled = F.avg_pool2d(_wide(images), kernel, attributes.get("strides", [1, 1]))
     return pooled.to(images.dtype)
 
@@ -177,7 +184,10 @@ def _unsqueeze(inputs: Sequence[Tensor | None], _: Attributes) -> Tensor:
 
 def _squeeze(inputs: Sequence[Tensor | None], attributes: Attributes) -> Tensor:
     if "axes" in attributes:
-        raise InputError("A Squeeze of an opset before 13 cannot be emulated.")
+        raise InputError(
+            "A Squeeze of an opset before 13 cannot be emulated: only what cnx-deploy export writes can. Run it in "
+            "ONNX Runtime."
+        )
     axes = _optional(inputs, 1)
     return _needed(inputs).squeeze() if axes is None else _needed(inputs).squeeze(tuple(_ints(axes)))
 
@@ -196,7 +206,9 @@ def _slice(inputs: Sequence[Tensor | None], _: Attributes) -> Tensor:
     strides = _ints(steps) if steps is not None else [1] * len(axes)
     for axis, start, end, step in zip(axes, starts, ends, strides, strict=True):
         if step < 1:
-            raise InputError(f"A Slice with step {step} cannot be emulated; only positive steps can.")
+            raise InputError(
+                f"A Slice with step {step} cannot be emulated; only positive steps can. Run it in ONNX Runtime."
+            )
         tensor = tensor.movedim(axis, 0)[start:end:step].movedim(0, axis)
     return tensor
 

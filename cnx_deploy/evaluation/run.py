@@ -45,7 +45,9 @@ def evaluate(
     """
     found, images = find_images(validation_folder(root))
     if not found:
-        raise InputError(f"{root} holds images without labels: expected a folder of images for each class.")
+        raise InputError(
+            f"{root} holds images without labels: expected a folder of images for each class. Sort them into some."
+        )
     if preprocessing.image_size != runner.input_spec.image_size:
         raise InputError(
             f"The model takes images of {runner.input_spec.image_size} pixels and the preprocessing makes "

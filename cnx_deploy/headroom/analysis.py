@@ -61,9 +61,11 @@ class HeadroomRequest:
 
     def __post_init__(self) -> None:
         if self.samples < 1:
-            raise InputError(f"Ranges are measured on at least one image, not on {self.samples}.")
+            raise InputError(
+                f"Ranges are measured on at least one image, not on {self.samples}. Give --samples 1 or more."
+            )
         if not 1.0 <= self.margin < math.inf:
-            raise InputError(f"A margin is a factor of at least 1, not {self.margin}. The usual one is 4.")
+            raise InputError(f"A margin is a factor of at least 1, not {self.margin}. Give one, usually 4.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

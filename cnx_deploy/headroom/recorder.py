@@ -127,7 +127,7 @@ class Recorder:
         }
         if (hook := before.get(type(module))) is not None:
             yield module.register_forward_pre_hook(lambda module, given: hook(name, module, given))
-        if isinstance(module, TokenBlock) and not module.gain_in_weight:
+        if isinstance(module, TokenBlock) and module.grn is not None and not module.gain_in_weight:
             yield module.pwconv2.register_forward_pre_hook(
                 lambda _, given: self._tensor(name, "hidden × gain", given[0])
             )

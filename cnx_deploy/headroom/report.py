@@ -34,7 +34,8 @@ def lines_of(found: Headroom, *, lists_all: bool = False) -> Iterator[str]:
     yield _line_of_weights(found.parameters)
     yield f"This project's FP16 file: {_own_verdict(found)}"
     yield f"Written the naive way:    {_naive_verdict(found)}"
-    yield f"{'':26}GRN's sums keep the margin {_naive_size(found)}, by an RMS that no size changes to first order"
+    if found.responses:
+        yield f"{'':26}GRN's sums keep the margin {_naive_size(found)}, by an RMS that no size changes to first order"
 
 
 def failure(found: Headroom) -> CheckFailedError | None:
@@ -64,7 +65,8 @@ def _line_of_stage(stage: Summary) -> str:
     stored, response, norm = stage.stored, stage.response, stage.norm
     words = f"{stage.name:8} "
     words += f"{stored.largest:>22.4g} {_percent(stored.share):>9}   " if stored else f"{'':32}   "
-    words += f"{response.rms:>8.3g} {response.square_sum:>15,.0f} {_percent(response.share):>9}   " if response else ""
+    sums = (f"{response.rms:.3g}", f"{response.square_sum:,.0f}", _percent(response.share)) if response else "–––"
+    words += "{:>8} {:>15} {:>9}   ".format(*sums)
     return words + (f"{norm.deviation:>18.4g} {_percent(norm.share):>9}" if norm else "")
 
 

@@ -266,7 +266,9 @@ def _holds_the_same(output: Tensor, reference: Tensor, gate: Gate) -> bool:
 def _batches(artifact: Artifact, spec: DeploySpec, samples: int, images: Path | None) -> list[Tensor]:
     """At least `samples` raw images in whole batches within the range that the file was exported for."""
     if not 1 <= samples <= MAX_IMAGES:
-        raise InputError(f"Layers are compared on 1 to {MAX_IMAGES} images, not {samples}: each keeps all its outputs.")
+        raise InputError(
+            f"Layers are compared on 1 to {MAX_IMAGES} images, not {samples}: each keeps all its outputs. Give so many."
+        )
     smallest, _, largest = artifact.manifest.request["batch"]
     size = max(smallest, min(samples, largest))
     count = ceil(samples / size) * size

@@ -63,7 +63,10 @@ class Engine:
             raise BuildError(f"{backend.name} refuses the engine that it made of {name}: {self._last_message()}")
         self._context, _ = backend.execution_context(self._engine)
         if self._context is None:
-            raise BuildError(f"{backend.name} made no execution context: {self._last_message()} Is GPU memory free?")
+            raise BuildError(
+                f"{backend.name} made no execution context: {self._last_message()} Free GPU memory, or run a smaller "
+                "batch."
+            )
         self._device, self._stream = device, CudaStream(device)
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self._types = {name: _torch_type(self._engine, name) for name in names}
@@ -73,7 +76,10 @@ class Engine:
         images = images.contiguous().to(self._device)
         self._check(self._context.set_input_shape("images", tuple(images.shape)), "set_input_shape")
         if missing := self._context.infer_shapes():
-            raise BuildError(f"The engine wants more inputs than images: {', '.join(missing)}.")
+            raise BuildError(
+                f"The engine wants more inputs than images: {', '.join(missing)}. Build it from a file that "
+                "cnx-deploy export wrote."
+            )
         outputs = {
             name: torch.empty(tuple(self._context.get_tensor_shape(name)), dtype=kind, device=self._device)
             for name, kind in self._types.items()
@@ -100,6 +106,7 @@ def _torch_type(engine: Any, name: str) -> torch.dtype:
     kind = engine.get_tensor_dtype(name).name
     if kind not in TORCH_TYPES:
         raise InputError(
-            f"The tensor {name} of the engine is {kind}; a layer's output is one of {', '.join(TORCH_TYPES)}."
+            f"The tensor {name} of the engine is {kind}; a layer's output is one of {', '.join(TORCH_TYPES)}. Leave "
+            "out this side."
         )
     return TORCH_TYPES[kind]

@@ -132,7 +132,10 @@ def _figure(found: LayerComparison) -> "Figure":
 
     ran = [side for side in found.sides if side.taps]
     if not ran:
-        raise InputError(f"No side of {found.artifact} ran, so there is nothing to draw.")
+        raise InputError(
+            f"No side of {found.artifact} ran, so there is nothing to draw. Leave --plot out, or name a side that "
+            "runs here."
+        )
     figure = Figure(figsize=(7.2, 3.6), facecolor="white")
     axes = figure.add_axes((0.1, 0.26, 0.87, 0.51))
     modules = [tap.module for tap in ran[0].taps]

@@ -162,7 +162,7 @@ def save_checkpoint(
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise InputError(f"{path} is no name for a checkpoint of ours: expected the suffix .safetensors.")
+        raise InputError(f"{path} is no name for a checkpoint of ours: expected the suffix .safetensors. Rename it.")
     if class_names is not None and len(class_names) != model.num_classes:
         raise InputError(f"The model has {model.num_classes} classes and {len(class_names)} names. Give one a class.")
     state = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in model.state_dict().items()}

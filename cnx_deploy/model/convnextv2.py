@@ -36,9 +36,11 @@ class ConvNeXtV2(nn.Module):
         head_init_scale: float = 1.0,
     ) -> None:
         if num_classes < 1:
-            raise InputError(f"A classifier needs at least one class, not {num_classes}.")
+            raise InputError(
+                f"A classifier needs at least one class, not {num_classes}. Give the number of your classes."
+            )
         if not 0.0 <= drop_path_rate < 1.0:
-            raise InputError(f"A stochastic-depth rate lies in [0, 1), not at {drop_path_rate}.")
+            raise InputError(f"A stochastic-depth rate lies in [0, 1), not at {drop_path_rate}. Give one that does.")
         super().__init__()
         self.variant = variant
         self.num_classes = num_classes

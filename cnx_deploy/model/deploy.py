@@ -110,9 +110,15 @@ class DeploySpec:
         object.__setattr__(self, "leave_out", tuple(sorted(set(self.leave_out))))
         object.__setattr__(self, "keep_fp32", tuple(sorted(set(self.keep_fp32))))
         if self.keep_fp32 and not self.is_half:
-            raise InputError(f"Parts are kept in FP32 in a file of half precision, not in {self.precision}.")
+            raise InputError(
+                f"Parts are kept in FP32 in a file of half precision, not in {self.precision}. Leave keep_fp32 out, "
+                "or ask for fp16."
+            )
         if any(value <= 0.0 for value in self.std):
-            raise InputError(f"Every std of the normalisation must be positive, not {self.std}.")
+            raise InputError(
+                f"Every std of the normalisation must be positive, not {self.std}. Give the deviations of your "
+                "images' channels."
+            )
 
     @property
     def is_half(self) -> bool:
@@ -286,7 +292,8 @@ def check_parts(names: tuple[str, ...], variant: Variant) -> None:
         if name not in known:
             last, parts = f"stages.3.{variant.depths[3] - 1}", block_parts(variant)
             raise InputError(
-                f"No part of {variant.name} is called {name!r}. There are downsample_layers.0 to .3, blocks from "
+                f"No part of {variant.name} is called {name!r}. Name one: there are downsample_layers.0 to .3, "
+                "blocks from "
                 f"stages.0.0 to {last}, their parts such as {last}.{parts[-2]} ({', '.join(parts)}), and head."
             )
 

@@ -184,7 +184,7 @@ def _recognise(names: Iterable[str], where: str) -> Layout:
             return layout
     raise CheckpointError(
         f"{where} holds no ConvNeXt weights that are known: its tensors are {', '.join(listed[:5]) or 'none'}, … "
-        f"Expected names of the official code, FCMAE, timm or transformers."
+        "Expected names of the official code, FCMAE, timm or transformers. Check what wrote it."
     )
 
 

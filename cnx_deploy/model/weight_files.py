@@ -84,7 +84,9 @@ def read_weight_file(path: Path, *, ema: bool = False) -> WeightFile:
     elif path.suffix in PICKLE_SUFFIXES:
         read = _read_pickle(path, ema=ema)
     else:
-        raise InputError(f"{path} is no checkpoint by its name: expected .safetensors, {', '.join(PICKLE_SUFFIXES)}.")
+        raise InputError(
+            f"{path} is no checkpoint by its name: expected .safetensors, {', '.join(PICKLE_SUFFIXES)}. Rename it."
+        )
     return WeightFile(_finite_floats(read.tensors, path), read.metadata, read.entry)
 
 

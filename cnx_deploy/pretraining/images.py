@@ -30,7 +30,7 @@ def find_images_below(root: Path) -> Split:
     classifier is judged by later must not be learned from now. Raises InputError without a folder or an image.
     """
     if not root.is_dir():
-        raise InputError(f"{root} is not a folder: expected one that holds images, at any depth.")
+        raise InputError(f"{root} is not a folder: expected one that holds images, at any depth. Check the path.")
     left_out = VALIDATION_NAMES if training_folder(root) is not None else ()
     paths = tuple(
         path

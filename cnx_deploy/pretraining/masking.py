@@ -18,7 +18,7 @@ def masked_count(positions: int, ratio: float) -> int:
     int(positions · (1 - ratio)), which hides one more where that is no whole number: 30 of 49 at 0.6, here 29.
     """
     if not 0.0 < ratio < 1.0:
-        raise InputError(f"A mask ratio lies between 0 and 1, not at {ratio}. The paper's is 0.6.")
+        raise InputError(f"A mask ratio lies between 0 and 1, not at {ratio}. Give one that does, the paper's is 0.6.")
     hidden = round(ratio * positions)
     if not 0 < hidden < positions:
         raise InputError(

@@ -71,9 +71,9 @@ class PretrainingSpec:
         height, width = self.grid
         masked_count(height * width, self.mask_ratio)
         if self.held_images < 1:
-            raise InputError(f"held_images is {self.held_images}; it must be at least 1.")
+            raise InputError(f"held_images is {self.held_images}; it must be at least 1. Give more.")
         if self.picture_every is not None and self.picture_every < 1:
-            raise InputError(f"picture_every is {self.picture_every}; it must be at least 1.")
+            raise InputError(f"picture_every is {self.picture_every}; it must be at least 1. Give more.")
 
     @property
     def training(self) -> TrainingSpec:

@@ -115,7 +115,12 @@ def check_input(images: Tensor, spec: InputSpec) -> None:
         hint = ""
         if images.ndim == 4 and (3 in (images.shape[1], images.shape[-1])) and images.dtype == spec.dtype:
             hint = " The channel axis may be in the wrong place: permute the images."
-        raise InputError(f"The model takes images of shape {expected}, not {found}.{hint}")
+        raise InputError(
+            f"The model takes images of shape {expected}, not {found}.{hint or ' Convert them; nothing is cast.'}"
+        )
     if batch < max(1, spec.min_batch) or (spec.max_batch is not None and batch > spec.max_batch):
         limit = "any" if spec.max_batch is None else spec.max_batch
-        raise InputError(f"A batch of {batch} is outside the model's range of {max(1, spec.min_batch)} to {limit}.")
+        raise InputError(
+            f"A batch of {batch} is outside the model's range of {max(1, spec.min_batch)} to {limit}. Give fewer or "
+            "more."
+        )

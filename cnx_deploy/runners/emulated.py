@@ -29,7 +29,10 @@ class EmulatedRunner(HoldsNothing):
         self.graph = Graph(path)
         narrow = {NARROW[tensor.dtype] for tensor in self.graph.constants.values() if tensor.dtype in NARROW}
         if len(narrow) != 1:
-            raise InputError(f"{path} holds no FP16 or BF16 weights, so there is no rounding to emulate.")
+            raise InputError(
+                f"{path} holds no FP16 or BF16 weights, so there is no rounding to emulate. Run it in ONNX Runtime, "
+                "or export --precision fp16."
+            )
         self.device = torch.device("cpu")
         self.input_spec = _input_spec(self.graph)
         self.info = RunnerInfo(

@@ -68,7 +68,10 @@ class TensorRTRunner:
         _check_types(self._engine, artifact)
         self._context, specialisation = backend.execution_context(self._engine)
         if self._context is None:
-            raise BuildError(f"{backend.name} made no execution context: {self._last_message()} Is GPU memory free?")
+            raise BuildError(
+                f"{backend.name} made no execution context: {self._last_message()} Free GPU memory, or run a smaller "
+                "batch."
+            )
         self._profiles = [tuple(sizes) for sizes in request["batches"]]
         self._classes = artifact.manifest.model.num_classes
         self._stream = CudaStream(device)
@@ -188,7 +191,10 @@ class TensorRTRunner:
         self._check(self._context.set_input_shape("images", tuple(images.shape)), "set_input_shape")
         missing = self._context.infer_shapes()
         if missing:
-            raise BuildError(f"The engine wants more inputs than images: {', '.join(missing)}.")
+            raise BuildError(
+                f"The engine wants more inputs than images: {', '.join(missing)}. Build it from a file that "
+                "cnx-deploy export wrote."
+            )
         if logits is None:
             shape = tuple(self._context.get_tensor_shape("logits"))
             logits = torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -203,7 +209,10 @@ class TensorRTRunner:
         """The tightest profile that holds the batch."""
         holding = [index for index, (low, _, high) in enumerate(self._profiles) if low <= batch <= high]
         if not holding:
-            raise InputError(f"No profile of the engine holds a batch of {batch}; it has {self._profiles}.")
+            raise InputError(
+                f"No profile of the engine holds a batch of {batch}; it has {self._profiles}. Run another, or build "
+                "it with --batch."
+            )
         best = min(holding, key=lambda index: self._profiles[index][2])
         if self._context.active_optimization_profile != best:
             done = self._context.set_optimization_profile_async(best, self._stream.handle)

@@ -52,7 +52,8 @@ def initial_model(
     """
     if sum(source is not None for source in (checkpoint, pretrained, init)) > 1:
         raise InputError(
-            "Several weights to start from were given, expected one of --checkpoint, --pretrained, --init."
+            "Several weights to start from were given, expected one of --checkpoint, --pretrained, --init. Leave "
+            "the others out."
         )
     if init is None and checkpoint is None and pretrained is None:
         if reset_head:

@@ -104,7 +104,7 @@ class TrainingSpec:
                 raise InputError(f"{name} is {getattr(self, name)!r}. Choose one of: {', '.join(allowed)}.")
         for name, holds, expected in self._rules():
             if not holds:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be {expected}.")
+                raise InputError(f"{name} is {getattr(self, name)}; it must be {expected}. Give such a one.")
         if self.learning_rate is not None and self.base_learning_rate is not None:
             raise InputError(
                 f"Both learning_rate {self.learning_rate} and base_learning_rate {self.base_learning_rate} were given: "

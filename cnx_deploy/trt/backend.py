@@ -77,7 +77,10 @@ class Backend:
             hint = (
                 " SM90 and SM100 are data-centre GPUs: use --runtime tensorrt there." if target in _DATA_CENTRE else ""
             )
-            raise InputError(f"{self.name} {self.version} builds for {', '.join(self.targets)}, not {target}.{hint}")
+            raise InputError(
+                f"{self.name} {self.version} builds for {', '.join(self.targets)}, not "
+                f"{target}.{hint or ' Name one of these.'}"
+            )
 
     def _check_own_gpu(self, gpu: Gpu) -> None:
         if self.targets and gpu.target not in self.targets:
@@ -94,7 +97,10 @@ class Backend:
         config.num_compute_capabilities = 1
         name = "CURRENT" if target == "current" else target.upper()
         if not config.set_compute_capability(getattr(self.trt.ComputeCapability, name), 0):
-            raise InputError(f"{self.name} {self.version} refused the target {target}.")
+            raise InputError(
+                f"{self.name} {self.version} refused the target {target}: expected one that it builds for. Choose "
+                "another --target."
+            )
 
     def recording_logger(self) -> Any:
         """A logger that keeps every message as (severity name, text) in `.messages`, and prints nothing."""

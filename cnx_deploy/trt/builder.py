@@ -48,7 +48,10 @@ class BuildSpec:
 
     def __post_init__(self) -> None:
         if not self.batches or any(not 1 <= low <= typical <= high for low, typical, high in self.batches):
-            raise InputError(f"Batch ranges are smallest:typical:largest, each at least 1, not {self.batches}.")
+            raise InputError(
+                f"Batch ranges are smallest:typical:largest, each at least 1, not {self.batches}. Give them so, as "
+                "in 1:8:64."
+            )
 
 
 def build_engine(
@@ -68,7 +71,9 @@ def build_engine(
     """
     source = open_artifact(onnx.path if isinstance(onnx, Artifact) else onnx)
     if source.manifest.kind != "onnx":
-        raise InputError(f"{source.path} is of kind {source.manifest.kind}; an engine is built from an ONNX file.")
+        raise InputError(
+            f"{source.path} is of kind {source.manifest.kind}; an engine is built from an ONNX file. Name one."
+        )
     backend = load_backend(spec.runtime)
     backend.check_target(spec.target)
     _check_batches(source, spec)

@@ -115,7 +115,10 @@ def measure_compiled(
             "Use a tested version (constraints.txt)."
         )
     if any(None in (kernel.input_bytes, kernel.constant_bytes, kernel.output_bytes) for kernel in kernels):
-        raise BuildError(f"{onnx_path.name}: a size is still dynamic after the batch was fixed; only the batch may be.")
+        raise BuildError(
+            f"{onnx_path.name}: a size is still dynamic after the batch was fixed; only the batch may be. Export it "
+            "with cnx-deploy export."
+        )
     return CompiledEngine(kernels, batch, target, len(plan))
 
 

@@ -149,7 +149,10 @@ def _tensors(text: str, role: Role) -> Iterator[KernelTensor]:
         raise BuildError(_unknown_format("tensor", text))
     for match in found:
         if match["type"] not in ELEMENT_BYTES:
-            raise BuildError(f"The compiler's log names a type {match['type']!r} whose size is not known here.")
+            raise BuildError(
+                f"The compiler's log names a type {match['type']!r} whose size is not known here: expected one of "
+                f"{', '.join(ELEMENT_BYTES)}. Install the TensorRT-RTX that constraints.txt names."
+            )
         shape = tuple(int(size) for size in match["shape"].split(",") if size)
         yield KernelTensor(match["name"], role, shape, match["type"])
 
