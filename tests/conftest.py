@@ -7,6 +7,7 @@ import pytest
 
 from cnx_deploy import errors
 from cnx_deploy.artifacts import Artifact, ModelRecord, WeightsRecord
+from cnx_deploy.cli.printable import printable
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.onnx_export import ExportSpec, export_onnx
@@ -26,7 +27,7 @@ def every_message_is_whole(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def noting(self: errors.CnxDeployError, *words: object) -> None:
         Exception.__init__(self, *words)
         where = str(sys._getframe(1).f_globals.get("__name__"))
-        if where.startswith("cnx_deploy.") and (fault := fault_of(str(self))) is not None:
+        if where.startswith("cnx_deploy.") and (fault := fault_of(printable(str(self)))) is not None:
             faults.append((fault, str(self)))
 
     monkeypatch.setattr(errors.CnxDeployError, "__init__", noting)

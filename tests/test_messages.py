@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from cnx_deploy import errors
+from cnx_deploy.cli import main, options
 from tests.message_rules import fault_of
 
 PACKAGE = Path(errors.__file__).parent
-NO_ADVICE = ("SystemExit",)
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,31 @@ def test_every_message_in_the_source_says_what_was_found_and_what_to_do():
     texts = list(raised_texts())
     assert len(texts) > 150  # the collection works
     assert [(place, fault, text) for place, text in texts if (fault := fault_of(text)) is not None] == []
+
+
+def test_log_and_error_hygiene_control_characters_in_a_files_name_are_escaped(capsys, tmp_path):
+    """A name that would colour the terminal, ring its bell and erase the line."""
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(tmp_path / "red\x1b[31m\x07\x9b2K\u202e.onnx")])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert r"red\x1b[31m\x07\x9b2K\u202e.onnx" in said
+    assert not [character for character in said if not character.isprintable() and character != "\n"]
+
+
+def test_log_and_error_hygiene_results_on_stdout_are_escaped_too(capsys):
+    options.echo("photo\x1b]0;owned\x07.png: cat")
+    assert capsys.readouterr().out == "photo\\x1b]0;owned\\x07.png: cat\n"
+
+
+def test_log_and_error_hygiene_no_secret_of_the_environment_is_printed(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2-hunter2")
+    for words in (
+        ["inspect", str(tmp_path / "missing")],
+        ["export", "--variant", "atto", "--batch", "x"],
+        ["doctor", "--json"],
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+        printed = capsys.readouterr()
+        assert "hunter2" not in printed.out + printed.err

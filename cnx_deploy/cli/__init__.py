@@ -4,12 +4,14 @@ Results go to stdout, progress and errors to stderr. Exit codes are those of `cn
 """
 
 import importlib
+import io
 import json
 import sys
 
 import click
 
 from cnx_deploy import __version__
+from cnx_deploy.cli.printable import printable
 from cnx_deploy.errors import CnxDeployError
 
 __all__ = ["cli", "main"]
@@ -83,7 +85,9 @@ def main(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         if "--json" in words:
             _echo_document(type(error).__name__, error.format_message(), error.exit_code)
-        error.show()
+        shown = io.StringIO()
+        error.show(file=shown)
+        click.echo(printable(shown.getvalue()), nl=False, err=True)
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
@@ -106,7 +110,7 @@ def _show(error: Exception, message: str, exit_code: int, *, as_json: bool) -> N
     """One message on stderr, and with --json the same as the document on stdout."""
     if as_json:
         _echo_document(type(error).__name__, message, exit_code)
-    click.echo(f"Error: {message}", err=True)
+    click.echo(f"Error: {printable(message)}", err=True)
 
 
 def _echo_document(name: str, message: str, exit_code: int) -> None:

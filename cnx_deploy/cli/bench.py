@@ -149,7 +149,7 @@ def _show(report: "BenchReport | ScenarioReport", text: str, *, as_json: bool) -
     if as_json:
         options.echo_json(report.to_dict())
     else:
-        click.echo(text)
+        options.echo(text)
     if report.failures:
         options.fail(CheckFailedError(" ".join(report.failures)), as_json=as_json)
 
@@ -179,4 +179,4 @@ def _show_plan(request: "BenchRequest", *, as_json: bool) -> None:
     if as_json:
         options.echo_json(plan_document(plan, conditions))
     else:
-        click.echo("\n".join((*head_lines(conditions, plan.networks), *plan_lines(plan))))
+        options.echo("\n".join((*head_lines(conditions, plan.networks), *plan_lines(plan))))

@@ -32,6 +32,6 @@ def bisect(file: Path, as_json: bool, **arguments: Any) -> None:
         options.echo_json(document_of(found))
     else:
         for line in lines_of(found):
-            click.echo(line)
+            options.echo(line)
     if (error := failure(found)) is not None:
         options.fail(error, as_json=as_json)

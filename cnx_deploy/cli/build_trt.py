@@ -39,4 +39,4 @@ def build_trt(**arguments: Any) -> None:
         options.echo_json({"artifacts": [{"path": str(e.path), "sha256": e.sha256} for e in engines]})
     else:
         for engine in engines:
-            click.echo(engine.path)
+            options.echo(engine.path)

@@ -48,4 +48,4 @@ def diversity(plot: Path | None, as_json: bool, **arguments: Any) -> None:
         options.echo_json({"schema_version": 1, "source": source, "networks": [each.to_dict() for each in found]})
         return
     for line in lines_of(found, source):
-        click.echo(line)
+        options.echo(line)

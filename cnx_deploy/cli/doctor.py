@@ -19,4 +19,4 @@ def doctor_command(as_json: bool) -> None:
         return
     for finding in findings:
         remedy = f" -> {finding.remedy}" if finding.remedy else ""
-        click.echo(f"{finding.status:8} {finding.topic:17} {finding.what}{remedy}")
+        options.echo(f"{finding.status:8} {finding.topic:17} {finding.what}{remedy}")

@@ -49,9 +49,9 @@ def evaluate_command(
         return
     from cnx_deploy.evaluation.report import lines_of
 
-    click.echo(f"{artifact} on {found.count} images of {data}, {info.backend} {info.version} on {info.device}")
+    options.echo(f"{artifact} on {found.count} images of {data}, {info.backend} {info.version} on {info.device}")
     for line in lines_of(found):
-        click.echo(line)
+        options.echo(line)
 
 
 def _evaluated(

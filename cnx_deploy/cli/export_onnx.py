@@ -63,4 +63,4 @@ def export(**arguments: Any) -> None:
         options.echo_json({"artifacts": [{"path": str(r.path), "sha256": r.sha256} for r in results]})
     else:
         for artifact in results:
-            click.echo(artifact.path)
+            options.echo(artifact.path)

@@ -51,6 +51,6 @@ def headroom(lists_all: bool, plot: Path | None, as_json: bool, **arguments: Any
         options.echo_json(found.to_dict())
     else:
         for line in lines_of(found, lists_all=lists_all):
-            click.echo(line)
+            options.echo(line)
     if (error := failure(found)) is not None:
         options.fail(error, as_json=as_json)

@@ -47,7 +47,7 @@ def inspect_command(
         options.echo_json(found.to_dict())
         return
     for line in _lines_of_inspection(found, lists_kernels):
-        click.echo(line)
+        options.echo(line)
 
 
 def _lines_of_inspection(found: "Inspection", lists_kernels: bool) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
+from cnx_deploy.cli.printable import printable
 from cnx_deploy.errors import CnxDeployError
 from cnx_deploy.variants import ALL_VARIANTS
 
@@ -81,9 +82,14 @@ engines_dir = click.option(
 )  # fmt: skip
 
 
+def echo(text: object) -> None:
+    """A result on stdout."""
+    click.echo(printable(str(text)))
+
+
 def note(text: str) -> None:
     """One line of progress on stderr."""
-    click.echo(text, err=True)
+    click.echo(printable(text), err=True)
 
 
 def fail(error: CnxDeployError, *, as_json: bool) -> NoReturn:

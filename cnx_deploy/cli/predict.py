@@ -47,7 +47,7 @@ def predict(
 
 def _show(row: "Prediction") -> None:
     if row.error is not None:
-        click.echo(f"{row.path}: error: {row.error}")
+        options.echo(f"{row.path}: error: {row.error}")
         return
     answers = ", ".join(f"{score.name} {score.probability:.2%}" for score in row.scores)
-    click.echo(f"{row.path}: {answers}")
+    options.echo(f"{row.path}: {answers}")

@@ -136,9 +136,9 @@ def _tell(result: "PretrainingResult", *, as_json: bool) -> None:
         plain = dataclasses.asdict(result).items()
         options.echo_json({name: str(value) if isinstance(value, Path) else value for name, value in plain})
     elif result.best is None:
-        click.echo(f"{result.run_dir}: no epoch finished")
+        options.echo(f"{result.run_dir}: no epoch finished")
     else:
-        click.echo(
+        options.echo(
             f"{result.best}: loss {result.first_loss:.4f} in the first epoch, {result.last_loss:.4f} in the last of "
             f"{result.epochs_run}; held images {result.best_held_loss:.4f} at best"
         )

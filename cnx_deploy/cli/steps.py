@@ -39,7 +39,7 @@ def verify_steps(files: tuple[Path, ...], arguments: dict[str, Any], *, as_json:
     if as_json:
         options.echo_json({"steps": [verdict.to_dict() for verdict in verdicts]})
     else:
-        click.echo("\n\n".join("\n".join(_lines(verdict)) for verdict in verdicts))
+        options.echo("\n\n".join("\n".join(_lines(verdict)) for verdict in verdicts))
     failed = [verdict for verdict in verdicts if verdict.failed is not None]
     if failed:
         options.fail(ParityError(" ".join(f"{each.artifact}: {each.sentence()}" for each in failed)), as_json=as_json)

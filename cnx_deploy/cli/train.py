@@ -119,6 +119,6 @@ def _tell(result: "TrainingResult", *, as_json: bool) -> None:
         plain = dataclasses.asdict(result).items()
         options.echo_json({name: str(value) if isinstance(value, Path) else value for name, value in plain})
     elif result.best is None:
-        click.echo(f"{result.run_dir}: no epoch finished")
+        options.echo(f"{result.run_dir}: no epoch finished")
     else:
-        click.echo(f"{result.best}: top-1 {result.best_top1_percent:.2f} % after {result.epochs_run} epochs")
+        options.echo(f"{result.best}: top-1 {result.best_top1_percent:.2f} % after {result.epochs_run} epochs")

@@ -26,13 +26,13 @@ def variants_command(as_json: bool) -> None:
         source = "arXiv:2301.00808, tables 4 and 14; V1 small: arXiv:2201.03545, table 1 (published figures)"
         options.echo_json({"variants": rows, "source": source})
         return
-    click.echo(
+    options.echo(
         f"{'variant':9} {'depths':>10} {'width':>6} {'parameters':>12} {'GMAC 224 px':>12} {'top-1 % (paper)':>16}"
     )
     for entry in ALL_VARIANTS.values():
         depths = "-".join(str(depth) for depth in entry.depths)
         top1 = "–" if entry.published_top1_percent is None else f"{entry.published_top1_percent:.1f}"
         macs = entry.mac_count() / 1e9
-        click.echo(
+        options.echo(
             f"{entry.name:9} {depths:>10} {entry.dims[0]:>6} {entry.parameter_count:>12,} {macs:>12.3f} {top1:>16}"
         )

@@ -103,7 +103,7 @@ def _verify_layers(plot: Path | None, *, as_json: bool, files: tuple[Path, ...],
     if as_json:
         options.echo_json({"layers": [document(entry) for entry in found]})
     else:
-        click.echo("\n\n".join("\n".join(table(entry)) for entry in found))
+        options.echo("\n\n".join("\n".join(table(entry)) for entry in found))
     failed = [entry.artifact for entry in found if not entry.passed]
     if failed:
         options.fail(ParityError(f"{', '.join(failed)} part from PyTorch by layer; see above where."), as_json=as_json)
@@ -112,20 +112,20 @@ def _verify_layers(plot: Path | None, *, as_json: bool, files: tuple[Path, ...],
 def _show(found: "list[Verification]") -> None:
     from cnx_deploy.agreement import LabelledResult
 
-    click.echo(
+    options.echo(
         f"{'artifact':34} {'run by':22} {'images':>6} {'rel. L2':>9} {'cosine':>10} {'top-1':>7} {'KL':>9}  verdict"
     )
     for entry in found:
         for result in entry.results:
             numbers = result.found
-            click.echo(
+            options.echo(
                 f"{entry.artifact:34} {result.candidate:22} {numbers.samples:>6} {numbers.relative_l2_max:>9.1e} "
                 f"{numbers.centred_cosine_min:>10.7f} {numbers.top1_agreement:>7.2%} {numbers.mean_kl:>9.1e}  "
                 f"{'pass' if result.passed else 'FAIL: ' + '; '.join(result.failures)}"
             )
             for line in result.lines() if isinstance(result, LabelledResult) else ():
-                click.echo(f"  {line}")
+                options.echo(f"  {line}")
         for reason in entry.not_run:
-            click.echo(f"{entry.artifact:34} not run: {reason}")
+            options.echo(f"{entry.artifact:34} not run: {reason}")
     for line in dict.fromkeys(line for entry in found for line in entry.notes):
-        click.echo(f"Note: {line}")
+        options.echo(f"Note: {line}")
