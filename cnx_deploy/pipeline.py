@@ -168,7 +168,8 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
 
     Raises MissingRequirementError when an engine that was named cannot run here.
     """
-    found = []
+    found: list[Verification] = []
+    told: set[str] = set()
     outputs = SavedOutputs(request.save_outputs) if request.save_outputs is not None else None
     reference: Reference | None = None
     for artifact in selected(request.files, request.export_dir, request.engines_dir, note):
@@ -194,6 +195,9 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
             batches = reference.batches_for(artifact)
             save_comparison(folder, batches, reference.logits(artifact, batches, progress))
             note(f"  images and PyTorch's logits for `polygraphy run`: {folder}")
+        for path in [path for path in reference.left_out if path not in told]:
+            told.add(path)
+            note(f"  left out: {reference.left_out[path].reason}")
     return found
 
 

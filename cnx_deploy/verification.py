@@ -14,7 +14,17 @@ from torch import Tensor
 
 from cnx_deploy.artifacts import Artifact, ModelRecord, WeightsRecord, open_artifact, relative_reference
 from cnx_deploy.batch_plan import batch_sizes, first_images, rebatched
-from cnx_deploy.data import Preprocessing, batches_from_folder, image_like_batches, runner_input
+from cnx_deploy.data import (
+    BrokenImage,
+    Preprocessing,
+    find_images,
+    image_like_batches,
+    readable_batches,
+    runner_input,
+    validation_folder,
+)
+from cnx_deploy.data.batches import Batch
+from cnx_deploy.data.dataset import evenly
 from cnx_deploy.errors import CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, load_checkpoint, load_pretrained
 from cnx_deploy.model.convnextv2 import random_model
@@ -102,7 +112,8 @@ class Candidate:
 class Reference:
     """The recorded network's model and its logits on the comparison images, computed once and kept.
 
-    `images` None means seeded image-like batches; else a folder of images. `samples` None means SAMPLES.
+    `images` None means seeded image-like batches; else a folder of images. `samples` None means SAMPLES. `left_out`:
+    files of the folder that could not be read so far, by their path.
     """
 
     def __init__(self, artifact: Artifact, images: Path | None = None, samples: int | None = None) -> None:
@@ -111,6 +122,7 @@ class Reference:
         self.images = images
         self.asked = samples
         self.samples = SAMPLES if samples is None else samples
+        self.left_out: dict[str, BrokenImage] = {}
         self._names: tuple[str, ...] = ()
         self._logits: dict[tuple[Any, ...], Tensor] = {}
 
@@ -128,13 +140,23 @@ class Reference:
             source = image_like_batches(total, spec.image_size, batch_size=1)
             self._names = tuple(f"image-like {index} of seed 0" for index in range(total))
         else:
-            found = list(batches_from_folder(self.images, preprocessing, 1, limit=total))
+            found = self._read(self.images, preprocessing, total)
             source = (pixels for pixels, _, _ in found)
             self._names = tuple(str(path) for _, _, (path,) in found)
         batches = [batch for batch in rebatched(source, sizes) if len(batch) >= spec.min_batch]
         if not batches:
             raise InputError(f"{self.images} has fewer images than the {spec.min_batch} of one batch. Give more.")
         return [runner_input(batch, spec.kind) for batch in batches]
+
+    def _read(self, root: Path, preprocessing: Preprocessing, limit: int) -> list[Batch]:
+        """Images of a folder one by one, evenly taken; those that cannot be read are noted in `left_out`."""
+        broken: list[BrokenImage] = []
+        chosen = evenly(find_images(validation_folder(root))[1], limit)
+        found = list(readable_batches(chosen, preprocessing, 1, broken))
+        if not found:
+            raise InputError(f"No image of {root} ({len(broken)}) can be read; the first: {broken[0].reason}")
+        self.left_out.update((image.path, image) for image in broken)
+        return found
 
     def batches_for(self, artifact: Artifact) -> list[Tensor]:
         """The batches that `artifact` is verified on."""

@@ -337,6 +337,31 @@ def test_a_broken_image_is_counted_and_named_and_the_others_are_judged(cnx: Cnx,
     assert ([entry["path"] for entry in found["broken"]], found["images"]) == ([str(broken)], 19)
 
 
+def test_a_broken_image_does_not_end_a_run_that_saves_what_it_compared(cnx: Cnx, images: Path, tmp_path: Path) -> None:
+    broken = images / "c" / "02.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    saved = ("--save-inputs", tmp_path / "inputs", "--save-outputs", tmp_path / "outputs")
+    code, _, err = cnx("verify", "--data", images, *saved)
+    assert (code, err.count(f"left out: {broken} cannot be read")) == (0, 1)
+    assert len(list((tmp_path / "inputs").rglob("*.json"))) > 0
+    assert len(list((tmp_path / "outputs").rglob("*.json"))) > 0
+
+
+def test_a_broken_image_of_a_folder_without_classes_is_left_out_and_named(cnx: Cnx, images: Path) -> None:
+    loose = images.parent / "loose"
+    loose.mkdir()
+    for path in images.rglob("*.png"):
+        shutil.copy(path, loose / f"{path.parent.name}-{path.name}")
+    (loose / "c-02.png").write_bytes(b"no image")
+    code, out, err = cnx("verify", "--data", loose)
+    assert (code, "pass" in out) == (0, True)
+    assert err.count(f"left out: {loose / 'c-02.png'} cannot be read") == 1
+    for path in loose.iterdir():
+        path.write_bytes(b"no image")
+    code, _, err = cnx("verify", "--data", loose)
+    assert (code, f"No image of {loose} (20) can be read" in err) == (2, True)
+
+
 def test_a_folder_of_broken_images_only_is_a_usage_error(cnx: Cnx, images: Path) -> None:
     for path in images.rglob("*.png"):
         path.write_bytes(b"no image")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from cnx_deploy.bench.loadgen import SCENARIOS, import_loadgen
 from cnx_deploy.cli import options
@@ -80,6 +81,7 @@ def bench(
     Exit code 3 when a row is INVALID or slower than --gate allows.
     """
     _check_scenario(scenario, target_qps, slo_ms, gate=gate, csv=as_csv, dry_run=dry_run, **arguments)
+    _check_used(scenario, sweep=arguments["sweep"], gate=gate)
     if not dry_run:
         options.refuse_engines_without_gpu(arguments["files"])
     request = _request(**arguments)
@@ -115,6 +117,15 @@ def _check_scenario(scenario: str | None, target_qps: float | None, slo_ms: floa
     if len(others["batches"]) > 1:
         raise click.UsageError("--scenario takes one --batch, the most images of a call.")
     import_loadgen()
+
+
+def _check_used(scenario: str | None, *, sweep: bool, gate: Path | None) -> None:
+    """Refuse an option that was given where nothing reads it."""
+    source = click.get_current_context().get_parameter_source
+    for name, reader, is_read in (("max_batch", "--sweep", sweep), ("max_regress", "--gate", gate is not None)):
+        if source(name) is ParameterSource.COMMANDLINE and (scenario is not None or not is_read):
+            option = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{option} is read with {reader}, which was not given: add that, or leave it out.")
 
 
 def _run_scenario(

@@ -146,8 +146,9 @@ def _fit(trainer: Any, pretrainer: Any, loaders: tuple[Any, Any], state: Path | 
 def _epoch_writer(
     run_dir: Path, spec: PretrainingSpec, licence: str, held: ValidationImages, held_masks: torch.Tensor
 ) -> "WriteEpoch":
-    pictured = min(PICTURED, len(held))
-    pixels = torch.stack([held[index][0] for index in range(pictured)]) if pictured else None
+    count = min(PICTURED, len(held))
+    pictured = [at * len(held) // count for at in range(count)]  # spread: the files of a class stand together
+    pixels = torch.stack([held[index][0] for index in pictured]) if pictured else None
 
     def write(model: MaskedAutoencoder, records: list[PretrainingRecord], is_best: bool) -> None:
         record = records[-1]
@@ -162,7 +163,7 @@ def _epoch_writer(
         is_due = record.epoch % spec.resolved_picture_every == 0 or record.epoch in (1, spec.epochs)
         if is_due and pixels is not None:
             path = run_dir / "reconstructions" / f"epoch-{record.epoch:04}.png"
-            save_reconstructions(path, model, spec.preprocessing, pixels, held_masks[:pictured])
+            save_reconstructions(path, model, spec.preprocessing, pixels, held_masks[pictured])
         write_whole(run_dir / "metrics.csv", _table(records))
 
     return write
