@@ -122,7 +122,7 @@ def test_weights_of_another_variant_name_the_first_tensor_and_both_shapes(tmp_pa
         load_checkpoint(path, "pico")
     message = str(caught.value)
     assert "downsample_layers.0.0.weight is 40x3x4x4 in the file, 64x3x4x4 in the model" in message
-    assert "shapes are those of 'atto'" in message
+    assert "Give 'atto', whose shapes it has" in message
 
 
 def test_depths_that_no_variant_has_are_named(tiny_model, tmp_path):

@@ -297,7 +297,7 @@ def _filled_model(variant: Variant, num_classes: int, state: Mapping[str, Tensor
     if differences := shape_differences(state, model.state_dict()):
         first = next((each for each in differences if each.problem == "shape"), differences[0])
         found = variant_with_structure(structure_of(state))
-        hint = f"Its shapes are those of {found.name!r}." if found not in (None, variant) else "Check what wrote it."
+        hint = f"Give {found.name!r}, whose shapes it has." if found not in (None, variant) else "Check what wrote it."
         raise CheckpointError(
             f"{where} does not fit {variant.name!r}: {first.name} is {format_shape(first.in_file)} in the file, "
             f"{format_shape(first.in_model)} in the model. {hint}\n{difference_table(differences)}"

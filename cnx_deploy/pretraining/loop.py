@@ -1,7 +1,6 @@
 """Pre-training as Lightning runs it, and what is written after an epoch. Importing this takes the `train` extra."""
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,13 @@ from cnx_deploy.pretraining.patches import masked_losses
 from cnx_deploy.pretraining.records import PretrainingProgress, PretrainingRecord
 from cnx_deploy.pretraining.spec import PretrainingSpec
 from cnx_deploy.training.optimisation import cosine_with_warmup, make_optimizer
-from cnx_deploy.training.records import StepReport
-from cnx_deploy.training.run_folder import keep_state
 from cnx_deploy.training.sampling import EpochBatches, mixed_seed
+from cnx_deploy.training.writer import RunWriter
 
 __all__ = ["Pretrainer", "PretrainingWriter"]
 
 MASKS = 2
 """Tells the masks' seeds from those of the order of images."""
-REPORT_EVERY_STEPS = 10
-"""Reading the loss waits for the GPU, so it is not read every step."""
-
 WriteEpoch = Callable[[MaskedAutoencoder, list[PretrainingRecord], bool], None]
 """Gets the model, all records, and whether the newest is the best."""
 
@@ -109,82 +104,48 @@ class Pretrainer(lightning.LightningModule):
         self.sums[split] += torch.stack([losses.detach().sum().float(), losses.new_tensor(len(losses)).float()])
 
 
-class PretrainingWriter(lightning.Callback):
-    """After each epoch: its record, what `write_epoch` writes, and last of all the state to resume from.
+class PretrainingWriter(RunWriter[PretrainingRecord]):
+    """Of an autoencoder; see `RunWriter`. `write_epoch` gets the model, all records, and whether the newest is best."""
 
-    The state is also written before the first step, so a run can be resumed from its beginning. Of several processes
-    the first one writes and reports.
-    """
+    record_type = PretrainingRecord
 
     def __init__(
         self, run_dir: Path, batches: EpochBatches, write_epoch: WriteEpoch, progress: PretrainingProgress
     ) -> None:
-        self.run_dir = run_dir
-        self.batches = batches
+        super().__init__(run_dir, batches, progress)
         self.write_epoch = write_epoch
-        self.progress = progress
-        self.records: list[PretrainingRecord] = []
-        self.started = self.last_done = time.perf_counter()
-        self.images = 0
         self.learning_rate = 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        """What Lightning keeps with the state: the records."""
-        return {"records": [record.to_dict() for record in self.records]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the records back, and the epoch before Lightning fetches its first batch."""
-        self.records = [PretrainingRecord(**values) for values in state_dict["records"]]
-        self.batches.set_epoch(len(self.records))
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write the initial state of a fresh run."""
-        if trainer.is_global_zero:
-            self.progress.begin(trainer.max_epochs or 0, int(trainer.num_training_batches), len(self.records))
-        if not self.records:
-            keep_state(self.run_dir, trainer.save_checkpoint, writes=trainer.is_global_zero)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note the rate of the step, which afterwards is the next one's, and start the epoch's clock."""
-        self.learning_rate = max(float(group["lr"]) for group in trainer.optimizers[0].param_groups)
-        if batch_idx == 0:
-            self.started, self.images = time.perf_counter(), 0
+        """Note the rate of the step, which afterwards is the next one's: the last would be zero."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self.learning_rate = super().rate(trainer)
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Report how far the epoch is."""
-        self.images += self.batches.joint_count(batch_idx)
-        self.last_done = time.perf_counter()
-        if batch_idx % REPORT_EVERY_STEPS == 0 and trainer.is_global_zero and isinstance(pl_module, Pretrainer):
-            at = (trainer.current_epoch + 1, batch_idx + 1)
-            self.progress.step(StepReport(*at, pl_module.mean_loss(), self.learning_rate, self._images_per_second()))
+    def rate(self, trainer: lightning.Trainer) -> float:
+        """That of the last step."""
+        return self.learning_rate
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Record the epoch and write; TrainingError when the loss is no number any more."""
-        if not isinstance(pl_module, Pretrainer):
-            raise TypeError(f"{type(pl_module).__name__} is not a Pretrainer")
-        loss, held_loss = pl_module.epoch_losses()
+    def finish_epoch(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule
+    ) -> tuple[PretrainingRecord, bool]:
+        """Both losses; TrainingError when one is no number any more."""
+        if not isinstance(module, Pretrainer):
+            raise TypeError(f"{type(module).__name__} is not a Pretrainer")
+        epoch, (loss, held_loss) = trainer.current_epoch + 1, module.epoch_losses()
         if not (math.isfinite(loss) and math.isfinite(held_loss)):
             raise TrainingError(
-                f"In epoch {trainer.current_epoch + 1} the loss became {loss} (held images {held_loss}). Start again "
-                "with a lower learning rate; what the epochs before wrote is kept."
+                f"In epoch {epoch} the loss became {loss} (held images {held_loss}). Start again with a lower "
+                "learning rate; what the epochs before wrote is kept."
             )
-        seconds = time.perf_counter() - self.started
-        at, speed = trainer.current_epoch + 1, self._images_per_second()
-        record = PretrainingRecord(at, loss, held_loss, self.learning_rate, speed, seconds)
+        speed, seconds = self.clock.images_per_second, self.clock.seconds
+        record = PretrainingRecord(epoch, loss, held_loss, self.learning_rate, speed, seconds)
         is_best = all(held_loss < before.held_loss for before in self.records)
         self.records.append(record)
         if trainer.is_global_zero:
-            self.write_epoch(pl_module.model, self.records, is_best)
-        keep_state(self.run_dir, trainer.save_checkpoint, writes=trainer.is_global_zero)
-        if trainer.is_global_zero:
-            self.progress.end_epoch(record, is_best)
-
-    def _images_per_second(self) -> float:
-        return self.images / max(self.last_done - self.started, 1e-9)
+            self.write_epoch(module.model, self.records, is_best)
+        return record, is_best
 
 
 def held_batch_size(spec: PretrainingSpec) -> int:

@@ -6,8 +6,6 @@ A run is a folder: `run.json` (what was asked for), `metrics.csv` (one line an e
 """
 
 import copy
-import csv
-import io
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -29,7 +27,7 @@ from cnx_deploy.pretraining.records import (
 from cnx_deploy.pretraining.spec import PretrainingSpec
 from cnx_deploy.training.augmentation import ImageAugmentation
 from cnx_deploy.training.images import TrainingImages, ValidationImages, make_loader
-from cnx_deploy.training.run_folder import open_run, usable_state, write_whole
+from cnx_deploy.training.run_folder import open_run, table_of, usable_state, write_whole
 from cnx_deploy.training.sampling import EpochBatches, mixed_seed
 
 if TYPE_CHECKING:
@@ -83,7 +81,7 @@ def pretrain(
         make_loader(held, loop.held_batch_size(spec), **how),
     )
     with lightning_loop.quiet_trainer(spec.training, run_dir, [writer]) as trainer:
-        interrupted = _fit(trainer, pretrainer, loaders, state)
+        interrupted = lightning_loop.fit(trainer, pretrainer, loaders, state)
     return _result(run_dir, writer.records, interrupted=interrupted)
 
 
@@ -131,18 +129,6 @@ def _held_masks(spec: PretrainingSpec, count: int) -> torch.Tensor:
     return random_masks(count, spec.grid, spec.mask_ratio, generator)[spec.launch.rank :: spec.launch.processes]
 
 
-def _fit(trainer: Any, pretrainer: Any, loaders: tuple[Any, Any], state: Path | None) -> bool:
-    """Run the loop and return whether Ctrl-C ended it, which Lightning turns into SystemExit."""
-    try:
-        with torch.random.fork_rng():
-            trainer.fit(pretrainer, *loaders, ckpt_path=state, weights_only=True)
-    except SystemExit:
-        if not trainer.interrupted:
-            raise
-        return True
-    return False
-
-
 def _epoch_writer(
     run_dir: Path, spec: PretrainingSpec, licence: str, held: ValidationImages, held_masks: torch.Tensor
 ) -> "WriteEpoch":
@@ -164,18 +150,9 @@ def _epoch_writer(
         if is_due and pixels is not None:
             path = run_dir / "reconstructions" / f"epoch-{record.epoch:04}.png"
             save_reconstructions(path, model, spec.preprocessing, pixels, held_masks[pictured])
-        write_whole(run_dir / "metrics.csv", _table(records))
+        write_whole(run_dir / "metrics.csv", table_of([record.to_dict() for record in records]))
 
     return write
-
-
-def _table(records: list[PretrainingRecord]) -> str:
-    table = io.StringIO()
-    rows = csv.DictWriter(table, records[-1].to_dict().keys(), lineterminator="\n")
-    rows.writeheader()
-    for record in records:
-        rows.writerow({name: f"{value:.6g}" for name, value in record.to_dict().items()})
-    return table.getvalue()
 
 
 def _result(run_dir: Path, records: list[PretrainingRecord], *, interrupted: bool) -> PretrainingResult:

@@ -21,7 +21,7 @@ from cnx_deploy.training.optimisation import make_optimizer, make_schedule
 from cnx_deploy.training.sampling import EpochBatches, mixed_seed
 from cnx_deploy.training.spec import TrainingSpec
 
-__all__ = ["Classifier", "EpochFigures", "quiet_trainer"]
+__all__ = ["Classifier", "EpochFigures", "fit", "quiet_trainer"]
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -182,6 +182,20 @@ def quiet_trainer(
         torch.use_deterministic_algorithms(deterministic)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def fit(
+    trainer: lightning.Trainer, module: lightning.LightningModule, loaders: tuple[Any, Any], state: Path | None
+) -> bool:
+    """Run the loop and return whether Ctrl-C ended it, which Lightning turns into SystemExit."""
+    try:
+        with torch.random.fork_rng():
+            trainer.fit(module, *loaders, ckpt_path=state, weights_only=True)
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        return True
+    return False
 
 
 def _averaged(model: ConvNeXtV2, decay: float) -> AveragedModel:

@@ -7,8 +7,6 @@ A run is a folder: `run.json` (what was asked for), `metrics.csv` (one line an e
 
 import contextlib
 import copy
-import csv
-import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +22,7 @@ from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model
 from cnx_deploy.training.augmentation import ImageAugmentation
 from cnx_deploy.training.images import TrainingImages, ValidationImages, make_loader
 from cnx_deploy.training.records import EpochRecord, Progress, Silence, TrainingResult
-from cnx_deploy.training.run_folder import open_run, usable_state, write_whole
+from cnx_deploy.training.run_folder import open_run, table_of, usable_state, write_whole
 from cnx_deploy.training.sampling import EpochBatches
 from cnx_deploy.training.spec import TrainingSpec
 
@@ -105,7 +103,7 @@ def train(
     with _told(spec, run_dir, progress or Silence()) as listener:
         writer = writing.EpochWriter(run_dir, batches, _epoch_writer(run_dir, spec, dataset, licence), listener)
         with loop.quiet_trainer(spec, run_dir, [writer]) as trainer:
-            interrupted = _fit(trainer, classifier, _loaders(spec, dataset, batches), state)
+            interrupted = loop.fit(trainer, classifier, _loaders(spec, dataset, batches), state)
     return _result(run_dir, writer.records, interrupted=interrupted)
 
 
@@ -197,18 +195,6 @@ def _loaders(spec: TrainingSpec, dataset: Dataset, batches: EpochBatches) -> tup
     return make_loader(images, batches, **how), make_loader(val_images, 2 * spec.batch_size, **how)
 
 
-def _fit(trainer: Any, classifier: "Classifier", loaders: tuple[Any, Any], state: Path | None) -> bool:
-    """Run the loop and return whether Ctrl-C ended it, which Lightning turns into SystemExit."""
-    try:
-        with torch.random.fork_rng():
-            trainer.fit(classifier, *loaders, ckpt_path=state, weights_only=True)
-    except SystemExit:
-        if not trainer.interrupted:
-            raise
-        return True
-    return False
-
-
 def _epoch_writer(
     run_dir: Path, spec: TrainingSpec, dataset: Dataset, licence: str
 ) -> Callable[["Classifier", list[EpochRecord]], None]:
@@ -233,18 +219,9 @@ def _epoch_writer(
         for suffix, model, is_best in kinds:
             for name in ("last", "best") if is_best else ("last",):
                 write_weights(f"{name}{suffix}", model, record.epoch)
-        write_whole(run_dir / "metrics.csv", _table(records))
+        write_whole(run_dir / "metrics.csv", table_of([record.to_dict() for record in records]))
 
     return write
-
-
-def _table(records: list[EpochRecord]) -> str:
-    table = io.StringIO()
-    rows = csv.DictWriter(table, records[-1].to_dict().keys(), lineterminator="\n")
-    rows.writeheader()
-    for record in records:
-        rows.writerow({name: "" if value is None else f"{value:.6g}" for name, value in record.to_dict().items()})
-    return table.getvalue()
 
 
 def _result(run_dir: Path, records: list[EpochRecord], *, interrupted: bool) -> TrainingResult:

@@ -4,16 +4,18 @@
 broken `last.ckpt` gives way to `previous.ckpt`.
 """
 
+import csv
+import io
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cnx_deploy.errors import CorruptArtifactError, InputError, OutputExistsError
 
-__all__ = ["STATE", "keep_state", "open_run", "usable_state", "write_whole"]
+__all__ = ["STATE", "keep_state", "open_run", "table_of", "usable_state", "write_whole"]
 
 REQUEST = "run.json"
 STATE = "last.ckpt"
@@ -76,6 +78,16 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def table_of(rows: Sequence[Mapping[str, float | None]]) -> str:
+    """A CSV table of rows of the same columns; None is an empty cell."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[-1]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: "" if value is None else f"{value:.6g}" for name, value in row.items()})
+    return table.getvalue()
 
 
 def _is_whole(state: Path) -> bool:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import lightning.pytorch as lightning
 
@@ -14,7 +14,7 @@ from cnx_deploy.training.records import EpochRecord, Progress, StepReport
 from cnx_deploy.training.run_folder import keep_state
 from cnx_deploy.training.sampling import EpochBatches
 
-__all__ = ["EpochWriter"]
+__all__ = ["EpochWriter", "RunWriter"]
 
 REPORT_EVERY_STEPS = 10
 """Reading the loss waits for the GPU, so it is not read every step."""
@@ -22,21 +22,44 @@ REPORT_EVERY_STEPS = 10
 WriteEpoch = Callable[[Classifier, list[EpochRecord]], None]
 
 
-class EpochWriter(lightning.Callback):
-    """After each epoch: its record, the weights, and last of all the state to resume from.
+class _Record(Protocol):
+    """One epoch as plain types and back."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+Record = TypeVar("Record", bound=_Record)
+Told = TypeVar("Told", bound=_Record, contravariant=True)
+
+
+class _Listener(Protocol[Told]):
+    """Who is told of a run whose epochs are such records."""
+
+    def begin(self, epochs: int, steps_per_epoch: int, epochs_done: int) -> None: ...
+    def step(self, report: StepReport) -> None: ...
+    def end_epoch(self, record: Told, is_best: bool) -> None: ...
+
+
+class RunWriter(lightning.Callback, Generic[Record]):
+    """After each epoch: its record, what a subclass's `finish_epoch` writes, and last of all the state to resume from.
 
     `batches` is told the epoch on resume, before Lightning fetches the first batch, which it does before it tells it.
-    `write_epoch` gets the classifier and all records. The state is also written before the first step, so a run can be
-    resumed from its beginning. Of several processes the first one writes and reports.
+    The state is also written before the first step, so a run can be resumed from its beginning. Of several processes
+    the first one writes and reports. The module trained has a `mean_loss()`.
     """
 
-    def __init__(self, run_dir: Path, batches: EpochBatches, write_epoch: WriteEpoch, progress: Progress) -> None:
+    record_type: type[Any]
+
+    def __init__(self, run_dir: Path, batches: EpochBatches, progress: "_Listener[Record]") -> None:
         self.run_dir = run_dir
         self.batches = batches
-        self.write_epoch = write_epoch
         self.progress = progress
-        self.records: list[EpochRecord] = []
-        self.clock = _EpochClock()
+        self.records: list[Record] = []
+        self.clock = EpochClock()
+
+    def finish_epoch(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> tuple[Record, bool]:
+        """Add the epoch's record and write it (the first process); returns it and whether it is the best so far."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """What Lightning keeps with the state: the records."""
@@ -44,7 +67,7 @@ class EpochWriter(lightning.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the records back."""
-        self.records = [EpochRecord(**values) for values in state_dict["records"]]
+        self.records = [self.record_type(**values) for values in state_dict["records"]]
         self.batches.set_epoch(len(self.records))
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -65,18 +88,40 @@ class EpochWriter(lightning.Callback):
     ) -> None:
         """Report how far the epoch is."""
         self.clock.batch_is_done(self.batches.joint_count(batch_idx))
-        if batch_idx % REPORT_EVERY_STEPS == 0 and trainer.is_global_zero and isinstance(pl_module, Classifier):
-            rates = (trainer.current_epoch + 1, batch_idx + 1, pl_module.mean_loss(), _learning_rate(trainer))
-            self.progress.step(StepReport(*rates, self.clock.images_per_second))
+        if batch_idx % REPORT_EVERY_STEPS == 0 and trainer.is_global_zero:
+            loss: float = pl_module.mean_loss()  # type: ignore[operator]
+            at = (trainer.current_epoch + 1, batch_idx + 1)
+            self.progress.step(StepReport(*at, loss, self.rate(trainer), self.clock.images_per_second))
+
+    def rate(self, trainer: lightning.Trainer) -> float:
+        """The highest learning rate of any group now."""
+        return max(float(group["lr"]) for group in trainer.optimizers[0].param_groups)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Record the epoch and write; TrainingError when the loss is no number any more."""
-        if not isinstance(pl_module, Classifier):
-            raise TypeError(f"{type(pl_module).__name__} is not a Classifier")
-        figures: dict[str, Any] = pl_module.epoch_figures()
+        """Record and write."""
+        record, is_best = self.finish_epoch(trainer, pl_module)
+        keep_state(self.run_dir, trainer.save_checkpoint, writes=trainer.is_global_zero)
+        if trainer.is_global_zero:
+            self.progress.end_epoch(record, is_best)
+
+
+class EpochWriter(RunWriter[EpochRecord]):
+    """Of a classifier. `write_epoch` gets it and all records."""
+
+    record_type = EpochRecord
+
+    def __init__(self, run_dir: Path, batches: EpochBatches, write_epoch: WriteEpoch, progress: Progress) -> None:
+        super().__init__(run_dir, batches, progress)
+        self.write_epoch = write_epoch
+
+    def finish_epoch(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> tuple[EpochRecord, bool]:
+        """Losses and accuracy; TrainingError when the loss is no number any more."""
+        if not isinstance(module, Classifier):
+            raise TypeError(f"{type(module).__name__} is not a Classifier")
+        figures: dict[str, Any] = module.epoch_figures()
         record = EpochRecord(
             epoch=trainer.current_epoch + 1,
-            learning_rate=_learning_rate(trainer),
+            learning_rate=self.rate(trainer),
             seconds=self.clock.seconds,
             images_per_second=self.clock.images_per_second,
             data_wait_percent=self.clock.wait_percent,
@@ -90,13 +135,11 @@ class EpochWriter(lightning.Callback):
         is_best = all(_best_rank(record) > _best_rank(before) for before in self.records)
         self.records.append(record)
         if trainer.is_global_zero:
-            self.write_epoch(pl_module, self.records)
-        keep_state(self.run_dir, trainer.save_checkpoint, writes=trainer.is_global_zero)
-        if trainer.is_global_zero:
-            self.progress.end_epoch(record, is_best)
+            self.write_epoch(module, self.records)
+        return record, is_best
 
 
-class _EpochClock:
+class EpochClock:
     """How long an epoch takes, and how much of its training time passes before images are there."""
 
     def __init__(self) -> None:
@@ -126,10 +169,6 @@ class _EpochClock:
     @property
     def wait_percent(self) -> float:
         return 100.0 * self.waited / max(self.last_done - self.started, 1e-9)
-
-
-def _learning_rate(trainer: lightning.Trainer) -> float:
-    return max(float(group["lr"]) for group in trainer.optimizers[0].param_groups)
 
 
 def _best_rank(record: EpochRecord) -> tuple[float, float]:
