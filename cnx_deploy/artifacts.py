@@ -32,6 +32,7 @@ __all__ = [
     "artifact_stem",
     "find_artifacts",
     "open_artifact",
+    "read_artifact",
     "relative_reference",
     "reusable_artifact",
     "sha256_of_file",
@@ -230,6 +231,11 @@ def open_artifact(path: Path) -> Artifact:
     return artifact
 
 
+def read_artifact(path: Path) -> Artifact:
+    """Read an artifact's manifest alone, no hash checked; same errors as `open_artifact`."""
+    return _read_artifact(path)
+
+
 def find_artifacts(directory: Path, kind: ArtifactKind | None = None) -> list[Artifact]:
     """Return the artifacts recorded in a folder, by name, without checking hashes; empty if there is no folder."""
     artifacts = [_read_artifact(path) for path in sorted(directory.glob("*.json"))]
@@ -274,7 +280,7 @@ def _read_artifact(path: Path) -> Artifact:
         raise InputError(f"{path} {what}: expected {manifest_path.name} beside it. Make it again with cnx-deploy.")
     try:
         manifest = _manifest_from_dict(json.loads(manifest_path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CorruptArtifactError(
             f"{manifest_path} is not a manifest this version can read ({error}). Make the artifact again with --force."
         ) from error

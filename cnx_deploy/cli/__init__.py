@@ -31,7 +31,7 @@ COMMANDS = {
     "bench": ("bench", "Time ONNX files and engines, PyTorch beside them."),
     "inspect": ("inspect", "Say what an artifact is: checkpoint, ONNX file or engine."),
     "predict": ("predict", "Classify image files."),
-    "report": ("report", "Write the index and tables from the manifests."),
+    "report": ("report", "Write the index and tables from the manifests, or one HTML page."),
 }
 """Command -> its module in this package, and its line of help."""
 

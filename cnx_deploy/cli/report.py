@@ -15,9 +15,34 @@ from cnx_deploy.cli import options
     help="File with the table's place [default: README.md here, if it has one].",
 )  # fmt: skip
 @click.option("--check", is_flag=True, help="Write nothing; exit code 3 when something is out of date.")
+@click.option(
+    "--html", type=click.Path(path_type=Path),
+    help="Write one self-contained page instead (needs the extra report).",
+)  # fmt: skip
+@click.option("--bench", multiple=True, type=click.Path(path_type=Path), help="For --html: cnx-deploy bench --json.")
+@click.option(
+    "--headroom", multiple=True, type=click.Path(path_type=Path), help="For --html: cnx-deploy headroom --json."
+)
+@click.option(
+    "--layers", multiple=True, type=click.Path(path_type=Path), help="For --html: cnx-deploy verify --layers --json."
+)
+@options.force
 @options.as_json
-def report(export_dir: Path, engines_dir: Path, readme: Path | None, check: bool, as_json: bool) -> None:
-    """Write index.csv of both folders and the README's table from the manifests."""
+def report(
+    export_dir: Path, engines_dir: Path, readme: Path | None, check: bool, html: Path | None,
+    bench: tuple[Path, ...], headroom: tuple[Path, ...], layers: tuple[Path, ...], force: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Write index.csv of both folders and the README's table from the manifests; or a page with --html.
+
+    With --html: exit code 4, after the page is written, when a manifest could not be read.
+    """
+    if html is not None:
+        if check or readme is not None:
+            raise click.UsageError("--html writes a page and nothing else: leave out --check and --readme.")
+        _write_page(html, export_dir, engines_dir, (bench, headroom, layers), force=force, as_json=as_json)
+        return
+    if bench or headroom or layers or force:
+        raise click.UsageError("--bench, --headroom, --layers and --force are of the page: add --html FILE.")
     from cnx_deploy.report import BEGIN, check_records, write_records
 
     own = Path("README.md")
@@ -35,3 +60,24 @@ def report(export_dir: Path, engines_dir: Path, readme: Path | None, check: bool
     else:
         for path in changed:
             click.echo(path)
+
+
+def _write_page(
+    html: Path, export_dir: Path, engines_dir: Path, documents: tuple[tuple[Path, ...], ...], *, force: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    from cnx_deploy.html_report.page import PageRequest, check_page, corrupt_error, gather, render, write_page
+
+    check_page(html, force=force)
+    bench, headroom, layers = documents
+    request = PageRequest(
+        export_dir=export_dir, engines_dir=engines_dir, bench=bench, headroom=headroom, layers=layers
+    )  # fmt: skip
+    page = gather(request)
+    write_page(html, render(page))
+    if as_json:
+        options.echo_json(page.to_dict(html))
+    else:
+        click.echo(html)
+    if (error := corrupt_error(page, html)) is not None:
+        options.fail(error, as_json=as_json)
