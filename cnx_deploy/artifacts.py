@@ -274,6 +274,8 @@ def reusable_artifact(
 
 
 def _read_artifact(path: Path) -> Artifact:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: expected an artifact's file. Name one that is in it.")
     manifest_path = path if path.suffix == ".json" else path.with_suffix(".json")
     if not manifest_path.is_file():
         what = "has no manifest" if path.exists() else "does not exist"

@@ -62,6 +62,7 @@ def test_a_difference_is_only_claimed_beyond_its_interval(compare, tmp_path, cap
     assert all(f"{value:.2f}" in printed for value in second)
 
 
+@pytest.mark.slow
 def test_the_two_versions_are_trained_alike_and_finished_runs_are_kept(compare, tmp_path, monkeypatch):
     data, specs = write_colours(tmp_path / "colours"), []
     trained = compare.train

@@ -216,7 +216,7 @@ def test_layer_scale_has_no_weight_decay_and_its_layers_rate(tiny_v1_model):
 # Files and engines
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "fp16"])
 def test_an_export_passes_its_gates_and_runs(tiny_v1_model, tmp_path, precision):
     spec = DeploySpec(precision, 32)
     path = exported(tiny_v1_model, spec, tmp_path).path
@@ -232,6 +232,7 @@ def test_an_export_whose_layer_scale_is_lost_is_refused(tiny_v1_model, tmp_path,
         exported(tiny_v1_model, DeploySpec("fp16", 32), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_v1_file_is_not_taken_for_v2(tiny_v1_model, tiny_variant, tmp_path):
     path = exported(tiny_v1_model, DeploySpec("fp16", 32), tmp_path).path
     with pytest.raises(GraphCheckError, match=r"5 ReduceSum expected, 0 found"):

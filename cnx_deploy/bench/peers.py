@@ -132,7 +132,9 @@ class CompiledRunner(TorchRunner):
             return super().run(images)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).partition("\n")[0]
-            raise MissingRequirementError(f"torch.compile does not work here: {reason}") from error
+            raise MissingRequirementError(
+                f"torch.compile does not work here: {reason}. Install a C++ compiler, or leave compile out."
+            ) from error
 
 
 def timm_twin(model: ConvNeXtV2) -> nn.Module:

@@ -48,7 +48,7 @@ class BenchReport:
         if wrong:
             found.append(f"{', '.join(wrong)} gave wrong logits while timed; `cnx-deploy verify` says how wrong.")
         if slower:
-            found.append(f"{', '.join(slower)} slower than {self.gate} allows; the gate's lines say by how much.")
+            found.append(f"{', '.join(slower)} slower than {self.gate} allows; see the gate's lines for how much.")
         if self.gate is not None and all(verdict.verdict == "undecided" for verdict in self.verdicts):
             found.append(f"Nothing of {self.gate} could be judged; measure longer, or on a quieter machine.")
         return tuple(found)

@@ -121,7 +121,9 @@ class ScenarioReport:
         if wrong:
             found.append(f"{', '.join(wrong)} gave wrong logits under load; `cnx-deploy verify` says how wrong.")
         if other:
-            found.append(f"{', '.join(other)}: LoadGen calls the run INVALID; the remarks of the rows say why.")
+            found.append(
+                f"{', '.join(other)}: LoadGen calls the run INVALID; see the remarks of the rows for the reason."
+            )
         return tuple(found)
 
 

@@ -81,7 +81,8 @@ class Preprocessing:
             read["crop_ratio"] = float(read.get("crop_ratio", cls().crop_ratio))
         except (TypeError, ValueError) as error:
             raise InputError(
-                f"Preprocessing {dict(values)} cannot be read ({error}): expected numbers, three for mean and std."
+                f"Preprocessing {dict(values)} cannot be read ({error}): expected numbers, three for mean and std. "
+                "Give them so."
             ) from error
         return cls(**read)
 

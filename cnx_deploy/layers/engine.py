@@ -99,7 +99,7 @@ class Engine:
 
     def _last_message(self) -> str:
         messages = [text for severity, text in self._log.messages if severity in ("ERROR", "INTERNAL_ERROR")]
-        return " ".join(messages[-1].split()) if messages else "it gave no reason."
+        return " ".join(messages[-1].split()) if messages else "it gave no reason. Build the engine again."
 
 
 def _torch_type(engine: Any, name: str) -> torch.dtype:

@@ -13,7 +13,9 @@ from cnx_deploy.runners.tensorrt_runner import TensorRTRunner
 
 __all__ = ["ONNX_RUNNERS", "checked_by", "misfit", "open_onnx", "open_runner"]
 
-NO_BF16 = "ONNX Runtime has no BF16 convolution on a CPU: {name} is checked by `verify` in the emulator (emulate-bf16)."
+NO_BF16 = (
+    "ONNX Runtime has no BF16 convolution on a CPU: {name} is checked by `verify` in the emulator. Use emulate-bf16."
+)
 
 ONNX_RUNNERS: dict[str, Callable[[Path], Runner]] = {
     "onnxruntime": partial(OrtRunner, spin=False),

@@ -224,7 +224,7 @@ class TensorRTRunner:
 
     def _last_message(self) -> str:
         messages = [text for severity, text in self._log.messages if severity in ("ERROR", "INTERNAL_ERROR")]
-        return " ".join(messages[-1].split()) if messages else "it gave no reason."
+        return " ".join(messages[-1].split()) if messages else "it gave no reason. Build the engine again."
 
 
 def _check_release(artifact: Artifact, backend: Backend) -> None:

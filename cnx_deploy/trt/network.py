@@ -93,7 +93,9 @@ class NetworkBuild:
         lines = [" ".join(text.split()) for text in wanted if not any(notice in text for notice in NOTICES)]
         tail = "\n  ".join(lines[-4:])
         name = f"{self.backend.name} {self.backend.version}"
-        return BuildError(f"{name} {what} ({self.onnx_path.name})." + (f" Its log:\n  {tail}" if tail else ""))
+        advice = "Look at the file with cnx-deploy inspect, or export it again."
+        log = f" Its log:\n  {tail}" if tail else ""
+        return BuildError(f"{name} {what} ({self.onnx_path.name}). {advice}{log}")
 
 
 def type_census(network: Any) -> dict[str, dict[str, int]]:
