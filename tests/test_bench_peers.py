@@ -32,7 +32,7 @@ def made(word: str, model: ConvNeXtV2, folder: Path, spec: DeploySpec = SPEC) ->
 
 
 @pytest.mark.parametrize("kind", ["float", "uint8"])
-@pytest.mark.parametrize("word", ["torch", "timm", "timm-18"])
+@pytest.mark.parametrize("word", ["torch", "timm", pytest.param("timm-18", marks=pytest.mark.slow)])
 def test_a_peer_gives_the_logits_of_the_reference(tiny_model: ConvNeXtV2, tmp_path: Path, word: str, kind: str) -> None:
     spec = DeploySpec(image_size=32, input_kind=kind)
     expected = reference_runner(tiny_model, spec).run(runner_input(PIXELS, kind)).clone()

@@ -241,6 +241,7 @@ def run(words: list[str]) -> None:
     assert not stop.value.code
 
 
+@pytest.mark.slow
 def test_the_printed_command_writes_a_file_that_passes_where_the_first_one_fails(found_and_replayed: Replayed) -> None:
     replayed, found = found_and_replayed.file, found_and_replayed.found
     assert found.outcome == "found"
@@ -257,6 +258,7 @@ def test_the_printed_command_writes_a_file_that_passes_where_the_first_one_fails
     assert found.recorded.first_nonfinite.startswith("stages.2.1.pwconv1/")
 
 
+@pytest.mark.slow
 def test_files_without_one_of_the_names_fail_and_probes_say_what_files_say(found_and_replayed: Replayed) -> None:
     found, kept = found_and_replayed.found, found_and_replayed.kept
     assert [probe.kept for probe in found.neighbours] == [(kept[1],), (kept[0],)]
@@ -267,6 +269,7 @@ def test_files_without_one_of_the_names_fail_and_probes_say_what_files_say(found
     assert set(by_file) <= set(by_form)
 
 
+@pytest.mark.slow
 def test_the_report_names_island_reason_minimality_share_and_command(found_and_replayed: Replayed) -> None:
     found, kept = found_and_replayed.found, found_and_replayed.kept
     text = "\n".join(lines_of(found))

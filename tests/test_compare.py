@@ -81,6 +81,7 @@ def test_the_two_versions_are_trained_alike_and_finished_runs_are_kept(compare, 
     assert (second.exit_code, second.stdout, len(specs)) == (0, first.stdout, 4)
 
 
+@pytest.mark.slow
 def test_few_labels_from_scratch_and_from_pre_training_see_the_same_images(compare, tmp_path, monkeypatch):
     data, seen = write_colours(tmp_path / "colours"), []
     trained = compare.train

@@ -272,6 +272,7 @@ def test_a_head_drawn_anew_at_export_is_drawn_the_same_for_the_reference(tmp_pat
     assert "The head for 5 classes is new and random" in told[0]
 
 
+@pytest.mark.slow
 def test_an_engine_of_an_earlier_export_is_said_to_be_outdated(tmp_path):
     request = replace(REQUEST, precisions=("fp16",), no_verify=True, output_dir=tmp_path / "export")
     run_exports(request, quiet)
