@@ -19,6 +19,15 @@ TINY_TEST = Variant("tiny-test", (1, 1, 2, 1), (8, 16, 32, 64), 138_104, 0.0)
 TINY_V1_TEST = Variant("tiny-v1-test", (1, 1, 2, 1), (8, 16, 32, 64), 137_040, None, version=1)
 
 
+LONGEST_FIRST = ("test_readme.py", "test_training_scale.py", "test_verification.py", "test_v1.py", "test_steps.py")
+"""Files are shared out whole: begun last, a long one would keep one process busy while the other has nothing to do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files; the order within a file stays."""
+    items.sort(key=lambda item: item.path.name not in LONGEST_FIRST)
+
+
 @pytest.fixture(autouse=True)
 def every_message_is_whole(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each error that a test makes the package raise says what was found, what was expected and what to do."""
