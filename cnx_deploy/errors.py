@@ -6,6 +6,7 @@
     ├── ExportError                  1  PyTorch could not be turned into ONNX
     ├── BuildError                   1  TensorRT made no engine
     ├── TrainingError                1  training cannot go on
+    ├── DiskFullError                1  there is no room for a file
     ├── InputError                   2  wrong usage or input
     │   ├── CheckpointError          2  weights do not fit the model
     │   └── OutputExistsError        2  something else is already at the output path
@@ -28,6 +29,7 @@ __all__ = [
     "CheckpointError",
     "CnxDeployError",
     "CorruptArtifactError",
+    "DiskFullError",
     "ExportError",
     "GraphCheckError",
     "InputError",
@@ -56,6 +58,10 @@ class BuildError(CnxDeployError):
 
 class TrainingError(CnxDeployError):
     """Training cannot start or go on."""
+
+
+class DiskFullError(CnxDeployError):
+    """There is, or will be, no room for a file that is to be written."""
 
 
 class InputError(CnxDeployError):

@@ -36,7 +36,7 @@ def test_the_table_takes_figures_from_the_variants_own_records(tiny_onnx_fp16: A
 def test_a_second_write_changes_nothing_and_the_check_passes(tiny_onnx_fp16: Artifact, tmp_path: Path) -> None:
     export = tmp_path / "export"
     export.mkdir()
-    (export / "tiny.json").write_text(tiny_onnx_fp16.manifest.to_json(), encoding="utf-8")
+    (export / f"{tiny_onnx_fp16.manifest.stem}.json").write_text(tiny_onnx_fp16.manifest.to_json(), encoding="utf-8")
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\n{END}\nafter\n", encoding="utf-8")
     assert write_records(export, tmp_path / "none", readme) == [export / "index.csv", readme]
@@ -50,7 +50,7 @@ def test_a_second_write_changes_nothing_and_the_check_passes(tiny_onnx_fp16: Art
 
 
 def test_a_readme_without_a_place_for_the_table_is_refused(tiny_onnx_fp16: Artifact, tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(tiny_onnx_fp16.manifest.to_json(), encoding="utf-8")
+    (tmp_path / f"{tiny_onnx_fp16.manifest.stem}.json").write_text(tiny_onnx_fp16.manifest.to_json(), encoding="utf-8")
     (tmp_path / "README.md").write_text("no marks", encoding="utf-8")
     with pytest.raises(InputError, match="no place for the table"):
         write_records(tmp_path, tmp_path / "none", tmp_path / "README.md")
