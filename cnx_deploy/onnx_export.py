@@ -30,6 +30,7 @@ from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import FORM, DeployedConvNeXtV2, DeploySpec, deploy_form
 from cnx_deploy.onnx_checks import GraphFacts, check_export, opset_for
 from cnx_deploy.runners.base import InputSpec
+from cnx_deploy.tracing_memory import forgotten_sources, release_shapes
 
 __all__ = ["ExportSpec", "deploy_spec_from_request", "export_onnx"]
 
@@ -149,7 +150,7 @@ def _graph_from_module(module: DeployedConvNeXtV2, spec: ExportSpec) -> ir.Model
     example = torch.zeros(inputs.shape(example_batch), dtype=inputs.dtype)
     batch_axis = torch.export.Dim("batch", min=smallest, max=largest) if dynamic else None
     try:
-        with _quiet_exporter():
+        with _quiet_exporter(), forgotten_sources():
             program = torch.onnx.export(
                 module,
                 (example,),
@@ -167,6 +168,7 @@ def _graph_from_module(module: DeployedConvNeXtV2, spec: ExportSpec) -> ir.Model
             f"torch {torch.__version__} exported nothing and gave no reason: expected a program. Use the torch of "
             "constraints.txt."
         )
+    release_shapes(program)
     return program.model
 
 
