@@ -110,7 +110,9 @@ class Staging:
         """Move the files into place, the manifest last. Files of an older artifact are replaced by rename.
 
         What the older manifest lists and the new one does not (weights in a file of their own) is removed at the end.
+        InputError, before anything is moved, where the manifest could not be read again.
         """
+        _check_readable(manifest)
         outdated = self._recorded_names() - {file.name for file in manifest.files}
         staged = self.folder / f"{self.stem}.json"
         staged.write_text(manifest.to_json(), encoding="utf-8")
@@ -242,6 +244,17 @@ def check_file(path: Path, record: FileRecord) -> None:
             f"{path} was altered: SHA-256 {found[:12]}…, its manifest says {record.sha256[:12]}…. "
             "Make it again with --force."
         )
+
+
+def _check_readable(manifest: Manifest) -> None:
+    """Names and licences come from outside: what JSON cannot hold must not end in a record that nobody can read."""
+    try:
+        manifest_from_json(manifest.to_json().encode("utf-8"), manifest.stem)
+    except ValueError as error:
+        raise InputError(
+            f"{manifest.stem} cannot be recorded: {error}. Expected are values that a manifest can hold: change the "
+            "name, the class names or the licence that is not one."
+        ) from error
 
 
 def _canonical(value: Any) -> Any:

@@ -25,9 +25,8 @@ def release_shapes(program: torch.onnx.ONNXProgram) -> None:
     exported = program.exported_program
     nodes = () if exported is None else exported.graph.nodes
     values = [value for node in nodes for value in _flat(node.meta.get("val"))]
-    environments = {id(value.fake_mode.shape_env): value.fake_mode.shape_env for value in values}
-    for environment in environments.values():
-        if getattr(environment, "tracked_fakes", None):
+    for environment in [value.fake_mode.shape_env for value in values]:
+        if environment is not None and getattr(environment, "tracked_fakes", None):
             environment.tracked_fakes = []
     for method in vars(ShapeEnv).values():
         for cache in (method, *(cell.cell_contents for cell in getattr(method, "__closure__", None) or ())):
@@ -51,6 +50,6 @@ def forgotten_sources() -> Iterator[None]:
 
 
 def _flat(value: Any) -> list[FakeTensor]:
-    """The stand-ins of tensors that an fx node holds, with an environment of shapes."""
+    """The stand-ins of tensors that an fx node holds."""
     values = value if isinstance(value, list | tuple) else (value,)
-    return [each for each in values if isinstance(each, FakeTensor) and each.fake_mode.shape_env is not None]
+    return [each for each in values if isinstance(each, FakeTensor)]

@@ -24,6 +24,8 @@ from cnx_deploy.runners.pytorch import reference_runner
 
 FP32 = ExportSpec(DeploySpec("fp32", 32), batch=(1, 4, 8))
 FP16 = ExportSpec(DeploySpec("fp16", 32), batch=(1, 4, 8))
+FOUND = {"samples": 1, "relative_l2_max": 0.0, "centred_cosine_min": 1.0, "top1_agreement": 1.0, "mean_kl": 0.0}
+PARITY = {"reference": "none", "passed": True, "found": {**FOUND, "nonfinite_count": 0}}
 CLASSES = ("Amsel", "Drossel", "Fink", "Star", "Meise", "Specht", "Eule", "Kauz", "Bussard", "Möwe")
 LICENCE = "none (random weights)"
 
@@ -66,7 +68,9 @@ def fixed_external(tiny_variant, tmp_path_factory) -> Exported:
     model = random_model(tiny_variant, 10, seed=0)
     record = ModelRecord(tiny_variant.name, 10, 32, WeightsRecord("random", "0", hash_weights(model), LICENCE), {})
     spec = ExportSpec(DeploySpec("fp32", 32), batch=(4, 4, 4), name="fixed", external_data_bytes=1000)
-    return export(model, record, spec, tmp_path_factory.mktemp("external"), verify=lambda path: {"seen": path.name})
+    return export(
+        model, record, spec, tmp_path_factory.mktemp("external"), verify=lambda path: {**PARITY, "candidate": path.name}
+    )
 
 
 def test_a_forced_export_removes_the_weights_file_it_no_longer_has(tiny_variant, tmp_path):
@@ -246,7 +250,7 @@ def test_the_manifests_request_gives_the_deploy_spec_back(uint8_fp16):
 
 def test_what_the_verification_found_is_in_the_manifest(fixed_external):
     manifest = open_artifact(fixed_external.artifact.path).manifest
-    assert manifest.facts["parity"] == {"seen": "fixed-32-fp32.onnx"}
+    assert manifest.facts["parity"] == {**PARITY, "candidate": "fixed-32-fp32.onnx"}
 
 
 def test_an_export_without_verification_claims_no_parity(tiny_onnx_fp32):
