@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.errors import CorruptArtifactError, InputError
+from cnx_deploy.whole_files import whole_file
 
 __all__ = ["INPUTS_NAME", "REFERENCE_NAME", "load_outputs", "save_comparison", "save_outputs"]
 
@@ -34,10 +35,9 @@ def save_comparison(folder: Path, batches: Sequence[Tensor], logits: Tensor) -> 
             f"{sum(sizes)} images and logits of {len(logits)} cannot be saved as one comparison: expected as many. "
             "Give the logits of these images."
         )
-    folder.mkdir(parents=True, exist_ok=True)
     inputs, reference = folder / INPUTS_NAME, folder / REFERENCE_NAME
-    with G_LOGGER.verbosity(G_LOGGER.WARNING):  # it tells of each file on stdout, which is the result's
-        save_json([{"images": batch.cpu().numpy()} for batch in batches], str(inputs), "inputs")
+    with G_LOGGER.verbosity(G_LOGGER.WARNING), whole_file(inputs) as path:  # it tells of each file on stdout
+        save_json([{"images": batch.cpu().numpy()} for batch in batches], str(path), "inputs")
     save_outputs(reference, {"torch-fp32": torch.split(logits, sizes)})
     return inputs, reference
 
@@ -54,8 +54,8 @@ def save_outputs(path: Path, logits: Mapping[str, Sequence[Tensor]]) -> None:
     for runner, batches in logits.items():
         iterations = [{OUTPUT: batch.detach().float().cpu().numpy()} for batch in batches]
         results.add(iterations, runner_name=runner)
-    with G_LOGGER.verbosity(G_LOGGER.WARNING):
-        results.save(str(path))
+    with G_LOGGER.verbosity(G_LOGGER.WARNING), whole_file(path) as temporary:
+        results.save(str(temporary))
 
 
 def load_outputs(path: Path) -> dict[str, list[Tensor]]:

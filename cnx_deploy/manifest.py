@@ -18,6 +18,7 @@ from cnx_deploy.environment import tool_versions
 __all__ = [
     "SCHEMA_VERSION",
     "SUFFIXES",
+    "Artifact",
     "ArtifactKind",
     "Batches",
     "Count",
@@ -115,6 +116,20 @@ class Manifest:
     def to_json(self) -> str:
         """Serialise with sorted keys and a closing newline."""
         return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A main file and its manifest; `reused` when a stage found it made already."""
+
+    path: Path
+    manifest: Manifest
+    reused: bool = field(default=False, compare=False)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the main file."""
+        return self.manifest.files[0].sha256
 
 
 def relative_reference(path: Path, folder: Path) -> str:

@@ -4,12 +4,12 @@ matplotlib is the extra `report`; it is imported when something is drawn.
 """
 
 import importlib.util
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnx_deploy.errors import InputError, MissingRequirementError
+from cnx_deploy.whole_files import check_file, whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,6 +30,7 @@ def check_plot(path: Path) -> None:
             "matplotlib is not installed, which draws the plot. Install it with pip install 'cnx-deploy[report]', or "
             "leave --plot out."
         )
+    check_file(path)
 
 
 def save_svg(path: Path, draw: "Callable[[], Figure]", style: dict[str, Any]) -> Path:
@@ -37,12 +38,6 @@ def save_svg(path: Path, draw: "Callable[[], Figure]", style: dict[str, Any]) ->
     check_plot(path)
     from matplotlib import style as styles
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}.svg")
-    try:
-        with styles.context(["default", style]):
-            draw().savefig(temporary, format="svg", metadata={"Date": None})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary, styles.context(["default", style]):
+        draw().savefig(temporary, format="svg", metadata={"Date": None})
     return path

@@ -12,6 +12,7 @@ from typing import Any
 from cnx_deploy.artifacts import Artifact, find_artifacts
 from cnx_deploy.errors import InputError, RecordsError
 from cnx_deploy.variants import VARIANTS
+from cnx_deploy.whole_files import write_text
 
 __all__ = ["check_records", "index_csv", "model_table", "write_records"]
 
@@ -67,9 +68,7 @@ def write_records(export_dir: Path, engines_dir: Path, readme: Path | None) -> l
     changed = []
     for path, text in _wanted(export_dir, engines_dir, readme):
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            staged = path.with_name(f".{path.name}.tmp-report")
-            staged.write_text(text, encoding="utf-8")
-            staged.replace(path)
+            write_text(path, text)
             changed.append(path)
     return changed
 

@@ -22,6 +22,7 @@ from cnx_deploy.errors import CorruptArtifactError, InputError, OutputExistsErro
 from cnx_deploy.interchange import load_outputs, save_outputs
 from cnx_deploy.parity import ParityResult
 from cnx_deploy.runners.base import RunnerInfo
+from cnx_deploy.whole_files import make_folder, write_text
 
 __all__ = ["INDEX_NAME", "OutputWriter", "SavedArtifact", "SavedOutputs", "SavedRun", "read_saved"]
 
@@ -92,7 +93,7 @@ class SavedOutputs:
     def __init__(self, folder: Path) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise OutputExistsError(f"{folder} is not an empty folder. Save the results to a new one, or remove it.")
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.folder = folder
         self._written: list[SavedArtifact] = []
         self._runs: list[SavedRun] = []
@@ -123,9 +124,7 @@ class SavedOutputs:
             "artifacts": [asdict(each) for each in self._written],
         }
         text = json.dumps({**document, "sha256": _own_hash(document)}, indent=1, ensure_ascii=False, allow_nan=False)
-        temporary = self.folder / f".{INDEX_NAME}.tmp"
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(self.folder / INDEX_NAME)
+        write_text(self.folder / INDEX_NAME, text + "\n")
 
 
 class OutputWriter:
@@ -175,10 +174,7 @@ class OutputWriter:
         self._pairs = []
         name = f"{self._name}/outputs-{len(self._files):04d}.json"
         path = self._outputs.folder / name
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".tmp.json")
-        save_outputs(temporary, {self._reference: references, self._candidate: candidates})
-        temporary.replace(path)
+        save_outputs(path, {self._reference: references, self._candidate: candidates})
         self._files.append({"name": name, "size_bytes": path.stat().st_size, "sha256": sha256_of_file(path)})
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "remove_folder",
     "require_room",
     "room_errors",
+    "sha256_of_file",
     "whole_file",
     "write_bytes",
     "write_text",
@@ -161,6 +162,12 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def hidden_name(name: str) -> str:

@@ -137,7 +137,7 @@ def test_a_full_disk_leaves_the_earlier_page_and_no_part_of_the_new_one(cnx: Com
     with _files_of_at_most(4096):
         code, out, err = cnx("--html", "report.html")
     assert (code, out) == (1, "")
-    assert err.startswith("Error: The system refused: [Errno 27] File too large")
+    assert err.startswith("Error: No room to write report.html (File too large)")
     assert target.read_text(encoding="utf-8") == f"{MARK} the earlier one"
     assert names_in(tmp_path) == {"report.html"}
 

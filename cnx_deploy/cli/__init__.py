@@ -6,7 +6,10 @@ Results go to stdout, progress and errors to stderr. Exit codes are those of `cn
 import importlib
 import io
 import json
+import signal
 import sys
+import threading
+from types import FrameType
 
 import click
 
@@ -78,6 +81,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave the process with the right exit code."""
     words = sys.argv[1:] if arguments is None else arguments
+    _interrupt_when_terminated()
     try:
         code = cli.main(args=words, prog_name="cnx-deploy", standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -104,6 +108,20 @@ def main(arguments: list[str] | None = None) -> None:
         _show(error, message, CnxDeployError.exit_code, as_json="--json" in words)
         code = CnxDeployError.exit_code
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt_when_terminated() -> None:
+    """Have SIGTERM, and SIGHUP where it is, end a command as Ctrl-C does: locks freed, temporary files removed."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP: so it stays
+            signal.signal(number, interrupt)
 
 
 def _show(error: Exception, message: str, exit_code: int, *, as_json: bool) -> None:

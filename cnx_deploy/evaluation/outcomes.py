@@ -1,13 +1,14 @@
 """What a runner made of one image; the list of all of them as a CSV file."""
 
+import contextlib
 import csv
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from cnx_deploy.errors import InputError
+from cnx_deploy.whole_files import whole_file
 
 __all__ = ["TOP", "Outcome", "PredictionWriter"]
 
@@ -59,13 +60,12 @@ class PredictionWriter:
         if path.exists() and path.resolve() == data.resolve():
             raise InputError(f"{path} is the data itself: predictions would replace it. Give another name.")
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        self._stream: IO[str] | None = None
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self._temporary.open("w", encoding="utf-8", newline="")
-        self._rows = csv.writer(self._stream, lineterminator="\n")
+        temporary = self._open.enter_context(whole_file(self.path))
+        stream = self._open.enter_context(temporary.open("w", encoding="utf-8", newline=""))
+        self._rows = csv.writer(stream, lineterminator="\n")
         others = [f"{name}_{place}" for place in range(2, TOP + 1) for name in ("predicted", "confidence")]
         self._rows.writerow(["path", "label", "predicted", "confidence", *others])
         return self
@@ -73,12 +73,7 @@ class PredictionWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._stream is not None:
-            self._stream.close()
-        if error is None:
-            self._temporary.replace(self.path)
-        else:
-            self._temporary.unlink(missing_ok=True)
+        self._open.__exit__(kind, error, trace)
 
     def add(self, outcome: Outcome) -> None:
         """Write one row."""

@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.util
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from cnx_deploy.html_report.networks import Network, ToolSet, networks_of, tool_
 from cnx_deploy.html_report.not_run import Gap, gaps
 from cnx_deploy.html_report.summary import Tile, tiles
 from cnx_deploy.html_report.words import filters, printable
+from cnx_deploy.whole_files import write_text
 
 __all__ = ["MARK", "Page", "PageRequest", "check_page", "corrupt_error", "gather", "render", "write_page"]
 
@@ -156,20 +156,7 @@ def render(page: Page) -> str:
 
 def write_page(path: Path, html: str) -> Path:
     """Write the page whole or not at all; InputError where nothing can be written."""
-    temporary = path.with_name(f".report.tmp-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stream = temporary.open("w", encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise InputError(f"Cannot write in {path.parent}: {error.strerror or error}. Choose another path.") from error
-    try:
-        with stream:
-            stream.write(html)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, html)
     return path
 
 

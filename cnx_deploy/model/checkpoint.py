@@ -6,7 +6,6 @@ done with the weights, and their hash.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cnx_deploy.artifacts import WeightsRecord
-from cnx_deploy.errors import CheckpointError, CorruptArtifactError, InputError
+from cnx_deploy.errors import CheckpointError, CorruptArtifactError, DiskFullError, InputError
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model, random_model
 from cnx_deploy.model.layouts import (
     difference_table,
@@ -31,6 +30,7 @@ from cnx_deploy.model.layouts import (
 from cnx_deploy.model.pretrained import PRETRAINED_LICENCE, fetch_pretrained, variant_name_of_tag
 from cnx_deploy.model.weight_files import METADATA_KEY, WeightFile, read_weight_file
 from cnx_deploy.variants import ALL_VARIANTS, VARIANTS, Variant, find_variant
+from cnx_deploy.whole_files import whole_file
 
 __all__ = ["LoadedModel", "hash_weights", "load_checkpoint", "load_pretrained", "resolve_model", "save_checkpoint"]
 
@@ -197,18 +197,16 @@ def _hash_tensors(state: Mapping[str, Tensor]) -> str:
 
 
 def _write_whole(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}.safetensors")
+    size = sum(tensor.nbytes for tensor in state.values())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, temporary, metadata)
-        temporary.chmod(0o644)  # the library makes files that only their owner can read
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"Cannot write {path} ({error}): expected a folder with room. Choose another.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        with whole_file(path, needed_bytes=size) as temporary:
+            save_file(state, temporary, metadata)
+            temporary.chmod(0o644)  # the library makes files that only their owner can read
+    except SafetensorError as error:  # the library has no other word for a full disk
+        raise DiskFullError(
+            f"Cannot write {path} ({error}): expected room for {size / 1e6:,.1f} MB. Free some, or choose another "
+            "place."
+        ) from error
 
 
 def _check_own_metadata(file: WeightFile, state: Mapping[str, Tensor], path: Path) -> None:

@@ -1,6 +1,5 @@
 """Reconstructions as a picture: one row an image, what it is, what is hidden, and what the decoder makes of it."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from cnx_deploy.data import Preprocessing
 from cnx_deploy.pretraining.autoencoder import MaskedAutoencoder
 from cnx_deploy.pretraining.masking import enlarged
 from cnx_deploy.pretraining.patches import images_of_patches, patch_statistics, patches_of
+from cnx_deploy.whole_files import whole_file
 
 __all__ = ["PICTURED", "reconstruction_cells", "save_reconstructions"]
 
@@ -28,10 +28,8 @@ def save_reconstructions(
     rows = [np.pad(row, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
             for row in reconstruction_cells(model, preprocessing, pixels, masks).numpy()]  # fmt: skip
     sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)[:-GAP, :-GAP]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}.png")
-    Image.fromarray(sheet).save(temporary)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        Image.fromarray(sheet).save(temporary)
     return path
 
 

@@ -27,8 +27,9 @@ from cnx_deploy.pretraining.records import (
 from cnx_deploy.pretraining.spec import PretrainingSpec
 from cnx_deploy.training.augmentation import ImageAugmentation
 from cnx_deploy.training.images import TrainingImages, ValidationImages, make_loader
-from cnx_deploy.training.run_folder import open_run, table_of, usable_state, write_whole
+from cnx_deploy.training.run_folder import open_run, table_of, usable_state
 from cnx_deploy.training.sampling import EpochBatches, mixed_seed
+from cnx_deploy.whole_files import write_text
 
 if TYPE_CHECKING:
     from cnx_deploy.pretraining.loop import WriteEpoch
@@ -150,7 +151,7 @@ def _epoch_writer(
         if is_due and pixels is not None:
             path = run_dir / "reconstructions" / f"epoch-{record.epoch:04}.png"
             save_reconstructions(path, model, spec.preprocessing, pixels, held_masks[pictured])
-        write_whole(run_dir / "metrics.csv", table_of([record.to_dict() for record in records]))
+        write_text(run_dir / "metrics.csv", table_of([record.to_dict() for record in records]))
 
     return write
 

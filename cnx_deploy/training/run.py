@@ -22,9 +22,10 @@ from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model
 from cnx_deploy.training.augmentation import ImageAugmentation
 from cnx_deploy.training.images import TrainingImages, ValidationImages, make_loader
 from cnx_deploy.training.records import EpochRecord, Progress, Silence, TrainingResult
-from cnx_deploy.training.run_folder import open_run, table_of, usable_state, write_whole
+from cnx_deploy.training.run_folder import open_run, table_of, usable_state
 from cnx_deploy.training.sampling import EpochBatches
 from cnx_deploy.training.spec import TrainingSpec
+from cnx_deploy.whole_files import write_text
 
 if TYPE_CHECKING:
     from cnx_deploy.training.loop import Classifier
@@ -219,7 +220,7 @@ def _epoch_writer(
         for suffix, model, is_best in kinds:
             for name in ("last", "best") if is_best else ("last",):
                 write_weights(f"{name}{suffix}", model, record.epoch)
-        write_whole(run_dir / "metrics.csv", table_of([record.to_dict() for record in records]))
+        write_text(run_dir / "metrics.csv", table_of([record.to_dict() for record in records]))
 
     return write
 

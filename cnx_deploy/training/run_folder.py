@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cnx_deploy.errors import CorruptArtifactError, InputError, OutputExistsError
+from cnx_deploy.whole_files import make_folder, room_errors, write_text
 
-__all__ = ["STATE", "keep_state", "open_run", "table_of", "usable_state", "write_whole"]
+__all__ = ["STATE", "keep_state", "open_run", "table_of", "usable_state"]
 
 REQUEST = "run.json"
 STATE = "last.ckpt"
@@ -37,11 +38,8 @@ def open_run(request: Mapping[str, Any], *, name: str, output_dir: Path, run_dir
     made = run_dir or output_dir / f"{name}-{max(_run_numbers(output_dir, name), default=0) + 1:03}"
     if (made / REQUEST).exists():
         raise OutputExistsError(f"{made} holds a run already. Resume it with --resume, or name another folder.")
-    try:
-        made.mkdir(parents=True, exist_ok=True)
-        write_whole(made / REQUEST, json.dumps(request, indent=2, sort_keys=True) + "\n")
-    except OSError as error:
-        raise InputError(f"Cannot write in {made}: {error.strerror}. Choose another --output-dir.") from error
+    make_folder(made, "Choose another --output-dir.")
+    write_text(made / REQUEST, json.dumps(request, indent=2, sort_keys=True) + "\n")
     return made
 
 
@@ -51,7 +49,8 @@ def keep_state(run_dir: Path, save: Callable[[Path], None], *, writes: bool = Tr
     `writes` is whether this process is the one that writes: of several, `save` is called by all.
     """
     temporary = run_dir / f".{STATE}.tmp"
-    save(temporary)
+    with room_errors(run_dir / STATE):
+        save(temporary)
     if not writes:
         return
     with temporary.open("rb") as stream:
@@ -71,13 +70,6 @@ def usable_state(run_dir: Path) -> Path:
         broken = " and ".join(path.name for path in present)
         raise CorruptArtifactError(f"{run_dir}: {broken} cannot be read whole. Start a run without --resume.")
     return whole
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, or leave what was there."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def table_of(rows: Sequence[Mapping[str, float | None]]) -> str:

@@ -1,0 +1,155 @@
+"""How an artifact's files reach the disk together: written apart, committed by one rename, finished by the next.
+
+Files and manifest are written into `.<stem>.tmp-<process>` and flushed. Renaming that folder to `.<stem>.commit` is the
+moment at which the new artifact exists: before it the old one holds, and after it a process that dies leaves work that
+the next reader or writer finishes. So there is no instant at which neither the old nor the new artifact can be had.
+"""
+
+import contextlib
+import glob
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock
+
+from cnx_deploy.errors import CorruptArtifactError, InputError
+from cnx_deploy.manifest import Artifact, FileRecord, Manifest
+from cnx_deploy.manifest_reading import manifest_from_json
+from cnx_deploy.whole_files import (
+    check_name,
+    flush,
+    hidden_name,
+    make_folder,
+    place_errors,
+    remove_folder,
+    require_room,
+    room_errors,
+    sha256_of_file,
+)
+
+__all__ = ["Staging", "finish_commits", "stage_artifact"]
+
+OTHER_FOLDER = "Choose another --output-dir."
+COMMIT = ".commit"
+
+
+class Staging:
+    """A temporary folder whose files become an artifact at `commit`; without one they vanish."""
+
+    def __init__(self, directory: Path, stem: str) -> None:
+        self.directory = directory
+        self.stem = stem
+        self.folder = directory / f".{hidden_name(stem)}.tmp-{os.getpid()}"
+
+    def record(self, *names: str) -> tuple[FileRecord, ...]:
+        """Hash the named files of the staging folder."""
+        return tuple(
+            FileRecord(name, (self.folder / name).stat().st_size, sha256_of_file(self.folder / name)) for name in names
+        )
+
+    def commit(self, manifest: Manifest) -> Artifact:
+        """Put the files and their manifest into place, all or none; what only an older manifest lists is removed.
+
+        InputError, before anything is moved, where the manifest could not be read again.
+        """
+        _check_readable(manifest)
+        staged = self.folder / f"{self.stem}.json"
+        staged.write_text(manifest.to_json(), encoding="utf-8")
+        for name in (*(file.name for file in manifest.files), staged.name):
+            flush(self.folder / name)
+        flush(self.folder)
+        pending = self.directory / f".{hidden_name(self.stem)}{COMMIT}"
+        self.folder.rename(pending)
+        flush(self.directory)
+        _finish(pending)
+        return Artifact(self.directory / manifest.files[0].name, manifest)
+
+
+@contextlib.contextmanager
+def stage_artifact(directory: Path, stem: str, *, needed_bytes: int = 0) -> Iterator[Staging]:
+    """Hold the artifact's lock and give a folder to write its files in.
+
+    Another process that makes the same artifact is waited for; the system frees a dead process's lock. Folders that
+    killed processes left are removed. `needed_bytes`: what the files will take, as far as it is known before.
+
+    Raises InputError when `directory` cannot be written, DiskFullError when room is short before or meanwhile.
+    """
+    staging = Staging(directory, stem)
+    make_folder(directory, OTHER_FOLDER)
+    check_name(directory, f"{stem}.onnx.data", "Choose a shorter --name.")
+    with _locked(directory, stem):
+        try:
+            for stale in directory.glob(f".{glob.escape(hidden_name(stem))}.tmp-*"):
+                remove_folder(stale)
+            _finish(directory / f".{hidden_name(stem)}{COMMIT}")
+            require_room(directory, needed_bytes, stem)
+            with place_errors(directory, OTHER_FOLDER):
+                staging.folder.mkdir()
+            with room_errors(directory / stem):
+                yield staging
+        finally:
+            remove_folder(staging.folder)
+
+
+def finish_commits(directory: Path) -> None:
+    """Put into place what processes that died had committed. Raises InputError where the folder cannot be written."""
+    for pending in directory.glob(f".*{COMMIT}"):
+        with _locked(directory, pending.name[1 : -len(COMMIT)]):  # who holds it finishes; then there is nothing left
+            _finish(pending)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, stem: str) -> Iterator[None]:
+    with place_errors(directory, OTHER_FOLDER):
+        lock = FileLock(directory / f".{hidden_name(stem)}.lock")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _finish(pending: Path) -> None:
+    """Move what is left to move. Every step can be done twice, so it does not matter where an earlier one stopped."""
+    directory = pending.parent
+    for staged in pending.glob("*.json"):
+        names = _names_in(staged)
+        for name in [name for name in names if (pending / name).exists()]:
+            (pending / name).replace(directory / name)
+        for name in _recorded_names(directory / staged.name) - set(names):
+            (directory / name).unlink(missing_ok=True)
+        flush(directory)
+        staged.replace(directory / staged.name)
+    if pending.exists():
+        flush(directory)
+        remove_folder(pending)
+
+
+def _names_in(staged: Path) -> list[str]:
+    try:
+        return [file.name for file in manifest_from_json(staged.read_bytes(), staged.stem).files]
+    except ValueError as error:
+        raise CorruptArtifactError(
+            f"{staged} was to be put into place and is no manifest ({error}): expected what a killed process had "
+            f"finished. Remove {staged.parent} and make the artifact again."
+        ) from error
+
+
+def _recorded_names(manifest_path: Path) -> set[str]:
+    """Files that the artifact in place consists of; none where its manifest cannot be read."""
+    try:
+        return {file.name for file in manifest_from_json(manifest_path.read_bytes(), manifest_path.stem).files}
+    except (FileNotFoundError, IsADirectoryError, ValueError):
+        return set()
+
+
+def _check_readable(manifest: Manifest) -> None:
+    """Names and licences come from outside: what JSON cannot hold must not end in a record that nobody can read."""
+    try:
+        manifest_from_json(manifest.to_json().encode("utf-8"), manifest.stem)
+    except ValueError as error:
+        raise InputError(
+            f"{manifest.stem} cannot be recorded: {error}. Expected are values that a manifest can hold: change the "
+            "name, the class names or the licence that is not one."
+        ) from error
