@@ -41,14 +41,23 @@ if TYPE_CHECKING:
 @click.option(
     "--plot", type=click.Path(dir_okay=False, path_type=Path), help="SVG file for --layers (needs the extra report)."
 )
+@click.option(
+    "--signed", type=click.Path(path_type=Path), metavar="PUBLIC_KEY",
+    help="Refuse, before anything is run, what this key (PEM) has not signed (needs the extra signing).",
+)  # fmt: skip
 @click.option("--steps", is_flag=True, help="Follow the chain PyTorch, FP32, half precision, engine; name what fails.")
 @options.as_json
-def verify(as_json: bool, layers: bool, steps: bool, plot: Path | None, **arguments: Any) -> None:
+def verify(as_json: bool, layers: bool, steps: bool, plot: Path | None, signed: Path | None, **arguments: Any) -> None:
     """Compare ONNX FILES and engines with PyTorch; by default everything recorded. Exit code 3 when a gate fails."""
     found = judged(arguments)
     if steps:
         verify_steps(arguments.pop("files"), arguments, as_json=as_json)
         return
+    if signed is not None:
+        from cnx_deploy.signing import check_signatures
+
+        named = (arguments[name] for name in ("files", "export_dir", "engines_dir"))
+        options.note(f"Signed by {signed}: {', '.join(each.path.name for each in check_signatures(*named, signed))}")
     if layers:
         _verify_layers(plot, as_json=as_json, **arguments)
         return
