@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Literal
 
 from cnx_deploy.artifacts import Artifact, open_artifact, sha256_of_file
 from cnx_deploy.errors import InputError
-from cnx_deploy.signing import signature_path
+from cnx_deploy.signing import signature_beside
 
 __all__ = [
     "FileKind",
@@ -266,17 +266,11 @@ def _manifest_facts(artifact: Artifact) -> dict[str, Any]:
             "sha256": model.weights.sha256,
         },
         "licence": model.weights.licence,
-        "signature": _signature(artifact),
+        "signature": signature_beside(artifact),
         "hashes": f"match the manifest ({len(artifact.manifest.files)} of {len(artifact.manifest.files)} files)",
         "created": artifact.manifest.created,
         "tools": dict(artifact.manifest.tools),
     }
-
-
-def _signature(artifact: Artifact) -> str:
-    """Whether one is beside it; a key is what it takes to check it."""
-    path = signature_path(artifact)
-    return f"{path.name}, not checked: cnx-deploy verify --signed PUBLIC_KEY" if path.is_file() else "none"
 
 
 def _has_onnx_fields(stream: BinaryIO, size: int) -> bool:

@@ -27,6 +27,7 @@ __all__ = [
     "key_is_encrypted",
     "password_from_file",
     "sign_artifact",
+    "signature_beside",
     "signature_path",
 ]
 
@@ -36,6 +37,12 @@ SUFFIX = ".sig"
 def signature_path(artifact: Artifact) -> Path:
     """Where an artifact's signature is, or would be."""
     return artifact.path.parent / f"{artifact.manifest.stem}{SUFFIX}"
+
+
+def signature_beside(artifact: Artifact) -> str:
+    """Whether one is there, in words; it takes the public key to check it."""
+    path = signature_path(artifact)
+    return f"{path.name}, not checked: cnx-deploy verify --signed PUBLIC_KEY" if path.is_file() else "none"
 
 
 def sign_artifact(artifact: Artifact, key: Path, *, password: bytes | None = None, force: bool = False) -> Path:

@@ -56,8 +56,9 @@ def verify(as_json: bool, layers: bool, steps: bool, plot: Path | None, signed: 
     if signed is not None:
         from cnx_deploy.signing import check_signatures
 
-        named = (arguments[name] for name in ("files", "export_dir", "engines_dir"))
-        options.note(f"Signed by {signed}: {', '.join(each.path.name for each in check_signatures(*named, signed))}")
+        named = {name: arguments[name] for name in ("files", "export_dir", "engines_dir")}
+        artifacts = check_signatures(**named, public_key=signed)
+        options.note(f"Signed by {signed}: {', '.join(artifact.path.name for artifact in artifacts)}")
     if layers:
         _verify_layers(plot, as_json=as_json, **arguments)
         return
