@@ -202,6 +202,23 @@ def test_sign_verify_key_offline_symbolic_link(signed, keys, tmp_path, suffix):
 # Another key, another form
 
 
+@pytest.mark.parametrize(
+    "before", ["", "-----BEGIN EC PARAMETERS-----\nBggqhkjOPQMBBw==\n-----END EC PARAMETERS-----\n"]
+)
+def test_sign_verify_key_offline_ok_with_a_key_as_openssl_ecparam_writes_it(artifact, keys, tmp_path, before):
+    key = tmp_path / "key.pem"
+    key.write_text(before + (keys / "sec1.pem").read_text())
+    sign_artifact(artifact, key)
+    checked(artifact, keys)
+
+
+@pytest.mark.parametrize("key", ["locked.pem", "old.pem"])
+@pytest.mark.parametrize("password", [None, b""])
+def test_an_encrypted_key_without_its_password_is_wrong_input(artifact, keys, key, password):
+    with pytest.raises(InputError, match=r"is encrypted, and no password is given: put it in a file"):
+        sign_artifact(artifact, keys / key, password=password)
+
+
 def test_sign_verify_key_offline_wrong_key(signed, keys):
     with pytest.raises(RefusedArtifactError, match=r"made with another key \([0-9a-f]{16}…\) than .*other\.pub\.pem"):
         checked(signed, keys, "other")
