@@ -42,9 +42,15 @@ if TYPE_CHECKING:
     "--plot", type=click.Path(dir_okay=False, path_type=Path), help="SVG file for --layers (needs the extra report)."
 )
 @click.option("--steps", is_flag=True, help="Follow the chain PyTorch, FP32, half precision, engine; name what fails.")
+@click.option(
+    "--records", is_flag=True, help="Check hashes from weights to engine, and run nothing. Exit code 4 for a fault."
+)
 @options.as_json
-def verify(as_json: bool, layers: bool, steps: bool, plot: Path | None, **arguments: Any) -> None:
+def verify(as_json: bool, layers: bool, steps: bool, plot: Path | None, records: bool, **arguments: Any) -> None:
     """Compare ONNX FILES and engines with PyTorch; by default everything recorded. Exit code 3 when a gate fails."""
+    if records:
+        _verify_records(arguments, as_json=as_json)
+        return
     found = judged(arguments)
     if steps:
         verify_steps(arguments.pop("files"), arguments, as_json=as_json)
@@ -69,6 +75,28 @@ def verify(as_json: bool, layers: bool, steps: bool, plot: Path | None, **argume
     if failed:
         message = f"{', '.join(failed)} differ from PyTorch by more than the gate allows; see the rows above."
         options.fail(ParityError(message), as_json=as_json)
+
+
+def _verify_records(arguments: dict[str, Any], *, as_json: bool) -> None:
+    """Show the chain of custody; other options than the folders have nothing to do there."""
+    context = click.get_current_context()
+    folders = {"files", "export_dir", "engines_dir", "records", "as_json"}
+    given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    if others := sorted(given - folders):
+        raise click.UsageError(f"--records runs nothing: leave out {', '.join(others).replace('_', '-')}.")
+    from cnx_deploy.custody import check_custody, corrupt_error
+
+    found = check_custody(arguments["files"], arguments["export_dir"], arguments["engines_dir"])
+    if not found.findings:
+        raise InputError(f"Nothing is recorded in {arguments['export_dir']}. Run `cnx-deploy export` first.")
+    if as_json:
+        options.echo_json(found.to_dict())
+    else:
+        for finding in found.findings:
+            options.echo(f"{finding.verdict:6} {finding.artifact:36} {finding.text}")
+    error = corrupt_error(found)
+    if error is not None:
+        options.fail(error, as_json=as_json)
 
 
 def _verify_layers(plot: Path | None, *, as_json: bool, files: tuple[Path, ...], **arguments: Any) -> None:
