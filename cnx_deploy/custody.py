@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cnx_deploy.artifacts import Artifact, check_file, find_artifacts, read_artifact
+from cnx_deploy.artifacts import Artifact, FileRecord, check_file, find_artifacts, read_artifact
 from cnx_deploy.environment import find_gpus, tool_versions
 from cnx_deploy.errors import CnxDeployError, CorruptArtifactError
 
@@ -51,16 +51,19 @@ def check_custody(files: Sequence[Path], export_dir: Path, engines_dir: Path) ->
     onnx, engines = find_artifacts(export_dir, "onnx"), find_artifacts(engines_dir, "engine")
     chosen = [read_artifact(path) for path in files] or [*onnx, *engines]
     known = {artifact.path.name: artifact for artifact in (*onnx, *(a for a in chosen if a.manifest.kind == "onnx"))}
-    findings = [finding for artifact in chosen for finding in _of_artifact(artifact, known)]
+    findings = [finding for artifact in chosen for finding in _of_artifact(artifact, known, named=bool(files))]
     if not files:
         folders = {export_dir: onnx, engines_dir: engines}
         findings += [finding for folder, recorded in folders.items() for finding in _unrecorded(folder, recorded)]
     return Custody(tuple(findings))
 
 
-def _of_artifact(artifact: Artifact, known: dict[str, Artifact]) -> list[ChainFinding]:
-    name = artifact.path.name
-    found = [ChainFinding(name, *_of_file(artifact.path.parent / file.name, file)) for file in artifact.manifest.files]
+def _of_artifact(artifact: Artifact, known: dict[str, Artifact], *, named: bool) -> list[ChainFinding]:
+    name, folder = artifact.path.name, artifact.path.parent
+    if named or artifact.path.exists():
+        found = [ChainFinding(name, *_of_file(folder / file.name, file)) for file in artifact.manifest.files]
+    else:  # as in a fresh clone, where records are committed and files are not
+        found = [ChainFinding(name, "note", f"{artifact.path} is not here: only its record is")]
     verdict, text = _of_engine(artifact, known) if artifact.manifest.kind == "engine" else _of_weights(artifact)
     licence = artifact.manifest.model.weights.licence
     if not licence.strip():
@@ -71,9 +74,7 @@ def _of_artifact(artifact: Artifact, known: dict[str, Artifact]) -> list[ChainFi
     return found
 
 
-def _of_file(path: Path, record: Any) -> tuple[Verdict, str]:
-    if not path.exists() and record.name.endswith((".onnx", ".engine")):
-        return "note", f"{path} is not here: only its record is"
+def _of_file(path: Path, record: FileRecord) -> tuple[Verdict, str]:
     try:
         check_file(path, record)
     except CnxDeployError as error:
