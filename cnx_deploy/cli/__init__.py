@@ -37,11 +37,12 @@ COMMANDS = {
     "bench": ("bench", "Time ONNX files and engines, PyTorch beside them."),
     "inspect": ("inspect", "Say what an artifact is: checkpoint, ONNX file or engine."),
     "predict": ("predict", "Classify image files."),
+    "sbom": ("sbom", "Software bill of materials of this installation (CycloneDX)."),
     "report": ("report", "Write the index and tables from the manifests, or one HTML page."),
 }
 """Command -> its module in this package, and its line of help."""
 
-DIAGNOSTIC = {"doctor"}
+DIAGNOSTIC = {"doctor", "sbom"}
 """Commands that run whatever is installed: they say what is."""
 
 
