@@ -41,13 +41,25 @@ if TYPE_CHECKING:
 @click.option(
     "--plot", type=click.Path(dir_okay=False, path_type=Path), help="SVG file for --layers (needs the extra report)."
 )
+@click.option(
+    "--signed", type=click.Path(path_type=Path), metavar="PUBLIC_KEY",
+    help="Refuse, before anything is run, what this key (PEM) has not signed (needs the extra signing).",
+)  # fmt: skip
 @click.option("--steps", is_flag=True, help="Follow the chain PyTorch, FP32, half precision, engine; name what fails.")
 @click.option(
     "--records", is_flag=True, help="Check hashes from weights to engine, and run nothing. Exit code 4 for a fault."
 )
 @options.as_json
-def verify(as_json: bool, layers: bool, steps: bool, plot: Path | None, records: bool, **arguments: Any) -> None:
+def verify(
+    as_json: bool, layers: bool, steps: bool, plot: Path | None, records: bool, signed: Path | None, **arguments: Any
+) -> None:
     """Compare ONNX FILES and engines with PyTorch; by default everything recorded. Exit code 3 when a gate fails."""
+    if signed is not None:
+        from cnx_deploy.signing import check_signatures
+
+        named = {name: arguments[name] for name in ("files", "export_dir", "engines_dir")}
+        artifacts = check_signatures(**named, public_key=signed)
+        options.note(f"Signed by {signed}: {', '.join(artifact.path.name for artifact in artifacts)}")
     if records:
         _verify_records(arguments, as_json=as_json)
         return
@@ -80,7 +92,7 @@ def verify(as_json: bool, layers: bool, steps: bool, plot: Path | None, records:
 def _verify_records(arguments: dict[str, Any], *, as_json: bool) -> None:
     """Show the chain of custody; other options than the folders have nothing to do there."""
     context = click.get_current_context()
-    folders = {"files", "export_dir", "engines_dir", "records", "as_json"}
+    folders = {"files", "export_dir", "engines_dir", "records", "signed", "as_json"}
     given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
     if others := sorted(given - folders):
         raise click.UsageError(f"--records runs nothing: leave out {', '.join(others).replace('_', '-')}.")
