@@ -35,7 +35,7 @@ def test_help_loads_click_and_no_heavy_package():
     assert not loaded & set(HEAVY)
 
 
-@pytest.mark.parametrize("command", ["export", "predict", "inspect", "doctor", "eval"])
+@pytest.mark.parametrize("command", ["export", "predict", "inspect", "doctor", "eval", "train"])
 def test_a_commands_help_loads_no_heavy_package(command):
     assert not modules_after(f"import cnx_deploy.cli; cnx_deploy.cli.main(['{command}', '--help'])") & set(HEAVY)
 

@@ -231,7 +231,7 @@ ENGINE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("way", [["--layers"], ["--data", "."], []], ids=str)
+@pytest.mark.parametrize("way", [["--layers"], ["--data", "."], ["--records"], []], ids=str)
 def test_every_way_to_verify_refuses_first(cnx, artifact, keys, way):
     code, _, err = cnx("verify", artifact.path, *way, "--signed", keys / "p256.pub.pem")
     assert (code, "has no signature" in err) == (4, True)

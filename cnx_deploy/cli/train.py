@@ -10,7 +10,6 @@ import click
 
 from cnx_deploy.cli import options
 from cnx_deploy.cli.training_options import recipe_options
-from cnx_deploy.cli.training_progress import TerminalProgress
 
 if TYPE_CHECKING:
     from cnx_deploy.data import Dataset
@@ -95,6 +94,7 @@ def _dataset(spec: "TrainingSpec", *, check: bool) -> "Dataset":
 
 def _trained(spec: "TrainingSpec", sources: dict[str, Any], dataset: "Dataset") -> "TrainingResult":
     from cnx_deploy import training
+    from cnx_deploy.cli.training_progress import TerminalProgress
 
     loaded = training.initial_model(spec, **sources)
     for text in loaded.notes if loaded is not None else ():
