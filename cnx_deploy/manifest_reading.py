@@ -103,7 +103,7 @@ class Compiled:
     batch: Positive
     kernels: Count
     megabytes_per_image: float
-    target: str
+    target: str = ""
     how: str = ""
     by_stage: tuple[Total, ...] = ()
     by_operation: tuple[Total, ...] = ()

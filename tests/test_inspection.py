@@ -139,9 +139,11 @@ def test_a_manifest_stands_for_the_file_it_describes(exported):
 def test_the_parity_recorded_at_export_is_shown(onnx_copy):
     manifest = onnx_copy.with_suffix(".json")
     content = json.loads(manifest.read_text())
-    content["facts"]["parity"] = {"passed": True}
+    found = {"samples": 1, "relative_l2_max": 0.0, "centred_cosine_min": 1.0, "top1_agreement": 1.0, "mean_kl": 0.0}
+    parity = {"candidate": "a", "reference": "b", "passed": True, "found": {**found, "nonfinite_count": 0}}
+    content["facts"]["parity"] = parity
     manifest.write_text(json.dumps(content))
-    assert inspect_file(onnx_copy).facts["parity"] == {"passed": True}
+    assert inspect_file(onnx_copy).facts["parity"] == parity
 
 
 def test_one_altered_byte_is_found_before_the_graph_is_read(onnx_copy):
