@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, Literal
 
 from cnx_deploy.artifacts import Artifact, open_artifact, sha256_of_file
 from cnx_deploy.errors import InputError
+from cnx_deploy.signing import signature_beside
 
 __all__ = [
     "FileKind",
@@ -265,6 +266,7 @@ def _manifest_facts(artifact: Artifact) -> dict[str, Any]:
             "sha256": model.weights.sha256,
         },
         "licence": model.weights.licence,
+        "signature": signature_beside(artifact),
         "hashes": f"match the manifest ({len(artifact.manifest.files)} of {len(artifact.manifest.files)} files)",
         "created": artifact.manifest.created,
         "tools": dict(artifact.manifest.tools),

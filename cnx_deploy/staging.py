@@ -150,6 +150,6 @@ def _check_readable(manifest: Manifest) -> None:
         manifest_from_json(manifest.to_json().encode("utf-8"), manifest.stem)
     except ValueError as error:
         raise InputError(
-            f"{manifest.stem} cannot be recorded: {error}. Expected are values that a manifest can hold: change the "
-            "name, the class names or the licence that is not one."
+            f"{manifest.stem} cannot be recorded: {error}. Expected are values that a manifest can hold: choose "
+            "another name, other class names or another licence."
         ) from error

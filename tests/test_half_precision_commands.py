@@ -15,7 +15,7 @@ from cnx_deploy.errors import BuildError, InputError, MissingRequirementError
 from cnx_deploy.model.deploy_layers import ResponseGain
 from cnx_deploy.steps import verify_steps
 from cnx_deploy.trt.backend import load_backend
-from cnx_deploy.trt.builder import _check_half_share
+from cnx_deploy.trt.compiling import _check_half_share
 from cnx_deploy.trt.network import NetworkBuild
 from cnx_deploy.verification import Reference, gate_of
 

@@ -36,6 +36,7 @@ COMMANDS = {
     "bisect": ("bisect", "Which modules of a half-precision file have to stay in FP32."),
     "bench": ("bench", "Time ONNX files and engines, PyTorch beside them."),
     "inspect": ("inspect", "Say what an artifact is: checkpoint, ONNX file or engine."),
+    "sign": ("sign", "Sign artifacts with a key; verify --signed checks it."),
     "predict": ("predict", "Classify image files."),
     "sbom": ("sbom", "Software bill of materials of this installation (CycloneDX)."),
     "report": ("report", "Write the index and tables from the manifests, or one HTML page."),

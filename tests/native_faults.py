@@ -1,0 +1,49 @@
+"""What native code does to a process when it goes wrong; run in a child by tests/test_isolation.py."""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+
+from cnx_deploy.errors import InputError
+
+
+def segfault() -> None:
+    ctypes.string_at(0)
+
+
+def abort() -> None:
+    os.write(2, b"terminate called after throwing an instance of 'std::bad_alloc'\n")
+    os.abort()
+
+
+def hang() -> None:
+    time.sleep(600)
+
+
+def eat_memory() -> None:
+    kept = []
+    while True:
+        kept.append(bytearray(50_000_000))
+        time.sleep(0.01)
+
+
+def leave() -> None:
+    sys.stdout.write("noise\n")
+    os._exit(7)
+
+
+def refuse() -> None:
+    raise InputError("The file is none, and one was expected. Give another.")
+
+
+def add(first: int, second: int) -> int:
+    sys.stdout.write('{"result": 0}\n')  # what a library prints is no answer
+    return first + second
+
+
+def tell_pid(path: str) -> None:
+    with open(path, "w", encoding="ascii") as stream:  # noqa: PTH123 - as short as can be
+        stream.write(str(os.getpid()))
+    signal.pause()

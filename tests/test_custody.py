@@ -1,0 +1,254 @@
+"""The chain of custody, and what is done to engines: fault-table rows 35, 37 to 41, 43 and 59 by their names."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cnx_deploy.artifacts import Artifact, open_artifact
+from cnx_deploy.cli import main
+from cnx_deploy.custody import Custody, check_custody
+from cnx_deploy.errors import CorruptArtifactError, MissingRequirementError
+from cnx_deploy.model.checkpoint import load_checkpoint, save_checkpoint
+from cnx_deploy.model.convnextv2 import random_model
+from cnx_deploy.model.deploy import DeploySpec
+from cnx_deploy.onnx_export import ExportSpec, export_onnx
+from cnx_deploy.runners.tensorrt_runner import _check_gpu, _check_release
+from cnx_deploy.trt.backend import load_backend
+from cnx_deploy.trt.builder import BuildSpec, build_engine
+from cnx_deploy.variants import VARIANTS
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint under a licence, its ONNX file with weights in a file of their own, an engine. Do not change."""
+    from cnx_deploy.data import Preprocessing
+    from cnx_deploy.verification import model_record
+
+    root = tmp_path_factory.mktemp("chain")
+    variant = VARIANTS["atto"]
+    path = save_checkpoint(root / "atto.safetensors", random_model(variant, 2, seed=0), licence="CC-BY-NC-4.0")
+    loaded = load_checkpoint(path, variant)
+    record = model_record(loaded, Preprocessing(image_size=32), root / "export", path)
+    spec = ExportSpec(deploy=DeploySpec("fp16", 32), batch=(1, 2, 4), external_data_bytes=1000)
+    onnx, _ = export_onnx(loaded.model, record, spec, root / "export")
+    build = BuildSpec(runtime="tensorrt-rtx", target="sm89", batches=((1, 2, 4),), measure=False)
+    build_engine(onnx, build, root / "engines")
+    return root
+
+
+@pytest.fixture
+def chain(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made, tmp_path / "chain")
+    return tmp_path / "chain"
+
+
+def checked(chain: Path) -> Custody:
+    return check_custody((), chain / "export", chain / "engines")
+
+
+def faults(chain: Path) -> list[str]:
+    return [finding.text for finding in checked(chain).findings if finding.verdict == "fault"]
+
+
+def edited(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    change(data)
+    path.write_text(json.dumps(data), encoding="utf-8")
+
+
+def flipped(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset % len(content)] ^= 1
+    path.write_bytes(content)
+
+
+def test_manifest_roundtrip_an_untouched_chain_passes_from_weights_to_engine(chain: Path) -> None:
+    found = checked(chain)
+    assert found.passed
+    texts = " | ".join(finding.text for finding in found.findings if finding.verdict == "ok")
+    assert "atto.safetensors, CC-BY-NC-4.0" in texts
+    assert "built from atto-32-fp16.onnx" in texts
+    assert "atto-32-fp16.onnx.data" in texts
+
+
+def test_manifest_roundtrip_the_licence_is_in_every_manifest_and_file(chain: Path) -> None:
+    import onnx
+
+    for path in (chain / "export/atto-32-fp16.onnx", chain / "engines/atto-32-fp16-rtx-sm89.engine"):
+        assert open_artifact(path).manifest.model.weights.licence == "CC-BY-NC-4.0"
+    model = onnx.load(chain / "export/atto-32-fp16.onnx", load_external_data=False)
+    assert {prop.key: prop.value for prop in model.metadata_props}["cnx_deploy.licence"] == "CC-BY-NC-4.0"
+
+
+FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "byte of the ONNX file": (lambda c: flipped(c / "export/atto-32-fp16.onnx", 999), "atto-32-fp16.onnx was altered"),
+    "byte of the weights": (lambda c: flipped(c / "export/atto-32-fp16.onnx.data", 9), "onnx.data was altered"),
+    "byte of the engine": (lambda c: flipped(c / "engines/atto-32-fp16-rtx-sm89.engine", -1), "engine was altered"),
+    "missing weights": (lambda c: (c / "export/atto-32-fp16.onnx.data").unlink(), "onnx.data is missing"),
+    "swapped files": (
+        lambda c: shutil.copy(c / "export/atto-32-fp16.onnx", c / "engines/atto-32-fp16-rtx-sm89.engine"),
+        "engine has",
+    ),
+    "another checkpoint": (
+        lambda c: save_checkpoint(
+            c / "atto.safetensors", random_model(VARIANTS["atto"], 2, seed=1), licence="CC-BY-NC-4.0"
+        ),
+        "its manifest says",
+    ),
+    "a licence washed off": (
+        lambda c: save_checkpoint(c / "atto.safetensors", random_model(VARIANTS["atto"], 2, seed=0), licence="MIT"),
+        "is under 'MIT', its manifest says 'CC-BY-NC-4.0'",
+    ),
+    "byte of the checkpoint": (lambda c: flipped(c / "atto.safetensors", -5), "was altered"),
+    "engine of another ONNX file": (
+        lambda c: edited(c / "engines/atto-32-fp16-rtx-sm89.json", lambda d: d.update(source_sha256="1" * 64)),
+        "it was built from another atto-32-fp16.onnx",
+    ),
+    "other weights named": (
+        lambda c: edited(c / "export/atto-32-fp16.json", lambda d: d.update(source_sha256="1" * 64)),
+        "and was made from 111111111111…",
+    ),
+    "another licence in an engine's manifest": (
+        lambda c: edited(
+            c / "engines/atto-32-fp16-rtx-sm89.json", lambda d: d["model"]["weights"].update(licence="MIT")
+        ),
+        "names other weights or another licence",
+    ),
+    "no licence": (
+        lambda c: edited(c / "export/atto-32-fp16.json", lambda d: d["model"]["weights"].update(licence=" ")),
+        "no licence is recorded",
+    ),
+    "a file of nobody": (
+        lambda c: (c / "engines/stranger.engine").write_bytes(b"vtrt"),
+        "stranger.engine is in no manifest: nothing says where it is from",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_onnx_extdata_missing_swapped_and_every_other_break_of_the_chain_is_named(fault: str, chain: Path) -> None:
+    change, reason = FAULTS[fault]
+    change(chain)
+    assert any(reason in text for text in faults(chain)), faults(chain)
+
+
+def test_without_files_records_are_notes_and_named_files_are_faults(chain: Path) -> None:
+    (chain / "engines/atto-32-fp16-rtx-sm89.engine").unlink()
+    assert checked(chain).passed
+    named = check_custody([chain / "engines/atto-32-fp16-rtx-sm89.json"], chain / "export", chain / "engines")
+    assert not named.passed
+
+
+def test_engine_wrong_runtime_version_is_a_note_of_the_chain_and_exit_5_when_run(chain: Path) -> None:
+    manifest = chain / "engines/atto-32-fp16-rtx-sm89.json"
+    edited(manifest, lambda d: d["facts"].update(runtime_version="1.2.3.4"))
+    notes = [finding.text for finding in checked(chain).findings if finding.verdict == "note"]
+    assert any("built with tensorrt-rtx 1.2.3.4, " in text and "runs on its own release only" in text for text in notes)
+    with pytest.raises(MissingRequirementError, match=r"built with tensorrt-rtx 1\.2\.3\.4; .* is installed") as error:
+        _check_release(open_artifact(manifest), load_backend("tensorrt-rtx"))
+    assert error.value.exit_code == 5
+
+
+def test_engine_wrong_sm_and_wrong_flavour_are_exit_5_with_what_to_build(chain: Path) -> None:
+    engine = open_artifact(chain / "engines/atto-32-fp16-rtx-sm89.engine")
+    with pytest.raises(MissingRequirementError, match=r"is for sm89; this GPU is sm75\. Build for it"):
+        _check_gpu(engine, "sm75")
+    _check_gpu(engine, "sm89")
+    other = replace(engine.manifest, request={**engine.manifest.request, "runtime": "tensorrt"})
+    with pytest.raises(MissingRequirementError):  # of the other TensorRT, which has other releases and is not here
+        _check_release(Artifact(engine.path, other), load_backend(str(other.request["runtime"])))
+
+
+@pytest.mark.parametrize("words", [["verify", "--records"], ["verify", "--records", "--json"]], ids=["text", "json"])
+def test_the_command_ends_with_4_for_a_fault_and_0_without(
+    words: list[str], chain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(chain)
+    codes = []
+    for change in (lambda: None, lambda: flipped(chain / "export/atto-32-fp16.onnx", 5)):
+        change()
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        codes.append(stop.value.code)
+        out = capsys.readouterr().out
+        assert json.loads(out)["passed"] is (codes == [0]) if "--json" in words else "SHA-256" in out
+    assert codes == [0, 4]
+
+
+# --- engines: the hash comes before any deserialiser ------------------------------------------------------------------
+
+
+def test_engine_truncated_at_ten_points_is_refused_by_size_before_anything_reads_it(
+    tiny_engine: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_deserialising(monkeypatch)
+    content = tiny_engine.path.read_bytes()
+    for cut in (0, *(len(content) * part // 10 for part in range(1, 10)), len(content) - 1):
+        path = copied(tiny_engine, tmp_path)
+        path.write_bytes(content[:cut])
+        with pytest.raises(CorruptArtifactError, match=f"has {cut} bytes, its manifest says {len(content)}"):
+            open_artifact(path)
+
+
+def test_engine_bit_flip_at_a_hundred_offsets_is_refused_by_hash(
+    tiny_engine: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_deserialising(monkeypatch)
+    path = copied(tiny_engine, tmp_path)
+    content, draw = path.read_bytes(), random.Random(0)
+    for _ in range(100):
+        path.write_bytes(content)
+        flipped(path, draw.randrange(len(content)))
+        with pytest.raises(CorruptArtifactError, match="was altered: SHA-256"):
+            open_artifact(path)
+    path.write_bytes(content)
+    assert open_artifact(path).sha256 == tiny_engine.sha256
+
+
+@pytest.mark.parametrize("command", ["verify", "bench", "predict", "eval"])
+def test_engine_unsigned_or_unlisted_without_a_manifest_is_refused_by_every_command(
+    command: str, tiny_engine: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(tiny_engine.path, tmp_path / "stranger.engine")
+    words = {"predict": [str(tmp_path / "a.png")], "eval": [str(tmp_path)]}.get(command, [])
+    with pytest.raises(SystemExit) as stop:
+        main([command, str(tmp_path / "stranger.engine"), *words])
+    assert stop.value.code in (2, 4, 5)  # no manifest, or first of all no GPU
+    assert "Error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("swap", ["engine_is_onnx", "onnx_is_engine"])
+def test_engine_is_onnx_and_the_other_way_round_the_real_type_is_named(
+    swap: str, tiny_engine: Artifact, tiny_onnx_fp16: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, suffix, real = (
+        (tiny_onnx_fp16, ".engine", "an ONNX file") if swap == "engine_is_onnx" else (tiny_engine, ".onnx", "an engine")
+    )
+    path = tmp_path / f"swapped{suffix}"
+    shutil.copy(source.path, path)
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(path)])
+    said = capsys.readouterr()
+    assert stop.value.code in (0, 2, 4)
+    assert real.removeprefix("an ") in (said.out + said.err).replace("TensorRT engine", "engine")
+
+
+def copied(artifact: Artifact, folder: Path) -> Path:
+    for path in (artifact.path, artifact.path.with_suffix(".json")):
+        shutil.copy(path, folder)
+    return folder / artifact.path.name
+
+
+def forbid_deserialising(monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = load_backend("tensorrt-rtx").trt
+
+    def refuse(*words: object) -> None:
+        raise AssertionError("an engine was given to a deserialiser")
+
+    monkeypatch.setattr(trt, "Runtime", refuse)
