@@ -136,6 +136,12 @@ def test_missing_or_wrong_dependency_without_what_compares_versions_that_is_name
     assert 'Install it: pip install "packaging>=' in done.stderr
 
 
+def test_missing_or_wrong_dependency_without_what_reads_the_command_line_that_is_named(tmp_path):
+    done = run_command(installation(tmp_path / "packages", without=("click",)), "--help", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (5, "")
+    assert done.stderr == "Error: click is not installed, expected it. Install it: pip install click\n"
+
+
 def test_a_source_tree_of_which_no_metadata_is_known_is_not_checked(tmp_path):
     packages = installation(tmp_path / "packages", only=("click",), is_installed=False)
     assert run_command(packages, "variants", cwd=tmp_path).returncode == 0
