@@ -312,7 +312,7 @@ def test_the_command_exits_130_on_ctrl_c_and_resumes(colours, tmp_path, monkeypa
         str(tmp_path),
     ]
     with monkeypatch.context() as patched:
-        patched.setattr("cnx_deploy.cli.train.TerminalProgress", PressCtrlC)
+        patched.setattr("cnx_deploy.cli.training_progress.TerminalProgress", PressCtrlC)
         stopped = CliRunner().invoke(train_command, arguments)
     assert stopped.exit_code == 130
     assert "same command and --resume" in stopped.stderr

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cnx_deploy.errors import CorruptArtifactError, InputError
+from cnx_deploy.errors import CorruptArtifactError, DiskFullError, InputError
 from cnx_deploy.training import Launch, Silence, TrainingSpec, launch_from_environment, train
 from cnx_deploy.training.records import CONDITIONS
 from cnx_deploy.training.run_folder import keep_state, usable_state
@@ -215,6 +215,6 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DiskFullError, match=r"last\.ckpt \(No space left on device\)"):
         keep_state(tmp_path, fail)
     assert torch.load(usable_state(tmp_path), weights_only=True) == {"epoch": 1}
