@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cnx_deploy.environment import tool_versions
-from cnx_deploy.errors import CorruptArtifactError, InputError, OutputExistsError
+from cnx_deploy.errors import CorruptArtifactError, InputError, OutputExistsError, RefusedArtifactError
 from cnx_deploy.manifest import (
     SUFFIXES,
     Artifact,
@@ -38,6 +38,7 @@ __all__ = [
     "find_artifacts",
     "open_artifact",
     "read_artifact",
+    "refused_engine",
     "relative_reference",
     "reusable_artifact",
     "sha256_of_file",
@@ -59,7 +60,8 @@ def artifact_stem(
 def open_artifact(path: Path) -> Artifact:
     """Read an artifact's manifest and check every file's size and hash against it.
 
-    Raises InputError when there is no such file or no manifest, CorruptArtifactError when bytes differ.
+    Raises InputError when there is no such file or no manifest, RefusedArtifactError for an engine without one,
+    CorruptArtifactError when bytes differ.
     """
     artifact = read_artifact(path)
     while True:
@@ -81,6 +83,8 @@ def read_artifact(path: Path) -> Artifact:
         raise InputError(f"{path} is a folder: expected an artifact's file. Name one that is in it.")
     manifest_path = path if path.suffix == ".json" else path.with_suffix(".json")
     finish_commits(path.parent)
+    if not manifest_path.is_file() and path.suffix == SUFFIXES["engine"] and path.exists():
+        raise refused_engine(path)
     if not manifest_path.is_file():
         what = "has no manifest" if path.exists() else "does not exist"
         raise InputError(f"{path} {what}: expected {manifest_path.name} beside it. Make it again with cnx-deploy.")
@@ -92,6 +96,14 @@ def read_artifact(path: Path) -> Artifact:
             f"{manifest_path} is not a manifest this version can read ({error}). Make the artifact again with --force."
         ) from error
     return Artifact(manifest_path.parent / manifest.files[0].name, manifest)
+
+
+def refused_engine(path: Path) -> RefusedArtifactError:
+    """What is said of an engine that no manifest names: to load it would be to run whatever is in it."""
+    return RefusedArtifactError(
+        f"{path} is refused: an engine is native code, and no manifest beside it names it and its hash. "
+        "Build it with cnx-deploy build-trt, or put its manifest back."
+    )
 
 
 def find_artifacts(directory: Path, kind: ArtifactKind | None = None) -> list[Artifact]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from cnx_deploy.artifacts import Artifact, open_artifact, sha256_of_file
-from cnx_deploy.errors import InputError
+from cnx_deploy.errors import BuildError, InputError
+from cnx_deploy.isolation import run_isolated
 from cnx_deploy.signing import signature_beside
 
 __all__ = [
@@ -109,7 +110,7 @@ def with_compiled(
 ) -> Inspection:
     """The inspection of an ONNX file and, in `facts["compiled"]`, what TensorRT-RTX makes of it now; nothing is run.
 
-    The file is written for the target as `build-trt` writes it.
+    The file is written for the target as `build-trt` writes it, and compiled in a child process: it may be anybody's.
     `target` as in "sm89"; `progress` is told a text while the compiler works. Raises InputError for another kind of
     file, a target that does not exist or a batch the graph does not take; BuildError when it cannot be compiled;
     MissingRequirementError without TensorRT-RTX.
@@ -117,14 +118,19 @@ def with_compiled(
     if found.kind != "onnx":
         raise InputError(f"{found.path} is {found.description}; only an ONNX file is compiled. Leave out --compile.")
     from cnx_deploy.trt.backend import load_backend
-    from cnx_deploy.trt.compiled import measure_compiled
-    from cnx_deploy.trt.depthwise import written_for
+    from cnx_deploy.trt.compiling import limits_for
 
     backend = load_backend("tensorrt-rtx")
     backend.check_target(target)
-    with written_for(found.path, target) as path:
-        compiled = measure_compiled(path, batch=batch, target=target, backend=backend, progress=progress)
-    facts = {**found.facts, "runtime": backend.name, "runtime_version": backend.version, "compiled": compiled.to_dict()}
+    compiled = run_isolated(
+        "cnx_deploy.trt.compiling:measure_task",
+        {"onnx": str(found.path.resolve()), "target": target, "batch": batch},
+        limits_for(found.size_bytes),
+        what=f"Compiling {found.path.name}",
+        failure=BuildError,
+        tick=None if progress is None else lambda seconds: progress(f"{found.path.name} {seconds:.0f} s", 0.0),
+    )
+    facts = {**found.facts, "runtime": backend.name, "runtime_version": backend.version, "compiled": compiled}
     return replace(found, facts=facts, notes=(*found.notes, "Compiled now and not run: the figures are no latency."))
 
 

@@ -14,7 +14,6 @@ from cnx_deploy.data import Preprocessing
 from cnx_deploy.errors import InputError, MissingRequirementError
 from cnx_deploy.export_check import check_exported
 from cnx_deploy.interchange import save_comparison
-from cnx_deploy.isolation import Limits
 from cnx_deploy.labelled import reference_for
 from cnx_deploy.model.checkpoint import LoadedModel, resolve_model
 from cnx_deploy.model.deploy import HALVES, DeploySpec, InputKind, Layout, Precision, check_parts
@@ -23,6 +22,7 @@ from cnx_deploy.runners.opening import misfit
 from cnx_deploy.saved_results import SavedOutputs
 from cnx_deploy.trt.backend import default_targets, load_backend, require_gpu
 from cnx_deploy.trt.builder import BuildSpec, build_engine
+from cnx_deploy.trt.compiling import limits_for
 from cnx_deploy.verification import Progress, Reference, Verification, model_record, verify_artifact
 
 __all__ = [
@@ -36,9 +36,6 @@ __all__ = [
 ]
 
 Note = Callable[[str], None]
-
-BUILD_SECONDS = 4 * 3600.0
-BUILD_BYTES, BUILD_BYTES_PER_BYTE = 8 << 30, 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,18 +157,13 @@ def run_builds(
                 allow_tf32=request.allow_tf32,
             )
             note(f"Building {artifact.path.name} for {target} with {backend.name} {backend.version}")
-            limits, folder = _build_limits(artifact), request.output_dir
-            engine = build_engine(artifact, spec, folder, force=request.force, progress=progress, limits=limits)
+            limits = limits_for(sum(file.size_bytes for file in artifact.manifest.files))
+            words = (artifact, spec, request.output_dir)
+            engine = build_engine(*words, force=request.force, progress=progress, limits=limits)
             engines.append(engine)
             size = f"{engine.manifest.files[0].size_bytes / 1e6:.1f} MB"
             note(f"  {engine.path} ({'made from the same inputs: reused' if engine.reused else size})")
     return engines
-
-
-def _build_limits(source: Artifact) -> Limits:
-    """What TensorRT may use for one engine: hours, and far more memory than any build here took."""
-    size = sum(file.size_bytes for file in source.manifest.files)
-    return Limits(BUILD_SECONDS, BUILD_BYTES + BUILD_BYTES_PER_BYTE * size)
 
 
 def run_verifications(request: VerifyRequest, note: Note, progress: Progress | None = None) -> list[Verification]:

@@ -11,14 +11,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from cnx_deploy.artifacts import Artifact
+from cnx_deploy.artifacts import Artifact, refused_engine
 from cnx_deploy.data import SUFFIXES, Preprocessing, load_image, runner_input
 from cnx_deploy.errors import (
     CheckFailedError,
     CorruptArtifactError,
     InputError,
     MissingRequirementError,
-    RefusedArtifactError,
 )
 from cnx_deploy.inspection import check_suffix, kind_of_file, recorded_artifact
 from cnx_deploy.model.checkpoint import load_checkpoint
@@ -94,10 +93,7 @@ def open_classifier(path: Path, *, many: bool = False, device: str = "cpu") -> C
     if artifact is not None and artifact.manifest.kind != "checkpoint":
         return _recorded_classifier(artifact, many, device)
     if kind == "engine":
-        raise RefusedArtifactError(
-            f"{path} is refused: an engine is native code, and no manifest beside it names it and its hash. "
-            "Build it with cnx-deploy build-trt, or put its manifest back."
-        )
+        raise refused_engine(path)
     if kind == "onnx":
         return _unrecorded_onnx(path, many, device)
     if kind == "unknown":

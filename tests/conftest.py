@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,22 @@ def every_message_is_whole(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(errors.CnxDeployError, "__init__", noting)
     yield
     assert faults == []
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real keys of every kind in PEM files: see `tests.signing_keys`."""
+    from tests.signing_keys import write_keys
+
+    return write_keys(tmp_path_factory.mktemp("keys"))
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every connection and every look-up of a name fails the test."""
+    from tests.signing_keys import cut_the_network
+
+    cut_the_network(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -21,16 +21,12 @@ from typing import Any
 
 from cnx_deploy.artifacts import open_artifact, sha256_of_file, stage_artifact
 from cnx_deploy.errors import InputError
-from cnx_deploy.manifest import Manifest, ModelRecord, WeightsRecord
+from cnx_deploy.manifest import Manifest
 from cnx_deploy.whole_files import write_text
+from tests.test_artifacts import MODEL, REQUEST
 
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 TIMED_POINTS = 20
-MODEL = ModelRecord("tiny-test", 2, 32, WeightsRecord("random", "0", "0" * 64, "none"), {})
-REQUEST = {
-    "precision": "fp32", "batch": [1, 4, 8], "image_size": 32, "input_kind": "float", "mean": [0.0] * 3,
-    "std": [1.0] * 3,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -293,23 +293,6 @@ with stage_artifact(pathlib.Path(sys.argv[1]), "small") as staging:
     time.sleep(60)
 """
 
-MAKE_OR_REUSE = """
-import pathlib, sys, time
-sys.path.insert(0, sys.argv[2])
-from tests.test_artifacts import SOURCE, MODEL, REQUEST, Manifest, reusable, stage_artifact
-print("ready", flush=True)
-sys.stdin.readline()
-folder = pathlib.Path(sys.argv[1])
-with stage_artifact(folder, "small") as staging:
-    if reusable(folder) is not None:
-        print("reused")
-    else:
-        time.sleep(0.5)  # so that the other process is waiting by now
-        (staging.folder / "small.onnx").write_bytes(b"weights")
-        staging.commit(Manifest("onnx", "small", staging.record("small.onnx"), MODEL, REQUEST, "random:0", SOURCE))
-        print("made")
-"""
-
 
 def started(code: str, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
@@ -340,15 +323,3 @@ def test_what_a_killed_process_left_is_removed_by_the_next(killed_while_staging)
 def test_another_artifacts_staging_folder_is_left_alone(tmp_path):
     with stage_artifact(tmp_path, "small") as staging, stage_artifact(tmp_path, "s*"):
         assert staging.folder.is_dir()
-
-
-def test_of_two_processes_that_make_the_same_artifact_one_reuses(tmp_path):
-    root = Path(__file__).parent.parent
-    with started(MAKE_OR_REUSE, tmp_path, root) as first, started(MAKE_OR_REUSE, tmp_path, root) as second:
-        for process in (first, second):
-            assert process.stdout.readline() == "ready\n"
-        for process in (first, second):
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        said = sorted(process.stdout.read().strip() for process in (first, second))
-    assert (said, first.returncode, second.returncode) == (["made", "reused"], 0, 0)

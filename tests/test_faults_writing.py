@@ -1,16 +1,16 @@
-"""Nothing is lost: fault-table rows 45 to 54, 58 and 75, each test under its row's name.
+"""Nothing is lost: fault-table rows 45 to 48, 50 and 58, each test under its row's name.
 
 Real faults: processes killed and terminated, file-size limits, folders without rights, several processes at once.
 """
 
 import contextlib
 import json
-import mmap
 import os
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ from cnx_deploy.cli import main
 from cnx_deploy.errors import CorruptArtifactError, DiskFullError, InputError
 from cnx_deploy.model.checkpoint import save_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.whole_files import require_room, whole_file, write_text
+from cnx_deploy.whole_files import require_room, write_text
 from tests.kill_sweep import lines
 from tests.test_artifacts import make, visible
 
@@ -206,7 +206,6 @@ def test_build_path_is_dir_a_file_in_the_way_is_told_before_the_work(
     assert (tmp_path / "out").read_bytes() == b"somebody's"
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/sys/kernel").is_dir(), reason="needs Linux")
 def test_build_readonly_dir_is_told_before_the_work(tmp_path: Path) -> None:
     """As another user where this is root, who may write everywhere."""
     (tmp_path / "out").mkdir(mode=0o555)
@@ -223,9 +222,9 @@ try:
 except InputError as error:
     print(error)
 """
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
-            folder.chmod(folder.stat().st_mode | 0o055)
+    above = Path(tempfile.gettempdir()).resolve()
+    for folder in (tmp_path, *(each for each in tmp_path.parents if above in each.parents)):
+        folder.chmod(folder.stat().st_mode | 0o011)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "Cannot write in" in done.stdout, done.stderr
     assert "Permission denied. Choose another" in done.stdout
@@ -237,39 +236,7 @@ def test_build_path_is_dir_where_a_file_should_go(tmp_path: Path) -> None:
         write_text(tmp_path / "a.svg", "text")
 
 
-# --- 49, 50: several processes ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [2, 8])
-def test_build_concurrent_same_target_one_makes_it_and_the_others_reuse_it(count: int, tmp_path: Path) -> None:
-    code = """
-import sys, time
-from pathlib import Path
-from tests.test_artifacts import SOURCE, MODEL, REQUEST, Manifest, reusable, stage_artifact
-print("ready", flush=True)
-sys.stdin.readline()
-folder = Path(sys.argv[1])
-with stage_artifact(folder, "small") as staging:
-    if reusable(folder) is not None:
-        print("reused")
-    else:
-        time.sleep(0.3)
-        (staging.folder / "small.onnx").write_bytes(b"weights")
-        staging.commit(Manifest("onnx", "small", staging.record("small.onnx"), MODEL, REQUEST, "random:0", SOURCE))
-        print("made")
-"""
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=ENVIRONMENT, text=True,
-                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        for _ in range(count)
-    ]  # fmt: skip
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    said = sorted(process.communicate("go\n", timeout=60)[0] for process in processes)
-    assert said == ["made\n", *["reused\n"] * (count - 1)]
-    assert open_artifact(tmp_path / "small.onnx").path.read_bytes() == b"weights"
-    assert (visible(tmp_path), leftovers(tmp_path)) == (["small.json", "small.onnx"], [])
+# --- 50, 58: commands side by side and one after the other ------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -282,112 +249,6 @@ def test_build_concurrent_different_targets_of_one_folder_do_not_meet(tiny_onnx_
     for target in targets:
         engine = open_artifact(tmp_path / "engines" / f"{tiny_onnx_fp16.manifest.stem}-rtx-{target}.engine")
         assert engine.manifest.request["target"] == target
-
-
-def test_build_concurrent_same_target_a_lock_of_a_dead_process_is_free(tmp_path: Path) -> None:
-    code = """
-import os, signal, sys
-from pathlib import Path
-from cnx_deploy.artifacts import stage_artifact
-with stage_artifact(Path(sys.argv[1]), "small"):
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, timeout=60).returncode == -9
-    assert leftovers(tmp_path)
-    start = time.monotonic()
-    make(tmp_path)
-    assert (time.monotonic() - start < 5, leftovers(tmp_path)) == (True, [])
-
-
-def test_build_concurrent_same_target_a_reader_sees_the_old_or_the_new_while_it_is_replaced(tmp_path: Path) -> None:
-    make(tmp_path, content=b"0" * 100_000)
-    code = """
-import sys
-from pathlib import Path
-from tests.test_artifacts import make
-for turn in range(60):
-    make(Path(sys.argv[1]), content=str(turn % 10).encode() * (100_000 + turn))
-"""
-    writer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=ENVIRONMENT)
-    reads = 0
-    while writer.poll() is None:
-        open_artifact(tmp_path / "small.onnx")
-        reads += 1
-    assert (writer.returncode, reads > 10) == (0, True)
-
-
-# --- 53: names --------------------------------------------------------------------------------------------------------
-
-
-NAMES = ("Ärger mit Köpfen", "模型 🦆", "a" * 230, "ß" * 115, "-rf", "a'b\"c$(d)", "tab\there")
-
-
-@pytest.mark.parametrize("name", NAMES, ids=ascii)
-def test_build_unicode_space_long_path_works(name: str, tmp_path: Path) -> None:
-    folder = tmp_path / "Ordner mit Ünïcode" / ("d" * 200)
-    made = make(folder, name) if "\t" not in name else None
-    if made is None:
-        with pytest.raises(InputError, match=r"cannot be recorded: files\[0\]\.name"):
-            make(folder, name)
-        assert visible(folder) == []
-        return
-    assert open_artifact(folder / f"{name}.onnx") == made
-    assert make(folder, name, content=b"again").path.read_bytes() == b"again"
-    assert leftovers(tmp_path) == []
-
-
-def test_build_unicode_space_long_path_a_name_that_is_too_long_is_told_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is a name of 310 bytes, where .* at most 255"):
-        make(tmp_path, "a" * 300)
-
-
-# --- 54: readers and links --------------------------------------------------------------------------------------------
-
-
-def test_overwrite_mmapped_file_the_reader_keeps_the_old_bytes(tmp_path: Path) -> None:
-    old = make(tmp_path, content=b"old" * 10_000)
-    with old.path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        make(tmp_path, content=b"n")
-        assert mapped[:] == b"old" * 10_000
-    assert open_artifact(old.path).path.read_bytes() == b"n"
-
-
-@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
-def test_overwrite_a_link_replaces_the_link_and_not_what_it_points_to(
-    link: Callable[[Path, Path], None], tmp_path: Path
-) -> None:
-    (tmp_path / "theirs.csv").write_text("theirs", encoding="utf-8")
-    link(tmp_path / "theirs.csv", tmp_path / "ours.csv")
-    write_text(tmp_path / "ours.csv", "ours")
-    assert (tmp_path / "theirs.csv").read_text(encoding="utf-8") == "theirs"
-    assert (tmp_path / "ours.csv").read_text(encoding="utf-8") == "ours"
-    assert not (tmp_path / "ours.csv").is_symlink()
-
-
-def test_an_error_while_a_file_is_written_keeps_the_old_one(tmp_path: Path) -> None:
-    write_text(tmp_path / "a.csv", "old")
-
-    def interrupted() -> None:
-        with whole_file(tmp_path / "a.csv") as path:
-            path.write_text("half", encoding="utf-8")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert ((tmp_path / "a.csv").read_text(encoding="utf-8"), leftovers(tmp_path)) == ("old", [])
-
-
-def test_a_clock_that_goes_backwards_changes_nothing_but_the_date(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make(tmp_path)
-    monkeypatch.setattr("cnx_deploy.manifest._now", lambda: "1970-01-01T00:00:00+00:00")
-    made = make(tmp_path, content=b"later")
-    os.utime(made.path, (0, 0))
-    assert open_artifact(made.path).manifest.created.startswith("1970")
-
-
-# --- 58: reproducible -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -17,18 +17,9 @@ from cnx_deploy.errors import (
 )
 from cnx_deploy.signing import check_signature, sign_artifact, signature_path
 from cnx_deploy.signing_keys import public_key_fingerprint
-from tests.signing_keys import cut_the_network, write_keys
 from tests.test_artifacts import make
 
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    cut_the_network(monkeypatch)
-
-
-@pytest.fixture(scope="session")
-def keys(tmp_path_factory) -> Path:
-    return write_keys(tmp_path_factory.mktemp("keys"))
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 @pytest.fixture

@@ -15,19 +15,17 @@ from cnx_deploy.artifacts import Artifact, open_artifact
 from cnx_deploy.cli import main
 from cnx_deploy.pipeline import ExportRequest, run_exports
 from cnx_deploy.signing import check_signature, sign_artifact, signature_path
-from tests.signing_keys import PASSWORD, cut_the_network, write_keys
+from tests.signing_keys import PASSWORD
 from tests.test_artifacts import make
 from tests.test_readme import block_after, run_in
 
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    cut_the_network(monkeypatch)
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 @pytest.fixture(scope="session")
-def keys(tmp_path_factory) -> Path:
-    folder = write_keys(tmp_path_factory.mktemp("keys"))
+def keys(keys) -> Path:
+    """Those of all tests, and files that are no keys."""
+    folder = keys
     (folder / "password").write_bytes(PASSWORD + b"\nsecond line\n")
     (folder / "wrong").write_bytes(b"wrong horse")
     (folder / "empty").write_bytes(b"")

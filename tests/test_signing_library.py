@@ -17,18 +17,10 @@ from cnx_deploy import signing_library
 from cnx_deploy.artifacts import Artifact, open_artifact
 from cnx_deploy.errors import CorruptArtifactError, OutputExistsError, RefusedArtifactError
 from cnx_deploy.signing import check_signature, sign_artifact, signature_path
-from tests.signing_keys import cut_the_network, write_keys
+from tests.signing_keys import write_keys
 from tests.test_artifacts import make
 
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    cut_the_network(monkeypatch)
-
-
-@pytest.fixture(scope="session")
-def keys(tmp_path_factory) -> Path:
-    return write_keys(tmp_path_factory.mktemp("keys"))
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 @pytest.fixture

@@ -13,18 +13,22 @@ from typing import Any
 
 from cnx_deploy.environment import find_gpus
 from cnx_deploy.errors import BuildError, InputError
+from cnx_deploy.isolation import Limits
 from cnx_deploy.trt.backend import Backend, load_backend
 from cnx_deploy.trt.compiled import measure_compiled
 from cnx_deploy.trt.kernel_log import kernels_in_log
 from cnx_deploy.trt.network import NetworkBuild, Progress, half_share, type_census
 
-__all__ = ["BuildSpec", "compile_task", "compiled_engine", "task_of"]
+__all__ = ["BuildSpec", "compile_task", "compiled_engine", "limits_for", "measure_task", "task_of"]
 
 MIN_HALF_SHARE = 0.95
 """Least share of HALF among matrix products and convolutions of an FP16 file: ours have 1.0, an FP32 graph 0."""
 
 LISTS_KERNELS = "tensorrt-rtx"
 """The runtime whose log `trt.kernel_log` reads; TensorRT proper has another format and builds for minutes."""
+
+LONGEST_SECONDS = 4 * 3600.0
+MEMORY_BYTES, MEMORY_PER_BYTE = 8 << 30, 16
 
 NO_HALF_DEPTHWISE = ("No low-precision conv kernel", "Could not find any implementation")
 
@@ -58,6 +62,17 @@ def compile_task(onnx: str, request: dict[str, Any], spec: dict[str, Any], plan:
     content, facts = compiled_engine(load_backend(asked.runtime), Path(onnx), request, asked, None)
     Path(plan).write_bytes(content)
     return facts
+
+
+def measure_task(onnx: str, target: str, batch: int) -> dict[str, Any]:
+    """What TensorRT-RTX makes of any ONNX file for a fixed batch, for a child process: `CompiledEngine.to_dict`."""
+    with _written_for(Path(onnx), target) as path:
+        return measure_compiled(path, batch=batch, target=target, backend=load_backend(LISTS_KERNELS)).to_dict()
+
+
+def limits_for(onnx_bytes: int) -> Limits:
+    """What TensorRT may use for one file: hours, and far more memory than any build here took."""
+    return Limits(LONGEST_SECONDS, MEMORY_BYTES + MEMORY_PER_BYTE * onnx_bytes)
 
 
 def task_of(onnx: Path, request: Mapping[str, Any], spec: BuildSpec, plan: Path) -> dict[str, Any]:
