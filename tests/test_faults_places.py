@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cnx_deploy.artifacts import open_artifact
-from cnx_deploy.errors import InputError
+from cnx_deploy import artifacts
+from cnx_deploy.artifacts import FileRecord, check_file, open_artifact
+from cnx_deploy.errors import CorruptArtifactError, InputError
 from cnx_deploy.whole_files import whole_file, write_text
 from tests.test_artifacts import make, visible
 from tests.test_faults_writing import ENVIRONMENT, ROOT, leftovers
@@ -45,7 +46,11 @@ with stage_artifact(folder, "small") as staging:
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-    said = sorted(process.communicate("go\n", timeout=60)[0] for process in processes)
+    for process in processes:  # all before the first is waited for
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = sorted(process.communicate(timeout=60)[0] for process in processes)
     assert said == ["made\n", *["reused\n"] * (count - 1)]
     assert open_artifact(tmp_path / "small.onnx").path.read_bytes() == b"weights"
     assert (visible(tmp_path), leftovers(tmp_path)) == (["small.json", "small.onnx"], [])
@@ -66,21 +71,25 @@ with stage_artifact(Path(sys.argv[1]), "small"):
     assert (time.monotonic() - start < 5, leftovers(tmp_path)) == (True, [])
 
 
-def test_build_concurrent_same_target_a_reader_sees_the_old_or_the_new_while_it_is_replaced(tmp_path: Path) -> None:
-    make(tmp_path, content=b"0" * 100_000)
-    code = """
-import sys
-from pathlib import Path
-from tests.test_artifacts import make
-for turn in range(60):
-    make(Path(sys.argv[1]), content=str(turn % 10).encode() * (100_000 + turn))
-"""
-    writer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=ENVIRONMENT)
-    reads = 0
-    while writer.poll() is None:
+def test_build_concurrent_same_target_a_reader_between_two_versions_gets_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest is read, then both files are replaced, then the hash is taken."""
+    make(tmp_path, content=b"old")
+    replaced = False
+
+    def replacing(path: Path, record: FileRecord) -> None:
+        nonlocal replaced
+        if not replaced:
+            replaced = True
+            make(tmp_path, content=b"newer")
+        check_file(path, record)
+
+    monkeypatch.setattr(artifacts, "check_file", replacing)
+    assert open_artifact(tmp_path / "small.onnx").manifest.files[0].size_bytes == 5
+    (tmp_path / "small.onnx").write_bytes(b"NEWER")
+    with pytest.raises(CorruptArtifactError, match="was altered"):  # nobody replaced it: looked at once
         open_artifact(tmp_path / "small.onnx")
-        reads += 1
-    assert (writer.returncode, reads > 10) == (0, True)
 
 
 # --- 53: names --------------------------------------------------------------------------------------------------------
