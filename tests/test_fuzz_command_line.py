@@ -24,7 +24,7 @@ NUMBERS = st.one_of(
 PATHS = st.sampled_from(
     ["corrupt.safetensors", "corrupt.onnx", "corrupt.json", "broken.png", "missing", "folder", ".", ""]
 )
-HEAVY = {"doctor", "variants"}
+HEAVY = {"doctor", "variants", "sbom"}
 """Without arguments they have nothing to refuse."""
 FUZZED = {name: cli.get_command(click.Context(cli), name) for name in COMMANDS if name not in HEAVY}
 
