@@ -14,7 +14,7 @@ import msgspec
 
 from cnx_deploy.manifest import SCHEMA_VERSION, SUFFIXES, Batches, Count, Manifest, Positive, Triple
 
-__all__ = ["MAX_MANIFEST_BYTES", "json_schema", "manifest_from_json", "strict_json"]
+__all__ = ["KERNEL_COLUMNS", "MAX_MANIFEST_BYTES", "json_schema", "manifest_from_json", "strict_json"]
 
 MAX_MANIFEST_BYTES = 16 << 20
 """The largest that was written, of the huge variant's engine with every kernel, has 95 kB."""
@@ -95,7 +95,7 @@ class Total:
 @dataclass(frozen=True, slots=True)
 class KernelList:
     columns: tuple[str, ...]
-    rows: tuple[tuple[str | int, ...], ...]
+    rows: Annotated[tuple[tuple[str, str, str, str, Count, Count, Count, str], ...], msgspec.Meta(min_length=1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +127,10 @@ class EngineFacts:
     census: Census | None = None
     compiled: Compiled | None = None
 
+
+KERNEL_COLUMNS = ("name", "kind", "block", "operation", "input_bytes", "constant_bytes", "output_bytes", "tensors")
+BESIDE_KERNELS = ("by_stage", "by_operation", "by_kind", "target", "how")
+"""What is shown with a list of kernels; records of before kernels were listed have none of it."""
 
 PARTS: dict[str, dict[str, Any]] = {
     "onnx": {"request": OnnxRequest, "facts": OnnxFacts},
@@ -201,9 +205,23 @@ def _check_together(manifest: Manifest, stem: str | None) -> None:
     classes = manifest.model.class_names
     if classes is not None and len(classes) != manifest.model.num_classes:
         raise ValueError(f"{len(classes)} class names for {manifest.model.num_classes} classes")
+    _check_kernels(manifest.facts.get("compiled") or {})
     for smallest, typical, largest in _batches(manifest.request):
         if not smallest <= typical <= largest:
             raise ValueError(f"the batch range {smallest}:{typical}:{largest} does not rise")
+
+
+def _check_kernels(compiled: Mapping[str, Any]) -> None:
+    """A list of kernels comes with its totals, has the columns that its rows are typed by, and moves something."""
+    listed = compiled.get("kernel_list")
+    if listed is None:
+        return
+    if missing := [name for name in BESIDE_KERNELS if name not in compiled]:
+        raise ValueError(f"facts.compiled lists kernels without {', '.join(missing)}")
+    if tuple(listed["columns"]) != KERNEL_COLUMNS:
+        raise ValueError(f"facts.compiled.kernel_list.columns are not {', '.join(KERNEL_COLUMNS)}")
+    if not any(sum(row[4:7]) for row in listed["rows"]):
+        raise ValueError("facts.compiled.kernel_list has kernels that move no byte between them")
 
 
 def _batches(request: Mapping[str, Any]) -> Sequence[Sequence[int]]:

@@ -229,6 +229,7 @@ def test_an_engine_that_is_named_without_a_gpu_is_an_error(folder: Path) -> None
     assert isinstance(result.exception, MissingRequirementError)
 
 
+@pytest.mark.slow
 def test_timms_model_takes_turns_with_ours_and_has_the_same_logits(artifacts: list[Artifact]) -> None:
     result = bench_artifacts(artifacts, BenchRequest(batches=(2,), duration=DURATION, compare=("timm",)))
     rows = {row.name: row for row in result.rows if row.backend == "onnxruntime"}

@@ -97,6 +97,7 @@ def test_what_is_kept_is_in_the_manifest_and_nothing_else_changes_it(kept, tiny_
     assert "keep_fp32" not in tiny_onnx_fp16.manifest.request
 
 
+@pytest.mark.slow
 def test_keeping_the_part_that_overflows_makes_the_file_right(tiny_variant, tmp_path) -> None:
     model, images = with_hot_responses(tiny_variant, SIZE, 2000.0), images_for(SIZE)
     expected = reference_runner(model, DeploySpec(image_size=SIZE)).run(images)
@@ -166,6 +167,7 @@ def test_an_engine_of_a_file_with_kept_parts_is_built_and_one_that_hides_them_is
     assert 0.3 < engine.manifest.facts["half_share_of_products"] < 0.95
 
 
+@pytest.mark.slow
 def test_bf16_goes_through_the_commands(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = CliRunner()

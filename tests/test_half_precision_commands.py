@@ -96,6 +96,7 @@ def test_parts_to_keep_are_checked_before_anything_is_written(tmp_path, words, s
     assert not list(tmp_path.glob("**/*.onnx"))
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_tokens_form_is_blamed_on_the_export(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     right = ResponseGain.forward

@@ -41,6 +41,7 @@ def polygraphy_run(model: Path, folder: Path) -> subprocess.CompletedProcess[str
     return polygraphy("run", str(model), "--onnxrt", *files, "--rtol", "1e-3", "--atol", "1e-4", folder=folder)
 
 
+@pytest.mark.slow
 def test_polygraphy_agrees_on_the_saved_images_and_not_on_other_logits(
     tiny_onnx_fp32: Artifact, tmp_path: Path
 ) -> None:
@@ -265,6 +266,7 @@ def test_options_that_do_not_go_together_are_usage_errors(
     assert (code, message in " ".join(err.split())) == (2, True), err
 
 
+@pytest.mark.slow
 def test_polygraphy_inspects_and_compares_what_was_saved(saved: tuple[Path, list[Verification]]) -> None:
     path = sorted(saved[0].rglob("outputs-*.json"))[0]
     done = polygraphy("inspect", "data", str(path), folder=saved[0].parent)

@@ -131,6 +131,7 @@ def test_a_wrong_engine_is_blamed_on_tensorrt(healthy, tiny_engine, monkeypatch)
     assert verdict.sentence().endswith("To blame: TensorRT.")
 
 
+@pytest.mark.slow
 def test_the_command_follows_recorded_files_and_ends_in_3_where_a_step_fails(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     made = CliRunner().invoke(cli, ["export", "--variant", "atto", "--image-size", "32", "--precision", "fp16"])

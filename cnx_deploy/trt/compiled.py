@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cnx_deploy.errors import BuildError, InputError
+from cnx_deploy.manifest_reading import KERNEL_COLUMNS
 from cnx_deploy.trt.backend import Backend
 from cnx_deploy.trt.kernel_log import CompiledKernel, kernels_in_log
 from cnx_deploy.trt.network import NetworkBuild, Progress
@@ -19,9 +20,6 @@ from cnx_deploy.trt.network import NetworkBuild, Progress
 __all__ = ["CompiledEngine", "Grouping", "KernelTotal", "measure_compiled"]
 
 Grouping = Literal["stage", "block", "operation", "kind"]
-
-COLUMNS = ("name", "kind", "block", "operation", "input_bytes", "constant_bytes", "output_bytes", "tensors")
-"""Of a manifest's list of kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +74,7 @@ class CompiledEngine:
             "by_stage": self._rows("stage"),
             "by_operation": self._rows("operation"),
             "by_kind": self._rows("kind"),
-            "kernel_list": {"columns": list(COLUMNS), "rows": [_row(kernel) for kernel in self.kernels]},
+            "kernel_list": {"columns": list(KERNEL_COLUMNS), "rows": [_row(kernel) for kernel in self.kernels]},
             "how": "the same graph compiled for a fixed batch; each kernel's inputs, constants and outputs once",
         }
 
@@ -141,7 +139,7 @@ def _total_bytes(kernels: Iterable[CompiledKernel]) -> int:
 
 
 def _row(kernel: CompiledKernel) -> list[str | int | None]:
-    """One kernel as `COLUMNS` name it; tensors as in "input 64x40 Half, constant 40 Float, output 64x40 Half"."""
+    """One kernel as `KERNEL_COLUMNS` name it; tensors as in "input 64x40 Half, constant 40 Float, output 64x40 Half"."""
     tensors = ", ".join(f"{tensor.role} {tensor}" for tensor in kernel.tensors)
     sizes = (kernel.input_bytes, kernel.constant_bytes, kernel.output_bytes)
     return [kernel.name, kernel.kind, kernel.block, kernel.operation, *sizes, tensors]
