@@ -173,7 +173,7 @@ def lying_manifests(draw: st.DrawFn, path: Path) -> bytes:
             holder = holder[key]
         action = draw(st.sampled_from(["replace", "remove", "double"]))
         if action == "replace":
-            holder[last] = draw(LIES)
+            holder[last] = copy.deepcopy(draw(LIES))
         elif action == "remove":
             del holder[last]
         elif isinstance(holder, list):

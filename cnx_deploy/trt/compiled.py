@@ -139,7 +139,7 @@ def _total_bytes(kernels: Iterable[CompiledKernel]) -> int:
 
 
 def _row(kernel: CompiledKernel) -> list[str | int | None]:
-    """One kernel as `KERNEL_COLUMNS` name it; tensors as in "input 64x40 Half, constant 40 Float, output 64x40 Half"."""
+    """A kernel by `KERNEL_COLUMNS`; tensors as in "input 64x40 Half, constant 40 Float, output 64x40 Half"."""
     tensors = ", ".join(f"{tensor.role} {tensor}" for tensor in kernel.tensors)
     sizes = (kernel.input_bytes, kernel.constant_bytes, kernel.output_bytes)
     return [kernel.name, kernel.kind, kernel.block, kernel.operation, *sizes, tensors]
