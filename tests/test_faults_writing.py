@@ -130,7 +130,9 @@ def test_build_atomic_a_commit_that_is_no_manifest_is_named(tmp_path: Path) -> N
 # --- 46: interrupted and terminated -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["sigint", "sigterm"])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM], ids=["sigint", "sigterm"]
+)
 def test_build_sigint_sigterm_ends_with_130_and_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     process = command(*TINY, cwd=tmp_path)
     deadline = time.monotonic() + 60

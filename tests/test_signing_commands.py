@@ -281,6 +281,7 @@ def test_without_the_extra_the_machine_lacks_something(artifact, keys, missing, 
     assert re.fullmatch(r"Error: Signatures take .*pip install 'cnx-deploy\[signing\]'\.\n", done.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the README's keys and is not here")
 def test_the_readmes_commands_sign_and_verify(exported, tmp_path):
     printed = run_in(tmp_path, block_after("## Signatures"), **{"atto-224-fp16": exported.manifest.stem})

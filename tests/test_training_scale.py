@@ -148,7 +148,8 @@ train(spec, progress=Tell())
 """
 
 
-@pytest.mark.parametrize("delay", [0.03, pytest.param(0.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.03, 0.0])
 def test_a_killed_run_resumes_to_the_same_curve(spec, colours, tmp_path, delay):
     script = tmp_path / "train.py"
     script.write_text(KILLED)
