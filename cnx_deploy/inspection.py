@@ -1,6 +1,7 @@
 """What is this file? A checkpoint, an ONNX file or an engine, told by its content, and what is known of it.
 
-An engine is never given to a deserialiser here: its manifest says what it is and which kernels it has.
+An engine is not given to a deserialiser: its manifest says what it is and which kernels it has. Without one, and only
+where somebody answers for it, `trusted_engine` reads it in a process of its own.
 """
 
 import json
@@ -9,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
 
 from cnx_deploy.artifacts import Artifact, open_artifact, sha256_of_file
 from cnx_deploy.errors import BuildError, InputError
@@ -26,6 +29,7 @@ __all__ = [
     "inspect_file",
     "kind_of_file",
     "recorded_artifact",
+    "trusted_engine",
     "with_compiled",
 ]
 
@@ -133,6 +137,24 @@ def with_compiled(
     )
     facts = {**found.facts, "runtime": backend.name, "runtime_version": backend.version, "compiled": compiled}
     return replace(found, facts=facts, notes=(*found.notes, "Compiled now and not run: the figures are no latency."))
+
+
+def trusted_engine(found: Inspection) -> Inspection:
+    """The inspection of an engine that no manifest names, and in its facts what TensorRT says of it.
+
+    It is deserialised in a child process, and whatever is in it may run there. Raises InputError for another kind of
+    file and for an engine with a manifest, CorruptArtifactError where TensorRT refuses it, MissingRequirementError
+    where this machine lacks the runtime or a GPU.
+    """
+    if found.kind != "engine" or found.facts:
+        what = "has a manifest, which says what it is" if found.kind == "engine" else f"is {found.description}"
+        raise InputError(f"{found.path} {what}: only an engine without one is to be trusted. Leave out --trust.")
+    from cnx_deploy.trt.deserialising import describe_engine
+
+    described = msgspec.to_builtins(describe_engine(found.path))
+    tensors = {tensor.pop("name"): tensor for tensor in described.pop("tensors")}
+    note = "It was read because you trust it: nothing else says where it is from."
+    return replace(found, facts={**described, "tensors": tensors}, notes=(note,))
 
 
 def kind_of_file(path: Path) -> FileKind:
@@ -246,7 +268,7 @@ def _engine_facts(artifact: Artifact | None) -> tuple[dict[str, Any], tuple[str,
     if artifact is None:
         return {}, (
             "No manifest beside it names it, so nothing is known of it. An engine is native code: do not run one "
-            "whose origin you do not know. Build it again with cnx-deploy build-trt.",
+            "whose origin you do not know. Build it again with cnx-deploy build-trt, or give --trust to have it read.",
         )
     manifest = artifact.manifest
     facts: dict[str, Any] = {

@@ -294,7 +294,7 @@ def _verify_engine(
     artifact: Artifact, reference: Reference, progress: Progress | None, outputs: SavedOutputs | None
 ) -> Verification:
     try:
-        runner = open_runner(artifact)
+        runner = open_runner(artifact, in_child_first=True)
     except MissingRequirementError as error:
         return Verification(artifact.path.name, "engine", (), not_run=(str(error),))
     with runner:
