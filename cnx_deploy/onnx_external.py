@@ -25,7 +25,6 @@ BITS = {
 """Of an element, by onnx.TensorProto.DataType; 8 is text, which has no fixed size and is no weight."""
 
 WHOLE_NUMBER = re.compile(r"[0-9]{1,19}")
-DO = "Leave the file, or export the model again from a source you trust."
 
 
 def check_tensors(
@@ -46,7 +45,7 @@ def check_tensors(
         if total > most:
             raise RefusedArtifactError(
                 f"{path} is refused: its tensors up to {tensor.name!r} claim {total:,} bytes, where at most {most:,} "
-                f"are expected. {DO}"
+                f"are expected. Export the model again, from a source you trust."
             )
         if tensor.external or tensor.is_external:
             file = _place(path, tensor, listed)
@@ -133,7 +132,8 @@ def _check_range(path: Path, tensor: TensorClaim, file: Path, expected: int) -> 
 
 def _refused(path: Path, tensor: TensorClaim, found: str, expected: str) -> RefusedArtifactError:
     return RefusedArtifactError(
-        f"{path} is refused: the outside data of tensor {tensor.name!r} {found}; expected {expected}. {DO}"
+        f"{path} is refused: the outside data of tensor {tensor.name!r} {found}; expected {expected}. "
+        "Export the model again, from a source you trust."
     )
 
 

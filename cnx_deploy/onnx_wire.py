@@ -76,8 +76,6 @@ LOW = 0xFFFFFFFF
 EXTERNAL = 1
 MOST_DIMS = 64
 
-TOO_LARGE = "Only files as exporters write them are taken: make it again, or leave it."
-
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading; a pipe, a device or a folder is an InputError and not waited for."""
@@ -222,7 +220,7 @@ class _Walk:
     def refused(self, what: str, found: int, most: int, more: str = "") -> RefusedArtifactError:
         return RefusedArtifactError(
             f"{self.path} is refused: {found:,} {f'{more} ' if more else ''}{what}, where at most {most:,} are "
-            f"expected. {TOO_LARGE}"
+            f"expected. Export the model again, from a source you trust."
         )
 
 

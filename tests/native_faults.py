@@ -1,10 +1,12 @@
-"""What native code does to a process when it goes wrong; run in a child by tests/test_isolation.py."""
+"""What native code does to a process when it goes wrong; run in a child."""
 
 import ctypes
 import os
+import random
 import signal
 import sys
 import time
+from pathlib import Path
 
 from cnx_deploy.errors import InputError
 
