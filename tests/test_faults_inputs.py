@@ -1,4 +1,4 @@
-"""What a caller gives a runner, files that take something else, pixels that are no numbers: fault-table rows 8 to 14, 20."""
+"""What a caller gives a runner, files that take something else, pixels that are no numbers: rows 8 to 14 and 20."""
 
 import json
 import math

@@ -142,8 +142,9 @@ def test_parity_detects_broken_grn_and_other_faults_at_export(
 ) -> None:
     plant, says = MUTANTS[name]
     plant(monkeypatch)
-    with pytest.raises((GraphCheckError, ParityError), match=says):
+    with pytest.raises((GraphCheckError, ParityError), match=says) as caught:
         export(tiny_variant, DeploySpec(precision, SIZE), tmp_path)
+    assert caught.value.exit_code == 3
     assert not list(tmp_path.glob("*.onnx*"))
 
 
