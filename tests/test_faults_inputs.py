@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from PIL import Image, ImageFile
 
 from cnx_deploy.artifacts import Artifact
-from cnx_deploy.cli import main
+from cnx_deploy.cli import main, options
 from cnx_deploy.data import Preprocessing, load_image
 from cnx_deploy.errors import CnxDeployError, CorruptArtifactError, InputError, RefusedArtifactError
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
@@ -216,6 +216,14 @@ def test_nan_inf_input_of_weights_that_overflow_gives_no_answer_and_no_bare_nan(
         assert (document["error"], document["exit_code"], told in document["message"]) == ("CheckFailedError", 3, True)
     else:
         assert printed.out == ""
+
+
+def test_nan_inf_input_is_null_in_the_one_way_that_commands_print_json(capsys: pytest.CaptureFixture[str]) -> None:
+    options.echo_json({"row": [math.nan, {"limit": -math.inf}], "number": 1.5})
+    assert json.loads(capsys.readouterr().out) == {"row": [None, {"limit": None}], "number": 1.5}
+    folder = Path(options.__file__).parent
+    writing = [path.name for path in folder.glob("*.py") if "json.dump" in path.read_text(encoding="utf-8")]
+    assert sorted(writing) == ["__init__.py", "options.py"]  # the first prints an error: three texts and a code
 
 
 # --- 14, 20: what a library would do for a caller that does not ask ---------------------------------------------------

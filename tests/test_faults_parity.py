@@ -27,8 +27,6 @@ from cnx_deploy.verification import recorded_model
 from tests.foreign_models import randomise
 from tests.hot_networks import images_for
 
-SLOW = pytest.mark.slow
-
 # --- 1: every variant -------------------------------------------------------------------------------------------------
 
 
@@ -53,7 +51,9 @@ def images_of_both_kinds(side: int) -> Tensor:
     return torch.cat([torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(3)), photo])
 
 
-@pytest.mark.parametrize("name", [each if each == "atto" else pytest.param(each, marks=SLOW) for each in VARIANTS])
+@pytest.mark.parametrize(
+    "name", [each if each == "atto" else pytest.param(each, marks=pytest.mark.slow) for each in VARIANTS]
+)
 def test_parity_all_variants_fp32_every_stage_is_timms(name: str, tmp_path: Path) -> None:
     theirs = randomise(timm.create_model(f"convnextv2_{name}", pretrained=False).eval())
     torch.save(theirs.state_dict(), tmp_path / "timm.pt")

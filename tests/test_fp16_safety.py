@@ -57,7 +57,8 @@ def assert_safe(model: ConvNeXtV2, spec: DeploySpec, folder: Path) -> None:
     runner = EmulatedRunner(exported(model, spec, folder))
     images = images_for(spec.image_size, kind=spec.input_kind)
     assert runner.evaluate(images).first_nonfinite is None
-    assert GATES["fp16"].failures(against_float64(runner, model, spec)) == ()
+    found = against_float64(runner, model, spec)
+    assert (GATES["fp16"].failures(found), found.centred_cosine_min >= 0.9995) == ((), True)
 
 
 @pytest.mark.parametrize("factor", [FACTORS[0], FACTORS[-1]])
