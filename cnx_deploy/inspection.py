@@ -163,7 +163,8 @@ def kind_of_file(path: Path) -> FileKind:
         with open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size
             head = stream.read(16)
-            if head[:4] == ZIP_MAGIC or head[:2] in PICKLE_PROTOCOLS:
+            # No instruction of pickle is zero; safetensors with a header of 640 bytes begins with 80 02 00.
+            if head[:4] == ZIP_MAGIC or (head[:2] in PICKLE_PROTOCOLS and head[2:3] != b"\0"):
                 return "pickle"
             if head[1:4] == ENGINE_MAGIC:
                 return "engine"

@@ -103,14 +103,16 @@ def _image_input(path: Path, facts: GraphFacts) -> tuple[str, tuple[int, ...]]:
     inputs, outputs = list(facts.inputs.items()), list(facts.outputs.items())
     if len(inputs) == len(outputs) == 1:
         (name, (kind, shape)), (_, (given, logits)) = inputs[0], outputs[0]
-        batch = shape[0] if shape and isinstance(shape[0], int) and shape[0] > 0 else 1
-        sides = tuple(size for size in shape[1:] if isinstance(size, int) and size > 0)
-        takes = kind in ("FLOAT", "UINT8") and len(shape) == 4 and len(sides) == 3 and sides[0] == 3
-        if takes and sides[1] == sides[2] and given == "FLOAT" and len(logits) == 2 and isinstance(logits[1], int):
-            return name, (batch, *sides)
+        side = shape[2] if len(shape) == 4 else None
+        takes = {"FLOAT": (3, side, side), "UINT8": (side, side, 3)}.get(kind)
+        gives = given == "FLOAT" and len(logits) == 2 and isinstance(logits[1], int)
+        if gives and isinstance(side, int) and takes == shape[1:]:
+            batch = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else 1
+            return name, (batch, *(int(size) for size in shape[1:]))
     raise InputError(
-        f"{path.name} takes {_words(facts.inputs)} and gives {_words(facts.outputs)}: expected images (batch, 3, S, S) "
-        "of FLOAT or UINT8 and logits (batch, classes) of FLOAT. Export a classifier for one size of image."
+        f"{path.name} takes {_words(facts.inputs)} and gives {_words(facts.outputs)}: expected images, FLOAT "
+        "(batch, 3, S, S) or UINT8 (batch, S, S, 3), and logits (batch, classes) of FLOAT. Export a classifier for one "
+        "size of image."
     )
 
 

@@ -47,15 +47,22 @@ class TensorClaim:
 
 @dataclass(frozen=True, slots=True)
 class WireFacts:
-    """What was counted. `messages`: how many there are of each kind."""
+    """What was counted. `messages`: how many of each kind; `domains`: of operators, the standard's left out."""
 
     messages: Counter[str]
     tensors: tuple[TensorClaim, ...]
+    domains: tuple[str, ...] = ()
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """Where tensors lie outside the file, each place once."""
+        found = {value for tensor in self.tensors for key, value in tensor.external if key == "location"}
+        return tuple(sorted(found))
 
 
 # onnx/onnx.proto: the fields of each message that hold one which is walked.
 HOLDS: dict[str, dict[int, str]] = {
-    "Model": {7: "Graph", 20: "TrainingInfo", 25: "Function"},
+    "Model": {7: "Graph", 8: "OperatorSet", 20: "TrainingInfo", 25: "Function"},
     "TrainingInfo": {1: "Graph", 2: "Graph"},
     "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
     "Function": {7: "Node", 11: "Attribute"},
@@ -67,6 +74,7 @@ MODEL_FIELDS = {1: 0, 2: 2, 3: 2, 4: 2, 5: 0, 6: 2, 7: 2, 8: 2, 14: 2, 20: 2, 25
 """ModelProto's fields and their wire types: 0 is a number, 2 has a length."""
 
 GRAPH_FIELD = 7
+STANDARD = frozenset({"", "ai.onnx"})
 NUMBER, EIGHT_BYTES, LENGTH, FOUR_BYTES = 0, 1, 2, 5
 DIMS, DATA_TYPE, NAME, RAW_DATA, EXTERNAL_DATA, DATA_LOCATION = 1, 2, 8, 9, 13, 14
 LONGEST_TEXT = 4096
@@ -125,13 +133,14 @@ class _Walk:
         self.fields = 0
         self.messages: Counter[str] = Counter()
         self.tensors: list[TensorClaim] = []
+        self.domains: set[str] = set()
 
     def facts(self) -> WireFacts:
         size = os.fstat(self.stream.fileno()).st_size
         if size > self.limits.file_bytes:
             raise self.refused("bytes", size, self.limits.file_bytes)
         self.message("Model", size, 0)
-        return WireFacts(self.messages, tuple(self.tensors))
+        return WireFacts(self.messages, tuple(self.tensors), tuple(sorted(self.domains - STANDARD)))
 
     def message(self, kind: str, end: int, depth: int) -> None:
         """Walk one message from here to `end`."""
@@ -142,6 +151,9 @@ class _Walk:
             raise self.refused("nodes", self.messages["Node"], self.limits.nodes, "or more")
         if kind == "Tensor":
             self.tensors.append(self.tensor(end))
+            return
+        if kind == "OperatorSet":
+            self.domains.add(self.entry(end)[0])
             return
         holds = HOLDS[kind]
         for number, wire_type, value in self.row(end):
@@ -203,7 +215,7 @@ class _Walk:
         return found
 
     def entry(self, end: int) -> tuple[str, str]:
-        """A StringStringEntryProto."""
+        """A StringStringEntryProto, or of an OperatorSetIdProto its domain."""
         key = value = ""
         for number, wire_type, length in self.row(end):
             here = self.stream.tell()

@@ -126,8 +126,8 @@ def classify_files(
 ) -> Iterator[Prediction]:
     """Yield one prediction a path, in order; a file that cannot be read gives its reason and the rest go on.
 
-    `top` is cut to the number of classes, `batch_size` to the runner's range. Raises CheckFailedError for logits that
-    are not finite.
+    `top` is cut to the number of classes, `batch_size` to the runner's range. Raises CheckFailedError, which names the
+    file, for logits that are not finite.
     """
     spec = classifier.runner.input_spec
     size = max(spec.min_batch, min(batch_size, spec.max_batch or batch_size))
@@ -135,7 +135,8 @@ def classify_files(
     while batch := list(itertools.islice(remaining, size)):
         read = [_read(path, classifier.preprocessing) for path in batch]
         images = [pixels for pixels in read if isinstance(pixels, Tensor)]
-        rows = iter(_probabilities(classifier, images) if images else ())
+        taken = [path for path, pixels in zip(batch, read, strict=True) if isinstance(pixels, Tensor)]
+        rows = iter(_probabilities(classifier, images, taken) if images else ())
         for path, pixels in zip(batch, read, strict=True):
             if isinstance(pixels, Tensor):
                 yield Prediction(path, _best(next(rows), classifier, top))
@@ -202,14 +203,18 @@ def _read(path: Path, preprocessing: Preprocessing) -> Tensor | str:
         return str(error)
 
 
-def _probabilities(classifier: Classifier, images: Sequence[Tensor]) -> Tensor:
+def _probabilities(classifier: Classifier, images: Sequence[Tensor], paths: Sequence[Path]) -> Tensor:
     """(S, S, 3) uint8 pixels each -> (N, classes) float64; a batch below the runner's smallest is filled up."""
     runner = classifier.runner
     missing = max(0, runner.input_spec.min_batch - len(images))
     pixels = torch.stack([*images, *[images[-1]] * missing])
     logits = runner.run(runner_input(pixels, runner.input_spec.kind).to(runner.device))[: len(images)].cpu()
-    if not bool(torch.isfinite(logits).all()):
-        raise CheckFailedError("The model gave logits that are not finite. Check it with cnx-deploy verify.")
+    finite = torch.isfinite(logits).all(dim=1).tolist()
+    if not all(finite):
+        raise CheckFailedError(
+            f"The model gave logits that are not finite for {paths[finite.index(False)]}, and numbers were expected. "
+            "Check it with cnx-deploy verify."
+        )
     if classifier.class_names and len(classifier.class_names) != logits.shape[1]:
         raise CorruptArtifactError(
             f"The model has {logits.shape[1]} classes and its record {len(classifier.class_names)} names. Export again."

@@ -25,11 +25,11 @@ from cnx_deploy.data import (
 )
 from cnx_deploy.data.batches import Batch
 from cnx_deploy.data.dataset import evenly
-from cnx_deploy.errors import CorruptArtifactError, InputError, MissingRequirementError
+from cnx_deploy.errors import CorruptArtifactError, GraphCheckError, InputError, MissingRequirementError
 from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, load_checkpoint, load_pretrained
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.onnx_export import deploy_spec_from_request
-from cnx_deploy.onnx_rules import check_graph
+from cnx_deploy.onnx_rules import GraphFacts, check_graph
 from cnx_deploy.parity import GATES, Gate, ParityResult, differences, logits_of
 from cnx_deploy.runners.base import InputSpec, Runner
 from cnx_deploy.runners.opening import checked_by, open_onnx, open_runner
@@ -208,12 +208,13 @@ def verify_artifact(
 
     `runners`: names of `runners.opening.ONNX_RUNNERS` for an ONNX file, by default those that prove most; engines run
     on their GPU alone. `outputs`: where both sides' logits are saved. Raises CorruptArtifactError when its bytes are
-    not what the manifest says; a runner that this machine lacks the hardware for is reported, not raised.
+    not what the manifest says, GraphCheckError when its inputs or outputs are not; a runner that this machine lacks the
+    hardware for is reported, not raised.
     """
     artifact = open_artifact(artifact.path)
     if artifact.manifest.kind == "engine":
         return _verify_engine(artifact, reference, progress, outputs)
-    check_graph(artifact.path, artifact.file_names)
+    _check_promised(artifact, check_graph(artifact.path, artifact.file_names))
     precision = str(artifact.manifest.request["precision"])
     results = []
     for name in runners or checked_by(precision):
@@ -227,6 +228,24 @@ def verify_artifact(
     computed_in_fp32 = precision == "fp16" and any(not name.startswith("emulate-") for name in runners or ("",))
     notes = (HIDES_OVERFLOW,) if computed_in_fp32 else ()
     return Verification(artifact.path.name, "onnx", tuple(results), notes=notes)
+
+
+def _check_promised(artifact: Artifact, graph: GraphFacts) -> None:
+    """Raise GraphCheckError where the graph's inputs or outputs are not the recorded ones.
+
+    ONNX Runtime is given one tensor and gives one, whatever they are called; an engine built from the file would not.
+    """
+    for kind, found in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+        now = {name: [element, list(shape)] for name, (element, shape) in found.items()}
+        recorded = artifact.manifest.facts.get(kind, now)
+        if recorded == now:
+            continue
+        what = "called" if list(recorded) != list(now) else "of the type and shape"
+        said = [", ".join(each) if what == "called" else str(each) for each in (now, dict(recorded))]
+        raise GraphCheckError(
+            f"The {kind} of {artifact.path.name} are {what} {said[0]}, and its manifest says {said[1]}. Export it "
+            "again."
+        )
 
 
 def gate_of(artifact: Artifact) -> Gate:

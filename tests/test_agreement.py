@@ -207,7 +207,7 @@ def test_a_flip_of_a_margin_within_the_noise_is_excused_and_passes() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("side", [0, 1])
-def test_logits_that_are_not_finite_fail_and_name_their_image(value: float, side: int) -> None:
+def test_parity_nan_never_passes_and_its_image_is_named(value: float, side: int) -> None:
     pair = [*noisy(1e-3)]
     pair[side][9, 4] = value
     pair[0][30] = first_two_swapped(pair[1][30])
@@ -326,7 +326,7 @@ def test_a_planted_flip_is_printed_with_its_path_and_exits_with_3(
     assert found["agreement"]["agreeing_percent"] == 95.0
 
 
-def test_a_broken_image_is_counted_and_named_and_the_others_are_judged(cnx: Cnx, images: Path) -> None:
+def test_dataset_bad_files_are_counted_by_verify(cnx: Cnx, images: Path) -> None:
     broken = images / "c" / "02.png"
     broken.write_bytes(broken.read_bytes()[:100])
     code, out, _ = cnx("verify", "--data", images)
@@ -369,7 +369,9 @@ def test_a_folder_of_broken_images_only_is_a_usage_error(cnx: Cnx, images: Path)
     assert (code, "No image of" in err, "(20) can be read" in err) == (2, True, True)
 
 
-def test_logits_that_are_not_finite_exit_with_3(cnx: Cnx, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_nan_never_passes_and_verify_exits_with_3(
+    cnx: Cnx, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     altered(monkeypatch, lambda logits: logits * math.nan, images / "a" / "00.png")
     code, out, _ = cnx("verify", "--data", images, "--json")
     found = json_result(out)

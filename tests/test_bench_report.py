@@ -46,7 +46,7 @@ def test_the_first_peer_of_the_run_is_the_baseline_of_the_table() -> None:
     assert "2.00" not in last
 
 
-def test_a_percentile_that_the_sample_cannot_carry_is_said_to_take_more() -> None:
+def test_bench_refuses_invalid_a_percentile_takes_more_is_said() -> None:
     *_, line = table_lines(benchmark_of(row(1, 100, milliseconds=[10.0] * 99)))
     assert "n<100" in line
     assert "n<500" in line

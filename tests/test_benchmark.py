@@ -81,7 +81,7 @@ def test_latency_is_the_time_of_a_call_and_throughput_its_images(runner):
         (500, (True, True, True)),
     ],
 )
-def test_a_percentile_is_none_when_the_sample_cannot_carry_it(runner, calls, carried):
+def test_bench_refuses_invalid_a_percentile_that_the_sample_cannot_carry(runner, calls, carried):
     latency = timings(runner(8.0), calls=calls)[0].latency
     found = (latency.p90_ms, latency.p95_ms, latency.p99_ms)
     assert (latency.calls, tuple(value is not None for value in found)) == (calls, carried)
@@ -128,7 +128,7 @@ def test_steady_right_answers_are_ok(runner):
     assert (timing.status, timing.correctness.relative_l2, timing.correctness.calls) == ("OK", 0.0, 3)
 
 
-def test_wrong_logits_make_a_timing_invalid(runner):
+def test_bench_refuses_invalid_wrong_logits(runner):
     timing = timings(runner(8.0, logits=LOGITS * 1.01))[0]
     found = timing.correctness
     assert (timing.status, found.relative_l2) == ("INVALID", pytest.approx(0.01, rel=1e-4))
@@ -136,7 +136,7 @@ def test_wrong_logits_make_a_timing_invalid(runner):
     assert any("relative L2" in remark for remark in timing.remarks)
 
 
-def test_logits_that_go_wrong_only_while_timed_make_a_timing_invalid(runner):
+def test_bench_refuses_invalid_logits_that_go_wrong_while_timed(runner):
     class Spoiled(KnownSpeed):
         def run(self, images: Tensor) -> Tensor:
             right = super().run(images)
@@ -146,7 +146,7 @@ def test_logits_that_go_wrong_only_while_timed_make_a_timing_invalid(runner):
     assert timings(Spoiled(steady.wait, steady.milliseconds), calls=200)[0].status == "INVALID"
 
 
-def test_nan_logits_make_a_timing_invalid_without_a_gate(runner):
+def test_bench_refuses_invalid_nan_logits(runner):
     broken = Candidate("nan", runner(8.0, logits=LOGITS * float("nan")), 0.0, None, gate=None)
     timing = measure_together([broken], [IMAGES], BenchSpec(0.1), expected=LOGITS)[0]
     found = timing.correctness
@@ -170,7 +170,7 @@ def test_measuring_goes_on_until_the_last_three_windows_agree(runner, late_ms, s
     assert timing.latency.max_ms == late_ms if calls > 60 else timing.latency.min_ms == 8.0
 
 
-def test_a_speed_that_never_settles_is_unstable_after_ten_windows(runner):
+def test_bench_refuses_invalid_a_speed_that_never_settles_is_unstable(runner):
     steady = runner(8.0)
     warm_up = calls_of_warm_up(steady)
     growing = runner(lambda index: 8.0 * 1.1 ** (max(0, index - warm_up) // 20))

@@ -116,7 +116,7 @@ def test_the_variant_is_found_from_the_shapes(tmp_path):
     assert (loaded.model.variant.name, loaded.model.num_classes) == ("femto", 5)
 
 
-def test_weights_of_another_variant_name_the_first_tensor_and_both_shapes(tmp_path):
+def test_checkpoint_wrong_variant_names_the_first_tensor_and_both_shapes(tmp_path):
     path = saved(random_model("atto", 5).state_dict(), tmp_path / "atto.pt")
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(path, "pico")
@@ -125,13 +125,13 @@ def test_weights_of_another_variant_name_the_first_tensor_and_both_shapes(tmp_pa
     assert "Give 'atto', whose shapes it has" in message
 
 
-def test_depths_that_no_variant_has_are_named(tiny_model, tmp_path):
+def test_checkpoint_wrong_variant_that_no_table_has(tiny_model, tmp_path):
     path = saved(tiny_model.state_dict(), tmp_path / "tiny.pt")
     with pytest.raises(CheckpointError, match=r"depths \(1, 1, 2, 1\) and widths \(8, 16, 32, 64\).*none of the known"):
         load_checkpoint(path)
 
 
-def test_the_difference_table_shows_every_kind_in_aligned_columns(tiny_model, tiny_variant, tmp_path):
+def test_checkpoint_wrong_variant_the_table_shows_every_kind_of_difference(tiny_model, tiny_variant, tmp_path):
     state = tiny_model.state_dict()
     del state["stages.2.1.grn.gamma"]
     state["stages.0.0.pwconv1.bias"] = torch.ones(7)
@@ -182,7 +182,7 @@ def test_class_names_that_do_not_match_the_head_are_corrupt(tiny_model, tiny_var
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_value_that_is_not_finite_names_its_tensor(tiny_model, tiny_variant, tmp_path, value):
+def test_checkpoint_nan_weights_are_named(tiny_model, tiny_variant, tmp_path, value):
     state = tiny_model.state_dict()
     state["stages.1.0.pwconv2.weight"][3, 5] = value
     with pytest.raises(CorruptArtifactError, match=r"stages\.1\.0\.pwconv2\.weight holds NaN or infinity"):

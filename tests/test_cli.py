@@ -113,7 +113,7 @@ def test_the_version_is_the_packages(cnx):
         (("eval", "absent.onnx", "."), "No such file"),
     ],
 )
-def test_wrong_usage_and_input_are_exit_code_2_with_one_message(cnx, empty, words, expected):
+def test_log_and_error_hygiene_wrong_usage_is_exit_code_2_with_one_message(cnx, empty, words, expected):
     code, out, err = cnx(*words)
     assert (code, out) == (2, "")
     assert expected in err
@@ -129,7 +129,7 @@ def test_wrong_usage_and_input_are_exit_code_2_with_one_message(cnx, empty, word
         (("inspect", "--json"), "MissingParameter"),
     ],
 )
-def test_an_error_with_json_is_the_one_document_on_stdout(cnx, empty, words, name):
+def test_log_and_error_hygiene_an_error_with_json_is_the_one_document(cnx, empty, words, name):
     code, out, err = cnx(*words)
     document = json.loads(out)
     assert (code, document["exit_code"], document["error"]) == (2, 2, name)
@@ -146,7 +146,7 @@ def test_what_the_system_refuses_is_a_message_and_exit_code_1(cnx, empty, monkey
     assert err.startswith("Error: The system refused: [Errno 28] No space left on device")
 
 
-def test_a_traceback_is_shown_with_debug_only(cnx, empty):
+def test_log_and_error_hygiene_a_traceback_is_shown_with_debug_only(cnx, empty):
     from cnx_deploy.errors import InputError
 
     assert "Traceback" not in cnx("inspect", "absent.onnx")[2]
@@ -154,7 +154,7 @@ def test_a_traceback_is_shown_with_debug_only(cnx, empty):
         main(["--debug", "inspect", "absent.onnx"])
 
 
-def test_ctrl_c_is_exit_code_130(cnx, empty, monkeypatch):
+def test_build_sigint_sigterm_is_exit_code_130(cnx, empty, monkeypatch):
     def interrupted(folder):
         raise KeyboardInterrupt
 
@@ -207,7 +207,7 @@ def test_what_export_wrote_predicts_one_line_an_image_and_says_that_weights_are_
     assert "random" in err
 
 
-def test_a_bad_image_is_exit_code_2_after_the_answers_of_the_others(cnx, project):
+def test_empty_and_truncated_image_is_exit_code_2_after_the_other_answers(cnx, project):
     (project / "images" / "0" / "0.png").write_text("no image")
     code, out, err = cnx("predict", "export/atto-64-fp32.onnx", "images", "--json")
     rows = json.loads(out)["predictions"]
@@ -245,7 +245,7 @@ def test_an_altered_file_is_exit_code_4_for_whoever_would_read_it(cnx, project, 
     assert "was altered: SHA-256" in err
 
 
-def test_a_foreign_engine_is_refused_with_exit_code_4(cnx, project):
+def test_engine_unsigned_or_unlisted_is_refused_by_predict(cnx, project):
     (project / "foreign.engine").write_bytes(b"vtrt" + bytes(100))
     code, _, err = cnx("predict", "foreign.engine", "images")
     assert code == 4
@@ -254,7 +254,7 @@ def test_a_foreign_engine_is_refused_with_exit_code_4(cnx, project):
 
 @pytest.mark.skipif(not package_version("tensorrt-rtx"), reason="tensorrt-rtx is not installed")
 @pytest.mark.skipif(bool(find_gpus()), reason="has a GPU, where an engine would run")
-def test_what_takes_a_gpu_is_exit_code_5_without_one(cnx, project):
+def test_no_gpu_behaviour_is_exit_code_5_where_a_gpu_is_needed(cnx, project):
     code, out, _ = cnx("build-trt", "--target", "sm89", "--runtime", "tensorrt-rtx")
     assert (code, out) == (0, "engines/atto-64-fp16-rtx-sm89.engine\n")
     for words in (("verify", out.strip()), ("predict", out.strip(), "images"), ("build-trt", "--target", "current")):

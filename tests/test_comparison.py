@@ -95,9 +95,7 @@ def test_a_batch_outside_the_exported_range_is_said_and_not_timed(artifacts: lis
 
 
 @pytest.mark.skipif(bool(find_gpus()), reason="a GPU is here: engines run")
-def test_an_engine_without_a_gpu_shows_its_kernels_and_that_it_was_not_run(
-    folder: Path, artifacts: list[Artifact]
-) -> None:
+def test_no_gpu_behaviour_bench_says_that_an_engine_was_not_run(folder: Path, artifacts: list[Artifact]) -> None:
     compiled = next(a for a in artifacts if a.manifest.kind == "engine").manifest.facts["compiled"]
     (missing,) = bench_artifacts(artifacts, BenchRequest(batches=(1,), duration=DURATION)).not_run
     assert (missing.kernels, missing.batch) == (compiled["kernels"], 4)
@@ -150,7 +148,7 @@ def test_the_demo_reads_its_closing_table_from_the_document(folder: Path) -> Non
         assert demo.speed_of(engine, speed, not_run).endswith("latency: not run (no GPU)")
 
 
-def test_a_file_whose_timed_logits_are_wrong_is_invalid_and_fails_the_command(folder: Path, tmp_path: Path) -> None:
+def test_bench_refuses_invalid_and_the_command_fails(folder: Path, tmp_path: Path) -> None:
     """The weights of another seed under a manifest that vouches for them."""
     request = ExportRequest(
         variant="atto", seed=1, image_size=32, batch=(1, 2, 4), precisions=("fp32",), output_dir=tmp_path / "export"
@@ -199,7 +197,7 @@ def test_the_gate_lets_an_untouched_run_pass(folder: Path, baseline: Path) -> No
     assert "gate: atto-32-fp32.onnx batch 2: ok, ratio to torch eager fp32" in result.stdout
 
 
-def test_the_gate_fails_a_planted_regression(folder: Path, baseline: Path) -> None:
+def test_bench_refuses_invalid_a_planted_regression(folder: Path, baseline: Path) -> None:
     document = json.loads(baseline.read_text(encoding="utf-8"))
     (planted,) = (row for row in document["rows"] if row["name"] == "atto-32-fp32.onnx")
     planted["ratios"][0]["ratio"] *= 1e6  # beyond what a busy machine does to a ratio
@@ -224,7 +222,7 @@ def test_a_baseline_of_another_machine_without_a_common_peer_is_refused_before_m
 
 
 @pytest.mark.skipif(bool(find_gpus()), reason="a GPU is here: engines run")
-def test_an_engine_that_is_named_without_a_gpu_is_an_error(folder: Path) -> None:
+def test_no_gpu_behaviour_bench_refuses_an_engine_that_is_named(folder: Path) -> None:
     result = CliRunner().invoke(bench, [str(folder / "engines" / "atto-32-fp16-rtx-sm89.engine")])
     assert isinstance(result.exception, MissingRequirementError)
 

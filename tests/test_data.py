@@ -38,7 +38,7 @@ def write_classes(root: Path, counts: dict[str, int]) -> Path:
 
 @pytest.mark.parametrize("size", [(224, 224), (640, 427), (427, 641), (97, 303), (50, 1400)])
 @pytest.mark.parametrize(("image_size", "crop_ratio"), [(224, 0.875), (288, 0.95), (64, 1.0)])
-def test_pixels_are_those_of_timms_evaluation_transform(size, image_size, crop_ratio):
+def test_preprocess_parity_pixels_are_timms(size, image_size, crop_ratio):
     image = picture(*size)
     reference = create_transform(image_size, interpolation="bicubic", crop_pct=crop_ratio, normalize=False)(image)
     pixels = Preprocessing(image_size, crop_ratio).pixels(image)
@@ -46,7 +46,7 @@ def test_pixels_are_those_of_timms_evaluation_transform(size, image_size, crop_r
     assert difference.abs().max() <= 1
 
 
-def test_normalised_pixels_are_those_of_timms_evaluation_transform():
+def test_preprocess_parity_normalised_pixels_are_timms():
     image, preprocessing = picture(320, 240), Preprocessing()
     reference = create_transform(224, interpolation="bicubic", crop_pct=0.875)(image)
     normalised = preprocessing.normalise(preprocessing.pixels(image)[None])[0]
@@ -61,27 +61,27 @@ def test_normalise_gives_the_same_for_uint8_and_float_batches():
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "RGBA", "LA", "1", "P"])
-def test_every_mode_becomes_the_rgb_that_pillow_converts_it_to(mode):
+def test_odd_images_of_every_mode_become_pillows_rgb(mode):
     image = picture(32, 32).convert(mode)
     pixels = Preprocessing(32, 1.0).pixels(image)
     assert np.array_equal(pixels.numpy(), np.asarray(image.convert("RGB")))
 
 
-def test_palette_with_transparency_keeps_its_colours(tmp_path):
+def test_odd_images_with_palette_and_transparency_keep_their_colours(tmp_path):
     image = picture(64, 64).convert("P")
     image.save(tmp_path / "palette.png", transparency=bytes([0] * 128 + [255] * 128))
     pixels = Preprocessing(64, 1.0).pixels(load_image(tmp_path / "palette.png"))
     assert np.array_equal(pixels.numpy(), np.asarray(image.convert("RGB")))
 
 
-def test_16_bit_grey_keeps_its_upper_byte(tmp_path):
+def test_odd_images_of_16_bit_grey_keep_their_upper_byte(tmp_path):
     values = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
     Image.fromarray(values).save(tmp_path / "deep.png")
     pixels = Preprocessing(32, 1.0).pixels(load_image(tmp_path / "deep.png"))
     assert np.array_equal(pixels[..., 1].numpy(), values >> 8)
 
 
-def test_exif_orientation_is_applied(tmp_path):
+def test_odd_images_are_turned_by_their_exif(tmp_path):
     image = picture(64, 48)
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: show it rotated by 270 degrees
@@ -90,12 +90,12 @@ def test_exif_orientation_is_applied(tmp_path):
     assert torch.equal(pixels, Preprocessing(32).pixels(image.transpose(Image.Transpose.ROTATE_270)))
 
 
-def test_one_pixel_becomes_a_whole_image_of_it():
+def test_odd_images_of_one_pixel():
     pixels = Preprocessing(32).pixels(Image.new("RGB", (1, 1), (10, 20, 30)))
     assert torch.equal(pixels, torch.tensor([10, 20, 30], dtype=torch.uint8).expand(32, 32, 3))
 
 
-def test_an_image_too_long_and_thin_to_resize_is_refused():
+def test_odd_images_too_long_and_thin_to_resize_are_refused():
     with pytest.raises(InputError, match="resized to 2560000x256"):
         Preprocessing(224).pixels(Image.new("L", (10_000, 1)))
 
@@ -138,7 +138,7 @@ def test_a_cameras_multi_picture_jpeg_is_read_as_its_first_picture(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["gif", "tiff", "pdf", "ico"])
-def test_another_format_is_refused_under_an_allowed_name(tmp_path, suffix):
+def test_disallowed_image_format_under_an_allowed_name(tmp_path, suffix):
     picture(40, 40).save(tmp_path / f"image.{suffix}")
     (tmp_path / f"image.{suffix}").rename(tmp_path / "image.jpg")
     with pytest.raises(InputError, match=r"image\.jpg cannot be read"):
@@ -146,7 +146,7 @@ def test_another_format_is_refused_under_an_allowed_name(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp"])
-def test_an_animation_is_refused(tmp_path, suffix):
+def test_disallowed_image_format_of_an_animation(tmp_path, suffix):
     path = tmp_path / f"moving.{suffix}"
     picture(40, 30).save(path, save_all=True, append_images=[picture(40, 30, seed=1)], duration=100)
     with pytest.raises(InputError, match="animation"):
@@ -155,7 +155,7 @@ def test_an_animation_is_refused(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.9])
-def test_a_truncated_file_is_refused_by_name(tmp_path, suffix, kept):
+def test_empty_and_truncated_image_is_refused_by_name(tmp_path, suffix, kept):
     path = tmp_path / f"image.{suffix}"
     picture(64, 64).save(path)
     os.truncate(path, int(path.stat().st_size * kept))
@@ -164,7 +164,7 @@ def test_a_truncated_file_is_refused_by_name(tmp_path, suffix, kept):
 
 
 @pytest.mark.parametrize("side", [9_500, 50_000])  # between Pillow's warning and its error, and above both
-def test_an_image_above_the_pixel_limit_is_refused_before_it_is_decoded(tmp_path, side):
+def test_decompression_bomb_png_is_refused_by_its_header(tmp_path, side):
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 

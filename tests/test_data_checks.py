@@ -55,7 +55,7 @@ def test_images_that_can_be_read_pass_the_check(root):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_broken_images_are_found_with_their_reasons_in_order(root, workers):
+def test_dataset_bad_files_are_found_with_their_reasons(root, workers):
     for name in ("b/003", "a/001"):
         truncate(root / "train" / f"{name}.png")
     (root / "train" / "a" / "002.png").write_text("no image")
@@ -78,7 +78,7 @@ def test_every_image_is_checked_where_there_are_more_than_one_thread_takes_at_on
     assert told == [64, 100]
 
 
-def test_a_dataset_without_its_broken_images_keeps_the_others_and_their_labels(root):
+def test_dataset_bad_files_leave_the_others_and_their_labels(root):
     truncate(root / "train" / "a" / "001.png")
     truncate(root / "val" / "b" / "004.png")
     whole = find_dataset(root)
@@ -95,7 +95,7 @@ def test_a_whole_dataset_is_returned_as_it_is(root):
 
 
 @pytest.mark.parametrize(("split", "name", "count"), [("train", "training", 5), ("val", "validation", 3)])
-def test_more_broken_images_than_a_tenth_of_either_side_are_an_error(root, split, name, count):
+def test_dataset_bad_files_above_a_tenth_are_an_error(root, split, name, count):
     for index in range(count - 1):
         truncate(root / split / "a" / f"{index:03}.png")
     assert len(without_broken(find_dataset(root))[1].broken) == count - 1

@@ -47,7 +47,7 @@ def test_the_deploy_form_is_the_training_form(variant, spec, batch, classes, see
 
 @bounded
 @given(st.integers(1, 6), st.integers(0, 2**31), st.data())
-def test_an_image_does_not_care_who_else_is_in_the_batch(batch, seed, data) -> None:
+def test_batch_invariance_of_the_deploy_form(batch, seed, data) -> None:
     variant = data.draw(variants)
     spec = DeploySpec("fp64", 32, layout=data.draw(st.sampled_from(["gpu", "cpu"])))
     runner = deployed_runner(random_model(variant, 4, seed=seed).double(), spec)
@@ -70,7 +70,7 @@ def test_whatever_is_kept_in_fp32_the_file_passes_the_half_gate(variant, data) -
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(st.integers(1, 8), st.integers(1, 12), st.sampled_from([float("nan"), float("inf"), -float("inf")]), st.data())
-def test_what_is_not_a_number_never_passes_a_gate(samples, classes, value, data) -> None:
+def test_parity_nan_never_passes_wherever_it_is(samples, classes, value, data) -> None:
     """On either side or on both, at the same place or not, whatever the other logits are."""
     logits = torch.rand(samples, classes, dtype=torch.float64)
     candidate, reference = logits.clone(), logits.clone()

@@ -153,7 +153,7 @@ def test_the_first_operator_whose_result_is_not_finite_is_named(tiny_onnx_fp16) 
     assert str(runner.evaluate(IMAGES).first_nonfinite).startswith("stages.2.1.pwconv2/")
 
 
-def test_it_takes_batches_as_the_file_does_and_images_stay_apart(tiny_onnx_fp16) -> None:
+def test_batch_invariance_of_the_emulator(tiny_onnx_fp16) -> None:
     runner = EmulatedRunner(tiny_onnx_fp16.path)
     assert (runner.input_spec.min_batch, runner.input_spec.max_batch) == (1, 8)
     alone = torch.cat([runner.run(image[None]) for image in IMAGES])

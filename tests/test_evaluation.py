@@ -159,7 +159,7 @@ def test_a_limit_evaluates_that_many_images_and_reports_them(runner, folder):
     assert [each.count for each in result.per_class] == [1] * 10
 
 
-def test_an_image_that_cannot_be_read_is_left_out_and_named(runner, folder, tmp_path):
+def test_dataset_bad_files_are_named_by_an_evaluation(runner, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     broken = tmp_path / "copy" / "val" / "c" / "2.png"
     broken.write_bytes(broken.read_bytes()[:100])

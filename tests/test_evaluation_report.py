@@ -93,7 +93,7 @@ def test_a_plot_or_predictions_that_cannot_be_written_end_the_command_before_the
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU, where the device is there")
-def test_a_device_that_is_not_there_is_exit_code_5(folder, capsys):
+def test_ep_silent_fallback_of_eval_is_exit_code_5(folder, capsys):
     code, _, err = run(capsys, "eval", folder / "atto.safetensors", folder / "data", "--device", "cuda")
     assert code == 5
     assert "no GPU" in err

@@ -129,9 +129,7 @@ def test_overwrite_mmapped_file_the_reader_keeps_the_old_bytes(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
-def test_overwrite_a_link_replaces_the_link_and_not_what_it_points_to(
-    link: Callable[[Path, Path], None], tmp_path: Path
-) -> None:
+def test_overwrite_mmapped_file_or_a_link_to_one(link: Callable[[Path, Path], None], tmp_path: Path) -> None:
     (tmp_path / "theirs.csv").write_text("theirs", encoding="utf-8")
     link(tmp_path / "theirs.csv", tmp_path / "ours.csv")
     write_text(tmp_path / "ours.csv", "ours")

@@ -228,7 +228,9 @@ def test_positions_in_another_order_are_told_from_other_values(tiny_onnx_fp16: A
     assert (found.first[1].module, found.first[1].verdict) == ("stages.0.0.norm", "other order")
 
 
-def test_nan_on_both_sides_is_a_divergence(tiny_onnx_fp32: Artifact, tiny_model: ConvNeXtV2, tmp_path: Path) -> None:
+def test_parity_nan_never_passes_on_both_sides_of_a_layer(
+    tiny_onnx_fp32: Artifact, tiny_model: ConvNeXtV2, tmp_path: Path
+) -> None:
     with torch.no_grad():
         tiny_model.head.bias[3] = float("nan")
 

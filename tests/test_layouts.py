@@ -27,14 +27,14 @@ def images() -> Tensor:
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".safetensors"])
-def test_official_names_load_from_every_kind_of_file(tiny_model, tiny_variant, tmp_path, suffix):
+def test_checkpoint_layout_variants_official_names(tiny_model, tiny_variant, tmp_path, suffix):
     path = saved(tiny_model.state_dict(), tmp_path / f"bare{suffix}")
     loaded = load_checkpoint(path, tiny_variant)
     assert_same_weights(loaded.model, tiny_model)
     assert loaded.weights.licence.startswith("unknown")
 
 
-def test_the_references_training_checkpoint_loads(tiny_model, tiny_variant, tmp_path):
+def test_checkpoint_layout_variants_a_training_checkpoint(tiny_model, tiny_variant, tmp_path):
     content = {
         "model": tiny_model.state_dict(),
         "optimizer": torch.optim.AdamW(tiny_model.parameters()).state_dict(),
@@ -72,7 +72,7 @@ def test_wrappers_around_the_model_are_looked_through(tiny_model, tiny_variant, 
 
 @pytest.mark.parametrize("make", [timm_model, transformers_model])
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_another_librarys_weights_give_its_logits(tiny_variant, tmp_path, images, make, suffix):
+def test_checkpoint_layout_variants_give_the_libraries_logits(tiny_variant, tmp_path, images, make, suffix):
     theirs = randomise(make(tiny_variant))
     loaded = load_checkpoint(saved(theirs.state_dict(), tmp_path / f"theirs{suffix}"), tiny_variant)
     with torch.no_grad():
@@ -80,14 +80,14 @@ def test_another_librarys_weights_give_its_logits(tiny_variant, tmp_path, images
     torch.testing.assert_close(found, getattr(expected, "logits", expected), rtol=0, atol=1e-5)
 
 
-def test_a_transformers_backbone_loads_with_a_new_head(tiny_variant, tmp_path):
+def test_checkpoint_layout_variants_a_transformers_backbone(tiny_variant, tmp_path):
     theirs = randomise(transformers_model(tiny_variant)).convnextv2
     path = saved(theirs.state_dict(), tmp_path / "backbone.safetensors")
     loaded = load_checkpoint(path, tiny_variant, num_classes=3, reset_head=True)
     torch.testing.assert_close(loaded.model.norm.weight, theirs.layernorm.weight, rtol=0, atol=0)
 
 
-def test_fcmae_kernels_are_turned_as_the_reference_turns_them(tiny_model, tiny_variant, tmp_path):
+def test_checkpoint_layout_variants_fcmae_kernels_are_turned(tiny_model, tiny_variant, tmp_path):
     state = fcmae_state(tiny_model)
     path = saved({"model": state}, tmp_path / "fcmae.pt")
     loaded = load_checkpoint(path, tiny_variant, num_classes=10, reset_head=True).model.state_dict()
@@ -99,7 +99,7 @@ def test_fcmae_kernels_are_turned_as_the_reference_turns_them(tiny_model, tiny_v
     torch.testing.assert_close(remapped, {name: original[name] for name in remapped}, rtol=0, atol=0)
 
 
-def test_fcmae_without_a_new_head_is_an_error_that_says_what_to_give(tiny_model, tiny_variant, tmp_path):
+def test_checkpoint_layout_variants_fcmae_takes_a_new_head(tiny_model, tiny_variant, tmp_path):
     path = saved({"model": fcmae_state(tiny_model)}, tmp_path / "fcmae.pt")
     for incomplete in ({}, {"reset_head": True}, {"num_classes": 10}):
         with pytest.raises(CheckpointError, match=r"no classification head.*reset_head and num_classes"):

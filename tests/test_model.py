@@ -35,14 +35,14 @@ def blocks_of(model: ConvNeXtV2) -> list[Block]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_the_parameter_count_is_exactly_the_tables(variant):
+def test_parity_all_variants_fp32_parameters_are_the_tables(variant):
     with torch.device("meta"):
         model = create_model(variant)
     assert sum(parameter.numel() for parameter in model.parameters()) == variant.parameter_count
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_timm_counts_the_same_parameters(name):
+def test_parity_all_variants_fp32_timm_counts_the_same_parameters(name):
     with torch.device("meta"):
         model = timm.create_model(f"convnextv2_{name}", pretrained=False)
     assert sum(parameter.numel() for parameter in model.parameters()) == VARIANTS[name].parameter_count
@@ -58,14 +58,14 @@ def test_atto_with_three_classes_has_3388363_parameters():
 
 
 @pytest.mark.parametrize(("name", "side"), CROSS_CHECKED)
-def test_logits_equal_timms(name, side, tmp_path):
+def test_parity_all_variants_fp32_logits_equal_timms(name, side, tmp_path):
     theirs = randomise(timm.create_model(f"convnextv2_{name}", pretrained=False).eval())
     torch.save(theirs.state_dict(), tmp_path / "timm.pt")
     assert_same_logits(theirs, tmp_path / "timm.pt", name, side)
 
 
 @pytest.mark.parametrize(("name", "side"), CROSS_CHECKED)
-def test_logits_equal_transformers(name, side, tmp_path):
+def test_parity_all_variants_fp32_logits_equal_transformers(name, side, tmp_path):
     theirs = randomise(transformers_model(find_variant(name), 1000))
     theirs.save_pretrained(tmp_path)
     assert_same_logits(theirs, tmp_path / "model.safetensors", name, side)
@@ -82,7 +82,7 @@ def assert_same_logits(theirs: nn.Module, path: Path, name: str, side: int) -> N
     torch.testing.assert_close(found, expected, rtol=0, atol=LOGITS_ATOL)
 
 
-def test_without_grn_the_logits_are_others(tmp_path):
+def test_parity_detects_broken_grn_one_left_out(tmp_path):
     theirs = randomise(timm.create_model("convnextv2_atto", pretrained=False).eval())
     torch.save(theirs.state_dict(), tmp_path / "timm.pt")
     ours = load_checkpoint(tmp_path / "timm.pt").model
@@ -227,13 +227,13 @@ def test_random_weights_give_logits_of_the_order_of_one(name):
 
 
 @pytest.mark.parametrize("size", [(48, 64), (64, 33), (31, 31), (0, 32)])
-def test_sizes_that_32_does_not_divide_are_wrong_input(tiny_model, size):
+def test_dynamic_resolution_sizes_that_32_does_not_divide_are_refused(tiny_model, size):
     with pytest.raises(InputError, match="multiples of 32"):
         tiny_model(torch.zeros(1, 3, *size))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 96), (160, 64)])
-def test_any_multiples_of_32_give_one_row_of_logits_an_image(tiny_model, size):
+def test_dynamic_resolution_of_the_training_form(tiny_model, size):
     assert tiny_model(random_images(*size, batch=3)).shape == (3, 10)
 
 

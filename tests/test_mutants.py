@@ -137,15 +137,18 @@ QUICK = ("eps 1e-5", "tanh GELU", "beta dropped", "norm over the batch")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in MUTANTS]
 )
-def test_an_export_refuses_a_planted_fault(tiny_variant, tmp_path, monkeypatch, name, precision) -> None:
+def test_parity_detects_broken_grn_and_other_faults_at_export(
+    tiny_variant, tmp_path, monkeypatch, name, precision
+) -> None:
     plant, says = MUTANTS[name]
     plant(monkeypatch)
-    with pytest.raises((GraphCheckError, ParityError), match=says):
+    with pytest.raises((GraphCheckError, ParityError), match=says) as caught:
         export(tiny_variant, DeploySpec(precision, SIZE), tmp_path)
+    assert caught.value.exit_code == 3
     assert not list(tmp_path.glob("*.onnx*"))
 
 
-def test_an_fp16_island_removed_is_refused(tiny_variant, tmp_path, monkeypatch) -> None:
+def test_parity_fp16_stress_no_overflow_an_island_removed_is_refused(tiny_variant, tmp_path, monkeypatch) -> None:
     no_island(monkeypatch)
     with pytest.raises(GraphCheckError, match=r"stages\.0\.0\.grn/.* computed in FLOAT16"):
         export(tiny_variant, DeploySpec("fp16", SIZE), tmp_path)

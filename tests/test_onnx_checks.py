@@ -150,7 +150,7 @@ def test_a_reduction_between_casts_to_float_passes(tmp_path):
 # Standard operators only
 
 
-def test_an_operator_of_another_domain_is_refused(tmp_path):
+def test_onnx_checker_full_and_shapes_another_domain_is_refused(tmp_path):
     nodes = [helper.make_node("Gelu", ["images"], ["logits"], domain="com.microsoft", name="act/Gelu")]
     path = saved(tmp_path / "custom.onnx", nodes, domains=["com.microsoft"])
     with pytest.raises(RefusedArtifactError, match=r"act/Gelu: com\.microsoft::Gelu is not a standard operator"):
@@ -198,7 +198,7 @@ def test_a_truncated_export_is_corrupt(tmp_path, tiny_onnx_fp32, share):
         check_graph(path)
 
 
-def test_a_graph_whose_types_do_not_fit_is_corrupt(tmp_path):
+def test_onnx_checker_full_and_shapes_types_that_do_not_fit(tmp_path):
     nodes = [helper.make_node("Add", ["images", "half"], ["logits"])]
     half = constant("half", TensorProto.FLOAT16, [1.0])
     path = saved(tmp_path / "mixed.onnx", nodes, initializers=[half])
@@ -209,12 +209,12 @@ def test_a_graph_whose_types_do_not_fit_is_corrupt(tmp_path):
 # What an export of this network promises
 
 
-def test_an_export_of_the_variant_passes(tiny_onnx_fp32, tiny_variant):
+def test_onnx_checker_full_and_shapes_an_export_passes(tiny_onnx_fp32, tiny_variant):
     facts = check_export(tiny_onnx_fp32.path, variant=tiny_variant, layout="cpu", batch=(1, 4, 8))
     assert facts.inputs == {"images": ("FLOAT", ("batch", 3, 32, 32))}
 
 
-def test_wrong_counts_are_each_named(tmp_path, tiny_variant):
+def test_onnx_checker_full_and_shapes_wrong_counts_are_each_named(tmp_path, tiny_variant):
     path = saved(tmp_path / "one.onnx", [helper.make_node("Gelu", ["images"], ["logits"])])
     with pytest.raises(GraphCheckError) as caught:
         check_export(path, variant=tiny_variant, layout="gpu", batch=(1, 4, 8))
@@ -242,13 +242,13 @@ def test_a_range_where_a_fixed_batch_was_asked_for_is_named(tiny_onnx_fp32, tiny
         check_export(tiny_onnx_fp32.path, variant=tiny_variant, layout="cpu", batch=(4, 4, 4))
 
 
-def test_another_opset_is_named(tmp_path, tiny_variant):
+def test_onnx_checker_full_and_shapes_another_opset_is_named(tmp_path, tiny_variant):
     path = saved(tmp_path / "newer.onnx", [helper.make_node("Relu", ["images"], ["logits"])], opset=21)
     with pytest.raises(GraphCheckError, match="opset 20 expected, 21 written"):
         check_export(path, variant=tiny_variant, layout="gpu", batch=(1, 4, 8))
 
 
-def test_another_input_name_is_named(tmp_path, tiny_onnx_fp32, tiny_variant):
+def test_parity_shape_or_name_mismatch_of_an_input_is_named(tmp_path, tiny_onnx_fp32, tiny_variant):
     model = onnx.load(tiny_onnx_fp32.path)
     model.graph.input[0].name = "pixels"
     for node in model.graph.node:

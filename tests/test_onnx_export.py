@@ -121,7 +121,7 @@ def test_export_leaves_the_callers_model_in_training_mode(fp32_again):
     assert {module.training for module in fp32_again.model.modules()} == {True}
 
 
-def test_two_exports_are_byte_identical(tiny_onnx_fp32, fp32_again):
+def test_reproducible_export_gives_the_same_bytes(tiny_onnx_fp32, fp32_again):
     assert fp32_again.artifact.path.read_bytes() == tiny_onnx_fp32.path.read_bytes()
 
 
@@ -162,7 +162,7 @@ def test_there_is_one_gelu_and_one_grn_statistic_a_block(request, tiny_variant, 
     assert operators[operator] == tiny_variant.block_count
 
 
-def test_the_file_is_of_opset_20_and_the_standard_domain_only(tiny_onnx_fp32):
+def test_onnx_checker_full_and_shapes_opset_20_and_the_standard_domain(tiny_onnx_fp32):
     model = onnx.load(tiny_onnx_fp32.path)
     imported = [(entry.domain, entry.version) for entry in model.opset_import]
     assert (imported, {node.domain for node in model.graph.node}) == ([("", 20)], {""})
@@ -260,12 +260,12 @@ def test_an_export_without_verification_claims_no_parity(tiny_onnx_fp32):
 # Weights in a file of their own
 
 
-def test_large_weights_lie_beside_the_model(fixed_external):
+def test_onnx_over_2gib_weights_lie_beside_the_model(fixed_external):
     files = [(file.name, file.size_bytes > 200_000) for file in fixed_external.artifact.manifest.files]
     assert files == [("fixed-32-fp32.onnx", False), ("fixed-32-fp32.onnx.data", True)]
 
 
-def test_onnx_runtime_finds_the_weights_from_any_working_directory(fixed_external, tmp_path, monkeypatch):
+def test_onnx_over_2gib_weights_are_found_from_any_working_directory(fixed_external, tmp_path, monkeypatch):
     path = Path(os.path.relpath(fixed_external.artifact.path, tmp_path))
     monkeypatch.chdir(tmp_path)
     spec = deploy_spec_from_request(fixed_external.artifact.manifest.request)
@@ -274,7 +274,7 @@ def test_onnx_runtime_finds_the_weights_from_any_working_directory(fixed_externa
     assert GATES["fp32"].failures(differences(OrtRunner(path).run(images), expected)) == ()
 
 
-def test_a_changed_byte_of_the_weights_file_is_corrupt(fixed_external, tmp_path):
+def test_onnx_extdata_missing_swapped_a_changed_byte_is_corrupt(fixed_external, tmp_path):
     shutil.copytree(fixed_external.artifact.path.parent, tmp_path / "copy")
     data = tmp_path / "copy" / "fixed-32-fp32.onnx.data"
     content = bytearray(data.read_bytes())

@@ -88,16 +88,16 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_broken_network_fails_the_fp32_gate(tiny_model, batches, mutant):
+def test_parity_detects_broken_grn_and_other_parts_by_the_fp32_gate(tiny_model, batches, mutant):
     assert not verdict(tiny_model, MUTANTS[mutant], batches).passed
 
 
 @pytest.mark.parametrize("mutant", ["GRN gamma dropped", "GRN beta dropped", "GRN norm over the batch"])
-def test_a_grossly_broken_network_fails_the_fp16_gate_too(tiny_model, batches, mutant):
+def test_parity_detects_broken_grn_by_the_fp16_gate_too(tiny_model, batches, mutant):
     assert not verdict(tiny_model, MUTANTS[mutant], batches, "fp16").passed
 
 
-def test_a_norm_over_the_batch_shows_only_in_batches_above_one(tiny_model, batches):
+def test_batch_invariance_is_only_seen_in_batches_above_one(tiny_model, batches):
     assert verdict(tiny_model, MUTANTS["GRN norm over the batch"], batches[2:]).passed
 
 
@@ -139,20 +139,31 @@ def limits_broken(candidate: Tensor, reference: Tensor, gate: str = "fp16") -> l
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_nan_and_infinity_never_pass_even_on_both_sides(gate, value):
+def test_parity_nan_never_passes_even_on_both_sides_and_is_counted(gate):
     both = logits()
-    both[1, 2] = value
+    both[1, 2] = math.nan
     assert failures(both, both.clone(), gate) == ("2 logits are NaN or infinite",)
 
 
-def test_nan_in_the_candidate_alone_never_passes():
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_parity_inf_not_equal_though_both_sides_have_it(gate, value):
+    """There is no flag that lets it pass: finite weights and pixels give no infinite logit."""
+    both = logits()
+    both[1, 2] = value
+    assert failures(both, both.clone(), gate) == ("2 logits are NaN or infinite",)
+    one = logits()
+    one[0, 0] = -value
+    assert failures(one, both, gate) == ("2 logits are NaN or infinite",)
+
+
+def test_parity_nan_never_passes_in_the_candidate_alone():
     candidate = logits()
     candidate[0, 0] = math.nan
     assert failures(candidate, logits()) == ("1 logits are NaN or infinite",)
 
 
-def test_nan_in_the_reference_alone_never_passes():
+def test_parity_nan_never_passes_in_the_reference_alone():
     reference = logits()
     reference[0, 0] = math.nan
     assert failures(logits(), reference) == ("1 logits are NaN or infinite",)
@@ -198,7 +209,7 @@ def test_zero_on_both_sides_is_no_difference_and_no_division_by_zero():
         (torch.zeros(0, 3), torch.zeros(0, 3)),
     ],
 )
-def test_logits_that_cannot_be_compared_are_an_input_error(candidate, reference):
+def test_parity_shape_or_name_mismatch_of_logits_is_an_input_error(candidate, reference):
     with pytest.raises(InputError, match="Cannot compare logits of shape"):
         differences(candidate, reference)
 

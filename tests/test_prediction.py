@@ -137,7 +137,7 @@ def test_the_batch_size_changes_no_answer(exported, photos):
     assert [each.path.name for each in together] == ["0.png", "1.png", "2.png", "3.png", "4.png"]
 
 
-def test_a_bad_file_has_its_reason_in_its_place_and_the_others_their_answers(checkpoint, photos, tmp_path):
+def test_empty_and_truncated_image_is_answered_in_its_place(checkpoint, photos, tmp_path):
     folder = shutil.copytree(photos, tmp_path / "photos")
     (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:500])
     found = answers(checkpoint, folder, top=6, batch_size=2)
@@ -225,7 +225,7 @@ def tiny_classifier(tiny_model):
     return Classifier(reference_runner(tiny_model, DeploySpec(image_size=64)), Preprocessing(64), None)
 
 
-def test_logits_that_are_not_finite_are_a_failed_check_not_an_answer(tiny_model, tiny_classifier, photos):
+def test_nan_inf_input_whose_logits_are_not_finite_is_a_failed_check(tiny_model, tiny_classifier, photos):
     with torch.no_grad():
         tiny_model.head.bias[3] = torch.nan
     with pytest.raises(CheckFailedError, match="not finite"):

@@ -183,7 +183,7 @@ pretrain(PretrainingSpec(Path(sys.argv[1]), variant, run_dir=Path(sys.argv[2]), 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.05])
-def test_a_killed_run_resumes_to_the_same_curve(spec, colours, finished, tmp_path, delay):
+def test_train_resume_exact_of_pre_training_after_a_kill(spec, colours, finished, tmp_path, delay):
     script = tmp_path / "pretrain.py"
     script.write_text(KILLED)
     process = subprocess.Popen([sys.executable, script, colours, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
@@ -211,7 +211,7 @@ pretrain(PretrainingSpec(Path(sys.argv[1]), variant, run_dir=Path(sys.argv[2]), 
 
 
 @pytest.mark.slow
-def test_two_processes_see_the_masks_and_learn_the_losses_of_one(colours, tmp_path):
+def test_train_ddp_equals_single_in_pre_training(colours, tmp_path):
     script = tmp_path / "pretrain.py"
     script.write_text(TWO_PROCESSES)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -342,7 +342,7 @@ def test_a_path_without_images_below_is_refused(tmp_path, make):
         find_images_below(make(tmp_path))
 
 
-def test_images_that_cannot_be_read_are_counted_and_left_out(tmp_path):
+def test_dataset_bad_files_are_counted_in_pre_training(tmp_path):
     good = [write_image(tmp_path / f"{number}.png") for number in range(3)]
     (tmp_path / "broken.png").write_bytes(good[0].read_bytes()[:60])
     images, report = readable_images(find_images_below(tmp_path))

@@ -43,18 +43,18 @@ def runner(request, tiny_model, tiny_onnx_fp32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.uint8])
-def test_another_dtype_is_refused_and_not_cast(runner, dtype):
+def test_wrong_dtype_input_is_refused_and_not_cast(runner, dtype):
     with pytest.raises(InputError, match=r"shape \(N, 3, 32, 32\) float32, not \(2, 3, 32, 32\)"):
         runner.run(torch.zeros(2, 3, 32, 32, dtype=dtype))
 
 
-def test_channels_last_images_are_refused_with_a_hint(runner):
+def test_wrong_layout_input_is_refused_with_a_hint(runner):
     with pytest.raises(InputError, match="channel axis may be in the wrong place"):
         runner.run(torch.zeros(2, 32, 32, 3))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 64, 64), (2, 3, 32, 64), (2, 1, 32, 32), (3, 32, 32), (), (2, 3, 32, 32, 1)])
-def test_another_shape_is_refused(runner, shape):
+def test_dynamic_resolution_another_shape_is_refused(runner, shape):
     with pytest.raises(InputError, match="The model takes images of shape"):
         runner.run(torch.zeros(shape))
 
@@ -65,13 +65,13 @@ def test_another_size_gets_no_hint_about_channels(runner):
     assert "permute" not in str(caught.value)
 
 
-def test_an_empty_batch_is_refused(runner):
+def test_dynamic_batch_bounds_of_an_empty_batch(runner):
     with pytest.raises(InputError, match="A batch of 0 is outside"):
         runner.run(torch.zeros(0, 3, 32, 32))
 
 
 @pytest.mark.parametrize(("batch", "fits"), [(1, False), (2, True), (4, True), (5, False)])
-def test_a_batch_outside_the_range_is_refused(batch, fits):
+def test_dynamic_batch_bounds_are_told(batch, fits):
     spec = InputSpec("float", 32, 2, 4)
     if fits:
         check_input(torch.zeros(batch, 3, 32, 32), spec)
@@ -80,7 +80,7 @@ def test_a_batch_outside_the_range_is_refused(batch, fits):
             check_input(torch.zeros(batch, 3, 32, 32), spec)
 
 
-def test_raw_bytes_are_taken_with_channels_last_only():
+def test_wrong_layout_input_of_raw_bytes():
     spec = InputSpec("uint8", 32)
     check_input(torch.zeros(1, 32, 32, 3, dtype=torch.uint8), spec)
     with pytest.raises(InputError, match="permute the images"):
@@ -93,7 +93,7 @@ def test_a_file_that_is_no_onnx_is_corrupt(tmp_path):
         OrtRunner(tmp_path / "garbage.onnx")
 
 
-def test_without_cuda_the_cuda_provider_is_an_error_and_not_a_cpu_number(tiny_onnx_fp32):
+def test_ep_silent_fallback_is_an_error_and_not_a_cpu_number(tiny_onnx_fp32):
     if torch.cuda.is_available():
         pytest.skip("CUDA is usable here, so the provider is not missing")
     with pytest.raises(MissingRequirementError, match="CUDAExecutionProvider"):
@@ -104,7 +104,7 @@ def test_without_cuda_the_cuda_provider_is_an_error_and_not_a_cpu_number(tiny_on
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
-def test_onnx_runtime_equals_torch(tiny_model, tiny_onnx_fp32, batch):
+def test_parity_all_variants_fp32_onnx_runtime_equals_torch(tiny_model, tiny_onnx_fp32, batch):
     images = images_for(SPEC, batch)
     found = OrtRunner(tiny_onnx_fp32.path).run(images)
     expected = reference_runner(tiny_model, SPEC).run(images)
@@ -178,7 +178,7 @@ def test_one_thread_or_a_file_of_a_fixed_batch_shares_operators(tiny_onnx_fp32, 
     assert runner.run(images_for(SPEC, 4)).shape[0] == 4
 
 
-def test_each_image_of_a_batch_gets_its_own_logits(runner):
+def test_batch_invariance_of_onnx_runtime(runner):
     images = images_for(SPEC, 4)
     alone = torch.cat([runner.run(image[None]).clone() for image in images])
     assert GATES["fp32"].failures(differences(runner.run(images), alone)) == ()

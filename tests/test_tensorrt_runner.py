@@ -104,7 +104,7 @@ def test_calls_come_in_the_order_of_the_samples(
         ("execute_async_v3", BuildError),
     ],
 )
-def test_a_false_answer_becomes_an_error(
+def test_engine_truncated_a_null_or_false_answer_becomes_an_error(
     tiny_engine: Artifact,
     tiny_onnx_fp16: Artifact,
     monkeypatch: pytest.MonkeyPatch,
@@ -115,7 +115,7 @@ def test_a_false_answer_becomes_an_error(
         make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch, fail=call)[0].run(torch.rand(4, 3, 32, 32))
 
 
-def test_a_batch_outside_every_profile_is_refused(
+def test_dynamic_batch_bounds_of_an_engines_profiles(
     tiny_engine: Artifact, tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, _ = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch)
@@ -236,14 +236,14 @@ def test_every_attribute_of_the_double_is_one_of_the_real_class(real_name: str, 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the refusal without one cannot be seen")
-def test_without_a_gpu_an_engine_is_refused_in_under_two_seconds(tiny_engine: Artifact) -> None:
+def test_no_gpu_behaviour_an_engine_is_refused_in_under_two_seconds(tiny_engine: Artifact) -> None:
     start = time.monotonic()
     with pytest.raises(MissingRequirementError, match="needs an NVIDIA GPU"):
         TensorRTRunner(tiny_engine)
     assert time.monotonic() - start < 2.0
 
 
-def test_an_engine_of_another_release_is_refused_with_both_versions(tiny_engine: Artifact) -> None:
+def test_engine_wrong_runtime_version_is_refused_with_both(tiny_engine: Artifact) -> None:
     facts = {**tiny_engine.manifest.facts, "runtime_version": "1.0.0.1"}
     other = replace(tiny_engine, manifest=replace(tiny_engine.manifest, facts=facts))
     backend = load_backend("tensorrt-rtx")
@@ -251,7 +251,7 @@ def test_an_engine_of_another_release_is_refused_with_both_versions(tiny_engine:
         tensorrt_runner._check_release(other, backend)
 
 
-def test_an_engine_for_another_gpu_is_refused_with_both_names(
+def test_engine_wrong_sm_is_refused_with_both_names(
     tiny_engine: Artifact,
 ) -> None:
     with pytest.raises(MissingRequirementError, match="is for sm89; this GPU is sm75"):
@@ -280,7 +280,7 @@ def test_images_on_another_device_are_refused(
     assert context.calls == []
 
 
-def test_a_batch_between_two_profiles_is_refused(
+def test_dynamic_batch_bounds_between_two_profiles(
     tiny_engine: Artifact, tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, _ = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch, profiles=[(1, 1, 1), (4, 4, 8)])
@@ -288,7 +288,7 @@ def test_a_batch_between_two_profiles_is_refused(
         runner.run(torch.rand(2, 3, 32, 32))
 
 
-def test_an_altered_engine_never_reaches_the_runtime(
+def test_engine_bit_flip_never_reaches_the_runtime(
     tiny_engine: Artifact, tiny_onnx_fp16: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / tiny_engine.path.name

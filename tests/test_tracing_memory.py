@@ -46,7 +46,7 @@ def left_after_each_export(mode: str) -> list[list[int]]:
     return [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
 
 
-def test_exports_leave_nothing_of_their_traces_and_stay_the_same() -> None:
+def test_soak_memory_exports_leave_nothing_of_their_traces() -> None:
     shapes, sources, files = zip(*left_after_each_export("released"), strict=True)
     assert max(shapes) <= 2  # torch keeps the latest
     assert (max(sources), files) == (0, (1, 1, 1, 1))

@@ -118,7 +118,7 @@ def test_another_seed_gives_other_weights(spec):
 
 
 @pytest.mark.parametrize(("epoch", "workers"), [(1, 0), (2, 0), (2, 1)])
-def test_an_interrupted_run_resumes_to_what_it_would_have_been(spec, epoch, workers):
+def test_train_resume_exact_after_an_interruption(spec, epoch, workers):
     whole = train(dataclasses.replace(spec, drop_path_rate=0.3, run_dir=spec.output_dir / "whole"))
     cut = dataclasses.replace(spec, drop_path_rate=0.3, workers=workers)
     interrupted = train(cut, progress=InterruptIn(epoch))

@@ -339,7 +339,7 @@ def test_the_command_draws_curves_and_takes_every_option(colours, tmp_path):
     assert (written["spec"]["recipe"], written["spec"]["layer_decay"]) == ("fine-tune", 0.9)
 
 
-def test_the_command_leaves_broken_images_out_and_says_so(tmp_path):
+def test_dataset_bad_files_are_left_out_of_training_and_said(tmp_path):
     colours = write_colours(tmp_path / "colours", train=20)
     (colours / "train" / "red" / "3.png").write_bytes(b"no image")
     arguments = [str(colours), "--variant", "atto", "--image-size", "32", "--epochs", "1", "--run-dir"]

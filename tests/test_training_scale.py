@@ -117,7 +117,7 @@ train(spec)
 
 
 @pytest.mark.slow
-def test_two_processes_learn_the_same_weights_as_one(colours, tmp_path):
+def test_train_ddp_equals_single(colours, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(TWO_PROCESSES)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -150,7 +150,7 @@ train(spec, progress=Tell())
 
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.03, 0.0])
-def test_a_killed_run_resumes_to_the_same_curve(spec, colours, tmp_path, delay):
+def test_train_resume_exact_after_a_kill(spec, colours, tmp_path, delay):
     script = tmp_path / "train.py"
     script.write_text(KILLED)
     process = subprocess.Popen([sys.executable, script, colours, spec.run_dir], stdout=subprocess.PIPE, text=True)
@@ -178,7 +178,7 @@ class StopAfter(Silence):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
-def test_a_broken_newest_state_gives_way_to_the_one_before(spec, tmp_path, damage):
+def test_train_resume_exact_a_broken_newest_state_gives_way(spec, tmp_path, damage):
     with pytest.raises(InterruptedError):
         train(spec, progress=StopAfter(2))
     state = spec.run_dir / "last.ckpt"
@@ -200,7 +200,7 @@ def test_a_broken_newest_state_gives_way_to_the_one_before(spec, tmp_path, damag
     assert table(resumed.run_dir) == table(train(dataclasses.replace(spec, run_dir=tmp_path / "whole")).run_dir)
 
 
-def test_two_broken_states_are_one_clear_error(spec):
+def test_train_resume_exact_two_broken_states_are_one_error(spec):
     with pytest.raises(InterruptedError):
         train(spec, progress=StopAfter(1))
     for name in ("last.ckpt", "previous.ckpt"):
@@ -209,7 +209,7 @@ def test_two_broken_states_are_one_clear_error(spec):
         train(dataclasses.replace(spec, resume=True))
 
 
-def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path):
+def test_train_resume_exact_a_state_that_cannot_be_written(tmp_path):
     keep_state(tmp_path, lambda path: torch.save({"epoch": 1}, path))
 
     def fail(path: Path) -> None:

@@ -60,7 +60,9 @@ def _spell_out_half_layernorms(model: onnx.ModelProto) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm75", "sm86", "sm120"])
-def test_an_fp16_file_becomes_an_engine_for_each_target(tiny_onnx_fp16: Artifact, tmp_path: Path, target: str) -> None:
+def test_no_gpu_behaviour_builds_an_engine_for_each_target(
+    tiny_onnx_fp16: Artifact, tmp_path: Path, target: str
+) -> None:
     engine = build_engine(tiny_onnx_fp16, BuildSpec(target=target, batches=((1, 4, 8),), measure=False), tmp_path)
     assert engine.path.name == f"tiny-test-32-fp16-rtx-{target}.engine"
     assert open_artifact(engine.path).manifest.source_sha256 == tiny_onnx_fp16.sha256
@@ -76,7 +78,9 @@ def test_the_manifest_records_types_kernels_and_that_it_was_not_run(tiny_engine:
     assert facts["runtime_version"] == RTX.version
 
 
-def test_two_builds_have_the_same_kernels_and_size(tiny_onnx_fp16: Artifact, tmp_path: Path) -> None:
+def test_reproducible_export_two_builds_have_the_same_kernels_and_size(
+    tiny_onnx_fp16: Artifact, tmp_path: Path
+) -> None:
     """Not the same bytes: the compiler's own names in the plan differ from build to build."""
     spec = BuildSpec(target="sm89", batches=((1, 4, 8),))
     first, second = (build_engine(tiny_onnx_fp16, spec, tmp_path / name) for name in ("a", "b"))
@@ -274,7 +278,7 @@ def test_the_census_of_an_fp32_file_has_no_half(tiny_onnx_fp32: Artifact) -> Non
     assert half_share(parsed) == 0.0
 
 
-def test_without_a_gpu_the_default_is_ahead_of_time_for_three_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gpu_behaviour_builds_ahead_of_time_for_three_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend_module, "find_gpus", lambda: ())
     assert load_backend("auto").name == "tensorrt-rtx"
     assert default_targets(RTX) == DEFAULT_TARGETS

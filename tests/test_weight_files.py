@@ -24,7 +24,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("new_format", [True, False])
-def test_a_malicious_pickle_is_refused_and_runs_nothing(tiny_model, tmp_path, new_format):
+def test_pickle_malicious_pt_is_refused_and_runs_nothing(tiny_model, tmp_path, new_format):
     marker, path = tmp_path / "marker", tmp_path / "malicious.pt"
     content = {"model": tiny_model.state_dict(), "args": Malicious(marker)}
     torch.save(content, path, _use_new_zipfile_serialization=new_format)
@@ -36,7 +36,7 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(tiny_model, tmp_path, ne
     assert marker.exists()  # so the file would have done it
 
 
-def test_a_bare_malicious_pickle_is_refused_and_runs_nothing(tmp_path):
+def test_pickle_malicious_pt_without_an_archive(tmp_path):
     marker, path = tmp_path / "marker", tmp_path / "bare.bin"
     path.write_bytes(pickle.dumps(Malicious(marker), protocol=2))
     with pytest.raises(RefusedArtifactError):
@@ -44,7 +44,7 @@ def test_a_bare_malicious_pickle_is_refused_and_runs_nothing(tmp_path):
     assert not marker.exists()
 
 
-def test_a_pickle_under_a_safetensors_name_is_not_unpickled(tmp_path):
+def test_pickle_malicious_pt_under_a_safetensors_name(tmp_path):
     marker, path = tmp_path / "marker", tmp_path / "bare.safetensors"
     path.write_bytes(pickle.dumps(Malicious(marker)))
     with pytest.raises(CorruptArtifactError):
@@ -53,7 +53,7 @@ def test_a_pickle_under_a_safetensors_name_is_not_unpickled(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # TorchScript itself is deprecated
-def test_a_torchscript_program_is_refused(tmp_path):
+def test_pickle_malicious_pt_a_torchscript_program(tmp_path):
     path = tmp_path / "program.pt"
     torch.jit.script(nn.Linear(2, 2)).save(path)
     with pytest.raises(RefusedArtifactError, match="TorchScript"):
@@ -62,7 +62,7 @@ def test_a_torchscript_program_is_refused(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.9999])
-def test_a_truncated_file_is_corrupt(tiny_model, tiny_variant, tmp_path, suffix, share):
+def test_checkpoint_truncated_at_ten_points(tiny_model, tiny_variant, tmp_path, suffix, share):
     path = saved(tiny_model.state_dict(), tmp_path / f"whole{suffix}")
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])

@@ -35,6 +35,7 @@ def evaluate_command(
     DATA has a folder of images for each class, itself or in val/, validation/, valid/ or test/; or is a CSV file with
     the columns path and label, and split (train, val, test) where it holds more than the images to evaluate on.
     """
+    options.refuse_recorded_engine_without_gpu(artifact)
     from cnx_deploy.evaluation.plot import write_plot
     from cnx_deploy.plot_files import check_plot
 

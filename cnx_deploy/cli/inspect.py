@@ -27,11 +27,16 @@ def inspect_command(
 ) -> None:
     """Say what FILE is: a checkpoint, an ONNX file or an engine, told by its content. Exit code 4 if it was altered.
 
+    Of a folder, every file below it: whether reading it can run code that is in it. Nothing is loaded for that.
+
     Of an engine, and with --compile of an ONNX file, the kernels are shown and the bytes they move, by stage of the
     network, operation and kind of kernel.
     """
     from cnx_deploy.inspection import inspect_file, trusted_engine, with_compiled
 
+    if file.is_dir():
+        _show_risks(file, compiles or lists_kernels or bool(target or batch), as_json=as_json)
+        return
     if not compiles and (target or batch):
         raise click.UsageError("--target and --batch say what to compile for: give --compile too.")
     found = inspect_file(file)
@@ -51,6 +56,22 @@ def inspect_command(
         return
     for line in _lines_of_inspection(found, lists_kernels):
         options.echo(line)
+
+
+def _show_risks(folder: Path, of_one_file: bool, *, as_json: bool) -> None:
+    """A line a file, or a document: what it is and whether it can run code."""
+    from cnx_deploy.risk import risks_in
+
+    if of_one_file:
+        raise click.UsageError(f"{folder} is a folder: give a file with --compile, --target, --batch and --kernels.")
+    found = risks_in(folder)
+    counts = {risk: sum(each.risk == risk for each in found) for risk in ("data-only", "code-capable", "unknown")}
+    if as_json:
+        options.echo_json({"path": str(folder), **counts, "files": [each.to_dict() for each in found]})
+        return
+    for each in found:
+        options.echo(f"{each.risk:12}  {each.kind:22}  {each.path}: {each.reason}")
+    options.echo(", ".join(f"{count} {risk}" for risk, count in counts.items()))
 
 
 def _lines_of_inspection(found: "Inspection", lists_kernels: bool) -> Iterator[str]:

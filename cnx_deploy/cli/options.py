@@ -28,6 +28,7 @@ __all__ = [
     "num_classes",
     "pretrained",
     "refuse_engines_without_gpu",
+    "refuse_recorded_engine_without_gpu",
     "reporter",
     "seed",
     "variant",
@@ -111,6 +112,22 @@ def refuse_engines_without_gpu(files: Iterable[Path]) -> None:
         from cnx_deploy.trt.backend import require_gpu
 
         require_gpu()
+
+
+def refuse_recorded_engine_without_gpu(path: Path) -> None:
+    """The same for one file, told by its content; an engine that no manifest names is refused as such first.
+
+    Raises what `artifacts.open_artifact` raises for an engine; other files are left to whoever reads them.
+    """
+    if path.suffix != ".engine" or not path.is_file():
+        return
+    from cnx_deploy.inspection import kind_of_file
+
+    if kind_of_file(path) == "engine":
+        from cnx_deploy.artifacts import open_artifact
+
+        open_artifact(path)
+        refuse_engines_without_gpu([path])
 
 
 @contextlib.contextmanager

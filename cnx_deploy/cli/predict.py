@@ -26,6 +26,7 @@ def predict(
 
     A file that is no image gets a row that says so, and exit code 2 at the end.
     """
+    options.refuse_recorded_engine_without_gpu(artifact)
     from cnx_deploy.prediction import classify_files, find_image_files, open_classifier
 
     files = find_image_files(images)

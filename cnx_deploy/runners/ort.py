@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.environment import cpu_count, cpu_name
-from cnx_deploy.errors import CorruptArtifactError, MissingRequirementError
+from cnx_deploy.errors import CnxDeployError, CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.runners.base import InputSpec, RunnerInfo, check_input
 from cnx_deploy.runners.ort_session import LOAD_ERRORS
 
@@ -55,11 +55,11 @@ class OrtRunner:
     ) -> None:
         self._threads = threads = threads or cpu_count()
         self._session = _session(path, device, threads, spin, optimise)
-        source = self._session.get_inputs()[0]
-        self._input_name, self._output_name = source.name, self._session.get_outputs()[0].name
-        self._classes = int(self._session.get_outputs()[0].shape[-1])
+        source, target = _ends(self._session, path)
+        self._input_name, self._output_name, self._classes = source.name, target.name, int(target.shape[-1])
+        self._path = path
         described: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
-        self.input_spec = _input_spec(source, described.get("cnx_deploy.batch"))
+        self.input_spec = _input_spec(source, described.get("cnx_deploy.batch"), path)
         self.device = torch.device(device)
         self._held = ExitStack()
         self._image_session = self._pool = None
@@ -114,7 +114,13 @@ class OrtRunner:
         place = (self.device.type, self.device.index or 0)
         binding.bind_input(self._input_name, *place, kind, tuple(images.shape), images.data_ptr())
         binding.bind_output(self._output_name, *place, np.float32, tuple(logits.shape), logits.data_ptr())
-        session.run_with_iobinding(binding)
+        try:
+            session.run_with_iobinding(binding)
+        except (*LOAD_ERRORS, RuntimeError) as error:
+            raise CnxDeployError(
+                f"ONNX Runtime cannot run {self._path} on a batch of {len(images)} ({str(error).splitlines()[0]}). "
+                "Give a smaller batch, or export the network again."
+            ) from error
 
 
 def _session(path: Path, device: str, threads: int, spin: bool, optimise: bool) -> Any:
@@ -138,7 +144,24 @@ def _session(path: Path, device: str, threads: int, spin: bool, optimise: bool) 
     return session
 
 
-def _input_spec(source: Any, batch_range: str | None) -> InputSpec:
+def _ends(session: Any, path: Path) -> tuple[Any, Any]:
+    """The one input and the one output. Raises InputError unless they are a batch of images and their logits."""
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) == len(outputs) == 1:
+        (source,), (target,) = inputs, outputs
+        size = source.shape[2] if len(source.shape) == 4 else None
+        takes = {"tensor(float)": [3, size, size], "tensor(uint8)": [size, size, 3]}
+        gives = target.type == "tensor(float)" and len(target.shape) == 2 and isinstance(target.shape[1], int)
+        if gives and isinstance(size, int) and takes.get(source.type) == source.shape[1:]:
+            return source, target
+    declared = [", ".join(f"{each.name} {each.type} {each.shape}" for each in ends) for ends in (inputs, outputs)]
+    raise InputError(
+        f"{path} takes {declared[0] or 'nothing'} and gives {declared[1]}; expected one batch of images, float "
+        "(N, 3, S, S) or uint8 (N, S, S, 3), and float logits (N, classes). Export a network with cnx-deploy export."
+    )
+
+
+def _input_spec(source: Any, batch_range: str | None, path: Path) -> InputSpec:
     """What the graph takes; a dynamic batch only within the range it was exported for, where the file names one."""
     kind = "uint8" if source.type == "tensor(uint8)" else "float"
     batch = source.shape[0]
@@ -146,5 +169,9 @@ def _input_spec(source: Any, batch_range: str | None) -> InputSpec:
         return InputSpec(kind, int(source.shape[2]), batch, batch)
     if batch_range is None:
         return InputSpec(kind, int(source.shape[2]))
-    smallest, _, largest = (int(size) for size in batch_range.split(":"))
-    return InputSpec(kind, int(source.shape[2]), smallest, largest)
+    sizes = batch_range.split(":")
+    if len(sizes) != 3 or not all(size.isdecimal() for size in sizes):
+        raise CorruptArtifactError(
+            f"{path} says {batch_range!r} of its batch, expected 1:8:64 or such. Export it again."
+        )
+    return InputSpec(kind, int(source.shape[2]), int(sizes[0]), int(sizes[2]))

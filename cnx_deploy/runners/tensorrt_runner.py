@@ -5,6 +5,7 @@ NVIDIA/TensorRT-RTX (samples/apiUsage) and is tested with a strict double of the
 """
 
 import itertools
+import threading
 import time
 from dataclasses import dataclass
 from types import TracebackType
@@ -40,6 +41,8 @@ class TensorRTRunner:
     The engine is given to the deserialiser only after its hash has matched its manifest, with host code off.
     `cuda_graph`: each batch size is captured at its first call and replayed with one launch from then on.
     `in_child_first`: have a child process read it before this one does, so that what ends the reader is an error.
+    A context serves one call at a time, so threads that share a runner wait for each other in `run`. With a CUDA graph,
+    and in `run_split`, every call gives the same buffer: threads that read it later take a runner each.
 
     Raises MissingRequirementError without a GPU (in under two seconds), for an engine of another release or another
     GPU; CorruptArtifactError when the runtime refuses it all the same or it takes other types than its manifest says.
@@ -81,6 +84,7 @@ class TensorRTRunner:
         self._stream = CudaStream(device)
         self._cuda_graph = cuda_graph
         self._buffers: _Buffers | None = None
+        self._one_call = threading.Lock()
         self.input_spec = InputSpec(
             str(request["input_kind"]),
             artifact.manifest.model.image_size,
@@ -112,8 +116,9 @@ class TensorRTRunner:
 
     def run(self, images: Tensor) -> Tensor:
         """Raw images on the GPU -> (N, num_classes) float32 logits on the GPU; blocks until they are there."""
-        logits = self.enqueue(images)
-        self._stream.synchronize()
+        with self._one_call:
+            logits = self.enqueue(images)
+            self._stream.synchronize()
         return logits
 
     def enqueue(self, images: Tensor) -> Tensor:
