@@ -5,12 +5,14 @@ import os
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from cnx_deploy.artifacts import Artifact, FileRecord, sha256_of_file
 from cnx_deploy.cli import main
 from cnx_deploy.errors import CnxDeployError
 from cnx_deploy.isolation import Limits, run_isolated
@@ -386,3 +388,24 @@ def test_onnx_hostile_graph_with_json_ends_with_a_json_error(
     assert stop.value.code == 4
     document = json.loads(printed.out)
     assert (document["error"], document["exit_code"]) == ("RefusedArtifactError", 4)
+
+
+# Row 35: the file's own manifest is not to be widened
+
+
+@pytest.mark.parametrize("lists_data", [True, False])
+def test_onnx_extdata_swapped_in_beside_what_the_manifest_lists(
+    lists_data: bool, tiny_onnx_fp32: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hashes match: the graph reads a file that has none."""
+    path = written(tmp_path)
+    names = [path.name, *([DATA] if lists_data else [])]
+    records = tuple(
+        FileRecord(name, (tmp_path / name).stat().st_size, sha256_of_file(tmp_path / name)) for name in names
+    )
+    manifest = replace(tiny_onnx_fp32.manifest, stem="foreign", files=records)
+    (tmp_path / "foreign.json").write_text(manifest.to_json(), encoding="utf-8")
+    if lists_data:
+        assert inspected(path, capsys) == (0, "")
+    else:
+        refused(path, "reads 'weights.data', which its manifest does not list, expected one of foreign.onnx", capsys)
