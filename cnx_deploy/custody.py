@@ -12,6 +12,7 @@ from typing import Any, Literal
 from cnx_deploy.artifacts import Artifact, FileRecord, check_file, find_artifacts, read_artifact
 from cnx_deploy.environment import find_gpus, tool_versions
 from cnx_deploy.errors import CnxDeployError, CorruptArtifactError
+from cnx_deploy.onnx_external import check_recorded
 
 __all__ = ["ChainFinding", "Custody", "check_custody", "corrupt_error"]
 
@@ -64,6 +65,8 @@ def _of_artifact(artifact: Artifact, known: dict[str, Artifact], *, named: bool)
         found = [ChainFinding(name, *_of_file(folder / file.name, file)) for file in artifact.manifest.files]
     else:  # as in a fresh clone, where records are committed and files are not
         found = [ChainFinding(name, "note", f"{artifact.path} is not here: only its record is")]
+    if artifact.manifest.kind == "onnx" and all(finding.verdict == "ok" for finding in found):
+        found += _of_graph(artifact)
     verdict, text = _of_engine(artifact, known) if artifact.manifest.kind == "engine" else _of_weights(artifact)
     licence = artifact.manifest.model.weights.licence
     if not licence.strip():
@@ -80,6 +83,15 @@ def _of_file(path: Path, record: FileRecord) -> tuple[Verdict, str]:
     except CnxDeployError as error:
         return "fault", str(error)
     return "ok", f"{path}: {record.size_bytes:,} bytes, SHA-256 {record.sha256[:12]}…"
+
+
+def _of_graph(artifact: Artifact) -> list[ChainFinding]:
+    """A graph that reads files which its manifest does not list, or beyond the limits; told from its bytes alone."""
+    try:
+        check_recorded(artifact)
+    except CnxDeployError as error:
+        return [ChainFinding(artifact.path.name, "fault", str(error))]
+    return []
 
 
 def _of_weights(artifact: Artifact) -> tuple[Verdict, str]:

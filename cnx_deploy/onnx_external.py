@@ -11,9 +11,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
 from cnx_deploy.errors import CorruptArtifactError, RefusedArtifactError
-from cnx_deploy.onnx_wire import OnnxLimits, TensorClaim, WireFacts
+from cnx_deploy.manifest import Artifact
+from cnx_deploy.onnx_wire import OnnxLimits, TensorClaim, WireFacts, scan_onnx
 
-__all__ = ["check_tensors"]
+__all__ = ["check_recorded", "check_tensors"]
 
 KEYS = frozenset({"location", "offset", "length", "checksum"})
 """ONNX knows a fifth, basepath, which would move the folder: no exporter writes it."""
@@ -25,6 +26,12 @@ BITS = {
 """Of an element, by onnx.TensorProto.DataType; 8 is text, which has no fixed size and is no weight."""
 
 WHOLE_NUMBER = re.compile(r"[0-9]{1,19}")
+
+
+def check_recorded(artifact: Artifact) -> None:
+    """The limits and `check_tensors` for a recorded file, before anything parses it; other kinds are passed over."""
+    if artifact.manifest.kind == "onnx":
+        check_tensors(artifact.path, scan_onnx(artifact.path), listed=artifact.file_names)
 
 
 def check_tensors(

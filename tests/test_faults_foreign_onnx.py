@@ -13,9 +13,13 @@ import pytest
 from onnx import TensorProto, helper
 
 from cnx_deploy.artifacts import Artifact, FileRecord, sha256_of_file
+from cnx_deploy.bisection.find import run_bisection
 from cnx_deploy.cli import main
-from cnx_deploy.errors import CnxDeployError
+from cnx_deploy.custody import check_custody
+from cnx_deploy.errors import CnxDeployError, CorruptArtifactError
 from cnx_deploy.isolation import Limits, run_isolated
+from cnx_deploy.layers.comparison import layers_of_artifact
+from cnx_deploy.runners.opening import open_runner
 from tests import hostile_onnx
 from tests.hostile_onnx import DATA, Change, before_logits, changed_place, every, field, place_weights, varint, written
 
@@ -291,6 +295,10 @@ def _huge_initializer(model: onnx.ModelProto) -> None:
     model.graph.initializer.append(TensorProto(name="huge", data_type=TensorProto.FLOAT, dims=[1 << 40]))
 
 
+def _cut_tensor(model: onnx.ModelProto) -> None:
+    model.graph.initializer[0].raw_data = model.graph.initializer[0].raw_data[:-4]
+
+
 def _negative_size(model: onnx.ModelProto) -> None:
     model.graph.initializer.append(TensorProto(name="less", data_type=TensorProto.FLOAT, dims=[-4, -4]))
 
@@ -325,6 +333,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "function": (_function, "1 local functions; expected none"),
     "huge constant": (_huge_constant, "filled: 1,099,511,627,776 elements, where at most 4,294,967,296 are expected"),
     "huge initializer": (_huge_initializer, "its tensors up to 'huge' claim 4,398,046,511,"),
+    "cut tensor": (_cut_tensor, "tensor 'weights' has 44 bytes, expected 48 for its shape [3, 4]"),
     "negative size": (_negative_size, "tensor 'less' has the shape [-4, -4], expected no negative size"),
     "many dimensions": (_many_dimensions, "or more dimensions of a tensor ('deep'), where at most 64 are expected"),
     "sparse": (_sparse, "1 sparse tensors; expected none"),
@@ -393,19 +402,39 @@ def test_onnx_hostile_graph_with_json_ends_with_a_json_error(
 # Row 35: the file's own manifest is not to be widened
 
 
-@pytest.mark.parametrize("lists_data", [True, False])
-def test_onnx_extdata_swapped_in_beside_what_the_manifest_lists(
-    lists_data: bool, tiny_onnx_fp32: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The hashes match: the graph reads a file that has none."""
-    path = written(tmp_path)
+def recorded(onnx_file: Artifact, path: Path, *, lists_data: bool) -> Artifact:
+    """The foreign file with a manifest whose hashes match."""
     names = [path.name, *([DATA] if lists_data else [])]
-    records = tuple(
-        FileRecord(name, (tmp_path / name).stat().st_size, sha256_of_file(tmp_path / name)) for name in names
-    )
-    manifest = replace(tiny_onnx_fp32.manifest, stem="foreign", files=records)
-    (tmp_path / "foreign.json").write_text(manifest.to_json(), encoding="utf-8")
-    if lists_data:
-        assert inspected(path, capsys) == (0, "")
-    else:
-        refused(path, "reads 'weights.data', which its manifest does not list, expected one of foreign.onnx", capsys)
+    records = tuple(FileRecord(name, size_of(path.parent / name), sha256_of_file(path.parent / name)) for name in names)
+    manifest = replace(onnx_file.manifest, stem="foreign", files=records)
+    path.with_suffix(".json").write_text(manifest.to_json(), encoding="utf-8")
+    return Artifact(path, manifest)
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size
+
+
+def test_onnx_extdata_swapped_what_the_manifest_lists_is_read(
+    tiny_onnx_fp32: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path)
+    artifact = recorded(tiny_onnx_fp32, path, lists_data=True)
+    assert inspected(path, capsys) == (0, "")
+    with open_runner(artifact) as runner:
+        assert runner.info.backend == "onnxruntime"
+
+
+def test_onnx_extdata_swapped_in_beside_what_the_manifest_lists(
+    tiny_onnx_fp16: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hashes match: the graph reads a file that has none. Whoever parses, runs or checks the chain says so."""
+    path = written(tmp_path)
+    artifact = recorded(tiny_onnx_fp16, path, lists_data=False)
+    text = "reads 'weights.data', which its manifest does not list, expected one of foreign.onnx"
+    refused(path, text, capsys)
+    for use in (open_runner, layers_of_artifact, lambda found: run_bisection(found.path, print)):
+        with pytest.raises(CorruptArtifactError, match=text):
+            use(artifact)
+    faults = [each.text for each in check_custody([path], tmp_path, tmp_path).findings if each.verdict == "fault"]
+    assert any(text in fault for fault in faults)

@@ -17,6 +17,7 @@ from cnx_deploy.bisection.units import in_order, islands_of, parts_of_unit, spel
 from cnx_deploy.errors import InputError
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.deploy import BLOCK_PARTS, FORM, HALVES, block_parts
+from cnx_deploy.onnx_external import check_recorded
 from cnx_deploy.parity import GATES, Gate
 from cnx_deploy.verification import recorded_model
 
@@ -95,6 +96,7 @@ def run_bisection(
     request = artifact.manifest.request
     if artifact.manifest.kind != "onnx" or request["precision"] not in HALVES:
         raise InputError(f"{artifact.path.name} is no ONNX file of half precision. Name one that is FP16 or BF16.")
+    check_recorded(artifact)
     if request.get("form") != FORM:
         raise InputError(f"{artifact.path.name} has an earlier deploy form. Export it again with --force.")
     if samples < 1:

@@ -24,6 +24,7 @@ from cnx_deploy.layers.taps import canonical, module_names, taps_in_file
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.onnx_export import deploy_spec_from_request
+from cnx_deploy.onnx_external import check_recorded
 from cnx_deploy.parity import Gate
 from cnx_deploy.verification import recorded_model
 
@@ -145,6 +146,7 @@ def layers_of_artifact(
             f"{artifact.path.name} is an engine, whose inner tensors cannot be read. Name the file it was built from, "
             f"{artifact.manifest.source_name}: where a GPU is, a copy of that is compiled with its layers as outputs."
         )
+    check_recorded(artifact)
     spec = deploy_spec_from_request(artifact.manifest.request)
     batches = _batches(artifact, spec, samples, images)
     return compare_layers(artifact.path, recorded_model(artifact).model, spec, batches, progress=progress)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cnx_deploy.artifacts import Artifact, open_artifact
 from cnx_deploy.errors import InputError, MissingRequirementError
+from cnx_deploy.onnx_external import check_recorded
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.emulated import EmulatedRunner
 from cnx_deploy.runners.ort import OrtRunner
@@ -75,6 +76,7 @@ def open_runner(
     artifact = open_artifact(artifact.path)
     if artifact.manifest.kind == "engine":
         return TensorRTRunner(artifact, cuda_graph=cuda_graph, in_child_first=in_child_first)
+    check_recorded(artifact)
     if device == "cpu" and artifact.manifest.request["precision"] == "bf16":
         raise MissingRequirementError(NO_BF16.format(name=artifact.path.name))
     return OrtRunner(artifact.path, device=device, threads=threads, spin=spin, thread_per_image=thread_per_image)
