@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from google.protobuf.message import EncodeError
 
 from cnx_deploy.artifacts import Artifact, ModelRecord, WeightsRecord, open_artifact
 from cnx_deploy.model.convnextv2 import random_model
@@ -85,7 +86,7 @@ def test_onnx_over_2gib_huge_lies_in_two_files_and_cannot_be_one(
     del model
     found = OrtRunner(open_artifact(artifact.path).path).run(images)
     assert GATES["fp32"].failures(differences(found, expected)) == ()
-    with pytest.raises(ValueError, match=r"2 ?GB|2 ?GiB|exceeds|too large|serialize"):
+    with pytest.raises(EncodeError, match="Failed to serialize"):
         onnx.load(artifact.path).SerializeToString()
 
 
