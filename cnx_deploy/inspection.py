@@ -1,18 +1,26 @@
 """What is this file? A checkpoint, an ONNX file or an engine, told by its content, and what is known of it.
 
-An engine is never given to a deserialiser here: its manifest says what it is and which kernels it has.
+An engine is not given to a deserialiser: its manifest says what it is and which kernels it has. Without one, and only
+where somebody answers for it, `trusted_engine` reads it in a process of its own.
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
 
 from cnx_deploy.artifacts import Artifact, open_artifact, sha256_of_file
 from cnx_deploy.errors import BuildError, InputError
 from cnx_deploy.isolation import run_isolated
+from cnx_deploy.onnx_wire import looks_like_onnx, open_regular
 from cnx_deploy.signing import signature_beside
+
+if TYPE_CHECKING:
+    from cnx_deploy.onnx_rules import GraphFacts
 
 __all__ = [
     "FileKind",
@@ -21,6 +29,7 @@ __all__ = [
     "inspect_file",
     "kind_of_file",
     "recorded_artifact",
+    "trusted_engine",
     "with_compiled",
 ]
 
@@ -43,10 +52,6 @@ ZIP_MAGIC = b"PK\x03\x04"
 PICKLE_PROTOCOLS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 ENGINE_MAGIC = b"trt"
 """Bytes 2 to 4: an engine of TensorRT-RTX 1.7 begins with "vtrt", one of TensorRT 10 with "ftrt"."""
-
-# Fields of onnx.ModelProto (onnx/onnx.proto): number -> protobuf wire type; 0 is a varint, 2 has a length.
-MODEL_FIELDS = {1: 0, 2: 2, 3: 2, 4: 2, 5: 0, 6: 2, 7: 2, 8: 2, 14: 2, 20: 2, 25: 2, 26: 2}
-GRAPH_FIELD = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,7 @@ def inspect_file(path: Path) -> Inspection:
 
     Where a manifest describes the file, every hash in it is checked before anything is parsed. Raises InputError for
     no such file or one that is no artifact, CorruptArtifactError when bytes are not what they should be,
-    GraphCheckError for an ONNX file that breaks a rule of `onnx_checks`, and what `model.checkpoint` raises.
+    GraphCheckError for an ONNX file that breaks a rule of `onnx_rules`, and what `model.checkpoint` raises.
     """
     if path.suffix == ".json":
         path = open_artifact(path).path
@@ -134,11 +139,29 @@ def with_compiled(
     return replace(found, facts=facts, notes=(*found.notes, "Compiled now and not run: the figures are no latency."))
 
 
+def trusted_engine(found: Inspection) -> Inspection:
+    """The inspection of an engine that no manifest names, and in its facts what TensorRT says of it.
+
+    It is deserialised in a child process, and whatever is in it may run there. Raises InputError for another kind of
+    file and for an engine with a manifest, CorruptArtifactError where TensorRT refuses it, MissingRequirementError
+    where this machine lacks the runtime or a GPU.
+    """
+    if found.kind != "engine" or found.facts:
+        what = "has a manifest, which says what it is" if found.kind == "engine" else f"is {found.description}"
+        raise InputError(f"{found.path} {what}: only an engine without one is to be trusted. Leave out --trust.")
+    from cnx_deploy.trt.deserialising import describe_engine
+
+    described = msgspec.to_builtins(describe_engine(found.path))
+    tensors = {tensor.pop("name"): tensor for tensor in described.pop("tensors")}
+    note = "It was read because you trust it: nothing else says where it is from."
+    return replace(found, facts={**described, "tensors": tensors}, notes=(note,))
+
+
 def kind_of_file(path: Path) -> FileKind:
     """Tell a file's kind from its first bytes; its name is not looked at. Raises InputError when it cannot be read."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
             head = stream.read(16)
             # No instruction of pickle is zero; safetensors with a header of 640 bytes begins with 80 02 00.
             if head[:4] == ZIP_MAGIC or (head[:2] in PICKLE_PROTOCOLS and head[2:3] != b"\0"):
@@ -147,7 +170,7 @@ def kind_of_file(path: Path) -> FileKind:
                 return "engine"
             if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
                 return "safetensors"
-            return "onnx" if _has_onnx_fields(stream, size) else "unknown"
+            return "onnx" if looks_like_onnx(stream, size) else "unknown"
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror}): expected a checkpoint, ONNX file or engine. Check the path."
@@ -219,10 +242,19 @@ def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 
 def _onnx_facts(path: Path, artifact: Artifact | None) -> tuple[dict[str, Any], tuple[str, ...]]:
-    from cnx_deploy.onnx_checks import check_graph
+    from cnx_deploy.onnx_admission import admit_onnx
+    from cnx_deploy.onnx_rules import check_graph
 
-    graph = check_graph(path)
-    facts = {
+    if artifact is None:
+        admission = admit_onnx(path)
+        note = "No manifest beside it names it, so neither its hash nor its origin can be checked."
+        return {**_graph_facts(admission.facts), "checked": list(admission.checks)}, (note,)
+    graph = check_graph(path, artifact.file_names)
+    return {**_graph_facts(graph), **_manifest_facts(artifact), "parity": artifact.manifest.facts.get("parity")}, ()
+
+
+def _graph_facts(graph: "GraphFacts") -> dict[str, Any]:
+    return {
         "opset": graph.opset,
         "operators": dict(graph.operators),
         "types": dict(graph.types),
@@ -231,16 +263,13 @@ def _onnx_facts(path: Path, artifact: Artifact | None) -> tuple[dict[str, Any], 
         "outputs": {name: [kind, list(shape)] for name, (kind, shape) in graph.outputs.items()},
         "metadata": dict(graph.metadata),
     }
-    if artifact is None:
-        return facts, ("No manifest beside it names it, so neither its hash nor its origin can be checked.",)
-    return {**facts, **_manifest_facts(artifact), "parity": artifact.manifest.facts.get("parity")}, ()
 
 
 def _engine_facts(artifact: Artifact | None) -> tuple[dict[str, Any], tuple[str, ...]]:
     if artifact is None:
         return {}, (
             "No manifest beside it names it, so nothing is known of it. An engine is native code: do not run one "
-            "whose origin you do not know. Build it again with cnx-deploy build-trt.",
+            "whose origin you do not know. Build it again with cnx-deploy build-trt, or give --trust to have it read.",
         )
     manifest = artifact.manifest
     facts: dict[str, Any] = {
@@ -278,33 +307,3 @@ def _manifest_facts(artifact: Artifact) -> dict[str, Any]:
         "created": artifact.manifest.created,
         "tools": dict(artifact.manifest.tools),
     }
-
-
-def _has_onnx_fields(stream: BinaryIO, size: int) -> bool:
-    """Whether the file is a row of ModelProto's fields with a graph among them; the end may be cut off."""
-    stream.seek(0)
-    has_graph = False
-    while stream.tell() < size:
-        tag = _varint(stream)
-        if tag is None or MODEL_FIELDS.get(tag >> 3) != tag & 7:
-            return False
-        value = _varint(stream)
-        if value is None:
-            return has_graph
-        has_graph = has_graph or tag >> 3 == GRAPH_FIELD
-        if tag & 7 == 2:
-            stream.seek(value, 1)
-    return has_graph
-
-
-def _varint(stream: BinaryIO) -> int | None:
-    """A protobuf varint; None at the end of the file or beyond 64 bits."""
-    value = 0
-    for shift in range(0, 64, 7):
-        byte = stream.read(1)
-        if not byte:
-            return None
-        value |= (byte[0] & 0x7F) << shift
-        if byte[0] < 0x80:
-            return value
-    return None

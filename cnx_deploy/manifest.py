@@ -131,6 +131,11 @@ class Artifact:
         """Hash of the main file."""
         return self.manifest.files[0].sha256
 
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """Names of its files within its folder, the main one first."""
+        return tuple(record.name for record in self.manifest.files)
+
 
 def relative_reference(path: Path, folder: Path) -> str:
     """`path` as a manifest in `folder` names it: relative, so that a moved project keeps its links."""

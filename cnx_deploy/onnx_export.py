@@ -28,7 +28,8 @@ from cnx_deploy.artifacts import (
 from cnx_deploy.errors import ExportError, InputError, OutputExistsError
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import FORM, DeployedConvNeXtV2, DeploySpec, deploy_form
-from cnx_deploy.onnx_checks import GraphFacts, check_export, opset_for
+from cnx_deploy.onnx_checks import check_export, opset_for
+from cnx_deploy.onnx_rules import GraphFacts
 from cnx_deploy.runners.base import InputSpec
 from cnx_deploy.tracing_memory import forgotten_sources, release_shapes
 

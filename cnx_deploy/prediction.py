@@ -22,7 +22,7 @@ from cnx_deploy.errors import (
 from cnx_deploy.inspection import check_suffix, kind_of_file, recorded_artifact
 from cnx_deploy.model.checkpoint import load_checkpoint
 from cnx_deploy.model.deploy import DeploySpec
-from cnx_deploy.onnx_checks import check_graph
+from cnx_deploy.onnx_admission import admit_onnx
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.opening import open_runner
 from cnx_deploy.runners.ort import OrtRunner
@@ -83,7 +83,7 @@ def open_classifier(path: Path, *, many: bool = False, device: str = "cpu") -> C
     """Open a checkpoint, an ONNX file or an engine, told by its content, on `device` (cpu or cuda) or the engine's GPU.
 
     Hashes are checked where a manifest names the file. An ONNX file of this project without its manifest is taken
-    after its graph has been checked; an engine without one is refused. Raises InputError for other files and for an
+    after `onnx_admission` has let it in; an engine without one is refused. Raises InputError for other files and for an
     ONNX file that does not say what images it takes, MissingRequirementError for a device or engine that this
     machine lacks.
     `many`: whole batches will come, so ONNX Runtime's threads get images of their own (`OrtRunner`).
@@ -155,7 +155,8 @@ def _recorded_classifier(artifact: Artifact, many: bool, device: str) -> Classif
 
 
 def _unrecorded_onnx(path: Path, many: bool, device: str) -> Classifier:
-    metadata = check_graph(path).metadata
+    admission = admit_onnx(path, runs=True)
+    metadata = admission.facts.metadata
     if "cnx_deploy.preprocessing" not in metadata:
         raise InputError(
             f"{path} does not say what images it takes: expected cnx-deploy's manifest or metadata. "
@@ -166,7 +167,7 @@ def _unrecorded_onnx(path: Path, many: bool, device: str) -> Classifier:
         names = json.loads(metadata.get("cnx_deploy.class_names", "null"))
     except (TypeError, ValueError) as error:
         raise CorruptArtifactError(f"{path} has metadata that is not JSON ({error}). Export it again.") from error
-    notes = ["No manifest beside it names it: its graph was checked, its hash and origin cannot be."]
+    notes = [f"No manifest beside it names it: checked were {'; '.join(admission.checks)}; its origin cannot be."]
     if metadata.get("cnx_deploy.weights_origin") == "random":
         notes.append("The weights are random: the answers mean nothing.")
     runner = OrtRunner(path, device=device, thread_per_image=many)

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Literal
 
 from cnx_deploy.errors import CnxDeployError, InputError
 from cnx_deploy.inspection import kind_of_file
-from cnx_deploy.onnx_outline import Outline, outline_of
+from cnx_deploy.onnx_wire import scan_onnx
 
 __all__ = ["FileRisk", "risk_of_file", "risks_in"]
 
@@ -106,23 +106,24 @@ def _by_kind(path: Path) -> tuple[str, Risk, str]:
     if kind == "safetensors":
         return "safetensors", DATA, "tensors and a header in JSON"
     if kind == "onnx":
-        outline = outline_of(path)
-        return "ONNX model", DATA if outline.is_whole else UNKNOWN, _words(outline)
+        return _graph(path)
     return _text(path)
 
 
-def _words(outline: Outline) -> str:
+def _graph(path: Path) -> tuple[str, Risk, str]:
     """What else a graph asks for, beside the operators of the standard."""
-    if not outline.is_whole:
-        return f"its graph could not be followed to its end: {TREAT}"
+    try:
+        found = scan_onnx(path)
+    except CnxDeployError as error:
+        return "ONNX model", UNKNOWN, f"{error} Until then {TREAT}"
     said = ["a graph of operators and their weights"]
-    if outline.locations:
-        said.append(f"with weights in other files ({', '.join(outline.locations)}), which are read with it")
-    if outline.domains:
-        said.append(f"operators of {', '.join(outline.domains)}, which take somebody's library to run")
-    if outline.functions:
-        said.append(f"{outline.functions} functions of its own")
-    return "; ".join(said)
+    if found.locations:
+        said.append(f"with weights in other files ({', '.join(found.locations)}), which are read with it")
+    if found.domains:
+        said.append(f"operators of {', '.join(found.domains)}, which take somebody's library to run")
+    if found.messages["Function"]:
+        said.append(f"{found.messages['Function']} functions of its own")
+    return "ONNX model", DATA, "; ".join(said)
 
 
 def _archive(path: Path) -> tuple[str, Risk, str]:

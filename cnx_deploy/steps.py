@@ -23,8 +23,8 @@ from cnx_deploy.artifacts import Artifact, find_artifacts, open_artifact
 from cnx_deploy.batch_plan import cut_in_batches, first_images
 from cnx_deploy.errors import InputError, MissingRequirementError
 from cnx_deploy.model.deploy import HALVES
-from cnx_deploy.onnx_checks import check_graph
 from cnx_deploy.onnx_export import ExportSpec, deploy_spec_from_request, export_onnx
+from cnx_deploy.onnx_rules import check_graph
 from cnx_deploy.parity import GATES, Gate, ParityResult, differences, logits_of
 from cnx_deploy.pipeline import VerifyRequest, selected
 from cnx_deploy.runners.base import InputSpec, Runner
@@ -113,7 +113,7 @@ def verify_steps(
     """
     artifact = open_artifact(artifact.path)
     _refuse_other(artifact)
-    check_graph(artifact.path)
+    check_graph(artifact.path, artifact.file_names)
     batches = _batches(artifact, reference)
     floor, floor_images = _noise_floor(artifact, reference, batches)
     steps: list[Step] = []

@@ -28,8 +28,8 @@ from cnx_deploy.data.dataset import evenly
 from cnx_deploy.errors import CorruptArtifactError, GraphCheckError, InputError, MissingRequirementError
 from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, load_checkpoint, load_pretrained
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.onnx_checks import GraphFacts, check_graph
 from cnx_deploy.onnx_export import deploy_spec_from_request
+from cnx_deploy.onnx_rules import GraphFacts, check_graph
 from cnx_deploy.parity import GATES, Gate, ParityResult, differences, logits_of
 from cnx_deploy.runners.base import InputSpec, Runner
 from cnx_deploy.runners.opening import checked_by, open_onnx, open_runner
@@ -214,7 +214,7 @@ def verify_artifact(
     artifact = open_artifact(artifact.path)
     if artifact.manifest.kind == "engine":
         return _verify_engine(artifact, reference, progress, outputs)
-    _check_promised(artifact, check_graph(artifact.path))
+    _check_promised(artifact, check_graph(artifact.path, artifact.file_names))
     precision = str(artifact.manifest.request["precision"])
     results = []
     for name in runners or checked_by(precision):
@@ -313,7 +313,7 @@ def _verify_engine(
     artifact: Artifact, reference: Reference, progress: Progress | None, outputs: SavedOutputs | None
 ) -> Verification:
     try:
-        runner = open_runner(artifact)
+        runner = open_runner(artifact, in_child_first=True)
     except MissingRequirementError as error:
         return Verification(artifact.path.name, "engine", (), not_run=(str(error),))
     with runner:

@@ -1,10 +1,12 @@
-"""What native code does to a process when it goes wrong; run in a child by tests/test_isolation.py."""
+"""What native code does to a process when it goes wrong; run in a child."""
 
 import ctypes
 import os
+import random
 import signal
 import sys
 import time
+from pathlib import Path
 
 from cnx_deploy.errors import InputError
 
@@ -47,3 +49,22 @@ def tell_pid(path: str) -> None:
     with open(path, "w", encoding="ascii") as stream:  # noqa: PTH123 - as short as can be
         stream.write(str(os.getpid()))
     signal.pause()
+
+
+def answers_to_flips(engine: str, count: int) -> list[list[str]]:
+    """For a child: the validity API's answer and the deserialiser's first error, for the engine whole and flipped."""
+    from cnx_deploy.trt.backend import load_backend
+
+    backend, content = load_backend("tensorrt-rtx"), Path(engine).read_bytes()
+    log = backend.recording_logger()
+    runtime = backend.trt.Runtime(log)
+    draw, found = random.Random(0), []
+    for index in range(count + 1):
+        damaged = bytearray(content)
+        if index:
+            damaged[draw.randrange(1000, len(content))] ^= 1 << draw.randrange(8)
+        validity = str(runtime.get_engine_validity(bytes(damaged)))
+        log.messages.clear()
+        assert runtime.deserialize_cuda_engine(bytes(damaged)) is None
+        found.append([validity, next(text for severity, text in log.messages if severity == "ERROR")])
+    return found

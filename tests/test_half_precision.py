@@ -12,8 +12,8 @@ from cnx_deploy.cli import cli
 from cnx_deploy.errors import InputError
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.model.deploy import DeploySpec, deploy_form, parts_of
-from cnx_deploy.onnx_checks import half_reductions
 from cnx_deploy.onnx_export import ExportSpec, deploy_spec_from_request, export_onnx
+from cnx_deploy.onnx_rules import half_reductions
 from cnx_deploy.parity import GATES, differences
 from cnx_deploy.runners.emulated import EmulatedRunner
 from cnx_deploy.runners.opening import open_onnx

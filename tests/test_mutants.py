@@ -22,8 +22,8 @@ from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.model.deploy_layers import ChannelsFirstNorm, PooledResponseGain, ResponseGain, TokenNorm, widen
 from cnx_deploy.model.layers import EPS
-from cnx_deploy.onnx_checks import check_graph
 from cnx_deploy.onnx_export import ExportSpec, export_onnx
+from cnx_deploy.onnx_rules import check_graph
 from cnx_deploy.variants import Variant
 
 SIZE = 32

@@ -4,8 +4,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from cnx_deploy.errors import CorruptArtifactError, GraphCheckError
-from cnx_deploy.onnx_checks import OPSET, check_export, check_graph
+from cnx_deploy.errors import CorruptArtifactError, GraphCheckError, RefusedArtifactError
+from cnx_deploy.onnx_checks import OPSET, check_export
+from cnx_deploy.onnx_rules import check_graph
 
 KINDS = {"FLOAT16": TensorProto.FLOAT16, "BFLOAT16": TensorProto.BFLOAT16, "FLOAT": TensorProto.FLOAT}
 
@@ -83,7 +84,7 @@ def test_a_graph_within_a_graph_is_refused_because_it_is_not_looked_into(tmp_pat
     ]
     yes = constant("yes", TensorProto.BOOL, [True])
     path = saved(tmp_path / "if.onnx", nodes, TensorProto.FLOAT16, initializers=[AXIS, yes])
-    with pytest.raises(GraphCheckError, match="part/If: If holds a graph of its own"):
+    with pytest.raises(RefusedArtifactError, match="part/If: If holds a graph of its own"):
         check_graph(path)
 
 
@@ -152,20 +153,29 @@ def test_a_reduction_between_casts_to_float_passes(tmp_path):
 def test_onnx_checker_full_and_shapes_another_domain_is_refused(tmp_path):
     nodes = [helper.make_node("Gelu", ["images"], ["logits"], domain="com.microsoft", name="act/Gelu")]
     path = saved(tmp_path / "custom.onnx", nodes, domains=["com.microsoft"])
-    with pytest.raises(GraphCheckError, match=r"act/Gelu: com\.microsoft::Gelu is not a standard operator"):
+    with pytest.raises(RefusedArtifactError, match=r"act/Gelu: com\.microsoft::Gelu is not a standard operator"):
         check_graph(path)
+
+
+def test_an_operator_of_other_networks_than_classifiers_is_refused(tmp_path):
+    nodes = [
+        helper.make_node("RandomUniformLike", ["images"], ["noise"], name="part/Random"),
+        helper.make_node("Add", ["images", "noise"], ["logits"]),
+    ]
+    with pytest.raises(RefusedArtifactError, match="part/Random: RandomUniformLike is no operator of image classif"):
+        check_graph(saved(tmp_path / "random.onnx", nodes))
 
 
 def test_all_broken_rules_are_listed_at_once(tmp_path):
     nodes = [
-        helper.make_node("Softmax", ["images"], ["share"], name="a"),
-        helper.make_node("Gelu", ["share"], ["logits"], domain="com.microsoft", name="b"),
+        helper.make_node("RandomNormalLike", ["images"], ["noise"], name="a"),
+        helper.make_node("Gelu", ["noise"], ["logits"], domain="com.microsoft", name="b"),
     ]
-    path = saved(tmp_path / "both.onnx", nodes, TensorProto.FLOAT16, domains=["com.microsoft"])
-    with pytest.raises(GraphCheckError) as caught:
+    path = saved(tmp_path / "both.onnx", nodes, domains=["com.microsoft"])
+    with pytest.raises(RefusedArtifactError) as caught:
         check_graph(path)
     lines = [line.strip().split(":")[0] for line in str(caught.value).splitlines()[1:]]
-    assert lines == ["operator domains ['com.microsoft'] are not standard ONNX", "b", "a"]
+    assert lines == ["operator domains ['com.microsoft'] are not standard ONNX", "a", "b"]
 
 
 # Not ONNX at all

@@ -5,6 +5,7 @@ arguments. It refuses a call out of order, an address that was not set, and a sh
 """
 
 import ctypes
+import enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,19 @@ import numpy as np
 import onnxruntime
 
 
+class TensorIOMode(enum.Enum):
+    """Names of the real enumeration."""
+
+    INPUT = 1
+    OUTPUT = 2
+
+
 class DoubleContext:
     """IExecutionContext. `fail` names the call that answers False (or, for infer_shapes, a missing tensor)."""
 
     def __init__(self, session: Any, profiles: list[tuple[int, int, int]], fail: str | None) -> None:
         self._session = session
-        self._profiles = profiles
+        self.profiles = profiles
         self._fail = fail
         self._shape: tuple[int, ...] | None = None
         self._addresses: dict[str, int] = {}
@@ -35,7 +43,7 @@ class DoubleContext:
         return self._answer("set_optimization_profile_async")
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        low, _, high = self._profiles[self.active_optimization_profile]
+        low, _, high = self.profiles[self.active_optimization_profile]
         assert name == "images"
         assert low <= shape[0] <= high, "a shape outside the profile"
         self._shape = shape
@@ -73,6 +81,8 @@ class DoubleEngine:
         self._context = context
         self._types = types
         self.num_io_tensors = len(types)
+        self.num_layers = 7
+        self.num_optimization_profiles = 0 if context is None else len(context.profiles)
         self.runtime_config: Any = None
 
     def get_tensor_name(self, index: int) -> str:
@@ -80,6 +90,17 @@ class DoubleEngine:
 
     def get_tensor_dtype(self, name: str) -> Any:
         return SimpleNamespace(name=self._types[name])
+
+    def get_tensor_mode(self, name: str) -> Any:
+        return TensorIOMode.INPUT if name == "images" else TensorIOMode.OUTPUT
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (-1, 3, 32, 32) if name == "images" else (-1, 10)
+
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
+        assert self._context is not None
+        assert name == "images", "only inputs have profiles"
+        return [(batch, 3, 32, 32) for batch in self._context.profiles[profile_index]]
 
     def create_runtime_config(self) -> Any:
         return SimpleNamespace(dynamic_shapes_kernel_specialization_strategy=None)
@@ -171,6 +192,7 @@ def double_of(
         __version__=real_trt.__version__,
         ILogger=real_trt.ILogger,
         Runtime=runtime,
+        TensorIOMode=TensorIOMode,
         DynamicShapesKernelSpecializationStrategy=real_trt.DynamicShapesKernelSpecializationStrategy,
     )
     return module, context

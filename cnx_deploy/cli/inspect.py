@@ -20,9 +20,10 @@ GROUPINGS = ("stage", "operation", "kind")
 @click.option("--target", help="GPU to compile for [default: sm89].")
 @click.option("--batch", type=click.IntRange(min=1), help="Batch to compile for [default: 64].")
 @click.option("--kernels", "lists_kernels", is_flag=True, help="List every kernel, the one that moves most first.")
+@click.option("--trust", is_flag=True, help="Have an engine without a manifest read: what is in it may run.")
 @options.as_json
 def inspect_command(
-    file: Path, compiles: bool, target: str | None, batch: int | None, lists_kernels: bool, as_json: bool
+    file: Path, compiles: bool, target: str | None, batch: int | None, lists_kernels: bool, trust: bool, as_json: bool
 ) -> None:
     """Say what FILE is: a checkpoint, an ONNX file or an engine, told by its content. Exit code 4 if it was altered.
 
@@ -31,7 +32,7 @@ def inspect_command(
     Of an engine, and with --compile of an ONNX file, the kernels are shown and the bytes they move, by stage of the
     network, operation and kind of kernel.
     """
-    from cnx_deploy.inspection import inspect_file, with_compiled
+    from cnx_deploy.inspection import inspect_file, trusted_engine, with_compiled
 
     if file.is_dir():
         _show_risks(file, compiles or lists_kernels or bool(target or batch), as_json=as_json)
@@ -39,6 +40,8 @@ def inspect_command(
     if not compiles and (target or batch):
         raise click.UsageError("--target and --batch say what to compile for: give --compile too.")
     found = inspect_file(file)
+    if trust:
+        found = trusted_engine(found)
     if compiles:
         with options.reporter("Compiling") as progress:
             found = with_compiled(found, target=target or "sm89", batch=batch or 64, progress=progress)

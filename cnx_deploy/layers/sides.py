@@ -23,7 +23,8 @@ from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import DeployedConvNeXtV2, DeploySpec, deploy_form
 from cnx_deploy.parity import GATES, Gate
 from cnx_deploy.runners.emulated import EmulatedRunner
-from cnx_deploy.runners.ort import LOAD_ERRORS, OrtRunner
+from cnx_deploy.runners.ort import OrtRunner
+from cnx_deploy.runners.ort_session import LOAD_ERRORS
 
 __all__ = ["SIDES", "Read", "Side", "Subject", "reference_form", "torch_outputs"]
 

@@ -64,15 +64,17 @@ def open_runner(
     spin: bool = False,
     thread_per_image: bool = False,
     cuda_graph: bool = False,
+    in_child_first: bool = False,
 ) -> Runner:
-    """A runner for an ONNX artifact (`OrtRunner` explains `device` to `thread_per_image`) or an engine (`cuda_graph`).
+    """A runner for an ONNX artifact or an engine.
 
-    The defaults are for checks, which are not timed and may share the machine. Raises CorruptArtifactError where a hash
-    does not hold, MissingRequirementError where this machine cannot run the artifact.
+    `OrtRunner` explains `device` to `thread_per_image`, `TensorRTRunner` the last two. The defaults are for checks,
+    which are not timed and may share the machine. Raises CorruptArtifactError where a hash does not hold,
+    MissingRequirementError where this machine cannot run the artifact.
     """
     artifact = open_artifact(artifact.path)
     if artifact.manifest.kind == "engine":
-        return TensorRTRunner(artifact, cuda_graph=cuda_graph)
+        return TensorRTRunner(artifact, cuda_graph=cuda_graph, in_child_first=in_child_first)
     if device == "cpu" and artifact.manifest.request["precision"] == "bf16":
         raise MissingRequirementError(NO_BF16.format(name=artifact.path.name))
     return OrtRunner(artifact.path, device=device, threads=threads, spin=spin, thread_per_image=thread_per_image)

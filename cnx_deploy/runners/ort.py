@@ -15,6 +15,7 @@ from torch import Tensor
 from cnx_deploy.environment import cpu_count, cpu_name
 from cnx_deploy.errors import CnxDeployError, CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.runners.base import InputSpec, RunnerInfo, check_input
+from cnx_deploy.runners.ort_session import LOAD_ERRORS
 
 __all__ = ["OrtRunner"]
 
@@ -23,20 +24,6 @@ PROVIDERS = {
     # HEURISTIC: the default search can land in fallback kernels, 48 times slower (PaddlePaddle/PaddleOCR issue 17970).
     "cuda": ("CUDAExecutionProvider", {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}),
 }
-
-LOAD_ERRORS = tuple(
-    getattr(onnxruntime.capi.onnxruntime_pybind11_state, name)
-    for name in (
-        "EPFail",
-        "Fail",
-        "InvalidGraph",
-        "InvalidProtobuf",
-        "NoSuchFile",
-        "NotImplemented",
-        "RuntimeException",
-    )
-)
-"""ONNX Runtime's exceptions have no common base of their own."""
 
 
 class OrtRunner:

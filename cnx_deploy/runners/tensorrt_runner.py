@@ -19,6 +19,7 @@ from cnx_deploy.errors import BuildError, CorruptArtifactError, InputError, Miss
 from cnx_deploy.runners.base import InputSpec, RunnerInfo, Split, check_input
 from cnx_deploy.runners.cuda import CudaStream
 from cnx_deploy.trt.backend import Backend, load_backend, require_gpu
+from cnx_deploy.trt.deserialising import describe_engine
 
 __all__ = ["TensorRTRunner"]
 
@@ -39,6 +40,7 @@ class TensorRTRunner:
 
     The engine is given to the deserialiser only after its hash has matched its manifest, with host code off.
     `cuda_graph`: each batch size is captured at its first call and replayed with one launch from then on.
+    `in_child_first`: have a child process read it before this one does, so that what ends the reader is an error.
     A context serves one call at a time, so threads that share a runner wait for each other in `run`. With a CUDA graph,
     and in `run_split`, every call gives the same buffer: threads that read it later take a runner each.
 
@@ -46,12 +48,14 @@ class TensorRTRunner:
     GPU; CorruptArtifactError when the runtime refuses it all the same or it takes other types than its manifest says.
     """
 
-    def __init__(self, artifact: Artifact, *, cuda_graph: bool = False) -> None:
+    def __init__(self, artifact: Artifact, *, cuda_graph: bool = False, in_child_first: bool = False) -> None:
         require_gpu()
         artifact = open_artifact(artifact.path)
         backend = load_backend(str(artifact.manifest.request["runtime"]))
         _check_release(artifact, backend)
         _check_gpu(artifact, _current_target())
+        if in_child_first:
+            describe_engine(artifact.path, backend.name)
         # TensorRT deserialises onto the current device, so that is the one to name.
         self._start(artifact, backend, torch.device("cuda", torch.cuda.current_device()), cuda_graph)
 

@@ -7,7 +7,7 @@ from cnx_deploy.artifacts import Artifact, Manifest, open_artifact, reusable_art
 from cnx_deploy.environment import find_gpus
 from cnx_deploy.errors import BuildError, InputError
 from cnx_deploy.isolation import Limits, run_isolated
-from cnx_deploy.onnx_checks import check_graph
+from cnx_deploy.onnx_rules import check_graph
 from cnx_deploy.trt.backend import Backend, load_backend
 from cnx_deploy.trt.compiling import BuildSpec, compiled_engine, task_of
 from cnx_deploy.trt.network import Progress
@@ -56,7 +56,7 @@ def build_engine(
         found = reusable_artifact(output_dir, stem, "engine", request, source.sha256, force=force)
         if found is not None:
             return found
-        check_graph(source.path)
+        check_graph(source.path, source.file_names)
         facts = _compiled(backend, source, spec, staging.folder / f"{stem}.engine", progress, limits)
         manifest = Manifest(
             kind="engine",
