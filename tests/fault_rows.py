@@ -52,7 +52,7 @@ PENDING: dict[int, str] = {
 FILES_ROWS = (
     Row(1, "parity_all_variants_fp32", "every variant beside timm and transformers, GRN's gamma and beta random",
         "logits within 1e-5, stages within 1e-4, parameters as tabled; files in ONNX Runtime within the FP32 gate",
-        "3", "faults_parity model runners", "faults_parity"),
+        "3", "faults_parity model runners", "faults_parity model"),
     Row(2, "parity_fp16_stress_no_overflow",
         "activations at 2 to 50 times FP16's limit; black, white, chequered images",
         "finite, cosine 0.9995 at least; the same graph with sums in FP16 fails", "3",
