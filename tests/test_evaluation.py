@@ -136,7 +136,7 @@ def test_another_image_size_than_the_runners_is_refused(runner, folder):
         evaluate(runner, folder, Preprocessing(64))
 
 
-def test_logits_that_are_not_finite_fail(tiny_model, folder):
+def test_nan_inf_input_whose_logits_are_not_finite_fails_an_evaluation(tiny_model, folder):
     with torch.no_grad():
         tiny_model.head.bias[3] = float("nan")
     broken = reference_runner(tiny_model, DeploySpec(image_size=32))

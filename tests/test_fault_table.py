@@ -18,15 +18,20 @@ Found = set[tuple[str, str, bool]]
 def functions_in(source: str, file: str) -> Iterator[tuple[str, str, bool]]:
     """File, name and whether slow, of every test; one of whose cases some are slow counts as both."""
     tree = ast.parse(source)
-    marks = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign)]
-    all_slow = any(mark.startswith("pytestmark = ") and "mark.slow" in mark for mark in marks)
+    marked = {  # names of lists of cases some of which are slow; pytestmark is every test's
+        ast.unparse(node.targets[0])
+        for node in tree.body
+        if isinstance(node, ast.Assign) and "mark.slow" in ast.unparse(node.value)
+    }
     for node in tree.body:
         if not isinstance(node, ast.FunctionDef) or not node.name.startswith("test_"):
             continue
         written = [ast.unparse(each) for each in node.decorator_list]
-        if not all_slow and "pytest.mark.slow" not in written:
+        used = {each.id for part in node.decorator_list for each in ast.walk(part) if isinstance(each, ast.Name)}
+        all_slow = "pytestmark" in marked or "pytest.mark.slow" in written
+        if not all_slow:
             yield file, node.name, False
-        if all_slow or any("mark.slow" in each for each in written):
+        if all_slow or used & marked or any("mark.slow" in each for each in written):
             yield file, node.name, True
 
 
@@ -113,11 +118,15 @@ def test_a(): ...
 @pytest.mark.parametrize("x", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_b(): ...
 def test_c(): ...
+CASES = [1, pytest.param(2, marks=pytest.mark.slow)]
+@pytest.mark.parametrize("x", CASES)
+def test_d(): ...
 def helper(): ...
 """
     seen = [(name, slow) for _, name, slow in functions_in(source, "f")]
-    assert seen == [("test_a", True), ("test_b", False), ("test_b", True), ("test_c", False)]
-    assert list(functions_in("pytestmark = pytest.mark.slow\ndef test_d(): ...", "f")) == [("f", "test_d", True)]
+    both = [("test_b", False), ("test_b", True), ("test_c", False), ("test_d", False), ("test_d", True)]
+    assert seen == [("test_a", True), *both]
+    assert list(functions_in("pytestmark = pytest.mark.slow\ndef test_e(): ...", "f")) == [("f", "test_e", True)]
 
 
 def test_no_two_rows_have_a_name_in_common() -> None:

@@ -148,6 +148,19 @@ MADE: dict[str, Callable[..., Runner]] = {
 }
 
 
+def by_its_owner(call: Callable[..., bool], *, begins: bool = False) -> Callable[..., bool]:
+    """A call that takes 2 ms and fails in another thread than the one that set the shape."""
+
+    def watched(self: Any, *words: Any) -> bool:
+        if begins:
+            self.owner = threading.get_ident()
+        time.sleep(0.002)
+        assert self.owner == threading.get_ident(), "another thread's call lies between"
+        return call(self, *words)
+
+    return watched
+
+
 @pytest.mark.parametrize("shared", [True, False], ids=["one runner", "a runner each"])
 @pytest.mark.parametrize("backend", MADE)
 def test_thread_safety_each_thread_gets_the_logits_of_its_images(
@@ -159,13 +172,9 @@ def test_thread_safety_each_thread_gets_the_logits_of_its_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Four threads with batches of their own; of TensorRT a context that takes its time between two calls."""
-    real = DoubleContext.set_tensor_address
-
-    def slow(self: DoubleContext, name: str, memory: int) -> bool:
-        time.sleep(0.002)
-        return real(self, name, memory)
-
-    monkeypatch.setattr(DoubleContext, "set_tensor_address", slow)
+    monkeypatch.setattr(DoubleContext, "set_input_shape", by_its_owner(DoubleContext.set_input_shape, begins=True))
+    for name in ("set_tensor_address", "execute_async_v3"):
+        monkeypatch.setattr(DoubleContext, name, by_its_owner(getattr(DoubleContext, name)))
     made = [MADE[backend](tiny_model, tiny_onnx_fp16, tiny_engine, monkeypatch) for _ in range(1 if shared else 4)]
     batches = list(images_for(32, 8).split([1, 2, 2, 3]))
     expected = [made[0].run(batch).clone() for batch in batches]

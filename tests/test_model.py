@@ -20,7 +20,7 @@ from tests.foreign_models import randomise, transformers_model
 LOGITS_ATOL = 1e-5
 """Largest difference between two FP32 implementations whose logits are of the order of one. Seen: 7.2e-7."""
 
-CROSS_CHECKED = [("atto", 64), ("atto", 224), ("nano", 64), ("tiny", 96)]
+CROSS_CHECKED = [("atto", 64), ("atto", 224), ("nano", 64), pytest.param("tiny", 96, marks=pytest.mark.slow)]
 
 
 def random_images(height: int, width: int, batch: int = 2) -> Tensor:

@@ -225,11 +225,19 @@ def tiny_classifier(tiny_model):
     return Classifier(reference_runner(tiny_model, DeploySpec(image_size=64)), Preprocessing(64), None)
 
 
-def test_nan_inf_input_whose_logits_are_not_finite_is_a_failed_check(tiny_model, tiny_classifier, photos):
-    with torch.no_grad():
-        tiny_model.head.bias[3] = torch.nan
-    with pytest.raises(CheckFailedError, match="not finite"):
-        list(classify_files(tiny_classifier, [photos / "0.png"]))
+def test_nan_inf_input_whose_logits_are_not_finite_is_a_failed_check(tiny_classifier, photos, monkeypatch):
+    """Of the second image alone; it is named, not the first of its batch."""
+    right = tiny_classifier.runner.run
+
+    def second_is_none(images):
+        logits = right(images).clone()
+        logits[1] = torch.nan
+        return logits
+
+    monkeypatch.setattr(tiny_classifier.runner, "run", second_is_none)
+    with pytest.raises(CheckFailedError, match=r"logits that are not finite for .*1\.png, and numbers") as caught:
+        list(classify_files(tiny_classifier, [photos / "broken.png", photos / "0.png", photos / "1.png"]))
+    assert caught.value.exit_code == 3
 
 
 def test_more_or_fewer_names_than_classes_are_a_corrupt_artifact(tiny_classifier, photos):

@@ -68,7 +68,7 @@ def test_every_command_is_in_the_readme_or_the_change_log() -> None:
     assert [name for name in COMMANDS if f"`{name}`" not in known and f"cnx-deploy {name}" not in known] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/faults.md"])
 def test_relative_links_lead_somewhere(page: str) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8"))
     broken = [link for link in links if "://" not in link and not ((ROOT / page).parent / link).exists()]

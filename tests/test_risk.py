@@ -118,9 +118,14 @@ def test_scan_policy_as_the_command_shows_it(folder: Path, capsys: pytest.Captur
     assert all(each["reason"].endswith("treat it as able to run code") for each in unknown)
 
 
-def test_scan_policy_options_of_one_file_are_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "option", [["--compile"], ["--kernels"], ["--trust"], ["--batch", "8"]], ids=lambda each: each[0]
+)
+def test_scan_policy_options_of_one_file_are_wrong_usage(
+    option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["inspect", str(tmp_path), "--compile"])
+        main(["inspect", str(tmp_path), *option])
     assert (stop.value.code, "is a folder: give a file" in capsys.readouterr().err) == (2, True)
 
 

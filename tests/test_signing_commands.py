@@ -214,7 +214,7 @@ def test_verify_without_the_option_asks_for_no_signature(cnx, exported):
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_verify_refuses_where_one_is_not_signed(cnx, artifact, keys, named):
+def test_engine_unsigned_or_unlisted_is_refused_where_signatures_are_asked_for(cnx, artifact, keys, named):
     make(Path("engines"), "fast", kind="engine", suffix=".engine", request=ENGINE, facts={"runtime_version": "1"})
     sign_artifact(artifact, keys / "p256.pem")
     files = ["export/small.onnx", "engines/fast.json"] if named else []
@@ -241,7 +241,7 @@ def test_ways_that_read_other_files_take_no_signature(cnx, artifact, keys, way):
     assert (code, "leave --signed out" in err) == (2, True)
 
 
-def test_a_file_that_is_not_signed_is_refused_before_any_reader_is_loaded(artifact, keys):
+def test_engine_unsigned_or_unlisted_is_refused_before_any_reader_is_loaded(artifact, keys):
     code = (
         "import sys\nfrom cnx_deploy.cli import main\ntry:\n    main()\nexcept SystemExit as stop:\n"
         "    print(stop.code, *sorted({'torch', 'onnx', 'onnxruntime', 'tensorrt_rtx'} & set(sys.modules)))"

@@ -35,7 +35,7 @@ def inspect_command(
     from cnx_deploy.inspection import inspect_file, trusted_engine, with_compiled
 
     if file.is_dir():
-        _show_risks(file, compiles or lists_kernels or bool(target or batch), as_json=as_json)
+        _show_risks(file, compiles or lists_kernels or trust or bool(target or batch), as_json=as_json)
         return
     if not compiles and (target or batch):
         raise click.UsageError("--target and --batch say what to compile for: give --compile too.")
@@ -63,7 +63,9 @@ def _show_risks(folder: Path, of_one_file: bool, *, as_json: bool) -> None:
     from cnx_deploy.risk import risks_in
 
     if of_one_file:
-        raise click.UsageError(f"{folder} is a folder: give a file with --compile, --target, --batch and --kernels.")
+        raise click.UsageError(
+            f"{folder} is a folder: give a file with --compile, --target, --batch, --kernels and --trust."
+        )
     found = risks_in(folder)
     counts = {risk: sum(each.risk == risk for each in found) for risk in ("data-only", "code-capable", "unknown")}
     if as_json:
