@@ -15,7 +15,7 @@ from cryptography.exceptions import InvalidSignature
 from model_signing import hashing, manifest, signing, verifying
 
 from cnx_deploy.errors import CorruptArtifactError, RefusedArtifactError
-from cnx_deploy.manifest_reading import strict_json
+from cnx_deploy.documents import strict_json
 
 __all__ = ["Bundle", "read_bundle", "sign_files", "verify_files"]
 
