@@ -45,8 +45,8 @@ def bounded_content(path: Path, most: int = MAX_DOCUMENT_BYTES) -> bytes:
 def strict_json(content: bytes, most: int = MAX_DOCUMENT_BYTES) -> Any:
     """JSON in UTF-8 without what readers disagree on; ValueError for anything else.
 
-    Refused are more than `most` bytes or `MAX_DEPTH` levels, a key twice in an object, NaN, infinities and what a double
-    takes for one (1e999), integers of thousands of digits, lone surrogates, a byte-order mark.
+    Refused are more than `most` bytes or `MAX_DEPTH` levels, a key twice in an object, NaN, infinities and what a
+    double takes for one (1e999), integers of thousands of digits, lone surrogates, a byte-order mark.
     """
     if len(content) > most:
         raise ValueError(f"{len(content):,} bytes, where at most {most:,} are read")
@@ -92,7 +92,7 @@ def typed(value: Any, kind: type[Kind], where: str = "") -> Kind:
 
 
 def said_of(error: msgspec.ValidationError, where: str = "") -> str:
-    """msgspec's message with the field's path first: `rows[0].batch: Expected int, got str`."""
+    """The message of msgspec with the field's path first: `rows[0].batch: Expected int, got str`."""
     what, _, path = str(error).partition(" - at `$")
     place = f"{where}{path.rstrip('`')}".removeprefix(".") or "it"
     return f"{place}: {re.sub(r' matching regex .*', ' of another form', what).replace('`', '')}"

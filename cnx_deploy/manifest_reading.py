@@ -53,7 +53,7 @@ class EngineRequest(OnnxRequest):
     """The request of the ONNX file and what `trt.builder.BuildSpec` adds."""
 
     runtime: Literal["tensorrt", "tensorrt-rtx"]
-    target: Annotated[str, msgspec.Meta(pattern="^(current|sm[0-9]{2,3})$")]
+    target: Annotated[str, msgspec.Meta(pattern="^(current|sm[0-9]{2,3})$(?!\\n)")]
     batches: Annotated[tuple[Batches, ...], msgspec.Meta(min_length=1)]
     allow_tf32: bool
 
@@ -122,7 +122,7 @@ class EngineFacts:
     runtime_version: str
     build_seconds: float | None = None
     half_share_of_products: float | None = None
-    gpu: Annotated[str, msgspec.Meta(pattern="^sm[0-9]{2,3}$")] | None = None
+    gpu: Annotated[str, msgspec.Meta(pattern="^sm[0-9]{2,3}$(?!\\n)")] | None = None
     run: str | None = None
     census: Census | None = None
     compiled: Compiled | None = None
