@@ -23,7 +23,7 @@ from torch import Tensor
 from cnx_deploy.errors import CheckpointError, CorruptArtifactError, InputError, RefusedArtifactError
 from cnx_deploy.model.weight_guards import check_archive, check_safetensors_header, check_tensor, check_total
 
-__all__ = ["METADATA_KEY", "WeightFile", "read_weight_file"]
+__all__ = ["METADATA_KEY", "WeightFile", "read_pickle", "read_weight_file"]
 
 METADATA_KEY = "cnx_deploy"
 """The header's one entry, a JSON object: the format writes several entries in random order."""
@@ -107,12 +107,23 @@ def _read_safetensors(path: Path) -> WeightFile:
 
 
 def _read_pickle(path: Path, *, ema: bool) -> WeightFile:
+    return _state_dict_of(read_pickle(path), path, ema=ema)
+
+
+def read_pickle(path: Path) -> object:
+    """What a pickle of torch holds, of plain data and tensors; nothing in it is run.
+
+    Raises RefusedArtifactError for one that holds more or would unpack to more than it has, CorruptArtifactError for
+    unreadable bytes.
+    """
     _refuse_torchscript(path)
     check_archive(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about pickle protocols; what matters ends in an error
-            content = torch.load(path, weights_only=True, map_location="cpu")  # Namespace: the reference's `args`
+            content: object = torch.load(
+                path, weights_only=True, map_location="cpu"
+            )  # Namespace: the reference's `args`
     except UNREADABLE as error:
         if isinstance(error, pickle.UnpicklingError) and _is_well_formed_pickle(path):
             raise RefusedArtifactError(
@@ -123,7 +134,7 @@ def _read_pickle(path: Path, *, ema: bool) -> WeightFile:
             f"{path} cannot be read as a PyTorch checkpoint ({_reason(error)}): it is cut off or altered. "
             "Fetch or write it again."
         ) from error
-    return _state_dict_of(content, path, ema=ema)
+    return content
 
 
 def _refuse_torchscript(path: Path) -> None:
