@@ -46,7 +46,8 @@ PLAIN_NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?(e[-+][0-9]{1,3})?|nan|
 def draw_curves(run_dir: Path) -> Path:
     """Draw `metrics.csv` of a run into its `curves.svg`.
 
-    Raises InputError without the table, CorruptArtifactError where it is none, MissingRequirementError without matplotlib.
+    Raises InputError without the table, CorruptArtifactError where it is none, MissingRequirementError without
+    matplotlib.
     """
     table = run_dir / "metrics.csv"
     if not table.is_file():
