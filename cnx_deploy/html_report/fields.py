@@ -11,6 +11,9 @@ from cnx_deploy.documents import LARGEST, command_document, kind_of
 __all__ = ["Fields", "Source", "read_document"]
 
 
+LARGEST_COUNT = 2**63
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """The file that figures come from: its name and the hash of its bytes."""
@@ -58,6 +61,13 @@ class Fields:
             raise ValueError(f"{self._name(key)} is {kind_of(value)}, expected a number up to {LARGEST:g}")
         return float(value)
 
+    def positive(self, key: str) -> float:
+        """A number above 0, to divide by."""
+        value = self.number(key)
+        if not value >= 1 / LARGEST:
+            raise ValueError(f"{self._name(key)} is {self._get(key)!r}, expected more than 0")
+        return value
+
     def maybe_number(self, key: str) -> float | None:
         """A number or None."""
         return self.number(key) if self.has(key) else None
@@ -67,6 +77,8 @@ class Fields:
         value = self._typed(key, int, "a whole number")
         if isinstance(value, bool):
             raise ValueError(f"{self._name(key)} is true or false, expected a whole number")
+        if not abs(value) <= LARGEST_COUNT:
+            raise ValueError(f"{self._name(key)} is {kind_of(value)}, expected a whole number up to {LARGEST_COUNT}")
         return int(value)
 
     def maybe_integer(self, key: str) -> int | None:
