@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_curves"]
+__all__ = ["draw_curves", "read_table"]
 
 STYLE: dict[str, Any] = {
     "font.size": 9,
@@ -49,30 +49,38 @@ def draw_curves(run_dir: Path) -> Path:
     Raises InputError without the table, CorruptArtifactError where it is none, MissingRequirementError without
     matplotlib.
     """
-    table = run_dir / "metrics.csv"
+    rows = read_table(run_dir / "metrics.csv")
+    return save_svg(run_dir / "curves.svg", lambda: _figure(rows, run_dir.name), STYLE)
+
+
+def read_table(table: Path) -> list[dict[str, float]]:
+    """The figures of each epoch that are known and finite, by column; at least one epoch. Raises as `draw_curves`."""
     if not table.is_file():
         raise InputError(f"{table} is not there: expected a run of which an epoch is finished. Train first.")
     try:
         rows = list(_rows(bounded_content(table).decode("utf-8")))
+        if not rows:
+            raise ValueError("it has no epoch")
     except (ValueError, csv.Error) as error:
         raise CorruptArtifactError(
             f"{table} is no table of a run ({error}): expected the columns epoch and, of numbers, "
             f"{', '.join(COLUMNS)}. Write it again by going on with the run (--resume)."
         ) from error
-    return save_svg(run_dir / "curves.svg", lambda: _figure(rows, run_dir.name), STYLE)
+    return rows
 
 
 def _rows(text: str) -> Iterator[dict[str, float]]:
     """The figures of each epoch that are known; ValueError names the line and column of what is none."""
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     for row in reader:
-        known = {name: value for name in ("epoch", *COLUMNS) if (value := row.get(name))}
-        if "epoch" not in known:
-            raise ValueError(f"line {reader.line_num} has no epoch")
-        for name, value in known.items():
+        written = {name: value for name in ("epoch", *COLUMNS) if (value := row.get(name))}
+        for name, value in written.items():
             if not PLAIN_NUMBER.fullmatch(value):
                 raise ValueError(f"line {reader.line_num}, {name}: {shortened(repr(value))} is no number")
-        yield {name: float(value) for name, value in known.items() if abs(float(value)) <= LARGEST}
+        known = {name: float(value) for name, value in written.items() if abs(float(value)) <= LARGEST}
+        if "epoch" not in known:
+            raise ValueError(f"line {reader.line_num} has no epoch")
+        yield known
 
 
 def _figure(rows: list[dict[str, float]], title: str) -> "Figure":
@@ -83,7 +91,7 @@ def _figure(rows: list[dict[str, float]], title: str) -> "Figure":
     for axes, (label, scale, lines) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         _draw_panel(axes, rows, lines)
         axes.set(title=label, xlabel="epoch", yscale=scale)
-        if lines[0][1]:
+        if lines[0][1] and axes.lines:
             axes.legend(frameon=False)
     return figure
 
