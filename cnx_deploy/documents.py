@@ -14,7 +14,7 @@ import msgspec
 from cnx_deploy.errors import InputError
 
 __all__ = [
-    "LARGEST", "MAX_DOCUMENT_BYTES", "Finite", "PositiveNumber", "bounded_content", "command_document", "kind_of",
+    "LARGEST", "MAX_DEPTH", "MAX_DOCUMENT_BYTES", "Finite", "PositiveNumber", "bounded_content", "command_document", "kind_of",
     "said_of", "shortened", "strict_json", "typed",
 ]  # fmt: skip
 

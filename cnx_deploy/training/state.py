@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cnx_deploy.documents import Finite, shortened, typed
+from cnx_deploy.documents import MAX_DEPTH, Finite, shortened, typed
 from cnx_deploy.errors import CorruptArtifactError
 from cnx_deploy.manifest import Count
 from cnx_deploy.model.weight_files import read_pickle
@@ -24,6 +24,15 @@ __all__ = ["Expected", "check_optimizers", "check_state", "corrupt_state"]
 
 MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
 """What each optimiser keeps of a parameter that has been stepped."""
+
+
+class StoredTensor:
+    """A tensor within a state. A bare one has the methods of mappings and lists, and is taken for either by msgspec."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 class _Counts(msgspec.Struct):
@@ -67,7 +76,7 @@ class _State(msgspec.Struct):
     epoch: Count
     global_step: Count
     version: str = msgspec.field(name="pytorch-lightning_version")
-    state_dict: Mapping[str, Tensor]
+    state_dict: Mapping[str, StoredTensor]
     loops: _Loops
     callbacks: Mapping[str, Mapping[str, Any]]
     optimizer_states: Annotated[tuple[_OptimizerState, ...], msgspec.Meta(min_length=1, max_length=1)]
@@ -90,8 +99,8 @@ def check_state(path: Path, expected: Expected) -> None:
     """
     content = read_pickle(path)
     try:
-        state = typed(content, _State)
-        _check_tensors(state.state_dict, expected.tensors)
+        state = typed(_held(content, {}), _State)
+        _check_tensors({name: each.tensor for name, each in state.state_dict.items()}, expected.tensors)
         if expected.writer not in state.callbacks:
             raise ValueError(f"callbacks: there is no {expected.writer}")
         where = f"callbacks.{expected.writer}.records"
@@ -119,6 +128,24 @@ def corrupt_state(path: Path, reason: object) -> CorruptArtifactError:
         f"{path} is no state that this run can go on from ({shortened(reason)}). Start a run without --resume, or put "
         "a state of this run there."
     )
+
+
+def _held(value: Any, seen: dict[int, Any], depth: int = 0) -> Any:
+    """The same with `StoredTensor` tensors. A pickle may hold one object at many places, and itself: each is walked once."""
+    if id(value) in seen:
+        return seen[id(value)]
+    if depth > MAX_DEPTH:
+        raise ValueError("it is nested too deeply")
+    if isinstance(value, Tensor):
+        found: Any = StoredTensor(value)
+    elif isinstance(value, dict):
+        found = {key: _held(each, seen, depth + 1) for key, each in value.items()}
+    elif isinstance(value, list | tuple):
+        found = [_held(each, seen, depth + 1) for each in value]
+    else:
+        return value
+    seen[id(value)] = found
+    return found
 
 
 def _check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
