@@ -14,8 +14,8 @@ import msgspec
 from cnx_deploy.errors import InputError
 
 __all__ = [
-    "LARGEST", "MAX_DEPTH", "MAX_DOCUMENT_BYTES", "Finite", "PositiveNumber", "bounded_content", "command_document", "kind_of",
-    "said_of", "shortened", "strict_json", "typed",
+    "LARGEST", "MAX_DEPTH", "MAX_DOCUMENT_BYTES", "Finite", "PositiveNumber", "bounded_content", "command_document",
+    "kind_of", "said_of", "shortened", "strict_json", "typed",
 ]  # fmt: skip
 
 MAX_DOCUMENT_BYTES = 16 << 20

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 CANDIDATE, REFERENCE = "onnxruntime fp16", "torch fp32"
 
 
-def save_results(folder: Path) -> Path:
+def save_results(folder: Path, images: tuple[str, str, str] = ("a.png", "b.png", "c.png")) -> Path:
     """Two runs of one file: four made images in two batches, and three labelled ones of two classes."""
     manifest = manifest_from_json((ROOT / "export" / "atto-224-fp16.json").read_bytes())
     artifact, gate = Artifact(Path("atto-224-fp16.onnx"), manifest), GATES["fp16"]
@@ -36,9 +36,9 @@ def save_results(folder: Path) -> Path:
     found = differences(candidate, reference)
     writer.close(ParityResult(CANDIDATE, REFERENCE, gate, (1, 3), found, gate.failures(found)))
     labelled = outputs.writer(artifact, info, (CANDIDATE, REFERENCE))
-    labelled.add(candidate[:3], reference[:3], ["a.png", "b.png", "c.png"], [0, 1, 1])
+    labelled.add(candidate[:3], reference[:3], images, [0, 1, 1])
     tally = Tally(("cat", "dog"))
-    tally.add(candidate[:3], reference[:3], [0, 1, 1], ["a.png", "b.png", "c.png"])
+    tally.add(candidate[:3], reference[:3], [0, 1, 1], images)
     broken = (BrokenImage("d.png", "no image"),)
     result = tally.result((CANDIDATE, REFERENCE), gate, (3,), available=4, broken=broken)
     labelled.close(result, Labelling(("cat", "dog"), 4, broken))

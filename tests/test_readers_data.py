@@ -117,6 +117,15 @@ def test_a_line_without_end_is_refused_before_it_is_in_memory(tmp_path: Path) ->
     refused(lambda: read_manifest(path), InputError, "a line has more than 1,048,576 characters, near line")
 
 
+def test_a_class_folder_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    """Its name could be written into no weights: found after the first epoch else."""
+    write_colours(tmp_path, 1, 1)
+    os.rename(tmp_path / "val" / "red", os.fsencode(tmp_path / "val") + b"/r\xe9d")  # noqa: PTH104 - bytes
+    refused(
+        lambda: find_images(tmp_path / "val"), InputError, "has the class folder 'r\\udce9d', whose name is no text"
+    )
+
+
 # --- any lie at any place ---------------------------------------------------------------------------------------------
 
 CELLS = st.one_of(

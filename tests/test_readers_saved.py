@@ -58,6 +58,11 @@ def test_an_index_of_before_has_no_details_of_a_run_without_labels(
     assert [entry.to_dict() for entry in judge_saved(folder)] == [entry.to_dict() for entry in judge_saved(sound)]
 
 
+def test_an_image_whose_name_is_no_text_is_saved_under_a_name_that_is(tmp_path: Path) -> None:
+    folder = save_results(tmp_path / "saved", images=("r\udce9d.png", "b.png", "c.png"))
+    assert read_saved(folder)[0].runs[1].images == ("r\\udce9d.png", "b.png", "c.png")
+
+
 LIES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("schema_version",), 2, "schema version 2, expected 1"),
     (("schema_version",), True, "schema version True, expected 1"),

@@ -131,7 +131,7 @@ def corrupt_state(path: Path, reason: object) -> CorruptArtifactError:
 
 
 def _held(value: Any, seen: dict[int, Any], depth: int = 0) -> Any:
-    """The same with `StoredTensor` tensors. A pickle may hold one object at many places, and itself: each is walked once."""
+    """The same with tensors stored. A pickle may hold one object at many places, and itself: each is walked once."""
     if id(value) in seen:
         return seen[id(value)]
     if depth > MAX_DEPTH:
