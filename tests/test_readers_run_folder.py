@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -13,12 +14,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cnx_deploy.data import find_dataset
 from cnx_deploy.errors import CorruptArtifactError, InputError, RefusedArtifactError, TrainingError
 from cnx_deploy.pretraining import PretrainingSpec, pretrain
+from cnx_deploy.pretraining import run as pretraining_run
+from cnx_deploy.pretraining.images import divide_images, find_images_below
 from cnx_deploy.training import TrainingSpec, train
-from cnx_deploy.training.run_folder import STATE, STATE_BEFORE, usable_state
+from cnx_deploy.training import run as training_run
+from cnx_deploy.training.run_folder import REQUEST, STATE, STATE_BEFORE, usable_state
 from cnx_deploy.variants import Variant
-from tests.lies import FEW, LONG, lying, placed, put, refused, result_or_error, spoilt
+from tests.lies import FEW, LONG, check_command, documents, lying, placed, put, refused, result_or_error, spoilt
 from tests.training_data import write_colours
 
 Values = dict[Any, Any]
@@ -226,3 +231,52 @@ def test_fuzz_a_state_is_gone_on_from_or_refused(training: Run, tmp_path: Path, 
 @given(data=st.data())
 def test_fuzz_a_state_at_length(training: Run, pretraining: Run, tmp_path: Path, data: st.DataObject) -> None:
     fuzz_state(data.draw(st.sampled_from([training, training, pretraining])), tmp_path / "fuzzed", data)
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "train": ("--variant", "atto", "--image-size", "32"),
+    "pretrain": ("--variant", "atto", "--image-size", "64", "--held-images", "2"),
+}
+
+
+def request_of(command: str, data: Path, folder: Path) -> tuple[Any, ...]:
+    """Begin a run by the command's own request, without training; the words that go on with it."""
+    words: tuple[Any, ...] = (command, data, *COMMANDS[command], "--no-image-check", "--run-dir", folder, "--resume")
+    if command == "train":
+        spec = TrainingSpec(data, "atto", image_size=32, run_dir=folder)
+        training_run._open_run(spec, find_dataset(data))
+    else:
+        masked = PretrainingSpec(data, "atto", image_size=64, held_images=2, run_dir=folder)
+        pretraining_run._open_run(masked, divide_images(find_images_below(data), 2))
+    return words
+
+
+def fuzz_command(command: str, run: Run, folder: Path, data: st.DataObject) -> None:
+    """run.json lies, and where it does not the state does: of another network, or no state at all."""
+    shutil.rmtree(folder, ignore_errors=True)
+    words = request_of(command, run.spec.data, folder)
+    if data.draw(st.booleans()):
+        request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
+        put(folder / REQUEST, data.draw(documents(request)))
+    if data.draw(st.booleans()):
+        put(folder / STATE, data.draw(spoilt((run.folder / STATE).read_bytes())))
+    check_command(*words, allowed=frozenset({2, 4}))
+
+
+@settings(FEW, max_examples=5)
+@given(data=st.data())
+def test_fuzz_train_resume(training: Run, tmp_path: Path, data: st.DataObject) -> None:
+    fuzz_command("train", training, tmp_path / "run", data)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("command", COMMANDS)
+@settings(LONG, max_examples=500)
+@given(data=st.data())
+def test_fuzz_resume_at_length(
+    training: Run, pretraining: Run, tmp_path: Path, command: str, data: st.DataObject
+) -> None:
+    fuzz_command(command, training if command == "train" else pretraining, tmp_path / "run", data)
