@@ -1,15 +1,14 @@
 """Saved results judged again, at their own gate or another: no model is run and no artifact is needed."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cnx_deploy.agreement import BrokenImage, Tally
-from cnx_deploy.errors import CorruptArtifactError, InputError
+from cnx_deploy.agreement import Tally
+from cnx_deploy.errors import InputError
 from cnx_deploy.parity import GATES, Gate, ParityResult, differences
 from cnx_deploy.saved_results import SavedRun, read_saved
 from cnx_deploy.verification import Verification
@@ -79,7 +78,7 @@ def judge_saved(folder: Path, change: GateChange | None = None) -> list[Verifica
 
 
 def _judged(run: SavedRun, folder: Path, change: GateChange) -> ParityResult:
-    gate = change.of(_gate(run.gate))
+    gate = change.of(run.gate)
     return _judged_plain(run, folder, gate) if run.labels is None else _judged_labelled(run, folder, gate)
 
 
@@ -91,18 +90,10 @@ def _judged_plain(run: SavedRun, folder: Path, gate: Gate) -> ParityResult:
 
 def _judged_labelled(run: SavedRun, folder: Path, gate: Gate) -> ParityResult:
     labels, at = run.labels or (), 0
-    tally = Tally(run.details["class_names"])
+    tally = Tally(run.details.class_names)
     for candidate, reference in run.pairs(folder):
         here = slice(at, at + len(candidate))
         tally.add(candidate, reference, labels[here], run.images[here])
         at = here.stop
-    broken = tuple(BrokenImage(**entry) for entry in run.details["broken"])
-    names = (run.candidate, run.reference)
-    return tally.result(names, gate, run.batches, available=run.details["available"], broken=broken)
-
-
-def _gate(values: Mapping[str, Any]) -> Gate:
-    try:
-        return Gate(**values)
-    except TypeError as error:
-        raise CorruptArtifactError(f"The saved results name a gate that is none ({error}). Save them again.") from error
+    names, details = (run.candidate, run.reference), run.details
+    return tally.result(names, gate, run.batches, available=details.available, broken=details.broken)

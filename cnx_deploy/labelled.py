@@ -6,7 +6,7 @@ Images are decoded again for each runner; PyTorch's logits are computed once a n
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from cnx_deploy.onnx_export import deploy_spec_from_request
 from cnx_deploy.parity import ParityResult
 from cnx_deploy.runners.base import InputSpec, Runner
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.saved_results import OutputWriter
+from cnx_deploy.saved_results import Labelling, OutputWriter
 from cnx_deploy.verification import TORCH_REFERENCE, Candidate, Progress, Reference
 
 __all__ = ["LabelledImages", "LabelledReference", "find_labelled", "reference_for"]
@@ -105,8 +105,7 @@ class LabelledReference(Reference):
         names = (candidate.name, TORCH_REFERENCE)
         result = tally.result(names, candidate.gate, sizes, available=available, broken=self.broken)
         if writer is not None:
-            broken = [asdict(image) for image in self.broken]
-            writer.close(result, class_names=self.labelled.class_names, available=available, broken=broken)
+            writer.close(result, Labelling(self.labelled.class_names, available, self.broken))
         return result
 
     def _reference_logits(self, artifact: Artifact, progress: Progress | None) -> _LogitsFile:

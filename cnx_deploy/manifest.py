@@ -26,6 +26,8 @@ __all__ = [
     "Manifest",
     "ModelRecord",
     "Positive",
+    "Sha256",
+    "Timestamp",
     "Triple",
     "WeightsRecord",
     "relative_reference",
@@ -38,9 +40,10 @@ SUFFIXES: dict[str, str] = {"checkpoint": ".safetensors", "onnx": ".onnx", "engi
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
-Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-PlainName = Annotated[str, msgspec.Meta(pattern=r"^(?!\.\.?$)[^/\\\x00-\x1f\x7f]+$", max_length=255)]
-Timestamp = Annotated[str, msgspec.Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(\+00:00|Z)$")]
+# Python's $ stands before a closing newline too; (?!\n) says so to both Python and JSON Schema.
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$(?!\\n)")]
+PlainName = Annotated[str, msgspec.Meta(pattern=r"^(?!\.\.?$)[^/\\\x00-\x1f\x7f]+$(?!\n)", max_length=255)]
+Timestamp = Annotated[str, msgspec.Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(\+00:00|Z)$(?!\n)")]
 Triple = tuple[float, float, float]
 Batches = tuple[Positive, Positive, Positive]
 

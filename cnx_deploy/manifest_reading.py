@@ -5,16 +5,16 @@ generated from these types and those of `manifest`.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
 
+from cnx_deploy.documents import strict_json, typed
 from cnx_deploy.manifest import SCHEMA_VERSION, SUFFIXES, Batches, Count, Manifest, Positive, Triple
 
-__all__ = ["KERNEL_COLUMNS", "MAX_MANIFEST_BYTES", "json_schema", "manifest_from_json", "strict_json"]
+__all__ = ["KERNEL_COLUMNS", "MAX_MANIFEST_BYTES", "json_schema", "manifest_from_json"]
 
 MAX_MANIFEST_BYTES = 16 << 20
 """The largest that was written, of the huge variant's engine with every kernel, has 95 kB."""
@@ -53,7 +53,7 @@ class EngineRequest(OnnxRequest):
     """The request of the ONNX file and what `trt.builder.BuildSpec` adds."""
 
     runtime: Literal["tensorrt", "tensorrt-rtx"]
-    target: Annotated[str, msgspec.Meta(pattern="^(current|sm[0-9]{2,3})$")]
+    target: Annotated[str, msgspec.Meta(pattern="^(current|sm[0-9]{2,3})$(?!\\n)")]
     batches: Annotated[tuple[Batches, ...], msgspec.Meta(min_length=1)]
     allow_tf32: bool
 
@@ -122,7 +122,7 @@ class EngineFacts:
     runtime_version: str
     build_seconds: float | None = None
     half_share_of_products: float | None = None
-    gpu: Annotated[str, msgspec.Meta(pattern="^sm[0-9]{2,3}$")] | None = None
+    gpu: Annotated[str, msgspec.Meta(pattern="^sm[0-9]{2,3}$(?!\\n)")] | None = None
     run: str | None = None
     census: Census | None = None
     compiled: Compiled | None = None
@@ -145,31 +145,19 @@ def manifest_from_json(content: bytes, stem: str | None = None) -> Manifest:
     Raises ValueError, with the field's path and what is wrong with it, for everything that is no manifest of this
     version.
     """
-    data = strict_json(content)
+    data = strict_json(content, MAX_MANIFEST_BYTES)
     if not isinstance(data, dict):
         raise ValueError("it is no JSON object")
     if data.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(f"schema version {data.get('schema_version')!r}, expected {SCHEMA_VERSION}")
     if unknown := data.keys() - Manifest.__dataclass_fields__.keys():
         raise ValueError(f"unknown fields {', '.join(sorted(map(repr, unknown)))}")
-    manifest: Manifest = _converted(data, Manifest, "")
-    _converted(manifest.model.preprocessing, Preprocessing, "model.preprocessing")
+    manifest: Manifest = typed(data, Manifest)
+    typed(manifest.model.preprocessing, Preprocessing, "model.preprocessing")
     for name, kind in PARTS.get(manifest.kind, {}).items():
-        _converted(getattr(manifest, name), kind, name)
+        typed(getattr(manifest, name), kind, name)
     _check_together(manifest, stem)
     return manifest
-
-
-def strict_json(content: bytes) -> Any:
-    """JSON in UTF-8 without what readers disagree on: keys twice in an object, NaN and infinities; else ValueError."""
-    if len(content) > MAX_MANIFEST_BYTES:
-        raise ValueError(f"{len(content):,} bytes, where at most {MAX_MANIFEST_BYTES:,} are read")
-    try:
-        found = json.loads(content.decode("utf-8"), object_pairs_hook=_without_twins, parse_constant=_no_constant)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    json.dumps(found, ensure_ascii=False).encode("utf-8")  # a lone surrogate could not be written again
-    return found
 
 
 def json_schema() -> dict[str, Any]:
@@ -178,18 +166,6 @@ def json_schema() -> dict[str, Any]:
     (root, *_), definitions = msgspec.json.schema_components(types, ref_template="#/$defs/{name}")
     whole = {"$schema": "https://json-schema.org/draft/2020-12/schema", **root, "$defs": definitions}
     return dict(json.loads(json.dumps(whole, sort_keys=True)))
-
-
-def _converted(value: Any, kind: Any, where: str) -> Any:
-    """The value as `kind`; a ValueError says which field is not, and why, without the pattern it has to fit."""
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        what, _, path = str(error).partition(" - at `$")
-        place = f"{where}{path.rstrip('`')}".removeprefix(".") or "it"
-        raise ValueError(
-            f"{place}: {re.sub(r' matching regex .*', ' of another form', what).replace('`', '')}"
-        ) from error
 
 
 def _check_together(manifest: Manifest, stem: str | None) -> None:
@@ -226,15 +202,3 @@ def _check_kernels(compiled: Mapping[str, Any]) -> None:
 
 def _batches(request: Mapping[str, Any]) -> Sequence[Sequence[int]]:
     return [*([request["batch"]] if "batch" in request else []), *request.get("batches", [])]
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")

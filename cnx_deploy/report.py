@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from cnx_deploy.artifacts import Artifact, find_artifacts
+from cnx_deploy.documents import MAX_DOCUMENT_BYTES
 from cnx_deploy.errors import InputError, RecordsError
 from cnx_deploy.variants import VARIANTS
 from cnx_deploy.whole_files import write_text
 
-__all__ = ["check_records", "index_csv", "model_table", "write_records"]
+__all__ = ["check_records", "has_place", "index_csv", "model_table", "write_records"]
 
 BEGIN, END = "<!-- models: begin (cnx-deploy report) -->", "<!-- models: end -->"
 
@@ -67,7 +68,7 @@ def write_records(export_dir: Path, engines_dir: Path, readme: Path | None) -> l
     """Write what is out of date; returns the files that changed."""
     changed = []
     for path, text in _wanted(export_dir, engines_dir, readme):
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        if not _holds(path, text):
             write_text(path, text)
             changed.append(path)
     return changed
@@ -75,13 +76,35 @@ def write_records(export_dir: Path, engines_dir: Path, readme: Path | None) -> l
 
 def check_records(export_dir: Path, engines_dir: Path, readme: Path | None) -> None:
     """Raise RecordsError when an index or the README's table is not what the manifests say."""
-    stale = [
-        str(path)
-        for path, text in _wanted(export_dir, engines_dir, readme)
-        if not path.is_file() or path.read_text(encoding="utf-8") != text
-    ]
+    stale = [str(path) for path, text in _wanted(export_dir, engines_dir, readme) if not _holds(path, text)]
     if stale:
         raise RecordsError(f"Out of date against the manifests: {', '.join(stale)}. Run `cnx-deploy report`.")
+
+
+def has_place(readme: Path) -> bool:
+    """Whether a file has the line that the table stands below; False for what is no text."""
+    try:
+        return readme.is_file() and BEGIN in _text(readme)
+    except InputError:
+        return False
+
+
+def _holds(path: Path, text: str) -> bool:
+    """Whether a file says so already; what is no text says something else."""
+    try:
+        return path.is_file() and _text(path) == text
+    except InputError:
+        return False
+
+
+def _text(path: Path) -> str:
+    """InputError for what is no text in UTF-8, or has more than a record would."""
+    if (size := path.stat().st_size) > MAX_DOCUMENT_BYTES:
+        raise InputError(f"{path} has {size:,} bytes: expected a text of at most {MAX_DOCUMENT_BYTES:,}. Name another.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text in UTF-8 ({error}). Save it as such, or name another.") from error
 
 
 def _wanted(export_dir: Path, engines_dir: Path, readme: Path | None) -> list[tuple[Path, str]]:
@@ -96,7 +119,7 @@ def _wanted(export_dir: Path, engines_dir: Path, readme: Path | None) -> list[tu
 
 
 def _with_table(readme: Path, table: str) -> str:
-    text = readme.read_text(encoding="utf-8")
+    text = _text(readme)
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

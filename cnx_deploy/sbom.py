@@ -11,6 +11,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cnx_deploy.documents import MAX_DOCUMENT_BYTES
 from cnx_deploy.errors import InputError, MissingRequirementError, OutputExistsError
 from cnx_deploy.installed import Installation, InstalledPackage
 
@@ -40,10 +41,16 @@ def check_sbom(path: Path | None, *, force: bool) -> None:
         return
     if not path.is_file():
         raise InputError(f"{path} is no file, where one was expected. Give a file name, such as sbom.json.")
-    if not force and MARK not in path.read_bytes():
+    if not force and not _is_one(path):
         raise OutputExistsError(
             f"{path} exists and is no bill of materials. Use --force to replace it, or another name."
         )
+
+
+def _is_one(path: Path) -> bool:
+    """Whether a file is a bill of materials: by its mark, in no more of it than such a document has."""
+    with path.open("rb") as stream:
+        return MARK in stream.read(MAX_DOCUMENT_BYTES)
 
 
 def bill_of_materials(installation: Installation, created: datetime.datetime | None = None) -> str:

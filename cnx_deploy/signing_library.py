@@ -14,8 +14,8 @@ import msgspec
 from cryptography.exceptions import InvalidSignature
 from model_signing import hashing, manifest, signing, verifying
 
+from cnx_deploy.documents import strict_json
 from cnx_deploy.errors import CorruptArtifactError, RefusedArtifactError
-from cnx_deploy.manifest_reading import strict_json
 
 __all__ = ["Bundle", "read_bundle", "sign_files", "verify_files"]
 
@@ -33,7 +33,7 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="c
 
 
 class _PublicKey(_Strict, frozen=True):
-    hint: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    hint: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$(?!\\n)")]
 
 
 class _Material(_Strict, frozen=True):

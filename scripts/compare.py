@@ -5,7 +5,6 @@ scratch and from a masked pre-training on all training images, with a few labels
 kept, so an interrupted comparison goes on where it was.
 """
 
-import csv
 import json
 import math
 import statistics
@@ -20,9 +19,10 @@ import click
 from cnx_deploy.cli.pretrain import PretrainingOnTerminal
 from cnx_deploy.cli.training_progress import TerminalProgress
 from cnx_deploy.data import few_labels, find_dataset
-from cnx_deploy.errors import CnxDeployError
+from cnx_deploy.errors import CnxDeployError, CorruptArtifactError
 from cnx_deploy.pretraining import PretrainingSpec, pretrain
 from cnx_deploy.training import TrainingSpec, initial_model, spec_from_recipe, train
+from cnx_deploy.training.curves import read_table
 
 STUDENT_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Two-sided 95 % points of Student's t with 1 to 9 degrees of freedom."""
@@ -164,10 +164,11 @@ def side_of(name: str, tables: list[Path]) -> Side:
 
 
 def top1_of(table: Path) -> Iterator[float]:
-    """Validation top-1 in percent of each epoch."""
-    with table.open() as stream:
-        for row in csv.DictReader(stream):
-            yield float(row["val_top1_percent"])
+    """Validation top-1 in percent of each epoch. Raises CorruptArtifactError where the table has none."""
+    for row in read_table(table):
+        if "val_top1_percent" not in row:
+            raise CorruptArtifactError(f"{table} has an epoch without val_top1_percent. Train again.")
+        yield row["val_top1_percent"]
 
 
 def conclude(title: str, sides: list[Side], settings: dict[str, Any], path: Path) -> None:

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from performance_page import tables
 from performance_page.data import Document, read_document, source_of
+from performance_page.forms import check_form
 
 from cnx_deploy.errors import CnxDeployError, InputError, MissingRequirementError, RecordsError
 
@@ -125,7 +127,10 @@ def wanted(docs: Path) -> Iterator[tuple[Path, bytes | None]]:
     plots, page = plots_module(), docs / "performance.md"
     if not page.is_file():
         raise InputError(f"There is no {page}, whose tables this fills. Name its folder with --docs-dir.")
-    text = page.read_text(encoding="utf-8")
+    try:
+        text = page.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{page} is no text in UTF-8 ({error}). Save it as such.") from error
     for section in SECTIONS:
         document = read_document(docs / "data" / f"{section.name}.json")
         content, filling = None, tables.NOT_RECORDED
@@ -136,15 +141,16 @@ def wanted(docs: Path) -> Iterator[tuple[Path, bytes | None]]:
     yield page, text.encode()
 
 
-def drawn_and_told(section: Section, document: Document, plots: ModuleType) -> tuple[bytes, str]:
-    """A section's plot and its text. Raises InputError where the data lack a field."""
+def drawn_and_told(section: Section, document: Any, plots: ModuleType) -> tuple[bytes, str]:
+    """A section's plot and its text. Raises InputError where the data are of another form."""
     try:
-        command, day = source_of(document, section.command)
-        drawn = plots.PLOTS[section.name](document, f"{command}; {day}. {section.condition}")
-        image = f"![{section.alt}](plots/{section.name}.svg)"
-        return drawn, f"{image}\n\nRecorded {day} with `{command}`.\n\n{section.text(document)}"
-    except KeyError as error:
-        raise InputError(f"docs/data/{section.name}.json has no {error}. Record it again.") from error
+        check_form(section.name, document)
+    except ValueError as error:
+        raise InputError(f"docs/data/{section.name}.json has no such data ({error}). Record it again.") from error
+    command, day = source_of(document, section.command)
+    drawn = plots.PLOTS[section.name](document, f"{command}; {day}. {section.condition}")
+    image = f"![{section.alt}](plots/{section.name}.svg)"
+    return drawn, f"{image}\n\nRecorded {day} with `{command}`.\n\n{section.text(document)}"
 
 
 def with_filling(text: str, section: Section, filling: str) -> str:

@@ -43,7 +43,8 @@ def benchmark(name: str = "atto.onnx") -> dict[str, Any]:
         replace(wrong, remarks=fails, correctness=Correctness(3, 1.0, 0.5, 0.1, 0.0, 0, fails)),
     )
     network = {
-        "variant": "atto", "image_size": 32, "weights": {"origin": "random", "sha256": "a" * 64},
+        "variant": "atto", "image_size": 32, "num_classes": 1000, "input": "float32 NCHW",
+        "weights": {"origin": "random", "sha256": "a" * 64},
         "files": {name: {}, "wrong.onnx": {}},
     }  # fmt: skip
     missing = (NotRun("other.engine", "atto-32", 64, 9, 3.0, "no GPU"),)

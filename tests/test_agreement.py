@@ -392,7 +392,7 @@ def test_two_runners_of_one_backend_are_saved_apart(cnx: Cnx) -> None:
     runners = ("--runner", "onnxruntime", "--runner", "onnxruntime-plain")
     assert cnx("verify", "--samples", "1", *runners, "--save-outputs", "saved")[0] == 0
     first, second = read_saved(Path("saved"))[0].runs
-    assert (first.candidate, first.files[0]["name"] != second.files[0]["name"]) == (second.candidate, True)
+    assert (first.candidate, first.files[0].name != second.files[0].name) == (second.candidate, True)
 
 
 def test_plain_images_are_saved_with_their_paths(cnx: Cnx, images: Path) -> None:

@@ -314,6 +314,16 @@ def _sparse(model: onnx.ModelProto) -> None:
     )
 
 
+def _sparse_in_a_node(model: onnx.ModelProto) -> None:
+    values = helper.make_tensor("few", TensorProto.FLOAT, [1], [1.0])
+    sparse = helper.make_sparse_tensor(values, helper.make_tensor("at", TensorProto.INT64, [1], [0]), [1 << 40])
+    before_logits(model, helper.make_node("Constant", [], ["x"], sparse_value=sparse, name="dense"), added="x")
+
+
+def _training(model: onnx.ModelProto) -> None:
+    model.training_info.add(algorithm=helper.make_graph([], "step", [], []))
+
+
 def _no_opset(model: onnx.ModelProto) -> None:
     del model.opset_import[:]
 
@@ -337,11 +347,17 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "negative size": (_negative_size, "tensor 'less' has the shape [-4, -4], expected no negative size"),
     "many dimensions": (_many_dimensions, "or more dimensions of a tensor ('deep'), where at most 64 are expected"),
     "sparse": (_sparse, "1 sparse tensors; expected none"),
+    "sparse in a node": (_sparse_in_a_node, "dense: Constant holds a sparse tensor"),
+    "training": (_training, "graphs for training; expected none"),
     "no opset": (_no_opset, "opset missing; expected one from 7 to"),
     "opset of tomorrow": (_opset_of_tomorrow, "opset [999]; expected one from 7 to"),
     "picture": (_picture, "decoder: ImageDecoder is no operator of image classifiers"),
 }
-IN_A_CHILD = {"cycle", "loop body", "custom op", "function", "huge constant", "sparse", "no opset", "picture"}
+IN_A_CHILD = {"cycle", "loop body", "custom op", "function", "huge constant", "no opset", "picture"} | {
+    "sparse",
+    "sparse in a node",
+    "training",
+}
 """What is parsed to be found; the child is bounded by its own limits."""
 
 

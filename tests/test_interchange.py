@@ -159,9 +159,9 @@ def test_the_index_says_what_was_compared_and_by_whom(saved: tuple[Path, list[Ve
     plain, labelled = (entry.runs[0] for entry in read_saved(saved[0]))
     assert (len(plain.images), plain.labels, plain.images[0]) == (64, None, "image-like 0 of seed 0")
     assert labelled.images == tuple(str(images / str(index) / "image.png") for index in range(10))
-    assert (labelled.labels, labelled.gate["name"]) == (tuple(range(10)), "fp32")
-    assert [entry["path"] for entry in labelled.details["broken"]] == [str(images / "3" / "broken.png")]
-    assert (labelled.runner["backend"], len(labelled.files) > 1) == ("onnxruntime", True)
+    assert (labelled.labels, labelled.gate.name) == (tuple(range(10)), "fp32")
+    assert [entry.path for entry in labelled.details.broken] == [str(images / "3" / "broken.png")]
+    assert (labelled.runner.backend, len(labelled.files) > 1) == ("onnxruntime", True)
 
 
 def test_judged_at_a_tighter_gate_they_fail_and_at_a_wider_one_they_pass(
@@ -229,7 +229,7 @@ def test_a_gate_or_a_path_that_was_edited_in_the_index_is_found(copied: Path) ->
     path.write_text(text, encoding="utf-8")
     (copied.parent / "outside.json").write_text("{}")
     rewritten(copied, lambda d: d["artifacts"][0]["runs"][0]["files"][0].update(name="../outside.json"))
-    with pytest.raises(CorruptArtifactError, match="outside the folder"):
+    with pytest.raises(CorruptArtifactError, match=r"runs\[0\]\.files\[0\]\.name: Expected str of another form"):
         judge_saved(copied)
 
 
@@ -281,4 +281,4 @@ def test_polygraphy_inspects_and_compares_what_was_saved(saved: tuple[Path, list
 def test_the_hashes_of_the_index_are_those_of_the_files(saved: tuple[Path, list[Verification]]) -> None:
     files = [file for entry in read_saved(saved[0]) for run in entry.runs for file in run.files]
     assert len(files) == len(list(saved[0].rglob("outputs-*.json")))
-    assert all(file["sha256"] == sha256_of_file(saved[0] / file["name"]) for file in files)
+    assert all(file.sha256 == sha256_of_file(saved[0] / file.name) for file in files)

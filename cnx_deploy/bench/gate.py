@@ -4,15 +4,16 @@ Best is the ratio to a peer that ran in turns with the file in both runs: it hol
 peer images a second are compared, and only on the same machine. What was UNSTABLE is undecided, and said.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from cnx_deploy.documents import PositiveNumber, command_document, kind_of, typed
 from cnx_deploy.errors import InputError
+from cnx_deploy.manifest import Positive
 
-__all__ = ["SCHEMA_VERSION", "Verdict", "judge_against", "read_baseline", "refuse_incomparable"]
+__all__ = ["SCHEMA_VERSION", "Verdict", "check_kind", "judge_against", "read_baseline", "refuse_incomparable"]
 
 SCHEMA_VERSION = 2
 SAME_NETWORK = ("variant", "image_size", "num_classes", "input")
@@ -37,16 +38,74 @@ class Verdict:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Machine:
+    cpu: str
+    processors: Positive
+    threads: Positive
+    gpus: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Environment:
+    machine: _Machine
+
+
+@dataclass(frozen=True, slots=True)
+class _Network:
+    variant: str
+    image_size: Positive
+    num_classes: Positive
+    input: str
+    files: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ratio:
+    peer: str
+    ratio: PositiveNumber
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    name: str
+    network: str
+    version: str
+    batch: Positive
+    status: Literal["OK", "UNSTABLE", "INVALID"]
+    images_per_second: PositiveNumber
+    ratios: tuple[_Ratio, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Baseline:
+    """What the gate reads of a benchmark; a document has more."""
+
+    environment: _Environment
+    networks: Mapping[str, _Network]
+    rows: tuple[_Row, ...]
+
+
 def read_baseline(path: Path) -> Document:
     """Read a document that `cnx-deploy bench --json` wrote; InputError on anything else."""
+    document, _ = command_document(path, "cnx-deploy bench")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        version = document["schema_version"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} is no benchmark ({error}): give what `cnx-deploy bench --json` printed.") from error
-    if version != SCHEMA_VERSION or "rows" not in document:
-        raise InputError(f"{path} has schema version {version}, expected {SCHEMA_VERSION}: measure the baseline again.")
-    return dict(document)
+        check_kind(document)
+        _check_rows(typed(document, _Baseline))
+    except ValueError as error:
+        raise InputError(f"{path} is no benchmark: {error}. Give what `cnx-deploy bench --json` printed.") from error
+    return document
+
+
+def check_kind(document: Document) -> None:
+    """ValueError for what the command prints besides benchmarks, and for a benchmark of another version."""
+    if "dry_run" in document:
+        raise ValueError("it is a plan (--dry-run) that measured nothing")
+    if "scenario" in document:
+        raise ValueError("it is a run under LoadGen (--scenario), which has no row of a benchmark")
+    version = document.get("schema_version")
+    if version != SCHEMA_VERSION or isinstance(version, bool):
+        raise ValueError(f"it has schema version {kind_of(version)}, expected {SCHEMA_VERSION}")
 
 
 def judge_against(baseline: Document, current: Document, max_regress: float) -> list[Verdict]:
@@ -70,6 +129,15 @@ def refuse_incomparable(baseline: Document, machine: Mapping[str, Any], peers: S
     }
     if not known.intersection(peers):
         _require_same_machine(baseline, machine)
+
+
+def _check_rows(baseline: _Baseline) -> None:
+    """What one field alone cannot tell: that rows are of listed networks, and that one of them can be judged."""
+    for at, row in enumerate(baseline.rows):
+        if row.network not in baseline.networks:
+            raise ValueError(f"rows[{at}].network: {kind_of(row.network)} is none of its networks")
+    if not any(row.name in baseline.networks[row.network].files for row in baseline.rows):
+        raise ValueError("rows: there is none of a file, only of peers or none at all")
 
 
 def _require_same_machine(baseline: Document, machine: Mapping[str, Any]) -> None:

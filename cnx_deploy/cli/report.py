@@ -43,10 +43,10 @@ def report(
         return
     if bench or headroom or layers or force:
         raise click.UsageError("--bench, --headroom, --layers and --force are of the page: add --html FILE.")
-    from cnx_deploy.report import BEGIN, check_records, write_records
+    from cnx_deploy.report import check_records, has_place, write_records
 
     own = Path("README.md")
-    if readme is None and own.is_file() and BEGIN in own.read_text(encoding="utf-8"):
+    if readme is None and has_place(own):
         readme = own
     if check:
         check_records(export_dir, engines_dir, readme)

@@ -26,7 +26,7 @@ def images_of_folder(root: Path) -> tuple[tuple[str, ...], Split]:
     """Class names and images of one folder: class folders, or images without labels (no names, labels -1).
 
     A class has every image below its folder, however deep; hidden files and folders are left out. InputError when
-    there is no such folder, nothing in it, or a class without images.
+    there is no such folder, nothing in it, a class without images, or one whose name is not UTF-8.
     """
     if not root.is_dir():
         raise InputError(
@@ -39,6 +39,11 @@ def images_of_folder(root: Path) -> tuple[tuple[str, ...], Split]:
         if not loose:
             raise InputError(f"{root} holds no images: expected a folder of them for each class. Add some.")
         return (), Split(loose, (-1,) * len(loose))
+    if unnamed := [name for name in names if not _is_utf8(name)]:
+        raise InputError(
+            f"{root} has the class folder {unnamed[0]!r}, whose name is no text in UTF-8, as names in weights are. "
+            "Rename it."
+        )
     files = {name: tuple(images_below(root / name)) for name in names}
     empty = [name for name in names if not files[name]]
     if empty:
@@ -61,6 +66,11 @@ def validation_folder(root: Path) -> Path:
 def only_splits(names: Sequence[str]) -> bool:
     """Whether folders are parts of a dataset by their names, so that they cannot be meant as its classes."""
     return bool(names) and all(name.lower() in SPLIT_NAMES for name in names)
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether a file's name came from UTF-8; other bytes are lone surrogates in it."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _child(root: Path, names: Sequence[str]) -> Path | None:

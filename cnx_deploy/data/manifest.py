@@ -8,15 +8,22 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from cnx_deploy.data.dataset import Split
+from cnx_deploy.documents import shortened
 from cnx_deploy.errors import InputError
 
 __all__ = ["Manifest", "is_manifest", "read_manifest"]
 
 SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 """What the column `split` may say, in upper or lower case, and what it means."""
+
+
+MAX_LINE = 1 << 20
+"""Characters; the path and label of an image have some hundreds."""
+MAX_LABEL = 255
+"""Characters, as many as the name of a class's folder can have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +76,9 @@ def is_manifest(path: Path) -> bool:
 def read_manifest(path: Path) -> Manifest:
     """Read and check every row.
 
-    InputError, with the number of the line: no header, a column missing or twice, a row too short, an empty label, an
-    unknown split, a path that is absolute, leads outside the folder, is there twice or is no file.
+    InputError, with the number of the line: no header, a column missing or twice, a row too short or a line too long, a
+    label that is empty, too long or holds a control character, an unknown split, a path that is absolute, leads outside
+    the folder, is there twice or is no file.
     """
     lines: dict[str, int] = {}
     seen: dict[str, int] = {}
@@ -80,11 +88,11 @@ def read_manifest(path: Path) -> Manifest:
     for row in _rows(path):
         place = _place(path, row)
         if place in seen:
-            _refuse(path, row.line, f"{row.path} is on line {seen[place]} already. An image has one row")
+            _refuse(path, row.line, f"{_shown(row)} is on line {seen[place]} already. An image has one row")
         full = os.path.join(folder, place)  # noqa: PTH118 - this and the next are done for each of millions of rows
         if not os.path.isfile(full):  # noqa: PTH113
             _refuse(
-                path, row.line, f"{row.path} is no file below {folder}. Paths are relative to the CSV file's folder"
+                path, row.line, f"{_shown(row)} is no file below {folder}. Paths are relative to the CSV file's folder"
             )
         seen[place] = row.line
         lines.setdefault(row.label, row.line)
@@ -99,10 +107,14 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _rows(path: Path) -> Iterator[_Row]:
+    expected = "expected a CSV file with the columns path and label. Check the path."
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is a folder, a device or a pipe: {expected}")
+    reader = None
     try:
         # Spreadsheets put a byte-order mark before the header.
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
+            reader = csv.reader(_bounded_lines(stream), strict=True)
             columns = _columns(next(reader, []), path)
             last = max(columns.values())
             for values in reader:
@@ -114,11 +126,19 @@ def _rows(path: Path) -> Iterator[_Row]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no text in UTF-8 ({error}). Save it as CSV in UTF-8.") from error
     except csv.Error as error:
-        raise InputError(f"{path} is no CSV file ({error}, near line {reader.line_num}). Save it again.") from error
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{path} is not there: expected a CSV file with the columns path and label. Check the path."
-        ) from error
+        line = reader.line_num if reader is not None else 1
+        raise InputError(f"{path} is no CSV file ({error}, near line {line}). Save it again.") from error
+    except OSError as error:
+        what = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise InputError(f"{path} {what}: {expected}") from error
+
+
+def _bounded_lines(stream: TextIO) -> Iterator[str]:
+    """The file's lines; csv.Error for one that no row of an image has, before more of it is taken into memory."""
+    while line := stream.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise csv.Error(f"a line has more than {MAX_LINE:,} characters")
+        yield line
 
 
 def _columns(header: list[str], path: Path) -> dict[str, int]:
@@ -127,7 +147,11 @@ def _columns(header: list[str], path: Path) -> dict[str, int]:
     wanted = ("path", "label", "split")
     missing = [name for name in wanted[:2] if name not in names]
     if missing:
-        _refuse(path, 1, f"the header has no column {' and '.join(missing)}, only {', '.join(header) or 'nothing'}")
+        _refuse(
+            path,
+            1,
+            f"the header has no column {' and '.join(missing)}, only {shortened(', '.join(header)) or 'nothing'}",
+        )
     twice = [name for name in wanted if names.count(name) > 1]
     if twice:
         _refuse(path, 1, f"the header has the column {twice[0]} twice")
@@ -137,10 +161,18 @@ def _columns(header: list[str], path: Path) -> dict[str, int]:
 def _row(path: Path, line: int, values: dict[str, str]) -> _Row:
     split = SPLITS.get(values["split"].lower()) if "split" in values else ""
     if split is None:
-        _refuse(path, line, f"there is no split {values['split']!r}. Write train, val or test")
+        _refuse(path, line, f"there is no split {shortened(repr(values['split']))}. Write train, val or test")
     for name in ("path", "label"):
         if not values[name]:
             _refuse(path, line, f"the {name} is empty")
+    label = values["label"]
+    if len(label) > MAX_LABEL or any(character < " " or character == "\x7f" for character in label):
+        _refuse(
+            path,
+            line,
+            f"the label {shortened(repr(label))} is no class's name: it is longer than {MAX_LABEL} "
+            "characters or holds a line's end or another control character",
+        )
     return _Row(line, values["path"], values["label"], split)
 
 
@@ -148,8 +180,14 @@ def _place(path: Path, row: _Row) -> str:
     """The path below the file's folder, without detours."""
     place = os.path.normpath(row.path)
     if os.path.isabs(place) or place.split(os.sep, 1)[0] == os.pardir:  # noqa: PTH117 - as above
-        _refuse(path, row.line, f"{row.path} leads outside {path.parent}. Paths are relative to the CSV file's folder")
+        _refuse(
+            path, row.line, f"{_shown(row)} leads outside {path.parent}. Paths are relative to the CSV file's folder"
+        )
     return place
+
+
+def _shown(row: _Row) -> str:
+    return shortened(row.path if row.path.isprintable() else repr(row.path))
 
 
 def _refuse(path: Path, line: int, reason: str) -> NoReturn:

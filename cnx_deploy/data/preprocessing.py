@@ -15,7 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from cnx_deploy.data.decoding import MAX_PIXELS, upright_rgb
+from cnx_deploy.documents import shortened, typed
 from cnx_deploy.errors import InputError
+from cnx_deploy.manifest import Positive, Triple
 from cnx_deploy.variants import check_image_size
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "runner_input"]
@@ -38,11 +40,11 @@ class Preprocessing:
     side becomes floor(S / crop_ratio), as in timm. `mean` and `std` are in units of a [0, 1] image, per RGB channel.
     """
 
-    image_size: int = 224
+    image_size: Positive = 224
     crop_ratio: float = 0.875
     interpolation: str = "bicubic"
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
 
     def __post_init__(self) -> None:
         check_image_size(self.image_size, self.image_size)
@@ -67,24 +69,15 @@ class Preprocessing:
         """Read what `to_dict` wrote; absent fields have their defaults. InputError on anything else."""
         known = {field.name for field in fields(cls)}
         if not known.issuperset(values):
-            raise InputError(
-                f"Preprocessing has the fields {', '.join(sorted(known))}, not {', '.join(map(str, values))}. Leave "
-                "the others out."
-            )
-        read = dict(values)
+            found = shortened(", ".join(map(str, values)))
+            raise InputError(f"Preprocessing has the fields {', '.join(sorted(known))}, not {found}. Leave others out.")
         try:
-            for name in ("mean", "std"):
-                if name in read:
-                    red, green, blue = map(float, read[name])
-                    read[name] = (red, green, blue)
-            read["image_size"] = int(read.get("image_size", cls().image_size))
-            read["crop_ratio"] = float(read.get("crop_ratio", cls().crop_ratio))
-        except (TypeError, ValueError) as error:
+            return typed(dict(values), cls)
+        except ValueError as error:
             raise InputError(
-                f"Preprocessing {dict(values)} cannot be read ({error}): expected numbers, three for mean and std. "
-                "Give them so."
+                f"Preprocessing {shortened(dict(values))} cannot be read ({error}): expected numbers, three for mean "
+                "and std. Give them so."
             ) from error
-        return cls(**read)
 
     def pixels(self, image: Image.Image) -> Tensor:
         """Decoded image of any mode -> (S, S, 3) uint8 RGB, upright, resized and centre-cropped.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cnx_deploy.bench.gate import SCHEMA_VERSION
+from cnx_deploy.bench.gate import check_kind
 from cnx_deploy.errors import InputError
 from cnx_deploy.html_report.fields import Fields, Source, read_document
 
@@ -100,11 +100,7 @@ def read_benchmark(path: Path) -> Benchmark:
 
 
 def _benchmark(source: Source, fields: Fields) -> Benchmark:
-    for key, what in (("dry_run", "a plan (--dry-run)"), ("scenario", "a run under LoadGen (--scenario)")):
-        if key in fields.values:
-            raise ValueError(f"it is {what}, which has no row that a page could show")
-    if (version := fields.integer("schema_version")) != SCHEMA_VERSION:
-        raise ValueError(f"it has schema version {version}, expected {SCHEMA_VERSION}")
+    check_kind(fields.values)
     environment, rows = fields.child("environment"), fields.children("rows")
     baseline = _baseline(rows)
     networks = fields.child("networks")

@@ -1,15 +1,17 @@
 """JSON read with types: a value is what it should be, or a ValueError says where it is not and what is there."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cnx_deploy.errors import InputError
+from cnx_deploy.documents import LARGEST, command_document, kind_of
 
 __all__ = ["Fields", "Source", "read_document"]
+
+
+LARGEST_COUNT = 2**63
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class Fields:
     def of(cls, value: Any, where: str) -> "Fields":
         """Wrap a value that has to be an object."""
         if not isinstance(value, dict):
-            raise ValueError(f"{where or 'the document'} is {_kind(value)}, expected an object")
+            raise ValueError(f"{where or 'the document'} is {kind_of(value)}, expected an object")
         return cls(value, where)
 
     def has(self, key: str) -> bool:
@@ -51,14 +53,20 @@ class Fields:
         return bool(self._typed(key, bool, "true or false"))
 
     def number(self, key: str) -> float:
-        """A number, NaN and infinity included where a writer kept them."""
+        """A number that can be calculated with."""
         value = self._typed(key, (int, float), "a number")
         if isinstance(value, bool):
             raise ValueError(f"{self._name(key)} is true or false, expected a number")
-        try:
-            return float(value)
-        except OverflowError as error:
-            raise ValueError(f"{self._name(key)} is beyond what a double holds") from error
+        if not abs(value) <= LARGEST:  # NaN too
+            raise ValueError(f"{self._name(key)} is {kind_of(value)}, expected a number up to {LARGEST:g}")
+        return float(value)
+
+    def positive(self, key: str) -> float:
+        """A number above 0, to divide by."""
+        value = self.number(key)
+        if not value >= 1 / LARGEST:
+            raise ValueError(f"{self._name(key)} is {self._get(key)!r}, expected more than 0")
+        return value
 
     def maybe_number(self, key: str) -> float | None:
         """A number or None."""
@@ -69,6 +77,8 @@ class Fields:
         value = self._typed(key, int, "a whole number")
         if isinstance(value, bool):
             raise ValueError(f"{self._name(key)} is true or false, expected a whole number")
+        if not abs(value) <= LARGEST_COUNT:
+            raise ValueError(f"{self._name(key)} is {kind_of(value)}, expected a whole number up to {LARGEST_COUNT}")
         return int(value)
 
     def maybe_integer(self, key: str) -> int | None:
@@ -118,28 +128,11 @@ class Fields:
     def _typed(self, key: str, kinds: type | tuple[type, ...], expected: str) -> Any:
         value = self._get(key)
         if not isinstance(value, kinds):
-            raise ValueError(f"{self._name(key)} is {_kind(value)}, expected {expected}")
+            raise ValueError(f"{self._name(key)} is {kind_of(value)}, expected {expected}")
         return value
 
 
 def read_document(path: Path, command: str) -> tuple[Source, Fields]:
-    """Read what `command --json` printed; InputError where the file is not there, no JSON, or an error's document."""
-    expected = f"Give what `{command} --json` printed."
-    try:
-        content = path.read_bytes()
-        fields = Fields.of(json.loads(content), "")
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}). {expected}") from error
-    if {"error", "message", "exit_code"} <= set(fields.values):
-        raise InputError(f"{path} is the message of a command that failed: {fields.values['message']!r}. {expected}")
-    return Source(path.name, hashlib.sha256(content).hexdigest()), fields
-
-
-def _kind(value: Any) -> str:
-    """A JSON value's type in words, and a short value itself."""
-    if value is None:
-        return "null"
-    if isinstance(value, dict | list | tuple):
-        return "an object" if isinstance(value, dict) else "a list"
-    shown = repr(value)
-    return shown if len(shown) <= 40 else f"{shown[:37]}…"
+    """Read what `command --json` printed; see `documents.command_document` for what is InputError."""
+    values, content = command_document(path, command)
+    return Source(path.name, hashlib.sha256(content).hexdigest()), Fields(values)

@@ -213,9 +213,9 @@ def _check_own_metadata(file: WeightFile, state: Mapping[str, Tensor], path: Pat
     """Nothing for foreign files. A file of ours must be of this format, with the weights and names it was given."""
     if not file.metadata:
         return
-    if file.metadata.get("format_version") != FORMAT_VERSION:
+    if file.metadata.get("format_version") != FORMAT_VERSION or file.metadata.get("format_version") is True:
         raise CheckpointError(
-            f"{path} has format version {file.metadata.get('format_version')}, this version of cnx-deploy reads "
+            f"{path} has format version {file.metadata.get('format_version')!r:.40}, this version of cnx-deploy reads "
             f"{FORMAT_VERSION}. Use the version that wrote it."
         )
     names, head = file.metadata.get("class_names"), state.get("head.weight")

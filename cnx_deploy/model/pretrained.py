@@ -5,14 +5,15 @@ Source of the names: timm 1.0.31, `timm.models.convnext.default_cfgs`; a test co
 """
 
 import difflib
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cnx_deploy.artifacts import sha256_of_file
+from cnx_deploy.data import Preprocessing
+from cnx_deploy.documents import Finite, bounded_content, strict_json, typed
 from cnx_deploy.errors import CorruptArtifactError, InputError, MissingRequirementError
+from cnx_deploy.manifest import Count, Positive
 
 __all__ = ["PRETRAINED_LICENCE", "PRETRAINED_TAGS", "PretrainedFiles", "fetch_pretrained", "variant_name_of_tag"]
 
@@ -49,6 +50,23 @@ PRETRAINED_TAGS = (
 
 
 @dataclass(frozen=True, slots=True)
+class _DataConfig:
+    input_size: tuple[Positive, Positive, Positive]
+    crop_pct: Finite
+    interpolation: str
+    mean: tuple[Finite, Finite, Finite]
+    std: tuple[Finite, Finite, Finite]
+
+
+@dataclass(frozen=True, slots=True)
+class _Config:
+    """What is read of timm's config.json."""
+
+    num_classes: Count
+    pretrained_cfg: _DataConfig
+
+
+@dataclass(frozen=True, slots=True)
 class PretrainedFiles:
     """Weights on this disk and what the model hub says of them.
 
@@ -78,13 +96,13 @@ def fetch_pretrained(tag: str, cache_dir: Path | None = None) -> PretrainedFiles
     config_path, weights = (_fetch(tag, name, cache_dir) for name in ("config.json", "model.safetensors"))
     _check_blob(weights)
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        classes, preprocessing = int(config["num_classes"]), _preprocessing_from(config["pretrained_cfg"])
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        config = typed(strict_json(bounded_content(config_path)), _Config)
+        preprocessing = _preprocessing_from(config.pretrained_cfg)
+    except (ValueError, InputError) as error:
         raise CorruptArtifactError(
-            f"{config_path} is not a timm model's config ({type(error).__name__}: {error}). Delete it and fetch again."
+            f"{config_path} is not a timm model's config ({error}). Delete it and fetch again."
         ) from error
-    return PretrainedFiles(weights, classes or None, preprocessing)
+    return PretrainedFiles(weights, config.num_classes or None, preprocessing)
 
 
 def _fetch(tag: str, file_name: str, cache_dir: Path | None) -> Path:
@@ -115,11 +133,7 @@ def _check_blob(path: Path) -> None:
         )
 
 
-def _preprocessing_from(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "image_size": int(config["input_size"][-1]),
-        "crop_ratio": float(config["crop_pct"]),
-        "interpolation": str(config["interpolation"]),
-        "mean": [float(value) for value in config["mean"]],
-        "std": [float(value) for value in config["std"]],
-    }
+def _preprocessing_from(config: _DataConfig) -> dict[str, Any]:
+    """As `data.Preprocessing`; InputError for values outside its ranges."""
+    found = Preprocessing(config.input_size[-1], config.crop_pct, config.interpolation, config.mean, config.std)
+    return found.to_dict()

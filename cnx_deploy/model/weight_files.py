@@ -5,12 +5,12 @@
 """
 
 import argparse
-import json
 import pickle
 import pickletools
 import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cnx_deploy.documents import kind_of, strict_json
 from cnx_deploy.errors import CheckpointError, CorruptArtifactError, InputError, RefusedArtifactError
 from cnx_deploy.model.weight_guards import check_archive, check_safetensors_header, check_tensor, check_total
 
-__all__ = ["METADATA_KEY", "WeightFile", "read_weight_file"]
+__all__ = ["METADATA_KEY", "UNREADABLE", "WeightFile", "read_pickle", "read_weight_file"]
 
 METADATA_KEY = "cnx_deploy"
 """The header's one entry, a JSON object: the format writes several entries in random order."""
@@ -48,6 +49,7 @@ UNREADABLE = (
     pickle.UnpicklingError,
     struct.error,
     zipfile.BadZipFile,
+    zlib.error,
 )
 
 
@@ -101,18 +103,32 @@ def _read_safetensors(path: Path) -> WeightFile:
             f"{path} is not a whole safetensors file ({error}). Fetch or write it again."
         ) from error
     try:
-        return WeightFile(tensors, dict(json.loads(header)))
-    except (ValueError, TypeError, RecursionError) as error:
+        metadata = strict_json(header.encode("utf-8"))
+        if not isinstance(metadata, dict):
+            raise ValueError(f"it is {kind_of(metadata)}, expected an object")
+    except ValueError as error:
         raise CorruptArtifactError(f"{path} has metadata that is not JSON ({error}). Write it again.") from error
+    return WeightFile(tensors, metadata)
 
 
 def _read_pickle(path: Path, *, ema: bool) -> WeightFile:
+    return _state_dict_of(read_pickle(path), path, ema=ema)
+
+
+def read_pickle(path: Path) -> object:
+    """What a pickle of torch holds, of plain data and tensors; nothing in it is run.
+
+    Raises RefusedArtifactError for one that holds more or would unpack to more than it has, CorruptArtifactError for
+    unreadable bytes.
+    """
     _refuse_torchscript(path)
     check_archive(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about pickle protocols; what matters ends in an error
-            content = torch.load(path, weights_only=True, map_location="cpu")  # Namespace: the reference's `args`
+            content: object = torch.load(
+                path, weights_only=True, map_location="cpu"
+            )  # Namespace: the reference's `args`
     except UNREADABLE as error:
         if isinstance(error, pickle.UnpicklingError) and _is_well_formed_pickle(path):
             raise RefusedArtifactError(
@@ -123,14 +139,14 @@ def _read_pickle(path: Path, *, ema: bool) -> WeightFile:
             f"{path} cannot be read as a PyTorch checkpoint ({_reason(error)}): it is cut off or altered. "
             "Fetch or write it again."
         ) from error
-    return _state_dict_of(content, path, ema=ema)
+    return content
 
 
 def _refuse_torchscript(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             is_program = any(name.endswith("constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError, ValueError):
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return  # the older format is no archive; torch judges it
     if is_program:
         raise RefusedArtifactError(

@@ -36,7 +36,7 @@ def check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, struct.error):
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
         return  # no archive, or a broken one: torch judges it
     size = path.stat().st_size
     total = sum(entry.file_size for entry in entries)

@@ -29,6 +29,7 @@ from cnx_deploy.training.augmentation import ImageAugmentation
 from cnx_deploy.training.images import TrainingImages, ValidationImages, make_loader
 from cnx_deploy.training.run_folder import open_run, table_of, usable_state
 from cnx_deploy.training.sampling import EpochBatches, mixed_seed
+from cnx_deploy.training.state import Expected, check_state
 from cnx_deploy.whole_files import write_text
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def pretrain(
     held = ValidationImages(images.held, spec.preprocessing, spec.launch)
     held_masks = _held_masks(spec, len(images.held.paths))
     pretrainer = loop.Pretrainer(model, spec, batches, held_masks)
+    if state is not None:
+        check_state(state, Expected(pretrainer.state_dict(), loop.PretrainingWriter.__name__, PretrainingRecord))
     write = _epoch_writer(run_dir, spec, licence, held, held_masks)
     writer = loop.PretrainingWriter(run_dir, batches, write, progress or SilentPretraining())
     how: dict[str, Any] = {

@@ -20,10 +20,14 @@ from cnx_deploy.training.augmentation import BatchMix
 from cnx_deploy.training.optimisation import make_optimizer, make_schedule
 from cnx_deploy.training.sampling import EpochBatches, mixed_seed
 from cnx_deploy.training.spec import TrainingSpec
+from cnx_deploy.training.state import check_optimizers, corrupt_state
 
 __all__ = ["Classifier", "EpochFigures", "fit", "quiet_trainer"]
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+UNRESTORABLE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What Lightning and torch raise for a state whose parts are not what they wrote; they check none."""
 
 EpochFigures = dict[str, float | None]
 """The fields of an `EpochRecord` that are learned, by name."""
@@ -187,7 +191,12 @@ def quiet_trainer(
 def fit(
     trainer: lightning.Trainer, module: lightning.LightningModule, loaders: tuple[Any, Any], state: Path | None
 ) -> bool:
-    """Run the loop and return whether Ctrl-C ended it, which Lightning turns into SystemExit."""
+    """Run the loop and return whether Ctrl-C ended it, which Lightning turns into SystemExit.
+
+    Raises CorruptArtifactError for a state that Lightning cannot restore; see `state.check_state`.
+    """
+    start = _Start(state)
+    trainer.callbacks.insert(0, start)  # type: ignore[attr-defined]
     try:
         with torch.random.fork_rng():
             trainer.fit(module, *loaders, ckpt_path=state, weights_only=True)
@@ -195,7 +204,25 @@ def fit(
         if not trainer.interrupted:
             raise
         return True
+    except UNRESTORABLE as error:
+        if state is None or start.is_past or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise corrupt_state(state, f"{type(error).__name__}: {error}") from error
     return False
+
+
+class _Start(lightning.Callback):
+    """Knows whether the state is restored and training begins; its last look at the state."""
+
+    def __init__(self, state: Path | None) -> None:
+        self.state = state
+        self.is_past = False
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Look at what came back."""
+        if self.state is not None:
+            check_optimizers(trainer.optimizers, self.state)
+        self.is_past = True
 
 
 def _averaged(model: ConvNeXtV2, decay: float) -> AveragedModel:

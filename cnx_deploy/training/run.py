@@ -25,6 +25,7 @@ from cnx_deploy.training.records import EpochRecord, Progress, Silence, Training
 from cnx_deploy.training.run_folder import open_run, table_of, usable_state
 from cnx_deploy.training.sampling import EpochBatches
 from cnx_deploy.training.spec import TrainingSpec
+from cnx_deploy.training.state import Expected, check_state
 from cnx_deploy.whole_files import write_text
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ def train(
         len(dataset.train.paths), spec.batch_size, seed=spec.seed, accumulate=spec.accumulate, launch=spec.launch
     )
     classifier = loop.Classifier(model, spec, batches)
+    if state is not None:
+        check_state(state, Expected(classifier.state_dict(), writing.EpochWriter.__name__, EpochRecord))
     with _told(spec, run_dir, progress or Silence()) as listener:
         writer = writing.EpochWriter(run_dir, batches, _epoch_writer(run_dir, spec, dataset, licence), listener)
         with loop.quiet_trainer(spec, run_dir, [writer]) as trainer:

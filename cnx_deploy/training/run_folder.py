@@ -10,10 +10,16 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cnx_deploy.documents import Finite, bounded_content, shortened, strict_json, typed
 from cnx_deploy.errors import CorruptArtifactError, InputError, OutputExistsError
+from cnx_deploy.manifest import Count
+from cnx_deploy.manifest_reading import Preprocessing
+from cnx_deploy.model.weight_files import UNREADABLE
+from cnx_deploy.model.weight_guards import check_archive
 from cnx_deploy.whole_files import make_folder, room_errors, write_text
 
 __all__ = ["STATE", "keep_state", "open_run", "table_of", "usable_state"]
@@ -21,6 +27,26 @@ __all__ = ["STATE", "keep_state", "open_run", "table_of", "usable_state"]
 REQUEST = "run.json"
 STATE = "last.ckpt"
 STATE_BEFORE = "previous.ckpt"
+MOST_NAMED = 8
+"""Of fields that differ; more are of another run."""
+
+Plain = str | int | Finite | bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunRequest:
+    """What `run.json` holds. `spec`: what was asked for; `resolved`: with what None stands for, for people.
+
+    `class_names` is a classifier's, `held_images_taken` a pre-training's.
+    """
+
+    spec: Mapping[str, Plain]
+    train_images: Count
+    preprocessing: Preprocessing
+    resolved: Mapping[str, Plain] = field(default_factory=dict)
+    val_images: Count | None = None
+    class_names: tuple[str, ...] | None = None
+    held_images_taken: Count | None = None
 
 
 def open_run(request: Mapping[str, Any], *, name: str, output_dir: Path, run_dir: Path | None, resume: bool) -> Path:
@@ -83,11 +109,12 @@ def table_of(rows: Sequence[Mapping[str, float | None]]) -> str:
 
 
 def _is_whole(state: Path) -> bool:
-    """Whether every entry of torch's archive has its checksum."""
+    """Whether every entry of torch's archive has its checksum. RefusedArtifactError for one that unpacks to more."""
+    check_archive(state)
     try:
         with zipfile.ZipFile(state) as archive:
             return archive.testzip() is None
-    except (zipfile.BadZipFile, OSError, EOFError):
+    except UNREADABLE:
         return False
 
 
@@ -108,13 +135,23 @@ def _check_same_request(run_dir: Path, request: Mapping[str, Any]) -> None:
     if not record.is_file():
         raise InputError(f"{run_dir} has no {REQUEST} to resume from. Start a run without --resume.")
     try:
-        before = json.loads(record.read_text(encoding="utf-8"))
-        flat_before, flat_now = ({**found, **found["spec"]} for found in (before, json.loads(json.dumps(request))))
-    except (ValueError, TypeError, KeyError) as error:
+        before = strict_json(bounded_content(record))
+        typed(before, RunRequest)
+    except ValueError as error:
         raise CorruptArtifactError(f"{record} cannot be read ({error}). Start a run without --resume.") from error
-    differing = [f"{name} {flat_before.get(name)} then, {value} now" for name, value in flat_now.items()
-                 if name not in ("spec", "resolved") and flat_before.get(name) != value]  # fmt: skip
+    flat_before, flat_now = ({**found, **found["spec"]} for found in (before, json.loads(json.dumps(request))))
+    differing = [
+        f"{name} {shortened(flat_before.get(name))} then, {shortened(value)} now"
+        for name, value in flat_now.items()
+        if name not in ("spec", "resolved") and not _are_equal(flat_before.get(name), value)
+    ]
     if differing:
         raise InputError(
-            f"{run_dir} was started otherwise: {'; '.join(differing)}. Resume with the same request, or start anew."
+            f"{run_dir} was started otherwise: {'; '.join(differing[:MOST_NAMED])}. Resume with the same request, or "
+            "start anew."
         )
+
+
+def _are_equal(before: Any, now: Any) -> bool:
+    """As JSON has it: 1 is 1.0, and neither is true."""
+    return bool(before == now) and isinstance(before, bool) == isinstance(now, bool)

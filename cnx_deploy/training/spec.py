@@ -1,5 +1,6 @@
 """What training is asked for. Imports no Lightning."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,6 +113,8 @@ class TrainingSpec:
             )
 
     def _rules(self) -> Iterator[tuple[str, bool, str]]:
+        for name, value in self.to_dict().items():
+            yield name, not isinstance(value, float) or math.isfinite(value), "finite"
         for name in ("epochs", "batch_size", "accumulate"):
             yield name, getattr(self, name) >= 1, "at least 1"
         for name in ("weight_decay", "seed", "mixup_alpha", "cutmix_alpha"):

@@ -8,6 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import lightning.pytorch as lightning
 
+from cnx_deploy.documents import typed
 from cnx_deploy.errors import TrainingError
 from cnx_deploy.training.loop import Classifier
 from cnx_deploy.training.records import EpochRecord, Progress, StepReport
@@ -67,7 +68,7 @@ class RunWriter(lightning.Callback, Generic[Record]):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the records back."""
-        self.records = [self.record_type(**values) for values in state_dict["records"]]
+        self.records = typed(state_dict["records"], list[self.record_type])  # type: ignore[name-defined]
         self.batches.set_epoch(len(self.records))
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

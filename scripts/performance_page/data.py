@@ -1,6 +1,5 @@
 """The recorded data behind docs/performance.md: read and put side by side, never filled in."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cnx_deploy.bench.statistics import Ratio
+from cnx_deploy.documents import bounded_content, strict_json
 from cnx_deploy.errors import InputError
 from cnx_deploy.roofline import work_of
 
@@ -99,15 +99,14 @@ class Speed:
         return self.name.endswith(".onnx")
 
 
-def read_document(path: Path) -> Document | None:
+def read_document(path: Path) -> Any:
     """A data file's content, None where there is no such file. Raises InputError for one that is not JSON."""
     if not path.is_file():
         return None
     try:
-        document: Document = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        return strict_json(bounded_content(path))
+    except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}). Record it again with the command on the page.") from error
-    return document
 
 
 def comparisons(document: Document) -> list[Comparison]:
