@@ -136,3 +136,25 @@ def peak_of_children_megabytes() -> float:
 def every(names: dict[str, Any]) -> dict[str, Any]:
     """Arguments of pytest.mark.parametrize: the values, and their names as ids."""
     return {"argvalues": list(names.values()), "ids": list(names)}
+
+
+def loads_of_flips(folder: str, seed: int, count: int) -> list[str]:
+    """For a child process: what `load_model` says of flipped and cut files; any other exception ends the child."""
+    from cnx_deploy.onnx_models import load_model
+
+    draw = random.Random(seed)
+    sound = (Path(folder) / "foreign.onnx").read_bytes()
+    found = []
+    for _ in range(count):
+        content = bytearray(sound)
+        for _ in range(draw.randint(1, 6)):
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path = Path(folder) / "flipped.onnx"
+        path.write_bytes(content[: draw.choice([len(content), draw.randrange(len(content))])])
+        try:
+            load_model(path)
+        except CnxDeployError as error:
+            found.append(type(error).__name__)
+        else:
+            found.append("read")
+    return found

@@ -88,11 +88,15 @@ def test_onnx_garbage_of_five_thousand_flipped_files(tmp_path: Path) -> None:
     assert len(_flipped(tmp_path, seed=1, count=5_000)) == 5_000
 
 
-def _flipped(folder: Path, seed: int, count: int) -> list[str]:
+def test_onnx_garbage_of_flipped_bytes_is_a_model_or_corrupt_to_the_emulators_reader(tmp_path: Path) -> None:
+    assert set(_flipped(tmp_path, seed=2, count=300, task="loads_of_flips")) == {"read", "CorruptArtifactError"}
+
+
+def _flipped(folder: Path, seed: int, count: int, task: str = "outcomes_of_flips") -> list[str]:
     written(folder)
     arguments = {"folder": str(folder), "seed": seed, "count": count}
     limits = Limits(600.0, 2 << 30)
-    task = f"{hostile_onnx.__name__}:outcomes_of_flips"
+    task = f"{hostile_onnx.__name__}:{task}"
     found = run_isolated(task, arguments, limits, what="Checking flipped files", failure=CnxDeployError)
     return list(found)
 

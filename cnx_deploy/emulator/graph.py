@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.emulator.operators import OPERATORS, Operator
-from cnx_deploy.errors import CorruptArtifactError, InputError
+from cnx_deploy.errors import InputError
+from cnx_deploy.onnx_models import load_model
 
 __all__ = ["Evaluation", "Graph"]
 
@@ -44,10 +45,7 @@ class Graph:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            model = ir.load(path)
-        except Exception as error:  # protobuf's errors have no base that onnx_ir names
-            raise CorruptArtifactError(f"{path} is not an ONNX model ({error}). Export it again.") from error
+        model = load_model(path)
         self.metadata = dict(model.metadata_props)
         self.input = model.graph.inputs[0]
         self.outputs = tuple(str(value.name) for value in model.graph.outputs)

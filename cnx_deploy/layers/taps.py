@@ -13,7 +13,8 @@ from pathlib import Path
 import onnx_ir as ir
 from torch import Tensor, nn
 
-from cnx_deploy.errors import CorruptArtifactError, InputError
+from cnx_deploy.errors import InputError
+from cnx_deploy.onnx_models import load_model
 
 __all__ = ["LOGITS", "Tap", "Taps", "canonical", "module_names", "tapped_copy", "taps_in_file"]
 
@@ -61,7 +62,7 @@ def taps_in_file(path: Path, modules: Sequence[str]) -> Taps:
     A module without one is in `missing`, and so is a scope of the file that is none of `modules`. Raises
     CorruptArtifactError for a file that is no ONNX model, InputError for one whose nodes are not named after them.
     """
-    graph = _loaded(path).graph
+    graph = load_model(path).graph
     outputs = {str(value.name) for value in graph.outputs}
     nodes = [_Node.of(node, outputs) for node in graph]
     scopes = {node.scope for node in nodes} - {WHOLE}
@@ -90,7 +91,7 @@ def taps_in_file(path: Path, modules: Sequence[str]) -> Taps:
 @contextlib.contextmanager
 def tapped_copy(path: Path, tensors: Sequence[str]) -> Iterator[Path]:
     """A copy of an ONNX file in a temporary folder with `tensors` as further outputs; the file itself is only read."""
-    model = _loaded(path)
+    model = load_model(path)
     present = {value.name for value in model.graph.outputs}
     values = {str(value.name): value for node in model.graph for value in node.outputs}
     model.graph.outputs.extend(values[name] for name in tensors if name not in present)
@@ -138,10 +139,3 @@ class _Node:
 
 def _is_below(scope: str, module: str) -> bool:
     return f"{scope}.".startswith(f"{module}.")
-
-
-def _loaded(path: Path) -> ir.Model:
-    try:
-        return ir.load(path)
-    except Exception as error:  # protobuf's errors have no base that onnx_ir names
-        raise CorruptArtifactError(f"{path} is not an ONNX model ({error}). Export it again.") from error
