@@ -69,17 +69,18 @@ def command_document(path: Path, command: str) -> tuple[dict[str, Any], bytes]:
 
     InputError where the file cannot be read, is no such JSON, or is the message of a command that failed.
     """
-    expected = f"Give what `{command} --json` printed."
     try:
         content = bounded_content(path)
         found = strict_json(content)
         if not isinstance(found, dict):
             raise ValueError(f"the document is {kind_of(found)}, expected an object")
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}). {expected}") from error
+        raise InputError(f"{path} cannot be read as JSON ({error}). Give what `{command} --json` printed.") from error
     if {"error", "message", "exit_code"} <= found.keys():
         said = shortened(repr(found["message"]))
-        raise InputError(f"{path} is the message of a command that failed: {said}. {expected}")
+        raise InputError(
+            f"{path} is the message of a command that failed: {said}. Give what `{command} --json` printed."
+        )
     return found, content
 
 

@@ -123,11 +123,13 @@ def test_a_state_that_would_run_something_is_refused_and_runs_nothing(run_of: Ru
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_state_that_unpacks_to_more_than_it_has_is_refused(run_of: Run) -> None:
+def test_a_state_that_unpacks_to_more_than_it_has_is_refused_before_it_is_unpacked(run_of: Run) -> None:
     (run_of.folder / STATE_BEFORE).unlink(missing_ok=True)
     with zipfile.ZipFile(run_of.folder / STATE, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(50_000_000))
-    refused(run_of.go_on, RefusedArtifactError, "is compressed, and unpacked it would take 50,000,000 bytes")
+    said = "is compressed, and unpacked it would take 50,000,000 bytes"
+    refused(lambda: usable_state(run_of.folder), RefusedArtifactError, said)
+    refused(run_of.go_on, RefusedArtifactError, said)
 
 
 def test_an_archive_of_a_version_that_nobody_writes_is_broken(run_of: Run) -> None:

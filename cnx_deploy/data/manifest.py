@@ -107,9 +107,11 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _rows(path: Path) -> Iterator[_Row]:
-    expected = "expected a CSV file with the columns path and label. Check the path."
     if path.exists() and not path.is_file():
-        raise InputError(f"{path} is a folder, a device or a pipe: {expected}")
+        raise InputError(
+            f"{path} is a folder, a device or a pipe: expected a CSV file with the columns path and label. Check the "
+            "path."
+        )
     reader = None
     try:
         # Spreadsheets put a byte-order mark before the header.
@@ -130,7 +132,9 @@ def _rows(path: Path) -> Iterator[_Row]:
         raise InputError(f"{path} is no CSV file ({error}, near line {line}). Save it again.") from error
     except OSError as error:
         what = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise InputError(f"{path} {what}: {expected}") from error
+        raise InputError(
+            f"{path} {what}: expected a CSV file with the columns path and label. Check the path."
+        ) from error
 
 
 def _bounded_lines(stream: TextIO) -> Iterator[str]:
