@@ -21,6 +21,7 @@ from typing import Any
 
 from cnx_deploy import errors
 from cnx_deploy.errors import CnxDeployError
+from cnx_deploy.shortage import memory_shortage, native_errors
 
 __all__ = ["Limits", "run_isolated"]
 
@@ -87,14 +88,22 @@ def main() -> None:
         found = {"result": getattr(importlib.import_module(module), function)(**order["arguments"])}
     except CnxDeployError as error:
         found = {"error": type(error).__name__, "message": str(error)}
-    except OSError as error:  # no room for the file that the task writes: said by us in the words of every stage
-        found = {"system": [error.errno, error.strerror]}
-    except MemoryError:
-        found = {"error": "BuildError", "message": "There is not enough memory for it. Free some, or give it more."}
+    except native_errors() as error:
+        found = _answer_for(error)
     answer = Path(order["answer"])
     staged = answer.with_suffix(".tmp")
     staged.write_text(json.dumps(found), encoding="utf-8")
     staged.replace(answer)
+
+
+def _answer_for(error: BaseException) -> dict[str, Any]:
+    """Too little memory, or what the system refused: the parent says of a full disk what every stage says."""
+    short = memory_shortage(error)
+    if short is not None:
+        return {"error": type(short).__name__, "message": str(short)}
+    if isinstance(error, OSError) and error.errno is not None:
+        return {"system": [error.errno, error.strerror]}
+    raise error
 
 
 def _watched(

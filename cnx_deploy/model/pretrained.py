@@ -80,7 +80,7 @@ def fetch_pretrained(tag: str, cache_dir: Path | None = None) -> PretrainedFiles
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         classes, preprocessing = int(config["num_classes"]), _preprocessing_from(config["pretrained_cfg"])
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
         raise CorruptArtifactError(
             f"{config_path} is not a timm model's config ({type(error).__name__}: {error}). Delete it and fetch again."
         ) from error

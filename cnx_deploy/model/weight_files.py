@@ -21,7 +21,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cnx_deploy.errors import CheckpointError, CorruptArtifactError, InputError, RefusedArtifactError
-from cnx_deploy.model.weight_guards import check_archive, check_safetensors_header, check_tensor, check_total
+from cnx_deploy.model.weight_guards import (
+    check_archive,
+    check_safetensors_header,
+    check_tensor,
+    check_total,
+    claims_too_much,
+)
+from cnx_deploy.shortage import memory_shortage
 
 __all__ = ["METADATA_KEY", "WeightFile", "read_weight_file"]
 
@@ -69,7 +76,8 @@ def read_weight_file(path: Path, *, ema: bool = False) -> WeightFile:
 
     `ema` asks for the averaged weights of a training checkpoint; without it they are taken only when there are no
     others. Raises InputError for no such file or suffix, CorruptArtifactError for unreadable bytes and for NaN or
-    infinity, RefusedArtifactError for a pickle that holds more than data, CheckpointError for other element types.
+    infinity, RefusedArtifactError for a pickle that holds more than data, CheckpointError for other element types,
+    OutOfMemoryError where memory is short for a pickle that claims no more than it has.
     """
     try:
         path.open("rb").close()
@@ -114,6 +122,9 @@ def _read_pickle(path: Path, *, ema: bool) -> WeightFile:
             warnings.simplefilter("ignore")  # about pickle protocols; what matters ends in an error
             content = torch.load(path, weights_only=True, map_location="cpu")  # Namespace: the reference's `args`
     except UNREADABLE as error:
+        short = memory_shortage(error)
+        if short is not None and not claims_too_much(error, path):
+            raise short from error
         if isinstance(error, pickle.UnpicklingError) and _is_well_formed_pickle(path):
             raise RefusedArtifactError(
                 f"{path} is refused: it is a pickle that holds more than tensors and plain data, and reading it could "

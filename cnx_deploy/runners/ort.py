@@ -15,6 +15,7 @@ from torch import Tensor
 from cnx_deploy.environment import cpu_count, cpu_name
 from cnx_deploy.errors import CorruptArtifactError, MissingRequirementError
 from cnx_deploy.runners.base import InputSpec, RunnerInfo, check_input
+from cnx_deploy.shortage import memory_shortage
 
 __all__ = ["OrtRunner"]
 
@@ -142,6 +143,8 @@ def _session(path: Path, device: str, threads: int, spin: bool, optimise: bool) 
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, provider_options)])
     except (*LOAD_ERRORS, ValueError) as error:
+        if (short := memory_shortage(error)) is not None:
+            raise short from error
         raise CorruptArtifactError(f"ONNX Runtime cannot read {path} ({error}). Export it again.") from error
     if session.get_providers()[0] != provider:
         raise MissingRequirementError(
