@@ -42,7 +42,8 @@ Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 PlainName = Annotated[str, msgspec.Meta(pattern=r"^(?!\.\.?$)[^/\\\x00-\x1f\x7f]+$", max_length=255)]
 Timestamp = Annotated[str, msgspec.Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(\+00:00|Z)$")]
 Triple = tuple[float, float, float]
-Batches = tuple[Positive, Positive, Positive]
+BatchSize = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+Batches = tuple[BatchSize, BatchSize, BatchSize]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,10 @@
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 from cnx_deploy.errors import InputError
 
@@ -47,3 +49,30 @@ def tell_pid(path: str) -> None:
     with open(path, "w", encoding="ascii") as stream:  # noqa: PTH123 - as short as can be
         stream.write(str(os.getpid()))
     signal.pause()
+
+
+def leave_a_grandchild(path: str) -> None:
+    started = subprocess.Popen(["sleep", "600"])
+    Path(path).write_text(str(started.pid), encoding="ascii")
+
+
+def leave_a_grandchild_and_hang(path: str) -> None:
+    leave_a_grandchild(path)
+    time.sleep(600)
+
+
+def babble() -> None:
+    while True:
+        os.write(2, b"x" * (1 << 20))
+
+
+def forge(text: str) -> None:
+    """Answer in the place of `isolation.main`, as code that took the process over could."""
+    log = Path("/proc/self/fd/1").readlink()
+    (log.parent / "answer.json").write_bytes(text.encode("latin-1"))
+    os._exit(0)
+
+
+def signal_itself(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(10)

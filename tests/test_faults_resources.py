@@ -80,12 +80,10 @@ def test_build_disk_full_of_a_real_disk_a_checkpoint_is_old_or_new(disk: SmallDi
     ("name", "leave", "old"),
     [
         ("export", 8_000_000, ["export/atto-32-fp32.json", "export/atto-32-fp32.onnx"]),
-        ("export", 13_600_000, ["export/atto-32-fp32.json", "export/atto-32-fp32.onnx"]),
         ("build-trt", 4_000_000, ["engines/atto-32-fp16-rtx-sm89.engine", "engines/atto-32-fp16-rtx-sm89.json"]),
         ("build-trt", 9_000_000, ["engines/atto-32-fp16-rtx-sm89.engine", "engines/atto-32-fp16-rtx-sm89.json"]),
         ("verify", 40_000, []),
         ("train", 20_000_000, []),
-        ("train", 45_000_000, []),
     ],
 )
 def test_build_disk_full_of_a_real_disk_ends_the_command_with_1_and_the_next_one_works(
@@ -105,7 +103,7 @@ def test_build_disk_full_of_a_real_disk_ends_the_command_with_1_and_the_next_one
         assert {path: after[path] for path in before} == before
         assert [path for path in after if "/." in path or path.startswith(".")] == []
         disk.empty()
-        code, err = disk.run(*words)
+        code, err = disk.run(*(f"{word}-again" if word == "saved" else word for word in words))
         assert code == 0, err
         assert len(disk.contents()) >= len(before)
 
@@ -169,16 +167,17 @@ def test_build_oom_at_any_limit_is_one_message_and_keeps_the_old_artifact(
     name: str, weights: Path, tiny_onnx_fp16: Artifact, tiny_onnx_fp32: Artifact, tmp_path: Path
 ) -> None:
     """A native library may end the process itself (SIGABRT, the loader's 127): nothing is half written then either."""
-    image = str(weights.parent / "a.png")
-    words, old = {
-        "predict-pt": (["predict", str(weights), image], None),
-        "predict-onnx": (["predict", str(tiny_onnx_fp32.path), image], None),
-        "export": (TINY, make(tmp_path / "export", "atto-32-fp32")),
-        "build-trt": (
-            ["build-trt", str(tiny_onnx_fp16.path), "--target", "sm89", "--force"],
-            make(tmp_path / "engines", f"{tiny_onnx_fp16.manifest.stem}-rtx-sm89", suffix=".engine", kind="checkpoint"),
-        ),
+    image, stem = str(weights.parent / "a.png"), f"{tiny_onnx_fp16.manifest.stem}-rtx-sm89"
+    words = {
+        "predict-pt": ["predict", str(weights), image],
+        "predict-onnx": ["predict", str(tiny_onnx_fp32.path), image],
+        "export": TINY,
+        "build-trt": ["build-trt", str(tiny_onnx_fp16.path), "--target", "sm89", "--force"],
     }[name]
+    old = {
+        "export": make(tmp_path / "export", "atto-32-fp32"),
+        "build-trt": make(tmp_path / "engines", stem, suffix=".safetensors", kind="checkpoint"),
+    }.get(name)
     limits = (1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
     found = {}
     for megabytes in limits:

@@ -79,12 +79,7 @@ def read_weight_file(path: Path, *, ema: bool = False) -> WeightFile:
     infinity, RefusedArtifactError for a pickle that holds more than data, CheckpointError for other element types,
     OutOfMemoryError where memory is short for a pickle that claims no more than it has.
     """
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be opened ({error.strerror}): expected a checkpoint there. Check the path."
-        ) from error
+    _check_readable(path)
     if path.suffix == ".safetensors":
         if ema:
             raise CheckpointError(f"{path} has one set of weights, so there is no EMA to take. Leave ema out.")
@@ -96,6 +91,17 @@ def read_weight_file(path: Path, *, ema: bool = False) -> WeightFile:
             f"{path} is no checkpoint by its name: expected .safetensors, {', '.join(PICKLE_SUFFIXES)}. Rename it."
         )
     return WeightFile(_finite_floats(read.tensors, path), read.metadata, read.entry)
+
+
+def _check_readable(path: Path) -> None:
+    """Raise InputError for what is not there, may not be read, or has no end: a pipe, a device."""
+    try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InputError(f"{path} is no regular file: expected a checkpoint there. Check the path.")
+        path.open("rb").close()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be opened ({reason}): expected a checkpoint there. Check the path.") from error
 
 
 def _read_safetensors(path: Path) -> WeightFile:
