@@ -62,7 +62,7 @@ def run_isolated(
         order = json.dumps({"task": task, "arguments": dict(arguments), "answer": str(answer)})
         with log.open("wb") as stream:
             child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "cnx_deploy.isolation"],  # -P: nothing of the folder it runs in is imported
+                [sys.executable, "-P", "-m", "cnx_deploy.isolation"],  # -P: nothing from the folder it runs in
                 stdin=subprocess.PIPE, stdout=stream, stderr=stream,
                 start_new_session=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )  # fmt: skip

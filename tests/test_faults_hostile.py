@@ -6,9 +6,6 @@ of files, half commits, manifests that lie.
 
 import json
 import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,19 +13,13 @@ import pytest
 
 from cnx_deploy.artifacts import Artifact, find_artifacts, open_artifact
 from cnx_deploy.cli import main
-from cnx_deploy.errors import BuildError, CorruptArtifactError, InputError, RefusedArtifactError
-from cnx_deploy.isolation import Limits, run_isolated
+from cnx_deploy.custody import check_custody
+from cnx_deploy.errors import CorruptArtifactError, InputError, OutputExistsError, RefusedArtifactError
 from cnx_deploy.model.weight_files import read_weight_file
+from cnx_deploy.pipeline import _outdated
+from cnx_deploy.signing import check_signature, sign_artifact
 from cnx_deploy.whole_files import write_text
-from tests.test_artifacts import make, rewritten, visible
-
-ROOT = Path(__file__).parents[1]
-ROOMY = Limits(60.0, 4 << 30)
-
-
-def run(name: str, limits: Limits = ROOMY, **arguments: object) -> object:
-    return run_isolated(f"tests.native_faults:{name}", arguments, limits, what="Building a.onnx", failure=BuildError)
-
+from tests.test_artifacts import REQUEST, make, rewritten, visible
 
 # --- commits that somebody else prepared ------------------------------------------------------------------------------
 
@@ -189,6 +180,26 @@ def test_what_a_manifest_says_forges_no_line_and_steers_no_terminal(
         assert json.loads(shown)["findings"][-1]["text"].endswith(forged)
 
 
+@pytest.mark.parametrize(
+    "name", ["small.onnx", ".", "..", "../export/other.onnx", "a\0b.onnx", "", "a" * 300 + ".onnx"]
+)
+def test_an_engine_that_names_a_source_of_another_kind_or_place_is_verified_without_it(
+    name: str, tmp_path: Path
+) -> None:
+    """Of a name of nothing, and of one that is recorded and no ONNX file, a traceback came."""
+    make(tmp_path / "export", suffix=".safetensors", kind="checkpoint")
+    make(tmp_path / "export", "other")
+    request = {**REQUEST, "runtime": "tensorrt-rtx", "target": "sm89", "batches": [[1, 1, 1]], "allow_tf32": False}
+    words = {"kind": "engine", "suffix": ".engine", "request": request, "facts": {"runtime_version": "1"}}
+    make(tmp_path / "engines", "e", source_name=name, **words)  # type: ignore[arg-type]
+    (tmp_path / "export" / "other.onnx").unlink()
+    folders = {"export_dir": tmp_path / "export", "engines_dir": tmp_path / "engines"}
+    (engine,) = find_artifacts(tmp_path / "engines")
+    assert _outdated(engine, folders["export_dir"]) is None
+    texts = [each.text for each in check_custody((), **folders).findings if each.artifact == "e.engine"]
+    assert any("is not recorded here" in text for text in texts)
+
+
 def test_a_reference_that_is_too_long_for_a_path_is_a_file_that_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,55 +212,11 @@ def test_a_reference_that_is_too_long_for_a_path_is_a_file_that_is_not_there(
     assert (stop.value.code, "is not here" in capsys.readouterr().out) == (0, True)
 
 
-# --- the child process ------------------------------------------------------------------------------------------------
-
-
-def test_a_child_imports_nothing_from_the_folder_it_is_run_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A downloaded folder with a json.py in it ran that when a file of it was compiled."""
-    for name in ("json", "msgspec", "importlib", "tests", "cnx_deploy"):
-        (tmp_path / f"{name}.py").write_text("open('ran', 'w').close()\nraise SystemExit(3)\n", encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    assert run("add", first=2, second=3) == 5
-    assert not (tmp_path / "ran").exists()
-
-
-def test_the_trap_of_that_test_works(tmp_path: Path) -> None:
-    """The negative control: python -m looks in the folder first."""
-    (tmp_path / "json.py").write_text("open('ran', 'w').close()\nraise SystemExit(3)\n", encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "cnx_deploy.isolation"], cwd=tmp_path, env=environment, check=False)
-    assert (done.returncode, (tmp_path / "ran").exists()) == (3, True)
-
-
-@pytest.mark.parametrize(("task", "fails"), [("leave_a_grandchild", False), ("leave_a_grandchild_and_hang", True)])
-def test_what_a_child_started_ends_with_it(task: str, fails: bool, tmp_path: Path) -> None:
-    if fails:
-        with pytest.raises(BuildError, match="took more than 2 s and was ended"):
-            run(task, Limits(2.0, 4 << 30), path=str(tmp_path / "pid"))
-    else:
-        assert run(task, path=str(tmp_path / "pid")) is None
-    grandchild = Path("/proc", (tmp_path / "pid").read_text(encoding="ascii"))
-    deadline = time.monotonic() + 10
-    while grandchild.exists() and " Z " not in (grandchild / "stat").read_text(encoding="ascii"):
-        assert time.monotonic() < deadline, "it lives on"
-        time.sleep(0.05)
-
-
-def test_a_child_that_prints_without_end_is_ended_and_quoted_in_short(tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match=r"printed more than 67 MB and was ended") as caught:
-        run("babble")
-    assert len(str(caught.value)) < 3000
-
-
-@pytest.mark.parametrize(
-    "answer",
-    ["{}", "[]", "[" * 100_000, '{"system": 5}', '{"system": [1, 2, 3, 4, 5, 6]}', '{"error": 7}', "\xff", '{"a": 1}'],
-)
-def test_an_answer_that_is_none_is_a_failure_of_the_child(answer: str) -> None:
-    with pytest.raises(BuildError, match=r"Building a\.onnx failed: its process ended with code 0 and said nothing"):
-        run("forge", text=answer)
-
-
-def test_a_child_that_a_signal_without_a_name_ends_is_one_message() -> None:
-    with pytest.raises(BuildError, match=r"its process was ended by signal 40, expected an answer"):
-        run("signal_itself", number=40)
+@pytest.mark.timeout(20)
+def test_a_pipe_in_place_of_a_signature_is_not_read(keys: Path, tmp_path: Path) -> None:
+    artifact = make(tmp_path)
+    os.mkfifo(tmp_path / "small.sig")
+    with pytest.raises(OutputExistsError, match=r"small\.sig exists and is no signature by this key"):
+        sign_artifact(artifact, keys / "p256.pem")
+    with pytest.raises(RefusedArtifactError, match=r"has no signature: expected .*small\.sig"):
+        check_signature(artifact, keys / "p256.pub.pem")
