@@ -16,10 +16,11 @@ __all__ = ["memory_shortage", "native_errors"]
 
 WORDS = re.compile(
     r"bad_alloc|bad allocation|(?:can(?:not|'t)|failed to|unable to) allocate|not enough memory|out of memory|"
-    r"failed to map segment from shared object|can't start new thread|Failed to serialize proto|Errno 12\b",
+    r"failed to map segment from shared object|could not create a primitive|can't start new thread|"
+    r"Failed to serialize proto|Errno 12\b",
     re.IGNORECASE,
 )
-"""PyTorch, ONNX Runtime and C++; numpy; the loader; threads; protobuf, which has one text for all (ours stay below 2
+"""PyTorch, ONNX Runtime and C++; numpy; the loader; oneDNN; threads; protobuf, which has one text for all (ours stay below 2
 GiB, its other reason)."""
 
 LOADED_LATER = {
