@@ -7,6 +7,7 @@
     ├── BuildError                   1  TensorRT made no engine
     ├── TrainingError                1  training cannot go on
     ├── DiskFullError                1  there is no room for a file
+    ├── OutOfMemoryError             1  there is not enough memory
     ├── InputError                   2  wrong usage or input
     │   ├── CheckpointError          2  weights do not fit the model
     │   └── OutputExistsError        2  something else is already at the output path
@@ -34,6 +35,7 @@ __all__ = [
     "GraphCheckError",
     "InputError",
     "MissingRequirementError",
+    "OutOfMemoryError",
     "OutputExistsError",
     "ParityError",
     "RecordsError",
@@ -62,6 +64,10 @@ class TrainingError(CnxDeployError):
 
 class DiskFullError(CnxDeployError):
     """There is, or will be, no room for a file that is to be written."""
+
+
+class OutOfMemoryError(CnxDeployError):
+    """There is not enough memory for what was asked for."""
 
 
 class InputError(CnxDeployError):

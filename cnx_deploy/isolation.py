@@ -21,10 +21,15 @@ from typing import Any
 
 from cnx_deploy import errors
 from cnx_deploy.errors import CnxDeployError
+from cnx_deploy.shortage import memory_shortage, native_errors
 
 __all__ = ["Limits", "run_isolated"]
 
 LOOK_SECONDS = 0.05
+MAX_LOG_BYTES = MAX_ANSWER_BYTES = 64 << 20
+"""Of what a child prints, which goes to the disk, and of what it answers; the largest answer seen has 0.1 MB."""
+
+QUOTED_BYTES = 2000
 DIES_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of Linux's prctl."""
 
@@ -57,26 +62,25 @@ def run_isolated(
         order = json.dumps({"task": task, "arguments": dict(arguments), "answer": str(answer)})
         with log.open("wb") as stream:
             child = subprocess.Popen(
-                [sys.executable, "-m", "cnx_deploy.isolation"], stdin=subprocess.PIPE, stdout=stream, stderr=stream,
+                [sys.executable, "-P", "-m", "cnx_deploy.isolation"],  # -P: nothing from the folder it runs in
+                stdin=subprocess.PIPE, stdout=stream, stderr=stream,
                 start_new_session=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )  # fmt: skip
         try:
-            reason = _watched(child, order.encode(), limits, tick)
+            reason = _watched(child, order.encode(), limits, log, tick)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                child.kill()
-            child.wait()
+            _end(child)
         found = _answer_in(answer) if reason is None else None
         if found is None:
             raise failure(
                 f"{what} failed: its process {reason or _end_of(child.returncode)}, expected an answer. Nothing was "
                 f"written; free memory or look at the file, and try again.{_tail(log)}"
             )
+    if "result" in found:
+        return found["result"]
     if "system" in found:
         raise OSError(*found["system"])
-    if "error" in found:
-        raise _error_of(found)
-    return found["result"]
+    raise _error_of(found)
 
 
 def main() -> None:
@@ -87,18 +91,26 @@ def main() -> None:
         found = {"result": getattr(importlib.import_module(module), function)(**order["arguments"])}
     except CnxDeployError as error:
         found = {"error": type(error).__name__, "message": str(error)}
-    except OSError as error:  # no room for the file that the task writes: said by us in the words of every stage
-        found = {"system": [error.errno, error.strerror]}
-    except MemoryError:
-        found = {"error": "BuildError", "message": "There is not enough memory for it. Free some, or give it more."}
+    except native_errors() as error:
+        found = _answer_for(error)
     answer = Path(order["answer"])
     staged = answer.with_suffix(".tmp")
     staged.write_text(json.dumps(found), encoding="utf-8")
     staged.replace(answer)
 
 
+def _answer_for(error: BaseException) -> dict[str, Any]:
+    """Too little memory, or what the system refused: the parent says of a full disk what every stage says."""
+    short = memory_shortage(error)
+    if short is not None:
+        return {"error": type(short).__name__, "message": str(short)}
+    if isinstance(error, OSError) and error.errno is not None:
+        return {"system": [error.errno, error.strerror]}
+    raise error
+
+
 def _watched(
-    child: "subprocess.Popen[bytes]", order: bytes, limits: Limits, tick: Callable[[float], None] | None
+    child: "subprocess.Popen[bytes]", order: bytes, limits: Limits, log: Path, tick: Callable[[float], None] | None
 ) -> str | None:
     """Wait for the child; why it was ended, or None where it ended by itself."""
     started = time.monotonic()
@@ -111,6 +123,8 @@ def _watched(
             return f"took more than {limits.seconds:g} s and was ended"
         if _resident_bytes(child.pid) > limits.memory_bytes:
             return f"took more than {limits.memory_bytes / 1e6:,.0f} MB of memory and was ended"
+        if log.stat().st_size > MAX_LOG_BYTES:
+            return f"printed more than {MAX_LOG_BYTES / 1e6:,.0f} MB and was ended"
         if tick is not None:
             tick(passed)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -127,17 +141,42 @@ def _resident_bytes(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def _end(child: "subprocess.Popen[bytes]") -> None:
+    """End it and what it started: its session is a group of its own."""
+    kill_group = getattr(os, "killpg", None)  # Windows has none
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if kill_group is not None:
+            kill_group(child.pid, signal.SIGKILL)
+        child.kill()
+    child.wait()
+
+
 def _answer_in(path: Path) -> dict[str, Any] | None:
+    """What `main` wrote. Whatever else is there counts as nothing: the library may have had hold of the child."""
     try:
+        if not path.is_file() or path.stat().st_size > MAX_ANSWER_BYTES:
+            return None
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return found if isinstance(found, dict) and _is_answer(found) else None
+
+
+def _is_answer(found: Mapping[str, Any]) -> bool:
+    """A result, an error of ours and its message, or the number and words of what the system refused."""
+    if "result" in found:
+        return True
+    texts = [found.get(name) for name in ("error", "message")]
+    match found.get("system"):
+        case [int(), str()]:
+            return True
+    return all(isinstance(text, str) for text in texts)
 
 
 def _end_of(code: int) -> str:
     if code < 0:
-        return f"was ended by {signal.Signals(-code).name}"
+        names = {each.value: each.name for each in signal.Signals}
+        return f"was ended by {names.get(-code, f'signal {-code}')}"
     return f"ended with code {code} and said nothing"
 
 
@@ -149,7 +188,9 @@ def _error_of(found: Mapping[str, Any]) -> CnxDeployError:
 
 def _tail(log: Path) -> str:
     """The last lines that the child printed: where a native library says why it gave up."""
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-4:]
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - QUOTED_BYTES))
+        lines = stream.read(QUOTED_BYTES).decode("utf-8", "replace").strip().splitlines()[-4:]
     return " It printed last:\n  " + "\n  ".join(lines) if lines else ""
 
 

@@ -45,7 +45,8 @@ Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$(?!\\n)")]
 PlainName = Annotated[str, msgspec.Meta(pattern=r"^(?!\.\.?$)[^/\\\x00-\x1f\x7f]+$(?!\n)", max_length=255)]
 Timestamp = Annotated[str, msgspec.Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(\+00:00|Z)$(?!\n)")]
 Triple = tuple[float, float, float]
-Batches = tuple[Positive, Positive, Positive]
+BatchSize = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+Batches = tuple[BatchSize, BatchSize, BatchSize]
 
 
 @dataclass(frozen=True, slots=True)

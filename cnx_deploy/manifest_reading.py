@@ -5,6 +5,7 @@ generated from these types and those of `manifest`.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -181,6 +182,9 @@ def _check_together(manifest: Manifest, stem: str | None) -> None:
     classes = manifest.model.class_names
     if classes is not None and len(classes) != manifest.model.num_classes:
         raise ValueError(f"{len(classes)} class names for {manifest.model.num_classes} classes")
+    weights = manifest.model.weights
+    if weights.origin == "random" and not re.fullmatch(r"-?[0-9]{1,20}", weights.reference):
+        raise ValueError(f"model.weights.reference is no seed: {weights.reference[:40]!r}")
     _check_kernels(manifest.facts.get("compiled") or {})
     for smallest, typical, largest in _batches(manifest.request):
         if not smallest <= typical <= largest:

@@ -4,6 +4,7 @@ Each takes a frozen request and a callable that is told one line at a time; fold
 """
 
 import gc
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -217,11 +218,13 @@ def _fitting(request: VerifyRequest, artifact: Artifact) -> tuple[tuple[str, ...
 
 def _outdated(engine: Artifact, export_dir: Path) -> str | None:
     """What to say of an engine whose ONNX file was exported again since."""
-    source = export_dir / Path(engine.manifest.source_name).with_suffix(".json")
-    if engine.manifest.kind != "engine" or not source.is_file():
+    name = engine.manifest.source_name
+    if engine.manifest.kind != "engine" or Path(name).name != name or not Path(name).suffix:
+        return None  # a manifest that lies: `verify --records` says what of
+    if not os.path.isfile(export_dir / Path(name).with_suffix(".json")):  # noqa: PTH113 - Path's own raises for some names
         return None
-    (recorded,) = (a for a in find_artifacts(export_dir, "onnx") if a.manifest.stem == source.stem)
-    if recorded.sha256 == engine.manifest.source_sha256:
+    recorded = next((each for each in find_artifacts(export_dir, "onnx") if each.path.name == name), None)
+    if recorded is None or recorded.sha256 == engine.manifest.source_sha256:
         return None
     return f"{engine.path.name} was built from an earlier {engine.manifest.source_name}: build it again with --force."
 

@@ -146,6 +146,8 @@ def verify_files(folder: Path, files: Mapping[str, str], public_key: Path, finge
 def read_bundle(path: Path) -> Bundle:
     """Read a signature file and believe nothing of it yet. Raises CorruptArtifactError where it is none."""
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("no regular file")  # a pipe would be waited for
         with path.open("rb") as stream:
             content = stream.read(MAX_SIGNATURE_BYTES + 1)
         if len(content) > MAX_SIGNATURE_BYTES:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from cnx_deploy.errors import CorruptArtifactError, InputError
+from cnx_deploy.errors import CorruptArtifactError, InputError, RefusedArtifactError
 from cnx_deploy.manifest import Artifact, FileRecord, Manifest
-from cnx_deploy.manifest_reading import manifest_from_json
+from cnx_deploy.manifest_reading import MAX_MANIFEST_BYTES, manifest_from_json
 from cnx_deploy.whole_files import (
+    check_file,
     check_name,
     flush,
     hidden_name,
@@ -54,6 +55,8 @@ class Staging:
         InputError, before anything is moved, where the manifest could not be read again.
         """
         _check_readable(manifest)
+        for name in (*(file.name for file in manifest.files), f"{self.stem}.json"):
+            check_file(self.directory / name, OTHER_FOLDER)
         staged = self.folder / f"{self.stem}.json"
         staged.write_text(manifest.to_json(), encoding="utf-8")
         for name in (*(file.name for file in manifest.files), staged.name):
@@ -95,6 +98,11 @@ def stage_artifact(directory: Path, stem: str, *, needed_bytes: int = 0) -> Iter
 def finish_commits(directory: Path) -> None:
     """Put into place what processes that died had committed. Raises InputError where the folder cannot be written."""
     for pending in directory.glob(f".*{COMMIT}"):
+        if pending.is_symlink():
+            raise RefusedArtifactError(
+                f"{pending} is a symbolic link, where a folder of a killed process was expected: what it leads to is "
+                "not moved. Remove it."
+            )
         with _locked(directory, pending.name[1 : -len(COMMIT)]):  # who holds it finishes; then there is nothing left
             _finish(pending)
 
@@ -111,13 +119,16 @@ def _locked(directory: Path, stem: str) -> Iterator[None]:
 
 
 def _finish(pending: Path) -> None:
-    """Move what is left to move. Every step can be done twice, so it does not matter where an earlier one stopped."""
+    """Move what is left to move. Every step can be done twice, so it does not matter where an earlier one stopped.
+
+    A commit may be anybody's: it moves regular files of the artifact whose name it bears, and removes no others.
+    """
     directory = pending.parent
     for staged in pending.glob("*.json"):
         names = _names_in(staged)
         for name in [name for name in names if (pending / name).exists()]:
             (pending / name).replace(directory / name)
-        for name in _recorded_names(directory / staged.name) - set(names):
+        for name in _own_names(directory / staged.name) - set(names):
             (directory / name).unlink(missing_ok=True)
         flush(directory)
         staged.replace(directory / staged.name)
@@ -128,7 +139,9 @@ def _finish(pending: Path) -> None:
 
 def _names_in(staged: Path) -> list[str]:
     try:
-        return [file.name for file in manifest_from_json(staged.read_bytes(), staged.stem).files]
+        if f".{hidden_name(staged.stem)}{COMMIT}" != staged.parent.name:
+            raise ValueError(f"it is of another artifact, {staged.stem}")
+        return [file.name for file in _manifest_in(staged).files]
     except ValueError as error:
         raise CorruptArtifactError(
             f"{staged} was to be put into place and is no manifest ({error}): expected what a killed process had "
@@ -136,12 +149,25 @@ def _names_in(staged: Path) -> list[str]:
         ) from error
 
 
-def _recorded_names(manifest_path: Path) -> set[str]:
-    """Files that the artifact in place consists of; none where its manifest cannot be read."""
+def _own_names(manifest_path: Path) -> set[str]:
+    """Files of the artifact in place that bear its name; none where its manifest cannot be read.
+
+    Other names that a manifest lists may be of files that were there before it came.
+    """
     try:
-        return {file.name for file in manifest_from_json(manifest_path.read_bytes(), manifest_path.stem).files}
-    except (FileNotFoundError, IsADirectoryError, ValueError):
+        listed = {file.name for file in _manifest_in(manifest_path).files}
+    except (FileNotFoundError, ValueError):
         return set()
+    own = {name for name in listed if name.startswith(f"{manifest_path.stem}.")}
+    return {name for name in own if not (manifest_path.parent / name).is_dir()}
+
+
+def _manifest_in(path: Path) -> Manifest:
+    """ValueError for what is none; a pipe or a device would be read for ever."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")
+    with path.open("rb") as stream:
+        return manifest_from_json(stream.read(MAX_MANIFEST_BYTES + 1), path.stem)
 
 
 def _check_readable(manifest: Manifest) -> None:

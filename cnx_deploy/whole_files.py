@@ -221,6 +221,8 @@ def _claimed(directory: Path, begin: str) -> tuple[Path, FileLock]:
 
 def _remove_abandoned(directory: Path, begin: str) -> None:
     for folder in directory.glob(f"{glob.escape(begin)}*"):
+        if folder.is_symlink():  # not ours: a lock would be made where it leads
+            continue
         lock = FileLock(folder / IN_USE)
         with contextlib.suppress(Timeout, OSError):  # in use, or somebody else's
             lock.acquire(timeout=0)

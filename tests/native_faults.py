@@ -4,6 +4,7 @@ import ctypes
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -68,3 +69,30 @@ def answers_to_flips(engine: str, count: int) -> list[list[str]]:
         assert runtime.deserialize_cuda_engine(bytes(damaged)) is None
         found.append([validity, next(text for severity, text in log.messages if severity == "ERROR")])
     return found
+
+
+def leave_a_grandchild(path: str) -> None:
+    started = subprocess.Popen(["sleep", "600"])
+    Path(path).write_text(str(started.pid), encoding="ascii")
+
+
+def leave_a_grandchild_and_hang(path: str) -> None:
+    leave_a_grandchild(path)
+    time.sleep(600)
+
+
+def babble() -> None:
+    while True:
+        os.write(2, b"x" * (1 << 20))
+
+
+def forge(text: str) -> None:
+    """Answer in the place of `isolation.main`, as code that took the process over could."""
+    log = Path("/proc/self/fd/1").readlink()
+    (log.parent / "answer.json").write_bytes(text.encode("latin-1"))
+    os._exit(0)
+
+
+def signal_itself(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(10)

@@ -19,6 +19,7 @@ import click
 from cnx_deploy import __version__
 from cnx_deploy.cli.printable import printable
 from cnx_deploy.errors import CnxDeployError
+from cnx_deploy.shortage import memory_shortage, native_errors
 
 __all__ = ["cli", "main"]
 
@@ -122,17 +123,13 @@ def main(arguments: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         code = 130
-    except CnxDeployError as error:
-        if "--debug" in words:
+    except _told_errors() as error:
+        told = _explained(error)
+        if told is None or "--debug" in words:
             raise
-        _show(error, str(error), error.exit_code, as_json="--json" in words)
-        code = error.exit_code
-    except OSError as error:  # a full disk, a folder that may not be read: the system's own words say which
-        if "--debug" in words:
-            raise
-        message = f"The system refused: {error}. Check room and permissions there; cnx-deploy --debug shows where."
-        _show(error, message, CnxDeployError.exit_code, as_json="--json" in words)
-        code = CnxDeployError.exit_code
+        name = type(error if isinstance(error, OSError) else told).__name__
+        _show(name, told, as_json="--json" in words)
+        code = told.exit_code
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -150,11 +147,28 @@ def _interrupt_when_terminated() -> None:
             signal.signal(number, interrupt)
 
 
-def _show(error: Exception, message: str, exit_code: int, *, as_json: bool) -> None:
+def _told_errors() -> tuple[type[BaseException], ...]:
+    """Types of what may have an explanation; see `_explained`."""
+    return CnxDeployError, *native_errors()
+
+
+def _explained(error: BaseException) -> CnxDeployError | None:
+    """The error as a user is told it; None for what is a fault of this program, whose traceback is wanted."""
+    short = memory_shortage(error)
+    if short is not None:
+        return short
+    if isinstance(error, OSError):  # a full disk, a folder that may not be read: the system's own words say which
+        return CnxDeployError(
+            f"The system refused: {error}. Check room and permissions there; cnx-deploy --debug shows where."
+        )
+    return error if isinstance(error, CnxDeployError) else None
+
+
+def _show(name: str, error: CnxDeployError, *, as_json: bool) -> None:
     """One message on stderr, and with --json the same as the document on stdout."""
     if as_json:
-        _echo_document(type(error).__name__, message, exit_code)
-    click.echo(f"Error: {printable(message)}", err=True)
+        _echo_document(name, str(error), error.exit_code)
+    click.echo(f"Error: {printable(str(error))}", err=True)
 
 
 def _echo_document(name: str, message: str, exit_code: int) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cnx_deploy.cli import options
+from cnx_deploy.cli.printable import one_line
 
 if TYPE_CHECKING:
     from cnx_deploy.inspection import Inspection
@@ -114,7 +115,7 @@ def _lines_of_kernels(compiled: Mapping[str, Any]) -> Iterator[str]:
         kernel = kernels[number]
         size = f"{number:>6} {moved[number] / compiled['batch'] / 1e6:>12.3f} {moved[number] / sum(moved):>7.1%}"
         place = f"{kernel['block']:20} {kernel['operation']:38}"
-        yield f"{size}  {place} {kernel['kind']}, {kernel['name']}: {kernel['tensors']}"
+        yield one_line(f"{size}  {place} {kernel['kind']}, {kernel['name']}: {kernel['tensors']}")
 
 
 def _lines(name: str, value: Any) -> Iterator[str]:
@@ -126,7 +127,7 @@ def _lines(name: str, value: Any) -> Iterator[str]:
         for key, entry in value.items():
             yield from _lines(f"{title} {key}", entry)
         return
-    yield f"{title:18} {_text(value)}"
+    yield one_line(f"{title:18} {_text(value)}")
 
 
 def _text(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
-from cnx_deploy.cli.printable import printable
+from cnx_deploy.cli.printable import printable, printable_json
 from cnx_deploy.errors import CnxDeployError
 from cnx_deploy.variants import ALL_VARIANTS
 
@@ -103,7 +103,7 @@ def fail(error: CnxDeployError, *, as_json: bool) -> NoReturn:
 
 def echo_json(document: Any) -> None:
     """Print a document on stdout; NaN and infinities, which JSON has not, become null."""
-    click.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+    click.echo(printable_json(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False)))
 
 
 def refuse_engines_without_gpu(files: Iterable[Path]) -> None:

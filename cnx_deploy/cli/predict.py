@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cnx_deploy.cli import options
+from cnx_deploy.cli.printable import one_line
 from cnx_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def predict(
 
 def _show(row: "Prediction") -> None:
     if row.error is not None:
-        options.echo(f"{row.path}: error: {row.error}")
+        options.echo(one_line(f"{row.path}: error: {row.error}"))
         return
     answers = ", ".join(f"{score.name} {score.probability:.2%}" for score in row.scores)
-    options.echo(f"{row.path}: {answers}")
+    options.echo(one_line(f"{row.path}: {answers}"))

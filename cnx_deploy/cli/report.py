@@ -59,7 +59,7 @@ def report(
         click.echo("Records are up to date.")
     else:
         for path in changed:
-            click.echo(path)
+            options.echo(path)
 
 
 def _write_page(
@@ -78,6 +78,6 @@ def _write_page(
     if as_json:
         options.echo_json(page.to_dict(html))
     else:
-        click.echo(html)
+        options.echo(html)
     if (error := corrupt_error(page, html)) is not None:
         options.fail(error, as_json=as_json)

@@ -7,6 +7,7 @@ import click
 from click.core import ParameterSource
 
 from cnx_deploy.cli import options
+from cnx_deploy.cli.printable import one_line
 from cnx_deploy.cli.saved import judged, saved_options
 from cnx_deploy.cli.steps import verify_steps
 from cnx_deploy.errors import InputError, ParityError
@@ -112,7 +113,7 @@ def _verify_records(signed: Path | None, arguments: dict[str, Any], *, as_json: 
         options.echo_json(found.to_dict())
     else:
         for finding in found.findings:
-            options.echo(f"{finding.verdict:6} {finding.artifact:36} {finding.text}")
+            options.echo(one_line(f"{finding.verdict:6} {finding.artifact:36} {finding.text}"))
     error = corrupt_error(found)
     if error is not None:
         options.fail(error, as_json=as_json)

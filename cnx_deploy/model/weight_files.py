@@ -22,7 +22,14 @@ from torch import Tensor
 
 from cnx_deploy.documents import kind_of, strict_json
 from cnx_deploy.errors import CheckpointError, CorruptArtifactError, InputError, RefusedArtifactError
-from cnx_deploy.model.weight_guards import check_archive, check_safetensors_header, check_tensor, check_total
+from cnx_deploy.model.weight_guards import (
+    check_archive,
+    check_safetensors_header,
+    check_tensor,
+    check_total,
+    claims_too_much,
+)
+from cnx_deploy.shortage import memory_shortage
 
 __all__ = ["METADATA_KEY", "UNREADABLE", "WeightFile", "read_pickle", "read_weight_file"]
 
@@ -71,14 +78,10 @@ def read_weight_file(path: Path, *, ema: bool = False) -> WeightFile:
 
     `ema` asks for the averaged weights of a training checkpoint; without it they are taken only when there are no
     others. Raises InputError for no such file or suffix, CorruptArtifactError for unreadable bytes and for NaN or
-    infinity, RefusedArtifactError for a pickle that holds more than data, CheckpointError for other element types.
+    infinity, RefusedArtifactError for a pickle that holds more than data, CheckpointError for other element types,
+    OutOfMemoryError where memory is short for a pickle that claims no more than it has.
     """
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be opened ({error.strerror}): expected a checkpoint there. Check the path."
-        ) from error
+    _check_readable(path)
     if path.suffix == ".safetensors":
         if ema:
             raise CheckpointError(f"{path} has one set of weights, so there is no EMA to take. Leave ema out.")
@@ -90,6 +93,17 @@ def read_weight_file(path: Path, *, ema: bool = False) -> WeightFile:
             f"{path} is no checkpoint by its name: expected .safetensors, {', '.join(PICKLE_SUFFIXES)}. Rename it."
         )
     return WeightFile(_finite_floats(read.tensors, path), read.metadata, read.entry)
+
+
+def _check_readable(path: Path) -> None:
+    """Raise InputError for what is not there, may not be read, or has no end: a pipe, a device."""
+    try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InputError(f"{path} is no regular file: expected a checkpoint there. Check the path.")
+        path.open("rb").close()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be opened ({reason}): expected a checkpoint there. Check the path.") from error
 
 
 def _read_safetensors(path: Path) -> WeightFile:
@@ -130,6 +144,9 @@ def read_pickle(path: Path) -> object:
                 path, weights_only=True, map_location="cpu"
             )  # Namespace: the reference's `args`
     except UNREADABLE as error:
+        short = memory_shortage(error)
+        if short is not None and not claims_too_much(error, path):
+            raise short from error
         if isinstance(error, pickle.UnpicklingError) and _is_well_formed_pickle(path):
             raise RefusedArtifactError(
                 f"{path} is refused: it is a pickle that holds more than tensors and plain data, and reading it could "

@@ -6,6 +6,7 @@ Sources: the attacks that safetensors keeps (huggingface/safetensors, attacks/);
 """
 
 import json
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from cnx_deploy.errors import CheckpointError, CorruptArtifactError, RefusedArtifactError
 
-__all__ = ["check_archive", "check_safetensors_header", "check_tensor", "check_total"]
+__all__ = ["check_archive", "check_safetensors_header", "check_tensor", "check_total", "claims_too_much"]
 
 MAX_PROGRAM_BYTES = 64 << 20
 """Of a pickle's program, without its tensors; a training checkpoint of huge has 0.3 MB."""
@@ -103,6 +104,22 @@ def check_total(tensors: Mapping[str, Tensor], path: Path) -> None:
             f"{path}: its {len(tensors)} tensors claim {total:,} bytes and share storage; the file has {size:,}. "
             "Save the state dict again where it was made."
         )
+
+
+def claims_too_much(error: BaseException, path: Path) -> bool:
+    """Whether what reading `path` failed for was too much for any machine: more than the file has, so it lies.
+
+    False where it was no more than an honest file takes, and memory is short.
+    """
+    asked = re.search(r"tried to allocate (\d+) bytes", str(error))
+    size = path.stat().st_size
+    if asked is not None:
+        return int(asked[1]) > size
+    try:
+        bytearray(SHARED * size)
+    except MemoryError:
+        return False
+    return True
 
 
 class _TwinError(Exception):

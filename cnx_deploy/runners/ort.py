@@ -16,6 +16,7 @@ from cnx_deploy.environment import cpu_count, cpu_name
 from cnx_deploy.errors import CnxDeployError, CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.runners.base import InputSpec, RunnerInfo, check_input
 from cnx_deploy.runners.ort_session import LOAD_ERRORS
+from cnx_deploy.shortage import memory_shortage
 
 __all__ = ["OrtRunner"]
 
@@ -135,6 +136,8 @@ def _session(path: Path, device: str, threads: int, spin: bool, optimise: bool) 
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, provider_options)])
     except (*LOAD_ERRORS, ValueError) as error:
+        if (short := memory_shortage(error)) is not None:
+            raise short from error
         raise CorruptArtifactError(f"ONNX Runtime cannot read {path} ({error}). Export it again.") from error
     if session.get_providers()[0] != provider:
         raise MissingRequirementError(
