@@ -4,7 +4,6 @@ An engine is not given to a deserialiser: its manifest says what it is and which
 where somebody answers for it, `trusted_engine` reads it in a process of its own.
 """
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from cnx_deploy.artifacts import Artifact, open_artifact, sha256_of_file
+from cnx_deploy.documents import bounded_content, strict_json
 from cnx_deploy.errors import BuildError, InputError
 from cnx_deploy.isolation import run_isolated
+from cnx_deploy.manifest_reading import MAX_MANIFEST_BYTES
 from cnx_deploy.onnx_wire import looks_like_onnx, open_regular
 from cnx_deploy.signing import signature_beside
 
@@ -186,7 +187,7 @@ def recorded_artifact(path: Path) -> Artifact | None:
     if not manifest.is_file() or path == manifest:
         return None
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
+        content = strict_json(bounded_content(manifest, MAX_MANIFEST_BYTES), MAX_MANIFEST_BYTES)
         is_ours = path.name in [record["name"] for record in content["files"]]
     except ValueError:
         is_ours = path.suffix in (".onnx", ".engine")  # `open_artifact` says what is wrong with it

@@ -51,6 +51,14 @@ class Admission:
     run: FirstRun | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What the child says."""
+
+    facts: GraphFacts
+    run: FirstRun | None
+
+
 def admit_onnx(path: Path, *, runs: bool = False, limits: Limits | None = None) -> Admission:
     """Check a foreign file, and with `runs` send one image through it. `limits`: of the child; by the file's size.
 
@@ -71,9 +79,14 @@ def admit_onnx(path: Path, *, runs: bool = False, limits: Limits | None = None) 
         raise CorruptArtifactError(
             f"{path} was changed while it was checked: expected the same file before and after. Try again."
         )
-    facts = msgspec.convert(found["facts"], GraphFacts)
-    run = None if found["run"] is None else msgspec.convert(found["run"], FirstRun)
-    return Admission(path, facts, (*CHECKED, *([RAN] if run else [])), run)
+    try:
+        answer = msgspec.convert(found, _Answer)
+    except msgspec.ValidationError as error:  # the child has parsed what anybody wrote: its word is data from outside
+        raise RefusedArtifactError(
+            f"Checking {path.name} failed: its process gave another answer than was asked for ({error}). Export the "
+            "model again, from a source you trust."
+        ) from error
+    return Admission(path, answer.facts, (*CHECKED, *([RAN] if answer.run else [])), answer.run)
 
 
 def admission_task(path: str, runs: bool) -> dict[str, Any]:

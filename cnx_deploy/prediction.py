@@ -1,7 +1,6 @@
 """From an artifact and image files to class names and probabilities: one loader for checkpoint, ONNX and engine."""
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from cnx_deploy.artifacts import Artifact, refused_engine
 from cnx_deploy.data import SUFFIXES, Preprocessing, load_image, runner_input
+from cnx_deploy.documents import strict_json, typed
 from cnx_deploy.errors import (
     CheckFailedError,
     CorruptArtifactError,
@@ -163,15 +163,17 @@ def _unrecorded_onnx(path: Path, many: bool, device: str) -> Classifier:
             "Export the model with cnx-deploy export."
         )
     try:
-        preprocessing = Preprocessing.from_dict(dict(json.loads(metadata["cnx_deploy.preprocessing"])))
-        names = json.loads(metadata.get("cnx_deploy.class_names", "null"))
-    except (TypeError, ValueError) as error:
+        recorded = typed(strict_json(metadata["cnx_deploy.preprocessing"].encode()), dict[str, Any])
+        written = strict_json(metadata.get("cnx_deploy.class_names", "null").encode())
+        names = None if written is None else typed(written, tuple[str, ...])
+    except ValueError as error:
         raise CorruptArtifactError(f"{path} has metadata that is not JSON ({error}). Export it again.") from error
+    preprocessing = Preprocessing.from_dict(recorded)
     notes = [f"No manifest beside it names it: checked were {'; '.join(admission.checks)}; its origin cannot be."]
     if metadata.get("cnx_deploy.weights_origin") == "random":
         notes.append("The weights are random: the answers mean nothing.")
     runner = OrtRunner(path, device=device, thread_per_image=many)
-    return Classifier(runner, preprocessing, tuple(names) if names else None, tuple(notes))
+    return Classifier(runner, preprocessing, names or None, tuple(notes))
 
 
 def _checkpoint_classifier(path: Path, device: str) -> Classifier:

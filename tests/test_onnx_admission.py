@@ -97,6 +97,35 @@ def test_a_file_that_changes_while_it_is_checked_is_refused(tmp_path: Path, monk
         admit_onnx(path)
 
 
+def test_an_answer_of_another_form_than_asked_for_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_admission, "run_isolated", lambda *words, **named: {"facts": {"opset": "20"}, "run": None})
+    with pytest.raises(RefusedArtifactError, match="its process gave another answer than was asked for"):
+        admit_onnx(written(tmp_path))
+
+
+METADATA = {
+    "no object": ({"cnx_deploy.preprocessing": "[1]"}, "has metadata that is not JSON", CorruptArtifactError),
+    "deep": ({"cnx_deploy.preprocessing": "[" * 100_000}, "has metadata that is not JSON", CorruptArtifactError),
+    "names": (
+        {"cnx_deploy.preprocessing": '{"image_size": 32}', "cnx_deploy.class_names": '[1, "a"]'},
+        "has metadata that is not JSON",
+        CorruptArtifactError,
+    ),
+    "unknown field": ({"cnx_deploy.preprocessing": '{"side": 32}'}, "Preprocessing has the fields", InputError),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_metadata_that_lies_is_one_message(name: str, tmp_path: Path) -> None:
+    entries, text, kind = METADATA[name]
+    path = written(tmp_path, lambda model: helper.set_model_props(model, entries))
+    with pytest.raises(kind, match=text) as caught:
+        open_classifier(path)
+    assert type(caught.value) is kind
+
+
 def _gray(model: onnx.ModelProto) -> None:
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 1
     model.graph.initializer[0].dims[0] = 1
