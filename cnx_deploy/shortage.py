@@ -20,8 +20,8 @@ WORDS = re.compile(
     r"Failed to serialize proto|Errno 12\b",
     re.IGNORECASE,
 )
-"""PyTorch, ONNX Runtime and C++; numpy; the loader; oneDNN; threads; protobuf, which has one text for this and for more
-than 2 GiB, which ours stay below."""
+"""PyTorch, ONNX Runtime and C++; numpy; the loader; oneDNN; threads; protobuf, which has one text for all (ours stay
+below 2 GiB, its other reason)."""
 
 LOADED_LATER = {
     "google.protobuf.message": ("Error",),

@@ -42,12 +42,8 @@ class Row:
 NO_ENDPOINT = "needs a served endpoint, which is not here: predict and eval are commands that end"
 
 # fmt: off
-PENDING: dict[int, str] = {
-    47: "faults_resources::test_build_disk_full",
-    51: "faults_resources::test_cache_corrupt",
-    52: "faults_resources::test_build_oom",
-}
-"""Rows of which a test, or one more, is on its way: a name in a file that need not be there yet."""
+PENDING: dict[int, str] = {}
+"""Rows of which a test is on its way: a name in a file that need not be there yet."""
 
 FILES_ROWS = (
     Row(1, "parity_all_variants_fp32", "every variant beside timm and transformers, GRN's gamma and beta random",

@@ -19,6 +19,7 @@ from cnx_deploy.model.weight_files import read_weight_file
 from cnx_deploy.pipeline import _outdated
 from cnx_deploy.signing import check_signature, sign_artifact
 from cnx_deploy.whole_files import write_text
+from tests.hostile_onnx import foreign_classifier
 from tests.test_artifacts import REQUEST, make, rewritten, visible
 
 # --- commits that somebody else prepared ------------------------------------------------------------------------------
@@ -203,7 +204,7 @@ def test_an_engine_that_names_a_source_of_another_kind_or_place_is_verified_with
 def test_a_reference_that_is_too_long_for_a_path_is_a_file_that_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    artifact = make(tmp_path / "export")
+    artifact = make(tmp_path / "export", content=foreign_classifier().SerializeToString())
     lie = {"origin": "checkpoint", "reference": "a" * 300 + ".safetensors"}
     changed(artifact, lambda document: document["model"]["weights"].update(lie))  # type: ignore[attr-defined]
     monkeypatch.chdir(tmp_path)
