@@ -85,7 +85,7 @@ def test_timms_peer_takes_any_batch_and_says_its_version_and_provider(tiny_model
     [
         ("timm", "images of its own", "Gelu"),
         ("timm-whole", "a share of each operator", "Gelu"),
-        ("timm-18", "a share of each operator", "Erf"),
+        pytest.param("timm-18", "a share of each operator", "Erf", marks=pytest.mark.slow),
     ],
 )
 def test_timms_peer_runs_as_our_files_do_or_as_it_is_found(
@@ -98,6 +98,7 @@ def test_timms_peer_runs_as_our_files_do_or_as_it_is_found(
     assert {"Gelu", "Erf"} & operators == {gelu}
 
 
+@pytest.mark.slow
 def test_timms_peer_still_runs_when_its_file_is_gone(tiny_model: ConvNeXtV2, tmp_path: Path) -> None:
     (tmp_path / "timm").mkdir()
     runner, logits = made("timm", tiny_model, tmp_path / "timm")
@@ -114,6 +115,7 @@ def test_without_timm_its_peer_is_a_missing_requirement(
         PEERS["timm"].prepare(PeerSetup(tiny_model, SPEC, QUIET, tmp_path))
 
 
+@pytest.mark.slow
 def test_without_a_compiler_torch_compile_is_a_missing_requirement_and_not_eager(
     tiny_model: ConvNeXtV2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,6 +65,7 @@ def test_pytorch_is_the_baseline_and_every_file_has_a_row(artifacts: list[Artifa
         assert row.latency.calls >= 10
 
 
+@pytest.mark.slow
 def test_without_a_comparison_the_first_file_is_the_baseline(artifacts: list[Artifact]) -> None:
     result = bench_artifacts(artifacts, BenchRequest(batches=(1,), duration=DURATION))
     first, second = (row for row in result.rows if row.name.endswith(".onnx"))
@@ -72,6 +73,7 @@ def test_without_a_comparison_the_first_file_is_the_baseline(artifacts: list[Art
     assert [ratio.peer for ratio in second.ratios] == [first.name]
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_by_powers_of_two_through_the_range_and_has_a_knee(artifacts: list[Artifact]) -> None:
     result = bench_artifacts(artifacts, BenchRequest(sweep=True, max_batch=16, duration=DURATION))
     batches = [row.batch for row in result.rows if row.name == "atto-32-fp32.onnx"]

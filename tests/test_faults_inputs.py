@@ -223,7 +223,8 @@ def test_nan_inf_input_is_null_in_the_one_way_that_commands_print_json(capsys: p
     assert json.loads(capsys.readouterr().out) == {"row": [None, {"limit": None}], "number": 1.5}
     folder = Path(options.__file__).parent
     writing = [path.name for path in folder.glob("*.py") if "json.dump" in path.read_text(encoding="utf-8")]
-    assert sorted(writing) == ["__init__.py", "options.py"]  # the first prints an error: three texts and a code
+    # The first prints an error, three texts and a code; the last escapes single characters.
+    assert sorted(writing) == ["__init__.py", "options.py", "printable.py"]
 
 
 # --- 14, 20: what a library would do for a caller that does not ask ---------------------------------------------------

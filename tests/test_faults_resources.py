@@ -144,6 +144,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "atto.pt"
 
 
+@pytest.mark.slow
 def test_build_oom_is_not_blamed_on_an_honest_checkpoint(weights: Path) -> None:
     code, lines = ended(1, ["predict", str(weights), str(weights.parent / "a.png")], weights.parent)
     assert (code, len(lines)) == (1, 1), lines

@@ -61,7 +61,7 @@ def assert_safe(model: ConvNeXtV2, spec: DeploySpec, folder: Path) -> None:
     assert (GATES["fp16"].failures(found), found.centred_cosine_min >= 0.9995) == ((), True)
 
 
-@pytest.mark.parametrize("factor", [FACTORS[0], FACTORS[-1]])
+@pytest.mark.parametrize("factor", [pytest.param(FACTORS[0], marks=pytest.mark.slow), FACTORS[-1]])
 def test_parity_fp16_stress_no_overflow_of_hot_responses(tiny_variant, tmp_path, factor):
     model = with_hot_responses(tiny_variant, SIZE, factor)
     for block in model.stage_blocks()[0]:
@@ -69,7 +69,7 @@ def test_parity_fp16_stress_no_overflow_of_hot_responses(tiny_variant, tmp_path,
     assert_safe(model, FORMS["gpu"], tmp_path)
 
 
-@pytest.mark.parametrize("form", ["cpu", "uint8"])
+@pytest.mark.parametrize("form", ["cpu", pytest.param("uint8", marks=pytest.mark.slow)])
 def test_parity_fp16_stress_no_overflow_in_every_form(tiny_variant, tmp_path, form):
     assert_safe(with_hot_responses(tiny_variant, SIZE, FACTORS[-1]), FORMS[form], tmp_path)
 
@@ -90,6 +90,7 @@ def test_the_naive_way_is_right_below_its_limit(tiny_variant, tmp_path):
     assert GATES["fp16"].failures(against_float64(emulated, model, DeploySpec("fp16", SIZE))) == ()
 
 
+@pytest.mark.slow
 def test_parity_fp16_stress_no_overflow_of_layer_norm_over_1024_channels_but_in_the_naive_way(tmp_path):
     model = with_hot_stream(WIDE, SIZE, sigma=300.0)
     stage = model.stages[3]

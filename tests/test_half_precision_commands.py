@@ -77,6 +77,7 @@ def test_first_images_keep_the_smallest_batch() -> None:
     assert [len(batch) for batch in first_images(batches, 12, 4)] == [4, 4, 4]
 
 
+@pytest.mark.slow
 def test_a_fixed_batch_above_the_image_side_is_no_wrong_epsilon(tmp_path) -> None:
     words = "export --variant atto --image-size 32 --precision fp32 --batch 128 --no-verify --output-dir"
     assert run(*words.split(), str(tmp_path)).exit_code == 0
@@ -125,6 +126,7 @@ def test_bf16_engines_are_compared_with_pytorch_in_bf16(monkeypatch) -> None:
     assert place_of_peers(["bf16", "fp16"]) == ("cuda", "fp16")
 
 
+@pytest.mark.slow
 def test_an_fp16_file_that_hides_its_float_parts_is_not_built(tmp_path, tiny_variant) -> None:
     from cnx_deploy.model.convnextv2 import random_model
     from cnx_deploy.model.deploy import DeploySpec

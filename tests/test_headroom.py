@@ -150,6 +150,7 @@ def half_tensors(path: Path) -> list[tuple[str, float]]:
     return [each for each in halves if not each[0].partition("/")[2].startswith(copies) and each[0] != "model/Cast"]
 
 
+@pytest.mark.slow
 def test_every_half_tensor_of_the_exported_file_is_recorded_and_no_other(tmp_path: Path) -> None:
     model, record = random_model(WIDE_STEM, 10), ModelRecord(WIDE_STEM.name, 10, 32, WEIGHTS, {})
     spec = ExportSpec(deploy=DeploySpec(precision="fp16", image_size=32), batch=(1, 2, 4))

@@ -194,7 +194,10 @@ def test_fuzz_whatever_a_manifest_says_the_reader_reads_it_or_says_what_is_wrong
         assert manifest_from_json(manifest.to_json().encode()) == manifest
 
 
-COMMANDS = ("report", "report --html page.html", "inspect", "verify", "bench --dry-run", "build-trt")
+COMMANDS = (
+    "report", pytest.param("report --html page.html", marks=pytest.mark.slow), "inspect", "verify", "bench --dry-run",
+    "build-trt",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)

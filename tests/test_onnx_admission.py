@@ -78,9 +78,9 @@ def test_a_bomb_that_only_a_run_sets_off_takes_bounded_memory(tmp_path: Path) ->
 
 def test_a_run_that_does_not_end_is_ended(tmp_path: Path) -> None:
     path, started = written(tmp_path, _hang), time.perf_counter()
-    with pytest.raises(RefusedArtifactError, match="took more than 4 s and was ended"):
-        admit_onnx(path, runs=True, limits=Limits(4.0, 2 << 30))
-    assert time.perf_counter() - started < 8.0
+    with pytest.raises(RefusedArtifactError, match=r"took more than 2\.5 s and was ended"):
+        admit_onnx(path, runs=True, limits=Limits(2.5, 2 << 30))
+    assert time.perf_counter() - started < 20.0
 
 
 def test_a_file_that_changes_while_it_is_checked_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,7 @@ def fixed_external(tiny_variant, tmp_path_factory) -> Exported:
     )
 
 
+@pytest.mark.slow
 def test_a_forced_export_removes_the_weights_file_it_no_longer_has(tiny_variant, tmp_path):
     model = random_model(tiny_variant, 10, seed=0)
     record = ModelRecord(tiny_variant.name, 10, 32, WeightsRecord("random", "0", hash_weights(model), LICENCE), {})
@@ -354,6 +355,7 @@ def test_a_fold_left_out_is_recorded_and_shows_in_the_graph(tmp_path, tiny_model
     )
 
 
+@pytest.mark.slow
 def test_a_file_of_an_earlier_form_is_not_taken_for_a_new_one(tmp_path, tiny_model, tiny_onnx_fp32, monkeypatch):
     export_onnx(tiny_model, tiny_onnx_fp32.manifest.model, FP32, tmp_path)
     monkeypatch.setattr("cnx_deploy.onnx_export.FORM", FORM + 1)

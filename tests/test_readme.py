@@ -34,6 +34,7 @@ def run_in(folder: Path, commands: list[str], **replacements: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_four_commands_work_in_an_empty_folder(tmp_path: Path) -> None:
     commands = block_after("Or install it and work in any folder")
     assert len(commands) == 4

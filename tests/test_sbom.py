@@ -173,6 +173,7 @@ def test_licences_are_identifiers_expressions_or_names(document):
     assert sum(map(bool, by_name.values())) >= 0.9 * len(by_name)
 
 
+@pytest.mark.slow
 @needs_library
 def test_the_same_packages_and_time_give_the_same_bytes_whatever_the_hash_seed():
     first = sbom(SOURCE_DATE_EPOCH="1767225600", PYTHONHASHSEED="1")
@@ -180,6 +181,7 @@ def test_the_same_packages_and_time_give_the_same_bytes_whatever_the_hash_seed()
     assert json.loads(first[1])["metadata"]["timestamp"] == "2026-01-01T00:00:00+00:00"
 
 
+@pytest.mark.slow
 @needs_library
 def test_without_a_time_serial_number_and_timestamp_alone_differ():
     first, second = (json.loads(bill_of_materials(find_installation())) for _ in range(2))

@@ -156,6 +156,7 @@ def test_the_password_is_asked_for_at_a_terminal_and_not_shown(cnx, artifact, ke
     assert asked == [(f"Password of {keys / 'locked.pem'}", True, True)]
 
 
+@pytest.mark.slow
 def test_no_secret_is_printed(cnx, artifact, keys, capsys):
     """Not by success, refusal or --debug's traceback; nor is the password taken from the environment."""
     secrets = [PASSWORD.decode(), "wrong horse"]

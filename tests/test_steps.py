@@ -85,6 +85,7 @@ def test_a_fault_of_the_export_stops_the_chain_at_the_first_step(healthy, monkey
     assert verdict.sentence().endswith("To blame: the export.")
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_optimisations_is_told_from_one_of_the_file(healthy, monkeypatch) -> None:
     artifact, loaded = healthy
     logits = steps._logits
@@ -149,6 +150,7 @@ def test_the_command_follows_recorded_files_and_ends_in_3_where_a_step_fails(tmp
     assert (refused.exit_code, "leave --runner out" in refused.output) == (2, True)
 
 
+@pytest.mark.slow
 def test_the_verdict_is_json(healthy) -> None:
     document = json.loads(json.dumps(chain(*healthy).to_dict()))
     assert (document["passed"], len(document["steps"])) == (True, 3)

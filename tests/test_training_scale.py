@@ -177,7 +177,9 @@ class StopAfter(Silence):
             raise InterruptedError
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
+@pytest.mark.parametrize(
+    "damage", ["cut", *(pytest.param(each, marks=pytest.mark.slow) for each in ("flipped", "missing"))]
+)
 def test_train_resume_exact_a_broken_newest_state_gives_way(spec, tmp_path, damage):
     with pytest.raises(InterruptedError):
         train(spec, progress=StopAfter(2))

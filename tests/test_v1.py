@@ -239,6 +239,7 @@ def test_a_v1_file_is_not_taken_for_v2(tiny_v1_model, tiny_variant, tmp_path):
         check_export(path, variant=tiny_variant, layout="gpu", batch=(1, 2, 4))
 
 
+@pytest.mark.slow
 def test_an_engine_is_built_from_it(tiny_v1_model, tmp_path):
     onnx = exported(tiny_v1_model, DeploySpec("fp16", 32), tmp_path)
     engine = build_engine(onnx, BuildSpec(runtime="tensorrt-rtx", target="sm89", batches=((1, 2, 4),)), tmp_path)

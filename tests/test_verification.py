@@ -262,6 +262,7 @@ def test_a_checkpoint_that_is_gone_is_an_input_error(from_checkpoint, tmp_path):
         recorded_model(from_checkpoint)
 
 
+@pytest.mark.slow
 def test_a_head_drawn_anew_at_export_is_drawn_the_same_for_the_reference(tmp_path):
     save_checkpoint(tmp_path / "two.safetensors", random_model("atto", 2, seed=0))
     words = {"checkpoint": tmp_path / "two.safetensors", "num_classes": 5, "reset_head": True}
