@@ -20,7 +20,14 @@ TINY_TEST = Variant("tiny-test", (1, 1, 2, 1), (8, 16, 32, 64), 138_104, 0.0)
 TINY_V1_TEST = Variant("tiny-v1-test", (1, 1, 2, 1), (8, 16, 32, 64), 137_040, None, version=1)
 
 
-LONGEST_FIRST = ("test_readme.py", "test_training_scale.py", "test_verification.py", "test_v1.py", "test_steps.py")
+LONGEST_FIRST = (
+    "test_comparison.py",
+    "test_steps.py",
+    "test_fp16_safety.py",
+    "test_cli.py",
+    "test_onnx_export.py",
+    "test_verification.py",
+)
 """Files are shared out whole: begun last, a long one would keep one process busy while the other has nothing to do."""
 
 

@@ -101,7 +101,7 @@ FILES_ROWS = (
         "overlap, hole, beyond the end, wrong shape or type, no JSON, no UTF-8, named twice",
         "corrupt, each with its reason", "4", "faults_weights"),
     Row(24, "checkpoint_truncated", "cut at ten points, in either format",
-        "corrupt; never a model that is loaded in part", "4", "faults_weights weight_files"),
+        "corrupt; never a model that is loaded in part", "4", "weight_files", "faults_weights"),
     Row(25, "checkpoint_wrong_variant", "weights of another variant, missing, surplus and misshaped tensors",
         "refused with a table of what differs; loading is strict", "2", "checkpoint"),
     Row(26, "checkpoint_nan_weights", "NaN or infinity in one tensor",

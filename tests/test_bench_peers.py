@@ -31,7 +31,7 @@ def made(word: str, model: ConvNeXtV2, folder: Path, spec: DeploySpec = SPEC) ->
     return runner, runner.run(images.to(runner.device))
 
 
-@pytest.mark.parametrize("kind", ["float", "uint8"])
+@pytest.mark.parametrize("kind", ["float", pytest.param("uint8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("word", ["torch", "timm", pytest.param("timm-18", marks=pytest.mark.slow)])
 def test_a_peer_gives_the_logits_of_the_reference(tiny_model: ConvNeXtV2, tmp_path: Path, word: str, kind: str) -> None:
     spec = DeploySpec(image_size=32, input_kind=kind)
@@ -73,6 +73,7 @@ def test_one_wrong_weight_of_the_twin_is_seen_by_the_gate(tiny_model: ConvNeXtV2
         assert GATES["fp32"].failures(differences(twin(images), tiny_model(images)))
 
 
+@pytest.mark.slow
 def test_timms_peer_takes_any_batch_and_says_its_version_and_provider(tiny_model: ConvNeXtV2, tmp_path: Path) -> None:
     runner, _ = made("timm", tiny_model, tmp_path)
     assert runner.input_spec.max_batch is None
@@ -84,7 +85,7 @@ def test_timms_peer_takes_any_batch_and_says_its_version_and_provider(tiny_model
     ("word", "share", "gelu"),
     [
         ("timm", "images of its own", "Gelu"),
-        ("timm-whole", "a share of each operator", "Gelu"),
+        pytest.param("timm-whole", "a share of each operator", "Gelu", marks=pytest.mark.slow),
         pytest.param("timm-18", "a share of each operator", "Erf", marks=pytest.mark.slow),
     ],
 )

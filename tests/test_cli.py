@@ -273,6 +273,7 @@ def test_the_same_export_again_reuses_the_files(cnx, project):
     assert path.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_another_export_to_the_same_name_is_refused_without_force_and_done_with_it(cnx, project):
     path = project / "export" / "atto-64-fp32.onnx"
     before = path.read_bytes()

@@ -134,6 +134,7 @@ def test_json_is_one_document_with_versions_and_hashes(folder: Path) -> None:
     assert {row["name"] for row in document["rows"]} >= {"atto-32-fp16.onnx", "atto-32-fp32.onnx"}
 
 
+@pytest.mark.slow
 def test_the_demo_reads_its_closing_table_from_the_document(folder: Path) -> None:
     """`scripts/demo` takes minutes and is not run here: what it takes from the document must be in the document."""
     spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
@@ -242,6 +243,7 @@ def test_timms_model_takes_turns_with_ours_and_has_the_same_logits(artifacts: li
         assert row.latency.calls == timm.latency.calls
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_missing_is_said_and_the_next_is_the_baseline(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

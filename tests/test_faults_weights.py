@@ -196,6 +196,7 @@ def test_a_header_of_ours_with_another_type_is_corrupt(tiny_model, tmp_path, nam
     refused(path, CorruptArtifactError, rf"as {name} in its header, expected {expected}")
 
 
+@pytest.mark.slow
 def test_checkpoint_truncated_ends_the_command_with_code_4_and_one_message(tiny_model, tmp_path):
     path = saved(tiny_model.state_dict(), tmp_path / "cut.safetensors")
     path.write_bytes(path.read_bytes()[:-1])

@@ -100,6 +100,7 @@ def test_parity_fp16_stress_no_overflow_of_layer_norm_over_1024_channels_but_in_
     assert_safe(model.float(), FORMS["gpu"], tmp_path)
 
 
+@pytest.mark.slow
 def test_parity_fp16_stress_no_overflow_of_a_channels_first_norm_but_in_the_naive_way(tiny_variant, tmp_path):
     model = with_hot_stream(tiny_variant, SIZE, sigma=300.0, stage=2)
     assert float(recorded(model, model.stages[2], SIZE).abs().max()) ** 2 > HALF_MAX

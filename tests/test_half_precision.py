@@ -137,6 +137,7 @@ def test_a_bf16_file_is_right_to_its_own_gate_and_not_to_fp16s(bf16, tiny_model)
     assert deviation.relative_l2_max > 4e-3  # FP16 is at 1e-3
 
 
+@pytest.mark.slow
 def test_bf16_stays_finite_where_fp16_overflows(tiny_variant, tmp_path) -> None:
     model, images = with_hot_responses(tiny_variant, SIZE, 2000.0), images_for(SIZE)
     runner = EmulatedRunner(exported(model, DeploySpec("bf16", SIZE), tmp_path).path)

@@ -240,6 +240,7 @@ def test_an_onnx_file_compiled_now_has_the_kernels_of_its_engine(exported, engin
     assert other["kernel_list"] != compiled["kernel_list"], "bytes are for the batch that was asked for"
 
 
+@pytest.mark.slow
 @NEEDS_RTX
 def test_for_turing_a_file_is_compiled_as_its_engine_is(exported, tmp_path):
     from cnx_deploy.trt.builder import BuildSpec, build_engine

@@ -154,7 +154,8 @@ def test_parity_fp16_stress_no_overflow_an_island_removed_is_refused(tiny_varian
         export(tiny_variant, DeploySpec("fp16", SIZE), tmp_path)
 
 
-@pytest.mark.parametrize("precision", ["fp16", pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_without_a_fault_the_same_export_is_accepted(tiny_variant, tmp_path, precision) -> None:
     assert export(tiny_variant, DeploySpec(precision, SIZE), tmp_path).is_file()
 

@@ -304,6 +304,7 @@ def test_other_class_names_for_the_same_weights_are_not_reused(copied, tiny_mode
         export_onnx(tiny_model, record, FP32, copied.path.parent)
 
 
+@pytest.mark.slow
 def test_force_replaces(copied, tiny_model):
     spec = replace(FP32, deploy=DeploySpec("fp32", 32, layout="gpu"))
     _, reused = export_onnx(tiny_model, copied.manifest.model, spec, copied.path.parent, force=True)
@@ -344,6 +345,7 @@ def test_float64_is_not_exported():
         ExportSpec(DeploySpec("fp64"))
 
 
+@pytest.mark.slow
 def test_a_fold_left_out_is_recorded_and_shows_in_the_graph(tmp_path, tiny_model, tiny_onnx_fp32):
     spec = ExportSpec(DeploySpec("fp32", 32, leave_out=("blocked",)), batch=FP32.batch)
     artifact, _ = export_onnx(tiny_model, tiny_onnx_fp32.manifest.model, spec, tmp_path)

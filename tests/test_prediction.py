@@ -116,6 +116,7 @@ def test_an_onnx_file_of_ours_without_its_manifest_gives_the_same_answers_and_sa
     assert any("random" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_a_fixed_batch_is_filled_up_and_the_copies_give_no_answers(tiny, photos, tmp_path):
     artifact = exported_to(tmp_path, tiny, batch=(4, 4, 4), deploy={"input_kind": "uint8"})
     found = answers(artifact.path, photos, top=6)

@@ -48,6 +48,7 @@ def test_the_librarys_command_line_verifies_our_signature(signed, keys):
     assert (done.returncode, "succeeded" in done.stdout) == (0, True), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_librarys_command_line_refuses_it_where_we_do(signed, keys):
     assert library_says(signed, keys / "other.pub.pem").returncode == 1
     signed.path.write_bytes(signed.path.read_bytes()[:-1])

@@ -58,6 +58,7 @@ def test_a_healthy_chain_passes_and_says_what_was_not_run(healthy, tiny_engine) 
         assert verdict.sentence() == "3 steps passed, 1 not run"
 
 
+@pytest.mark.slow
 def test_the_floor_of_fp32_is_below_what_any_step_finds_in_half(healthy) -> None:
     verdict = chain(*healthy)
     assert 1e-8 < verdict.floor < 1e-5
@@ -66,6 +67,7 @@ def test_the_floor_of_fp32_is_below_what_any_step_finds_in_half(healthy) -> None
     assert half.found.relative_l2_max > 100 * verdict.floor
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_export_stops_the_chain_at_the_first_step(healthy, monkeypatch) -> None:
     artifact, loaded = healthy
     export = steps._single_precision
@@ -107,6 +109,7 @@ def test_half_precision_that_overflows_is_blamed_and_not_the_export(tiny_variant
     assert "To blame: FP16: see `cnx-deploy headroom`" in verdict.sentence()
 
 
+@pytest.mark.slow
 def test_a_wrong_engine_is_blamed_on_tensorrt(healthy, tiny_engine, monkeypatch) -> None:
     artifact, loaded = healthy
 

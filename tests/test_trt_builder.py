@@ -78,6 +78,7 @@ def test_the_manifest_records_types_kernels_and_that_it_was_not_run(tiny_engine:
     assert facts["runtime_version"] == RTX.version
 
 
+@pytest.mark.slow
 def test_reproducible_export_two_builds_have_the_same_kernels_and_size(
     tiny_onnx_fp16: Artifact, tmp_path: Path
 ) -> None:

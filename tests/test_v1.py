@@ -226,6 +226,7 @@ def test_an_export_passes_its_gates_and_runs(tiny_v1_model, tmp_path, precision)
     assert not GATES[precision].failures(differences(runner.run(pixels), expected))
 
 
+@pytest.mark.slow
 def test_an_export_whose_layer_scale_is_lost_is_refused(tiny_v1_model, tmp_path, monkeypatch):
     monkeypatch.setattr(deploy_blocks, "fold_layer_scale", lambda weight, bias, gamma: (weight, bias))
     with pytest.raises(ParityError, match="differs from PyTorch"):
