@@ -12,7 +12,7 @@ RUNNING_ROWS = (
         "faults_writing"),
     Row(47, "build_disk_full", "no room: a disk of a few megabytes, a limit on files, a size known before",
         "what was there is kept; what is free is told, before the work where the size is known", "1",
-        "faults_resources faults_writing", "faults_resources"),
+        "faults_resources faults_writing", "faults_resources faults_writing"),
     Row(48, "build_readonly_dir build_path_is_dir", "a folder without permission, a file where a folder should be",
         "told before the work", "2", "faults_writing"),
     Row(49, "build_concurrent_same_target", "several processes, one target; a lock of a dead process",

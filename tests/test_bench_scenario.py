@@ -122,6 +122,7 @@ def test_offline_is_answered_in_whole_batches_and_has_no_latency() -> None:
     assert row.images_per_second <= 16 / 0.005
 
 
+@pytest.mark.slow
 def test_offline_after_a_slow_warm_up_is_sent_enough_in_a_second_try() -> None:
     runner = slow(0.0)
     runner.milliseconds = lambda index: 100.0 if index < 9 else 20.0  # calls with 1, 2, 4 and 8 images, then five
@@ -255,6 +256,7 @@ def test_a_recorded_file_has_a_line_and_a_document(folder: Path) -> None:
     assert (row["status"], row["latency_ms"]["p99"]) == ("INVALID", None)
 
 
+@pytest.mark.slow
 def test_a_file_with_another_weight_is_invalid_and_fails_the_command(folder: Path) -> None:
     """One class has another bias, under a manifest that vouches for it."""
     command = words(folder, "--scenario", "single-stream")

@@ -194,6 +194,7 @@ def gated(folder: Path, baseline: Path, *more: str) -> Result:
     return CliRunner().invoke(bench, words(folder, "--compare", "torch", "--gate", str(baseline), *more))
 
 
+@pytest.mark.slow
 def test_the_gate_lets_an_untouched_run_pass(folder: Path, baseline: Path) -> None:
     result = gated(folder, baseline, "--max-regress", "90%")
     assert result.exit_code == 0, result.output

@@ -149,6 +149,7 @@ def test_build_sigint_sigterm_ends_with_130_and_leaves_nothing(number: signal.Si
 # --- 47: the disk is full ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_build_disk_full_export_keeps_the_old_artifact_and_says_what_is_free(cnx: Command, tmp_path: Path) -> None:
     old = make(tmp_path / "export", "atto-32-fp32")
     with files_of_at_most(1_000_000):

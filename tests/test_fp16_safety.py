@@ -84,6 +84,7 @@ def test_parity_fp16_stress_no_overflow_but_in_the_naive_way_which_onnx_runtime_
     assert GATES["fp16"].failures(against_float64(OrtRunner(path), model, spec)) == ()
 
 
+@pytest.mark.slow
 def test_the_naive_way_is_right_below_its_limit(tiny_variant, tmp_path):
     model = with_hot_responses(tiny_variant, SIZE, 0.5)
     emulated = EmulatedRunner(naive_half_file(model, SIZE, tmp_path / "naive.onnx"))

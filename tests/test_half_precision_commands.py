@@ -40,12 +40,14 @@ def inside(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return mixed
 
 
+@pytest.mark.slow
 def test_a_file_of_a_fixed_batch_is_verified_in_that_batch(inside) -> None:
     found = run("verify", "--samples", "6")
     assert found.exit_code == 0, found.output
     assert "emulator bf16" in found.output
 
 
+@pytest.mark.slow
 def test_a_runner_that_does_not_fit_a_recorded_file_leaves_that_file_out(inside) -> None:
     found = run("verify", "--runner", "emulate-bf16", "--samples", "4")
     assert found.exit_code == 0, found.output
@@ -55,12 +57,14 @@ def test_a_runner_that_does_not_fit_a_recorded_file_leaves_that_file_out(inside)
     assert isinstance(named.exception, InputError)
 
 
+@pytest.mark.slow
 def test_bench_measures_what_runs_beside_a_bf16_file(inside) -> None:
     found = run("bench", "--batch", "4", "--duration", "0.1", "--threads", "1")
     assert found.exit_code == 0, found.output
     assert "no BF16 convolution on a CPU" in found.output
 
 
+@pytest.mark.slow
 def test_a_bf16_file_is_not_called_corrupt_by_predict(inside) -> None:
     from PIL import Image
 

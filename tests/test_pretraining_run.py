@@ -375,6 +375,7 @@ def command(colours, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command_pretrains_and_train_takes_its_weights(command, colours, tmp_path):
     (tmp_path / "images").mkdir()
     shutil.copytree(colours / "train", tmp_path / "images" / "train")
@@ -393,6 +394,7 @@ def test_the_command_pretrains_and_train_takes_its_weights(command, colours, tmp
     assert (tmp_path / "runs" / "atto-001" / "best.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_command_exits_130_on_ctrl_c_and_resumes(command, tmp_path, monkeypatch):
     class PressCtrlC(PretrainingOnTerminal):
         def step(self, report):

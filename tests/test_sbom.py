@@ -190,6 +190,7 @@ def test_without_a_time_serial_number_and_timestamp_alone_differ():
     assert first == second
 
 
+@pytest.mark.slow
 @needs_library
 def test_a_file_is_written_and_replaced_where_it_is_a_bill(tmp_path):
     path = tmp_path / "new" / "sbom.json"

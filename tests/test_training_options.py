@@ -325,6 +325,7 @@ def test_an_option_out_of_range_is_refused(spec, change, text):
         dataclasses.replace(spec, **change)
 
 
+@pytest.mark.slow
 def test_the_command_draws_curves_and_takes_every_option(colours, tmp_path):
     arguments = [
         str(colours), "--variant", "atto", "--recipe", "fine-tune", "--image-size", "32", "--epochs", "2",
