@@ -81,7 +81,10 @@ def check(words: list[str]) -> None:
     assert code in CODES
     assert "Traceback" not in said
     assert code == 0 or said.strip()
-    assert {path.name for path in Path().iterdir()} - before <= {"export", "engines", "runs"}
+    made = {path.name for path in Path().iterdir()} - before - {"export", "engines", "runs"}
+    assert made <= (set(words) if code == 0 else set()), made  # a page or a bill that was asked for under that name
+    for name in made:
+        Path(name).unlink()
 
 
 @pytest.mark.parametrize("name", FUZZED)
