@@ -4,6 +4,7 @@ Real faults: processes killed and terminated, file-size limits, folders without 
 """
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -22,6 +23,7 @@ from cnx_deploy.cli import main
 from cnx_deploy.errors import CorruptArtifactError, DiskFullError, InputError
 from cnx_deploy.model.checkpoint import save_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
+from cnx_deploy.training.run_folder import keep_state
 from cnx_deploy.whole_files import require_room, write_text
 from tests.kill_sweep import lines
 from tests.test_artifacts import make, visible
@@ -177,6 +179,17 @@ def test_build_disk_full_checkpoint_keeps_the_old_file(tiny_model: ConvNeXtV2, t
     with files_of_at_most(100_000), pytest.raises(DiskFullError, match="room"):
         save_checkpoint(path, tiny_model)
     assert (path.read_bytes(), leftovers(tmp_path)) == (b"old", [])
+
+
+def test_build_disk_full_state_of_a_run_keeps_the_old_one_and_leaves_no_half(tmp_path: Path) -> None:
+    def half(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    keep_state(tmp_path, lambda path: write_text(path, "old"))
+    with pytest.raises(DiskFullError, match=r"last\.ckpt"):
+        keep_state(tmp_path, half)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"last.ckpt": b"old"}
 
 
 def test_build_disk_full_is_found_before_the_work_where_the_size_is_known(tmp_path: Path) -> None:

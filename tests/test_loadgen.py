@@ -46,7 +46,7 @@ def test_an_exception_under_load_is_an_error_and_the_next_run_works(scenario: st
 
 def test_a_failed_server_ends_before_its_duration() -> None:
     start = time.monotonic()
-    with pytest.raises(CnxDeployError):
+    with pytest.raises(CnxDeployError, match="gone"):
         run_load(load("server", duration_seconds=20.0, slo_ms=10.0), fails_at(1, ValueError("gone")))
     assert time.monotonic() - start < 15.0
 

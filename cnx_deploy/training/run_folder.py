@@ -75,8 +75,13 @@ def keep_state(run_dir: Path, save: Callable[[Path], None], *, writes: bool = Tr
     `writes` is whether this process is the one that writes: of several, `save` is called by all.
     """
     temporary = run_dir / f".{STATE}.tmp"
-    with room_errors(run_dir / STATE):
-        save(temporary)
+    try:
+        with room_errors(run_dir / STATE):
+            save(temporary)
+    except BaseException:  # half of a state takes the room that the next try needs
+        if writes:
+            temporary.unlink(missing_ok=True)
+        raise
     if not writes:
         return
     with temporary.open("rb") as stream:
