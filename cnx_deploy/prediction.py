@@ -24,7 +24,7 @@ from cnx_deploy.model.checkpoint import load_checkpoint
 from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.onnx_admission import admit_onnx
 from cnx_deploy.runners.base import Runner
-from cnx_deploy.runners.opening import open_runner
+from cnx_deploy.runners.opening import NO_BF16, open_runner
 from cnx_deploy.runners.ort import OrtRunner
 from cnx_deploy.runners.pytorch import reference_runner
 
@@ -162,6 +162,8 @@ def _unrecorded_onnx(path: Path, many: bool, device: str) -> Classifier:
             f"{path} does not say what images it takes: expected cnx-deploy's manifest or metadata. "
             "Export the model with cnx-deploy export."
         )
+    if device == "cpu" and "BFLOAT16" in admission.facts.types:
+        raise MissingRequirementError(NO_BF16.format(name=path.name))
     try:
         recorded = typed(strict_json(metadata["cnx_deploy.preprocessing"].encode()), dict[str, Any])
         written = strict_json(metadata.get("cnx_deploy.class_names", "null").encode())

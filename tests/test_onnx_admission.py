@@ -16,7 +16,7 @@ from cnx_deploy import onnx_admission
 from cnx_deploy.artifacts import Artifact
 from cnx_deploy.cli import main
 from cnx_deploy.data import image_like_batches
-from cnx_deploy.errors import CorruptArtifactError, InputError, RefusedArtifactError
+from cnx_deploy.errors import CorruptArtifactError, InputError, MissingRequirementError, RefusedArtifactError
 from cnx_deploy.isolation import Limits
 from cnx_deploy.onnx_admission import FirstRun, admit_onnx
 from cnx_deploy.onnx_rules import check_graph
@@ -157,6 +157,22 @@ def test_what_takes_no_images_is_an_input_error(
     with pytest.raises(InputError, match=text):
         admit_onnx(path, runs=True)
     assert admit_onnx(path).run is None
+
+
+def test_a_bf16_file_is_let_in_without_a_run_and_predict_says_what_it_takes(tmp_path: Path) -> None:
+    """ONNX Runtime's CPU has no BF16: to run it here would call a sound file corrupt."""
+
+    def halved(model: onnx.ModelProto) -> None:
+        nodes = [
+            helper.make_node("Cast", ["bias"], ["half"], to=TensorProto.BFLOAT16),
+            helper.make_node("Cast", ["half"], ["wide"], to=TensorProto.FLOAT),
+        ]
+        before_logits(model, *nodes, added="wide")
+
+    path = written(tmp_path, halved)
+    assert admit_onnx(path, runs=True).run is None
+    with pytest.raises(MissingRequirementError, match=r"has no BF16 convolution on a CPU: foreign\.onnx"):
+        open_classifier(path)
 
 
 def test_what_onnx_runtime_cannot_run_is_corrupt(tmp_path: Path) -> None:
