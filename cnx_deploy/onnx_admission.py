@@ -6,14 +6,13 @@ This module loads neither torch nor ONNX Runtime.
 """
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from cnx_deploy.errors import CorruptArtifactError, InputError, RefusedArtifactError
+from cnx_deploy.errors import CorruptArtifactError, OutOfMemoryError, RefusedArtifactError
 from cnx_deploy.isolation import Limits, run_isolated
 from cnx_deploy.onnx_external import check_tensors
 from cnx_deploy.onnx_rules import GraphFacts, check_graph
@@ -92,45 +91,27 @@ def admit_onnx(path: Path, *, runs: bool = False, limits: Limits | None = None) 
 def admission_task(path: str, runs: bool) -> dict[str, Any]:
     """`admit_onnx` for the child: the facts, and what the run gave."""
     facts = check_graph(Path(path))
-    run = _first_run(Path(path), facts) if runs and NO_ORT not in facts.types else None
+    run = _first_run(Path(path)) if runs and NO_ORT not in facts.types else None
     return {"facts": msgspec.to_builtins(facts), "run": msgspec.to_builtins(run)}
 
 
-def _first_run(path: Path, facts: GraphFacts) -> FirstRun:
+def _first_run(path: Path) -> FirstRun:
+    """The smallest batch that the file takes. Too little memory is the file's doing: the child holds nothing else."""
     import numpy as np
 
-    from cnx_deploy.runners.ort_session import RUN_ERRORS, cpu_session
+    from cnx_deploy.runners.ort_session import RUN_ERRORS, ends_of, open_session
 
-    name, shape = _image_input(path, facts)
-    kind = np.uint8 if facts.inputs[name][0] == "UINT8" else np.float32
-    session = cpu_session(path)
     try:
-        (logits,) = session.run(None, {name: np.zeros(shape, kind)})
+        session = open_session(path)
+        source, _ = ends_of(session, path)
+        shape = (source.shape[0] if isinstance(source.shape[0], int) else 1, *source.shape[1:])
+        kind = np.uint8 if source.type == "tensor(uint8)" else np.float32
+        (logits,) = session.run(None, {source.name: np.zeros(shape, kind)})
+    except OutOfMemoryError as error:
+        raise RefusedArtifactError(f"{path} is refused: {error}") from error
     except RUN_ERRORS as error:
         raise CorruptArtifactError(f"ONNX Runtime cannot run {path} ({error}). Export it again.") from error
     return FirstRun(shape, tuple(logits.shape), bool(np.isfinite(logits).all()))
-
-
-def _image_input(path: Path, facts: GraphFacts) -> tuple[str, tuple[int, ...]]:
-    """The input's name, and the shape of the smallest batch of images it takes; InputError where it takes none."""
-    inputs, outputs = list(facts.inputs.items()), list(facts.outputs.items())
-    if len(inputs) == len(outputs) == 1:
-        (name, (kind, shape)), (_, (given, logits)) = inputs[0], outputs[0]
-        side = shape[2] if len(shape) == 4 else None
-        takes = {"FLOAT": (3, side, side), "UINT8": (side, side, 3)}.get(kind)
-        gives = given == "FLOAT" and len(logits) == 2 and isinstance(logits[1], int)
-        if gives and isinstance(side, int) and takes == shape[1:]:
-            batch = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else 1
-            return name, (batch, *(int(size) for size in shape[1:]))
-    raise InputError(
-        f"{path.name} takes {_words(facts.inputs)} and gives {_words(facts.outputs)}: expected images, FLOAT "
-        "(batch, 3, S, S) or UINT8 (batch, S, S, 3), and logits (batch, classes) of FLOAT. Export a classifier for one "
-        "size of image."
-    )
-
-
-def _words(tensors: Mapping[str, tuple[str, tuple[int | str, ...]]]) -> str:
-    return ", ".join(f"{name} {kind} {list(shape)}" for name, (kind, shape) in tensors.items()) or "nothing"
 
 
 def _identities(path: Path, outside: tuple[Path, ...]) -> list[tuple[int, ...]]:

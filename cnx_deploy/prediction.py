@@ -24,7 +24,7 @@ from cnx_deploy.model.checkpoint import load_checkpoint
 from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.onnx_admission import admit_onnx
 from cnx_deploy.runners.base import Runner
-from cnx_deploy.runners.opening import NO_BF16, open_runner
+from cnx_deploy.runners.opening import open_runner
 from cnx_deploy.runners.ort import OrtRunner
 from cnx_deploy.runners.pytorch import reference_runner
 
@@ -163,7 +163,9 @@ def _unrecorded_onnx(path: Path, many: bool, device: str) -> Classifier:
             "Export the model with cnx-deploy export."
         )
     if device == "cpu" and "BFLOAT16" in admission.facts.types:
-        raise MissingRequirementError(NO_BF16.format(name=path.name))
+        raise MissingRequirementError(
+            f"{path.name} computes in BF16, which ONNX Runtime does not on a CPU. Export it in FP32 or FP16."
+        )
     try:
         recorded = typed(strict_json(metadata["cnx_deploy.preprocessing"].encode()), dict[str, Any])
         written = strict_json(metadata.get("cnx_deploy.class_names", "null").encode())

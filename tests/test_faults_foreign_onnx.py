@@ -1,52 +1,19 @@
-"""Foreign ONNX files that lie: fault-table rows 28, 31 to 34 and 36 by their names, each through the command."""
+"""Foreign ONNX files that lie: fault-table rows 28 and 36 by their names, each through the command."""
 
 import json
-import os
-import resource
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from cnx_deploy.artifacts import Artifact, FileRecord, sha256_of_file
-from cnx_deploy.bisection.find import run_bisection
 from cnx_deploy.cli import main
-from cnx_deploy.custody import check_custody
-from cnx_deploy.errors import CnxDeployError, CorruptArtifactError
+from cnx_deploy.errors import CnxDeployError
 from cnx_deploy.isolation import Limits, run_isolated
-from cnx_deploy.layers.comparison import layers_of_artifact
-from cnx_deploy.runners.opening import open_runner
 from tests import hostile_onnx
-from tests.hostile_onnx import DATA, Change, before_logits, changed_place, every, field, place_weights, varint, written
-
-SECONDS = 2.0
-MEGABYTES = 60.0
-"""Bounds on the processor time and memory of a refusal before any parser, far above what is seen: 0.05 s, 1 MB."""
-
-
-def inspected(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Exit code and standard error of `inspect`."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(["inspect", str(path)])
-    return int(stop.value.code or 0), capsys.readouterr().err
-
-
-def refused(path: Path, text: str, capsys: pytest.CaptureFixture[str], *, bounded: bool = True) -> None:
-    """`inspect` ends with 4, one message and no traceback; where no parser is needed, soon and with little memory."""
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    code, message = inspected(path, capsys)
-    taken, grown = time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert (code, "Traceback" in message) == (4, False), message
-    assert text in message
-    assert path.name in message
-    if bounded:
-        assert taken < SECONDS
-        assert grown / 1024 < MEGABYTES
+from tests.hostile_onnx import Change, before_logits, changed_place, every, field, varint, written
+from tests.refusals import SECONDS, inspected, refused
 
 
 def test_what_the_forgeries_start_from_is_let_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,173 +56,19 @@ def test_onnx_garbage_of_five_thousand_flipped_files(tmp_path: Path) -> None:
 
 
 def test_onnx_garbage_of_flipped_bytes_is_a_model_or_corrupt_to_the_emulators_reader(tmp_path: Path) -> None:
-    assert set(_flipped(tmp_path, seed=2, count=300, task="loads_of_flips")) == {"read", "CorruptArtifactError"}
+    assert set(_flipped(tmp_path, seed=2, count=300, reader="cnx_deploy.onnx_models:load_model")) == {
+        "sound",
+        "CorruptArtifactError",
+    }
 
 
-def _flipped(folder: Path, seed: int, count: int, task: str = "outcomes_of_flips") -> list[str]:
+def _flipped(folder: Path, seed: int, count: int, reader: str = "cnx_deploy.onnx_rules:check_graph") -> list[str]:
     written(folder)
-    arguments = {"folder": str(folder), "seed": seed, "count": count}
+    arguments = {"folder": str(folder), "seed": seed, "count": count, "reader": reader}
     limits = Limits(600.0, 2 << 30)
-    task = f"{hostile_onnx.__name__}:{task}"
+    task = f"{hostile_onnx.__name__}:outcomes_of_flips"
     found = run_isolated(task, arguments, limits, what="Checking flipped files", failure=CnxDeployError)
     return list(found)
-
-
-# Row 31
-
-OUTSIDE = {
-    "parent": "../secret",
-    "nested": "a/../../secret",
-    "absolute": "/etc/passwd",
-    "empty": "",
-    "folder": ".",
-    "dot first": f"./{DATA}",
-    "double slash": "a//b",
-    "backslash": "..\\secret",
-    "drive": "C:secret",
-    "NUL": f"{DATA}\0.txt",
-}
-
-
-@pytest.mark.parametrize("location", **every(OUTSIDE))
-def test_onnx_extdata_traversal(location: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What lies outside is a pipe: whoever opened it would wait for ever."""
-    os.mkfifo(tmp_path / "secret")
-    path = written(tmp_path / "model", changed_place(location=location))
-    refused(path, "expected a plain name within the file's own folder", capsys)
-
-
-def test_onnx_extdata_traversal_by_a_tensor_deep_inside_a_node(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def hide(model: onnx.ModelProto) -> None:
-        inner = TensorProto(name="hidden", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
-        inner.external_data.add(key="location", value="../secret")
-        constant = helper.make_node("Constant", [], ["hidden"], value=inner)
-        before_logits(model, constant, added="hidden")
-
-    refused(written(tmp_path, hide), "the outside data of tensor 'hidden' lies in '../secret'", capsys)
-
-
-def test_onnx_extdata_traversal_by_bytes_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = written(tmp_path, changed_place(location="weights_data"))
-    path.write_bytes(path.read_bytes().replace(b"weights_data", b"weights\xffdata"))
-    refused(path, "expected a plain name within", capsys)
-
-
-# Row 32
-
-
-def _link(folder: Path) -> None:
-    (folder / DATA).rename(folder / "real")
-    (folder / DATA).symlink_to("real")
-
-
-def _link_out(folder: Path) -> None:
-    (folder / DATA).unlink()
-    (folder / DATA).symlink_to("/etc/passwd")
-
-
-def _hard_link(folder: Path) -> None:
-    (folder / "other").hardlink_to(folder / DATA)
-
-
-def _pipe(folder: Path) -> None:
-    (folder / DATA).unlink()
-    os.mkfifo(folder / DATA)
-
-
-LINKS = {
-    "symlink": (_link, "lies behind the link"),
-    "symlink out": (_link_out, "lies behind the link"),
-    "hardlink": (_hard_link, "has 2 names (hard links)"),
-    "pipe": (_pipe, "is no regular file"),
-}
-
-
-@pytest.mark.parametrize(("make", "text"), **every(LINKS))
-def test_onnx_extdata_symlink_hardlink_and_pipe(
-    make: Callable[[Path], None], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = written(tmp_path)
-    make(tmp_path)
-    refused(path, text, capsys)
-
-
-def test_onnx_extdata_parent_symlink(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = written(tmp_path / "model", changed_place(location=f"inside/{DATA}"))
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "model" / DATA).rename(tmp_path / "elsewhere" / DATA)
-    (tmp_path / "model" / "inside").symlink_to(tmp_path / "elsewhere")
-    refused(path, "lies behind the link", capsys)
-
-
-def test_onnx_extdata_in_a_folder_within_is_let_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = written(tmp_path, changed_place(location=f"inside/{DATA}"))
-    (tmp_path / "inside").mkdir()
-    (tmp_path / DATA).rename(tmp_path / "inside" / DATA)
-    assert inspected(path, capsys) == (0, "")
-
-
-# Row 33
-
-RANGES = {
-    "negative offset": ({"offset": "-1"}, "offset '-1' and length '48', expected whole numbers"),
-    "negative length": ({"length": "-48"}, "offset '0' and length '-48', expected whole numbers"),
-    "words": ({"offset": "ten"}, "offset 'ten' and length '48', expected whole numbers"),
-    "hexadecimal": ({"length": "0x30"}, "expected whole numbers"),
-    "a float": ({"length": "48.0"}, "expected whole numbers"),
-    "digits of other scripts": ({"length": "४८"}, "expected whole numbers"),
-    "offset past the end": ({"offset": "4096"}, "has bytes 4096 to 4144, expected at most the 48 of weights.data"),
-    "one byte past the end": ({"offset": "1"}, "has bytes 1 to 49, expected at most the 48"),
-    "a petabyte": ({"length": str(10**15)}, "expected 48 for its shape"),
-    "2 to the 64": ({"offset": str(2**64)}, "expected whole numbers"),
-    "too short": ({"length": "44"}, "has 44 bytes of element type 1, expected 48 for its shape"),
-}
-
-
-@pytest.mark.parametrize(("entries", "text"), **every(RANGES))
-def test_onnx_extdata_bad_ranges(
-    entries: dict[str, str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    refused(written(tmp_path, changed_place(**entries)), text, capsys)
-
-
-def test_onnx_extdata_bad_ranges_of_a_shape_that_claims_petabytes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A sparse file is as large as it claims and costs nothing: what is claimed is limited, not what is there."""
-
-    def claim(model: onnx.ModelProto) -> None:
-        model.graph.initializer[0].dims[:] = [1 << 20, 1 << 20]
-        changed_place(length=str(4 << 40))(model)
-
-    path = written(tmp_path, claim)
-    with (tmp_path / DATA).open("r+b") as stream:
-        stream.truncate(4 << 40)
-    refused(path, "its tensors up to 'weights' claim 4,398,046,511,104 bytes, where at most 17,179,869,184", capsys)
-
-
-def test_onnx_extdata_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = written(tmp_path)
-    (tmp_path / DATA).unlink()
-    refused(path, "weights.data is missing: expected it beside foreign.onnx", capsys)
-
-
-# Row 34
-
-KEYS = {"evil": "evil", "dunder": "__class__", "basepath": "basepath", "upper case": "Location"}
-
-
-@pytest.mark.parametrize("key", **every(KEYS))
-def test_onnx_extdata_unknown_keys(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = written(tmp_path, changed_place(**{key: "/etc"}))
-    refused(path, f"has the keys {key!r}; expected only checksum, length, location, offset", capsys)
-
-
-def test_onnx_extdata_unknown_keys_a_key_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    twice = [("location", DATA), ("location", "../secret"), ("length", "48")]
-    refused(written(tmp_path, lambda model: place_weights(model, twice)), "has a key twice", capsys)
 
 
 # Row 36
@@ -417,44 +230,3 @@ def test_onnx_hostile_graph_with_json_ends_with_a_json_error(
     assert stop.value.code == 4
     document = json.loads(printed.out)
     assert (document["error"], document["exit_code"]) == ("RefusedArtifactError", 4)
-
-
-# Row 35: the file's own manifest is not to be widened
-
-
-def recorded(onnx_file: Artifact, path: Path, *, lists_data: bool) -> Artifact:
-    """The foreign file with a manifest whose hashes match."""
-    names = [path.name, *([DATA] if lists_data else [])]
-    records = tuple(FileRecord(name, size_of(path.parent / name), sha256_of_file(path.parent / name)) for name in names)
-    manifest = replace(onnx_file.manifest, stem="foreign", files=records)
-    path.with_suffix(".json").write_text(manifest.to_json(), encoding="utf-8")
-    return Artifact(path, manifest)
-
-
-def size_of(path: Path) -> int:
-    return path.stat().st_size
-
-
-def test_onnx_extdata_swapped_what_the_manifest_lists_is_read(
-    tiny_onnx_fp32: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = written(tmp_path)
-    artifact = recorded(tiny_onnx_fp32, path, lists_data=True)
-    assert inspected(path, capsys) == (0, "")
-    with open_runner(artifact) as runner:
-        assert runner.info.backend == "onnxruntime"
-
-
-def test_onnx_extdata_swapped_in_beside_what_the_manifest_lists(
-    tiny_onnx_fp16: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The hashes match: the graph reads a file that has none. Whoever parses, runs or checks the chain says so."""
-    path = written(tmp_path)
-    artifact = recorded(tiny_onnx_fp16, path, lists_data=False)
-    text = "reads 'weights.data', which its manifest does not list, expected one of foreign.onnx"
-    refused(path, text, capsys)
-    for use in (open_runner, layers_of_artifact, lambda found: run_bisection(found.path, print)):
-        with pytest.raises(CorruptArtifactError, match=text):
-            use(artifact)
-    faults = [each.text for each in check_custody([path], tmp_path, tmp_path).findings if each.verdict == "fault"]
-    assert any(text in fault for fault in faults)

@@ -13,18 +13,11 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.environment import cpu_count, cpu_name
-from cnx_deploy.errors import CnxDeployError, CorruptArtifactError, InputError, MissingRequirementError
+from cnx_deploy.errors import CnxDeployError, CorruptArtifactError
 from cnx_deploy.runners.base import InputSpec, RunnerInfo, check_input
-from cnx_deploy.runners.ort_session import LOAD_ERRORS
-from cnx_deploy.shortage import memory_shortage
+from cnx_deploy.runners.ort_session import LOAD_ERRORS, ends_of, open_session
 
 __all__ = ["OrtRunner"]
-
-PROVIDERS = {
-    "cpu": ("CPUExecutionProvider", {}),
-    # HEURISTIC: the default search can land in fallback kernels, 48 times slower (PaddlePaddle/PaddleOCR issue 17970).
-    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}),
-}
 
 
 class OrtRunner:
@@ -55,8 +48,8 @@ class OrtRunner:
         optimise: bool = True,
     ) -> None:
         self._threads = threads = threads or cpu_count()
-        self._session = _session(path, device, threads, spin, optimise)
-        source, target = _ends(self._session, path)
+        self._session = open_session(path, device=device, threads=threads, spin=spin, optimise=optimise)
+        source, target = ends_of(self._session, path)
         self._input_name, self._output_name, self._classes = source.name, target.name, int(target.shape[-1])
         self._path = path
         described: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
@@ -65,7 +58,7 @@ class OrtRunner:
         self._held = ExitStack()
         self._image_session = self._pool = None
         if thread_per_image and device == "cpu" and threads > 1 and self.input_spec.min_batch <= 1:
-            self._image_session = _session(path, device, 1, False, optimise)
+            self._image_session = open_session(path, device=device, optimise=optimise)
             self._pool = self._held.enter_context(ThreadPoolExecutor(threads))
         precision = described.get("cnx_deploy.precision", "unknown")
         self.info = RunnerInfo(
@@ -122,46 +115,6 @@ class OrtRunner:
                 f"ONNX Runtime cannot run {self._path} on a batch of {len(images)} ({str(error).splitlines()[0]}). "
                 "Give a smaller batch, or export the network again."
             ) from error
-
-
-def _session(path: Path, device: str, threads: int, spin: bool, optimise: bool) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
-    provider, provider_options = PROVIDERS[device]
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, provider_options)])
-    except (*LOAD_ERRORS, ValueError) as error:
-        if (short := memory_shortage(error)) is not None:
-            raise short from error
-        raise CorruptArtifactError(f"ONNX Runtime cannot read {path} ({error}). Export it again.") from error
-    if session.get_providers()[0] != provider:
-        raise MissingRequirementError(
-            f"ONNX Runtime gave {session.get_providers()[0]} where {provider} was asked for. "
-            "Install onnxruntime-gpu alone and a matching CUDA, or use --device cpu; `cnx-deploy doctor` says more."
-        )
-    return session
-
-
-def _ends(session: Any, path: Path) -> tuple[Any, Any]:
-    """The one input and the one output. Raises InputError unless they are a batch of images and their logits."""
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    if len(inputs) == len(outputs) == 1:
-        (source,), (target,) = inputs, outputs
-        size = source.shape[2] if len(source.shape) == 4 else None
-        takes = {"tensor(float)": [3, size, size], "tensor(uint8)": [size, size, 3]}
-        gives = target.type == "tensor(float)" and len(target.shape) == 2 and isinstance(target.shape[1], int)
-        if gives and isinstance(size, int) and takes.get(source.type) == source.shape[1:]:
-            return source, target
-    declared = [", ".join(f"{each.name} {each.type} {each.shape}" for each in ends) for ends in (inputs, outputs)]
-    raise InputError(
-        f"{path} takes {declared[0] or 'nothing'} and gives {declared[1]}; expected one batch of images, float "
-        "(N, 3, S, S) or uint8 (N, S, S, 3), and float logits (N, classes). Export a network with cnx-deploy export."
-    )
 
 
 def _input_spec(source: Any, batch_range: str | None, path: Path) -> InputSpec:

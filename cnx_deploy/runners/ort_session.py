@@ -1,13 +1,23 @@
-"""ONNX Runtime's sessions and exceptions, without torch: for the runner and for children that must start at once."""
+"""ONNX Runtime's sessions without torch: how one is made, what it takes and gives, what it raises.
+
+For the runner, and for children that must start at once.
+"""
 
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 
-from cnx_deploy.errors import CorruptArtifactError
+from cnx_deploy.errors import CorruptArtifactError, InputError, MissingRequirementError
+from cnx_deploy.shortage import memory_shortage
 
-__all__ = ["LOAD_ERRORS", "RUN_ERRORS", "cpu_session"]
+__all__ = ["LOAD_ERRORS", "RUN_ERRORS", "ends_of", "open_session"]
+
+PROVIDERS = {
+    "cpu": ("CPUExecutionProvider", {}),
+    # HEURISTIC: the default search can land in fallback kernels, 48 times slower (PaddlePaddle/PaddleOCR issue 17970).
+    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}),
+}
 
 STATE = onnxruntime.capi.onnxruntime_pybind11_state
 
@@ -28,12 +38,48 @@ LOAD_ERRORS = tuple(
 RUN_ERRORS = (*LOAD_ERRORS, STATE.InvalidArgument)
 
 
-def cpu_session(path: Path) -> Any:
-    """A session of one thread on the CPU. Raises CorruptArtifactError where ONNX Runtime takes the file for none."""
+def open_session(
+    path: Path, *, device: str = "cpu", threads: int = 1, spin: bool = False, optimise: bool = True
+) -> Any:
+    """A session; `runners.ort.OrtRunner` explains the options.
+
+    Raises CorruptArtifactError where ONNX Runtime takes the file for none, OutOfMemoryError where memory ran short,
+    MissingRequirementError for another provider than the device's.
+    """
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
+    provider, provider_options = PROVIDERS[device]
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, provider_options)])
     except (*LOAD_ERRORS, ValueError) as error:
+        if (short := memory_shortage(error)) is not None:
+            raise short from error
         raise CorruptArtifactError(f"ONNX Runtime cannot read {path} ({error}). Export it again.") from error
+    if session.get_providers()[0] != provider:
+        raise MissingRequirementError(
+            f"ONNX Runtime gave {session.get_providers()[0]} where {provider} was asked for. "
+            "Install onnxruntime-gpu alone and a matching CUDA, or use --device cpu; `cnx-deploy doctor` says more."
+        )
+    return session
+
+
+def ends_of(session: Any, path: Path) -> tuple[Any, Any]:
+    """The one input and the one output. Raises InputError unless they are a batch of images and their logits."""
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) == len(outputs) == 1:
+        (source,), (target,) = inputs, outputs
+        size = source.shape[2] if len(source.shape) == 4 else None
+        takes = {"tensor(float)": [3, size, size], "tensor(uint8)": [size, size, 3]}
+        gives = target.type == "tensor(float)" and len(target.shape) == 2 and isinstance(target.shape[1], int)
+        if gives and isinstance(size, int) and takes.get(source.type) == source.shape[1:]:
+            return source, target
+    declared = [", ".join(f"{each.name} {each.type} {each.shape}" for each in ends) for ends in (inputs, outputs)]
+    raise InputError(
+        f"{path} takes {declared[0] or 'nothing'} and gives {declared[1]}; expected one batch of images, float "
+        "(N, 3, S, S) or uint8 (N, S, S, 3), and float logits (N, classes). Export a network with cnx-deploy export."
+    )

@@ -1,7 +1,8 @@
 """What an engine is, from TensorRT itself: deserialised in a process of its own, because an engine is native code.
 
 A damaged engine can end the process that reads it, and one from elsewhere may run what it likes there: the child bounds
-the damage of the first, not of the second (docs/decisions/0019-foreign-files.md). This module loads no torch.
+the damage of the first, not of the second (docs/decisions/0019-foreign-files.md). Up to the driver this runs without a
+GPU; what it says of an engine on one was not run and is tested with a double. This module loads no torch.
 """
 
 from dataclasses import dataclass
