@@ -49,8 +49,11 @@ def main(kind: str, root: Path) -> None:
             break
     if kind in ("export", "build", "train"):
         draw = random.Random(0)
-        for point in range(TIMED_POINTS):
-            told(case, root / f"time-{point}", seconds=took * draw.uniform(0.02, 1.0))
+        killed = 0
+        for point in range(2 * TIMED_POINTS):  # on a machine that got faster since, some are done before their time
+            killed += told(case, root / f"time-{point}", seconds=took * draw.uniform(0.02, 1.0))
+            if killed == TIMED_POINTS:
+                break
 
 
 def told(case: Case, folder: Path, *, event: int | None = None, seconds: float | None = None) -> bool:
