@@ -16,11 +16,18 @@ from cnx_deploy import onnx_admission
 from cnx_deploy.artifacts import Artifact
 from cnx_deploy.cli import main
 from cnx_deploy.data import image_like_batches
-from cnx_deploy.errors import CorruptArtifactError, InputError, MissingRequirementError, RefusedArtifactError
+from cnx_deploy.errors import (
+    CorruptArtifactError,
+    InputError,
+    MissingRequirementError,
+    OutOfMemoryError,
+    RefusedArtifactError,
+)
 from cnx_deploy.isolation import Limits
-from cnx_deploy.onnx_admission import FirstRun, admit_onnx
+from cnx_deploy.onnx_admission import FirstRun, admission_task, admit_onnx
 from cnx_deploy.onnx_rules import check_graph
 from cnx_deploy.prediction import open_classifier
+from cnx_deploy.runners import ort_session
 from tests.hostile_onnx import DATA, SIDE, before_logits, foreign_classifier, peak_of_children_megabytes, written
 
 
@@ -89,6 +96,17 @@ def test_a_bomb_that_loading_sets_off_is_refused_and_not_called_a_shortage_of_th
 
     with pytest.raises(RefusedArtifactError, match="took more than 600 MB of memory and was ended"):
         admit_onnx(written(tmp_path, fold), runs=True, limits=Limits(60.0, 600_000_000))
+
+
+def test_memory_that_runs_short_in_the_child_is_the_files_doing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(path: Path) -> None:
+        raise OutOfMemoryError("There is not enough memory: expected more. Free some.")
+
+    monkeypatch.setattr(ort_session, "open_session", short)
+    with pytest.raises(RefusedArtifactError, match=r"foreign\.onnx is refused: There is not enough memory"):
+        admission_task(str(written(tmp_path)), runs=True)
 
 
 def test_a_run_that_does_not_end_is_ended(tmp_path: Path) -> None:
