@@ -15,7 +15,7 @@ from typing import Literal
 from cnx_deploy.environment import Gpu, find_gpus, package_version
 from cnx_deploy.errors import MissingRequirementError
 from cnx_deploy.needs import NEEDS, fitting
-from cnx_deploy.requirements import Shortfall, declared_requirements, pip_command, shortfalls
+from cnx_deploy.requirements import Shortfall, shortfalls
 
 __all__ = ["TESTED_VERSIONS", "Finding", "examine"]
 
@@ -63,7 +63,7 @@ def examine(folder: Path) -> tuple[Finding, ...]:
     gpus = find_gpus()
     return (
         python_finding(),
-        requirements_finding(shortfalls(), is_installed=declared_requirements() is not None),
+        requirements_finding(shortfalls()),
         *gpu_findings(gpus),
         torch_finding(gpus),
         *onnxruntime_findings(gpus),
@@ -84,15 +84,16 @@ def python_finding(version: Sequence[int] | None = None) -> Finding:
     return Finding("python", "ok", f"Python {platform.python_version() if version is None else shown}")
 
 
-def requirements_finding(short: Sequence[Shortfall], *, is_installed: bool = True) -> Finding:
-    """What every command but this one refuses: a base package that is absent, or of a release with a known hole."""
-    if not is_installed:
+def requirements_finding(short: Sequence[Shortfall] | None) -> Finding:
+    """The base packages that are absent or outside their range; None where no metadata says what is needed."""
+    if short is None:
         what = "not checked: cnx-deploy runs from a source tree, and which packages it needs is in installed metadata"
         return Finding("requirements", "ok", what)
     if not short:
         return Finding("requirements", "ok", "every package that cnx-deploy needs is installed and in its range")
-    status: Status = "problem" if any(each.found for each in short) else "missing"
-    return Finding("requirements", status, "; ".join(map(str, short)), pip_command(short))
+    status: Status = "problem" if any(entry.version for entry in short) else "missing"
+    command = " ".join(["pip install", *(f'"{entry.name}{entry.needed}"' for entry in short)])
+    return Finding("requirements", status, "; ".join(map(str, short)), command)
 
 
 def gpu_findings(gpus: Sequence[Gpu]) -> tuple[Finding, ...]:

@@ -18,7 +18,6 @@ from cnx_deploy.errors import BuildError, InputError
 from cnx_deploy.isolation import run_isolated
 from cnx_deploy.manifest_reading import MAX_MANIFEST_BYTES
 from cnx_deploy.onnx_wire import looks_like_onnx, open_regular
-from cnx_deploy.signing import signature_beside
 
 if TYPE_CHECKING:
     from cnx_deploy.onnx_rules import GraphFacts
@@ -160,6 +159,8 @@ def trusted_engine(found: Inspection) -> Inspection:
 
 def kind_of_file(path: Path) -> FileKind:
     """Tell a file's kind from its first bytes; its name is not looked at. Raises InputError when it cannot be read."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, expected a checkpoint, an ONNX file or an engine. Name the files in it.")
     try:
         with open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -303,7 +304,6 @@ def _manifest_facts(artifact: Artifact) -> dict[str, Any]:
             "sha256": model.weights.sha256,
         },
         "licence": model.weights.licence,
-        "signature": signature_beside(artifact),
         "hashes": f"match the manifest ({len(artifact.manifest.files)} of {len(artifact.manifest.files)} files)",
         "created": artifact.manifest.created,
         "tools": dict(artifact.manifest.tools),

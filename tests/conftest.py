@@ -1,21 +1,14 @@
 """Fixtures that every test file shares: the smallest network that has every part of the real ones."""
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 from hypothesis import settings
 
-from cnx_deploy import errors
 from cnx_deploy.artifacts import Artifact, ModelRecord, WeightsRecord
-from cnx_deploy.cli.printable import printable
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.onnx_export import ExportSpec, export_onnx
 from cnx_deploy.trt.builder import BuildSpec, build_engine
 from cnx_deploy.variants import Variant
-from tests.message_rules import fault_of
 
 # The same examples each time, so that a run that fails fails again; --hypothesis-profile explore draws new ones.
 settings.register_profile("repeatable", derandomize=True)
@@ -40,38 +33,6 @@ LONGEST_FIRST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest files; the order within a file stays."""
     items.sort(key=lambda item: item.path.name not in LONGEST_FIRST)
-
-
-@pytest.fixture(autouse=True)
-def every_message_is_whole(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each error that a test makes the package raise says what was found, what was expected and what to do."""
-    faults: list[tuple[str, str]] = []
-
-    def noting(self: errors.CnxDeployError, *words: object) -> None:
-        Exception.__init__(self, *words)
-        where = str(sys._getframe(1).f_globals.get("__name__"))
-        if where.startswith("cnx_deploy.") and (fault := fault_of(printable(str(self)))) is not None:
-            faults.append((fault, str(self)))
-
-    monkeypatch.setattr(errors.CnxDeployError, "__init__", noting)
-    yield
-    assert faults == []
-
-
-@pytest.fixture(scope="session")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real keys of every kind in PEM files: see `tests.signing_keys`."""
-    from tests.signing_keys import write_keys
-
-    return write_keys(tmp_path_factory.mktemp("keys"))
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every connection and every look-up of a name fails the test."""
-    from tests.signing_keys import cut_the_network
-
-    cut_the_network(monkeypatch)
 
 
 @pytest.fixture(scope="session")

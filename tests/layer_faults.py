@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import numpy_helper
+from torch import nn
 
 from cnx_deploy.artifacts import Artifact
 from cnx_deploy.data import image_like_batches, runner_input
@@ -70,6 +71,18 @@ def with_epsilon(node_name: str, epsilon: float) -> Callable[[onnx.ModelProto], 
         (node,) = (node for node in model.graph.node if node.name == node_name)
         (attribute,) = (attribute for attribute in node.attribute if attribute.name == "epsilon")
         attribute.f = epsilon
+
+    return change
+
+
+def with_weights_of(form: nn.Module) -> Callable[[onnx.ModelProto], None]:
+    """Give an FP32 file the weights of another network's deploy form: its constants have their names and layout."""
+
+    def change(model: onnx.ModelProto) -> None:
+        weights = form.state_dict()
+        for tensor in model.graph.initializer:
+            if tensor.name in weights:
+                tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name].numpy(), tensor.name))
 
     return change
 

@@ -22,7 +22,7 @@ def line(name: str, batch: int, speed: float, ratio: float | None = None, status
 
 def run_of(*rows: dict[str, Any], machine: dict[str, Any] | None = None) -> dict[str, Any]:
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "environment": {"machine": machine or MACHINE},
         "networks": {"atto": deepcopy(NETWORK)},
         "rows": list(rows),
@@ -104,7 +104,7 @@ def test_a_ratio_to_another_of_our_files_is_not_used() -> None:
     assert (found.verdict, found.measure) == ("regression", "images/s")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 1, "rows": []}', '{"schema_version": 2}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 1, "rows": []}', '{"schema_version": 3}'])
 def test_what_is_no_benchmark_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "baseline.json"
     path.write_text(text, encoding="utf-8")

@@ -1,27 +1,24 @@
 """The benchmark cannot flatter: shown on runners whose speed is known because they move the clock themselves."""
 
 import mmap
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from cnx_deploy.bench import timing as benchmark
-from cnx_deploy.bench.candidate import Candidate, peak_memory_mib, reset_peak_memory
+from cnx_deploy.bench.candidate import Candidate, create, peak_memory_mib, reset_peak_memory
 from cnx_deploy.bench.statistics import Ratio
 from cnx_deploy.bench.timing import BenchSpec, Timing, measure_together
 from cnx_deploy.errors import InputError
 from cnx_deploy.parity import GATES
-from cnx_deploy.runners.base import RunnerInfo, Split
+from cnx_deploy.runners.base import HoldsNothing, RunnerInfo, Split
 from tests.known_speed import IMAGES, LOGITS, Clock, KnownSpeed
-from tests.nvml_double import OWN, STRANGER, DoubleNvml, installed, runner_of
 
 
 def noise() -> list[float]:
@@ -298,84 +295,6 @@ def test_what_else_limits_the_speed_is_said(runner, split, remark):
     assert [remark in said for said in timing.remarks] == ([True] if remark else [])
 
 
-# What a GPU costs, by a double of the driver's library
-
-
-class Anywhere:
-    """Four images that lie on whatever device they are sent to."""
-
-    def to(self, device: torch.device) -> "Anywhere":
-        return self
-
-    def __len__(self) -> int:
-        return 4
-
-
-@pytest.fixture
-def nvml(clock, monkeypatch) -> DoubleNvml:
-    return installed(clock, monkeypatch)
-
-
-def test_after_the_windows_each_row_on_a_gpu_runs_alone_and_no_row_on_a_cpu(nvml, clock):
-    runners = [runner_of(clock, 10.0), runner_of(clock, 25.0), runner_of(clock, 50.0, torch.device("cpu"))]
-    rows = [Candidate(f"row {index}", each, 0.0, None, is_peer=index == 0) for index, each in enumerate(runners)]
-    images: list[Any] = [Anywhere()] * 3
-    told: list[str] = []
-    spec = BenchSpec(duration_seconds=1.0, min_calls=9)
-    found = measure_together(rows, images, spec, expected=LOGITS, progress=lambda name, share: told.append(name))
-    energies = [row.energy and row.energy.joules_per_image for row in found]
-    assert energies == [pytest.approx(200.0 * 0.010 / 4), pytest.approx(200.0 * 0.025 / 4), None]
-    assert [row.energy.seconds >= 1.0 for row in found[:2]] == [True, True]
-    assert [(row.status, row.remarks) for row in found] == [("OK", ())] * 3
-    assert told[-3:] == ["batch 4", "energy of row 0", "energy of row 1"]
-
-
-def test_a_row_says_why_it_has_no_energy_and_stays_ok(nvml, clock):
-    nvml.gpus["a"].memory = {OWN: 1, STRANGER: 1}
-    images: list[Any] = [Anywhere()]
-    (row,) = measure_together([Candidate("row", runner_of(clock), 0.0, None)], images, BenchSpec(0.3, 9))
-    assert (row.energy, row.status) == (None, "OK")
-    assert "pid 4711" in row.remarks[0]
-
-
-def test_a_row_has_the_device_memory_of_its_candidate(runner):
-    candidate = Candidate("row", runner(8.0), 0.0, None, device_memory_mib=30.0, device_memory_source="someone")
-    (row,) = measure_together([candidate], [IMAGES], BenchSpec(0.1, 9))
-    assert (row.device_memory_mib, row.device_memory_source, row.energy) == (30.0, "someone", None)
-
-
-CPU_ROW = """
-import contextlib, sys, time
-import torch
-sys.modules.pop("pynvml", None)  # torch itself imports it where it is installed
-from cnx_deploy.bench import candidate as bench_candidate
-from cnx_deploy.bench import energy as bench_energy
-from cnx_deploy.bench import timing as benchmark
-from cnx_deploy.parity import GATES
-from tests.known_speed import IMAGES
-from tests.nvml_double import GpuRunner
-def runner(device):
-    return GpuRunner(lambda milliseconds: time.sleep(0.005), lambda index: 5.0, device=torch.device(device))
-with contextlib.ExitStack() as stack:
-    candidate = bench_candidate.create("cpu", "atto", lambda: runner("cpu"), GATES["fp32"], stack)
-    (row,) = benchmark.measure_together([candidate], [IMAGES], benchmark.BenchSpec(0.05, 9))
-print(row.energy, row.device_memory_mib, repr(row.device_memory_source), "pynvml" in sys.modules)
-with contextlib.suppress(RuntimeError, AssertionError):  # torch's words for no GPU, which is asked after NVML
-    bench_energy.measure_energy(runner("cuda"), IMAGES, 0.1)
-print("pynvml" in sys.modules)
-"""
-
-
-@pytest.mark.slow
-def test_a_row_on_a_cpu_has_no_energy_and_imports_no_nvml():
-    pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed: nothing could be imported")
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", CPU_ROW]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
-    # The second line is the control: a row on a GPU does import it.
-    assert done.stdout.splitlines() == ["None None '' False", "True"]
-
-
 # Comparison
 
 
@@ -480,3 +399,64 @@ def test_the_peak_memory_rises_by_what_is_used_and_falls_when_reset():
     held.close()
     after = reset_peak_memory()
     assert (during - before > 90, after < during - 50) == (True, True)
+
+
+class GpuRunner(KnownSpeed, HoldsNothing):
+    """A runner that says it is on a GPU."""
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> SimpleNamespace:
+    """Torch's answers about a GPU of 1000 MiB: `used` MiB are taken, `unused` of them by empty blocks of torch."""
+    state = SimpleNamespace(used=300, unused=0)
+    for name, answer in {
+        "is_available": lambda: True,
+        "init": lambda: None,
+        "empty_cache": lambda: state.__dict__.update(used=state.used - state.unused, unused=0),
+        "current_device": lambda: 0,
+        "mem_get_info": lambda: ((1000 - state.used) << 20, 1000 << 20),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **options: IMAGES[:1])
+    return state
+
+
+def created_on(device: str, at_call: Callable[[int], float]) -> Candidate:
+    with ExitStack() as stack:
+        make = lambda: GpuRunner(lambda milliseconds: None, at_call, device=torch.device(device))  # noqa: E731
+        return create("gpu", "atto", make, GATES["fp32"], stack)
+
+
+@pytest.mark.parametrize(
+    ("device", "unused", "used_after", "expected"),
+    [
+        ("cuda", 0, 370, 70.0),
+        ("cuda:0", 0, 370, 70.0),
+        ("cuda:0", 40, 300, 40.0),  # blocks that torch kept from the runner before hide nothing
+        ("cuda:0", 0, 300, None),
+        ("cuda:0", 0, 250, None),  # another process gave memory back
+        ("cuda:1", 0, 370, None),
+        ("cpu", 0, 370, None),
+    ],
+)
+def test_device_memory_is_what_is_gone_after_the_first_call(gpu, device, unused, used_after, expected):
+    def use_memory(index: int) -> float:
+        gpu.used = used_after
+        return 1.0
+
+    gpu.unused = unused
+    assert created_on(device, use_memory).device_memory_mib == expected
+
+
+def test_a_gpu_that_takes_no_process_more_does_not_stop_a_row(gpu, monkeypatch):
+    def refuse() -> None:
+        raise RuntimeError("CUDA-capable device(s) is/are busy or unavailable")
+
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    assert created_on("cpu", lambda index: 1.0).device_memory_mib is None
+
+
+def test_a_row_has_the_device_memory_of_its_candidate(runner):
+    candidate = Candidate("row", runner(8.0), 0.0, None, device_memory_mib=30.0)
+    (row,) = measure_together([candidate], [IMAGES], BenchSpec(0.1))
+    assert row.device_memory_mib == 30.0

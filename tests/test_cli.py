@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from cnx_deploy import __version__, doctor
-from cnx_deploy.cli import COMMANDS, cli, main
+from cnx_deploy.cli import COMMANDS, cli, main, options
 from cnx_deploy.data import image_like_batches
 from cnx_deploy.environment import find_gpus, package_version
 
@@ -124,7 +124,7 @@ def test_log_and_error_hygiene_wrong_usage_is_exit_code_2_with_one_message(cnx, 
 @pytest.mark.parametrize(
     ("words", "name"),
     [
-        (("inspect", "absent.onnx", "--json"), "InputError"),
+        (("predict", "absent.onnx", "image.png", "--json"), "InputError"),
         (("export", "--variant", "gigantic", "--json"), "BadParameter"),
         (("inspect", "--json"), "MissingParameter"),
     ],
@@ -152,6 +152,25 @@ def test_log_and_error_hygiene_a_traceback_is_shown_with_debug_only(cnx, empty):
     assert "Traceback" not in cnx("inspect", "absent.onnx")[2]
     with pytest.raises(InputError):
         main(["--debug", "inspect", "absent.onnx"])
+
+
+def test_log_and_error_hygiene_control_characters_in_a_files_name_are_escaped(cnx, empty):
+    """A name that would colour the terminal, ring its bell and erase the line."""
+    code, _, err = cnx("inspect", "red\x1b[31m\x07\x9b2K\u202e.onnx")
+    assert code == 2
+    assert r"red\x1b[31m\x07\x9b2K\u202e.onnx" in err
+    assert not [character for character in err if not character.isprintable() and character != "\n"]
+
+
+def test_log_and_error_hygiene_results_on_stdout_are_escaped_too(capsys):
+    options.echo("photo\x1b]0;owned\x07.png: cat")
+    assert capsys.readouterr().out == "photo\\x1b]0;owned\\x07.png: cat\n"
+
+
+def test_log_and_error_hygiene_no_secret_of_the_environment_is_printed(cnx, empty, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2-hunter2")
+    for words in (("inspect", "absent"), ("export", "--variant", "atto", "--batch", "x"), ("doctor", "--json")):
+        assert "hunter2" not in "".join(cnx(*words)[1:])
 
 
 def test_build_sigint_sigterm_is_exit_code_130(cnx, empty, monkeypatch):
@@ -195,9 +214,25 @@ def test_what_export_wrote_is_inspected_with_its_parity(cnx, project):
     assert "parity passed      True" in out
 
 
-def test_inspect_as_json_is_one_document(cnx, project):
+def test_inspect_shows_every_file_and_ends_with_the_worst_exit_code(cnx, project):
+    good, altered, folder = "export/atto-64-fp32.onnx", project / "export" / "atto-64-fp16.onnx", "images"
+    altered.write_bytes(altered.read_bytes()[:-1])
+    code, out, err = cnx("inspect", altered, good, folder, good)
+    blocks = out.split("\n\n")
+    assert (code, len(blocks), blocks[0].rstrip()) == (4, 2, blocks[1].rstrip())
+    assert blocks[0].startswith(f"{good}: an ONNX file, ")
+    assert "bytes, its manifest says" in err
+    assert "images is a folder, expected a checkpoint, an ONNX file or an engine." in err
+    code, out, _ = cnx("inspect", altered, good, folder, "--json")
+    rows = json.loads(out)
+    assert (code, [row["path"] for row in rows]) == (4, [str(altered), good, folder])
+    assert [row.get("exit_code", 0) for row in rows] == [4, 0, 2]
+    assert rows[1]["facts"]["precision"] == "fp32"
+
+
+def test_inspect_as_json_is_a_list_for_one_file_too(cnx, project):
     code, out, _ = cnx("inspect", "export/atto-64-fp16.onnx", "--json")
-    assert (code, json.loads(out)["facts"]["precision"]) == (0, "fp16")
+    assert (code, [row["facts"]["precision"] for row in json.loads(out)]) == (0, ["fp16"])
 
 
 def test_what_export_wrote_predicts_one_line_an_image_and_says_that_weights_are_random(cnx, project):

@@ -123,7 +123,7 @@ def test_csv_begins_with_timms_columns(folder: Path) -> None:
 
 def test_json_is_one_document_with_versions_and_hashes(folder: Path) -> None:
     document = json.loads(CliRunner().invoke(bench, words(folder, "--json")).stdout)
-    assert document["schema_version"] == 2
+    assert document["schema_version"] == 3
     environment = document["environment"]
     assert environment["tools"]["torch"]
     assert environment["machine"]["threads"] == 1
@@ -179,8 +179,19 @@ def test_a_dry_run_names_every_row_and_measures_none(folder: Path) -> None:
 def test_comparisons_are_given_with_commas_or_one_by_one() -> None:
     joined = CliRunner().invoke(bench, ["--compare", "timm,jax"])
     assert (joined.exit_code, "'jax' is not one of torch, compile, timm" in joined.output) == (2, True)
-    both = CliRunner().invoke(bench, ["--sweep", "--batch", "4"])
-    assert (both.exit_code, "--sweep chooses the batches" in both.output) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--sweep", "--batch", "4"], "--sweep chooses the batches"),
+        (["--max-batch", "8"], "--max-batch is read with --sweep"),
+        (["--max-regress", "5%"], "--max-regress is read with --gate"),
+    ],
+)
+def test_options_that_do_not_go_together_are_usage_errors(given: list[str], message: str) -> None:
+    result = CliRunner().invoke(bench, given)
+    assert (result.exit_code, message in result.output) == (2, True), result.output
 
 
 @pytest.fixture

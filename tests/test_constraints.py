@@ -1,6 +1,7 @@
-"""constraints.txt beside pyproject.toml: every direct dependency pinned, in its range, and what is installed agrees."""
+"""`constraints.txt` beside `pyproject.toml`: every direct dependency is pinned, and the pins fit each other."""
 
 import re
+from collections.abc import Iterable
 from importlib import metadata
 
 import pytest
@@ -9,78 +10,49 @@ from packaging.utils import canonicalize_name
 
 from tests.installations import PROJECT, ROOT
 
-LINES = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-NOT_HAD = {"tensorrt-cu13"}
-"""The extra `tensorrt`, of data-centre GPUs: not among the packages that were tested together."""
-
-NEVER_PINNED = {"cnx-deploy", "pip"}
-"""The project itself, and what installs it."""
-
-
-def pins_in(lines):
-    """Normalised name -> version."""
-    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
-    return {str(canonicalize_name(name)): version for name, version in pairs}
+LINES = [
+    line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")
+]
+PINS = {str(canonicalize_name(name)): version for name, _, version in (line.partition("==") for line in LINES)}
+NOT_PINNED = {"tensorrt-cu13", "cnx-deploy", "pip"}
+"""The extra `tensorrt` was not among the packages that were tested together; the other two install the project."""
 
 
-def direct_requirements():
-    """Those of pyproject.toml that hold on this machine, of the base and of every extra."""
-    extras = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
-    found = (Requirement(line) for line in (*PROJECT["dependencies"], *extras))
-    return [each for each in found if each.marker is None or each.marker.evaluate()]
-
-
-def unmet(requirements, pins):
-    """The requirements that a set of pins leaves open or breaks, each with what is pinned."""
+def unmet(lines: Iterable[str]) -> list[str]:
+    """The requirements without extras that hold on this machine and that the pins leave open or break."""
+    requirements = [(Requirement(line), Requirement(line).name) for line in lines]
     return [
-        f"{each}: {pins.get(name)}"
-        for each in requirements
-        if (name := str(canonicalize_name(each.name))) not in NOT_HAD | NEVER_PINNED
-        and not (name in pins and each.specifier.contains(pins[name], prereleases=True))
+        f"{requirement}: pinned {PINS.get(canonicalize_name(name))}"
+        for requirement, name in requirements
+        if canonicalize_name(name) not in NOT_PINNED
+        and (requirement.marker is None or requirement.marker.evaluate({"extra": ""}))
+        and not requirement.specifier.contains(PINS.get(canonicalize_name(name), "0"), prereleases=True)
     ]
 
 
-def needed_by(name):
-    """What an installed distribution needs here, without extras."""
-    found = (Requirement(line) for line in metadata.requires(name) or ())
-    return [each for each in found if each.marker is None or each.marker.evaluate({"extra": ""})]
-
-
-def test_every_line_is_one_exact_pin_and_no_name_is_pinned_twice():
-    pins = [line for line in LINES if not line.startswith("#")]
-    assert [line for line in pins if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line)] == []
-    assert len(pins_in(LINES)) == len(pins)
-    assert pins == sorted(pins, key=str.lower)
-
-
-def test_every_direct_dependency_is_pinned_in_its_range():
-    assert len(direct_requirements()) > 30
-    assert unmet(direct_requirements(), pins_in(LINES)) == []
-
-
-def test_a_pin_below_a_floor_and_one_that_is_missing_are_found():
-    lines = [line for line in LINES if not line.startswith("safetensors==")]
-    spoilt = pins_in("pillow==12.1.1" if line.startswith("pillow==") else line for line in lines)
-    assert unmet(direct_requirements(), spoilt) == ["pillow>=12.2: 12.1.1", "safetensors>=0.5: None"]
-
-
-def test_what_the_pinned_packages_need_of_each_other_is_pinned_in_their_ranges():
-    # The resolver's work, for what is installed here at its pin; scripts/check-constraints asks the resolver itself.
-    pins = pins_in(LINES)
-    here = [name for name in pins if _version(name) == pins[name]]
-    if len(here) < 0.8 * len(pins):
-        pytest.skip(f"only {len(here)} of {len(pins)} packages are installed at their pins")
-    broken = {name: unmet(needed_by(name), pins) for name in here}
-    assert {name: found for name, found in broken.items() if found} == {}
-
-
-def test_a_pin_that_another_package_does_not_take_is_found():
-    pins = pins_in(LINES) | {"protobuf": "3.19.0"}
-    assert any("protobuf" in found for found in unmet(needed_by("onnx"), pins))
-
-
-def _version(name):
+def installed_version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def test_every_line_is_one_exact_pin_and_no_package_is_pinned_twice() -> None:
+    assert [line for line in LINES if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line)] == []
+    assert len(PINS) == len(LINES)
+
+
+def test_every_direct_dependency_is_pinned_in_its_range() -> None:
+    assert (
+        unmet(line for lines in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()) for line in lines)
+        == []
+    )
+
+
+def test_the_pins_satisfy_what_the_pinned_packages_need_of_each_other() -> None:
+    # Of what is installed at its pin; scripts/check-constraints asks pip's resolver for the rest.
+    here = [name for name, version in PINS.items() if installed_version(name) == version]
+    if len(here) < 0.8 * len(PINS):
+        pytest.skip(f"only {len(here)} of {len(PINS)} packages are installed at their pins")
+    broken = {name: unmet(metadata.requires(name) or ()) for name in here}
+    assert {name: lines for name, lines in broken.items() if lines} == {}

@@ -128,7 +128,7 @@ def test_inspect_reads_an_engine_without_a_manifest_only_when_it_is_trusted(
     for words in ([], ["--trust"]):
         with pytest.raises(SystemExit) as stop:
             main(["inspect", str(path), *words, "--json"])
-        document = json.loads(capsys.readouterr().out)
+        (document,) = json.loads(capsys.readouterr().out)
         codes[len(words)] = (stop.value.code or 0, document.get("error", "no error"))
     assert codes == {0: (0, "no error"), 1: (4, "CorruptArtifactError")}
 

@@ -228,5 +228,5 @@ def test_onnx_hostile_graph_with_json_ends_with_a_json_error(
         main(["inspect", str(path), "--json"])
     printed = capsys.readouterr()
     assert stop.value.code == 4
-    document = json.loads(printed.out)
+    (document,) = json.loads(printed.out)
     assert (document["error"], document["exit_code"]) == ("RefusedArtifactError", 4)

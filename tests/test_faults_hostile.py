@@ -14,10 +14,9 @@ import pytest
 from cnx_deploy.artifacts import Artifact, find_artifacts, open_artifact
 from cnx_deploy.cli import main
 from cnx_deploy.custody import check_custody
-from cnx_deploy.errors import CorruptArtifactError, InputError, OutputExistsError, RefusedArtifactError
+from cnx_deploy.errors import CorruptArtifactError, InputError, RefusedArtifactError
 from cnx_deploy.model.weight_files import read_weight_file
 from cnx_deploy.pipeline import _outdated
-from cnx_deploy.signing import check_signature, sign_artifact
 from cnx_deploy.whole_files import write_text
 from tests.hostile_onnx import foreign_classifier
 from tests.test_artifacts import REQUEST, make, rewritten, visible
@@ -211,13 +210,3 @@ def test_a_reference_that_is_too_long_for_a_path_is_a_file_that_is_not_there(
     with pytest.raises(SystemExit) as stop:
         main(["verify", "--records"])
     assert (stop.value.code, "is not here" in capsys.readouterr().out) == (0, True)
-
-
-@pytest.mark.timeout(20)
-def test_a_pipe_in_place_of_a_signature_is_not_read(keys: Path, tmp_path: Path) -> None:
-    artifact = make(tmp_path)
-    os.mkfifo(tmp_path / "small.sig")
-    with pytest.raises(OutputExistsError, match=r"small\.sig exists and is no signature by this key"):
-        sign_artifact(artifact, keys / "p256.pem")
-    with pytest.raises(RefusedArtifactError, match=r"has no signature: expected .*small\.sig"):
-        check_signature(artifact, keys / "p256.pub.pem")

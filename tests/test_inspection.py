@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 
 import pytest
 import torch
@@ -205,10 +206,18 @@ def test_a_file_that_is_no_artifact_is_an_input_error(tmp_path, content):
         inspect_file(tmp_path / "file.onnx")
 
 
-@pytest.mark.parametrize("name", ["absent.onnx", "."])
-def test_no_file_is_an_input_error(tmp_path, name):
-    with pytest.raises(InputError, match="cannot be read"):
+@pytest.mark.parametrize(("name", "message"), [("absent.onnx", "cannot be read"), (".", "is a folder, expected a")])
+def test_no_file_is_an_input_error(tmp_path, name, message):
+    with pytest.raises(InputError, match=message):
         inspect_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_safetensors_header_whose_length_looks_like_a_pickle_is_told_as_safetensors(tmp_path, length):
+    # 640 is written as 80 02, with which protocol 2 of pickle begins.
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(length)
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", length) + header + bytes(4))
+    assert kind_of_file(tmp_path / "a.safetensors") == "safetensors"
 
 
 def test_an_engine_without_manifest_is_named_and_not_opened(tmp_path):
@@ -299,7 +308,7 @@ def test_inspect_lists_every_kernel_the_largest_first(cnx, exported):
     rows = [line.split() for line in lines[start:] if not line.startswith("Note")]
     _, document, _ = cnx("inspect", str(exported.path), "--compile", "--batch", "4", "--json")
     assert code == 0
-    assert len(rows) == json.loads(document)["facts"]["compiled"]["kernels"]
+    assert len(rows) == json.loads(document)[0]["facts"]["compiled"]["kernels"]
     assert sorted(int(row[0]) for row in rows) == list(range(len(rows)))
     sizes = [float(row[1]) for row in rows]
     assert sizes == sorted(sizes, reverse=True)

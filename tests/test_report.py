@@ -47,6 +47,10 @@ def test_a_second_write_changes_nothing_and_the_check_passes(tiny_onnx_fp16: Art
     (export / "index.csv").write_text("stale\n", encoding="utf-8")
     with pytest.raises(RecordsError, match=r"index\.csv"):
         check_records(export, tmp_path / "none", readme)
+    write_records(export, tmp_path / "none", readme)
+    readme.write_text(readme.read_text(encoding="utf-8").replace("3,708,400", "3,708,401"), encoding="utf-8")
+    with pytest.raises(RecordsError, match=r"README\.md"):
+        check_records(export, tmp_path / "none", readme)
 
 
 def test_a_readme_without_a_place_for_the_table_is_refused(tiny_onnx_fp16: Artifact, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from cnx_deploy.runners.opening import open_runner
 from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.verification import gate_of, recorded_model
 
-__all__ = ["BenchRequest", "Benchmark", "NotRun", "bench_artifacts", "reason_not_run"]
+__all__ = ["BenchRequest", "Benchmark", "NotRun", "bench_artifacts"]
 
 Progress = Callable[[str, float], None]
 
@@ -161,12 +161,12 @@ def _open_artifacts(network: _Network, request: BenchRequest, stack: ExitStack) 
         except MissingRequirementError as error:
             compiled = artifact.manifest.facts.get("compiled") or {}
             figures = (compiled.get("batch"), compiled.get("kernels"), compiled.get("megabytes_per_image"))
-            network.not_run.append(NotRun(artifact.path.name, network.name, *figures, reason_not_run(artifact, error)))
+            network.not_run.append(NotRun(artifact.path.name, network.name, *figures, _reason_not_run(artifact, error)))
     if not request.compare and network.candidates:
         network.candidates[0] = replace(network.candidates[0], is_peer=True)
 
 
-def reason_not_run(artifact: Artifact, error: MissingRequirementError) -> str:
+def _reason_not_run(artifact: Artifact, error: MissingRequirementError) -> str:
     """Why an artifact cannot be timed here, in few words where an engine has no GPU."""
     return "no GPU" if artifact.manifest.kind == "engine" and not find_gpus() else str(error)
 

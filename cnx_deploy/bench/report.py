@@ -175,21 +175,13 @@ def _row_lines(row: Timing, peer: str, network: dict[str, Any]) -> Iterator[str]
         compute = f"compute {row.gpu.compute.median_ms:.3f} ms (CV {row.gpu.compute.cv_percent:.1f} %)"
         transfers = f"in {row.gpu.h2d_ms:.3f} ms, out {row.gpu.d2h_ms:.3f} ms, enqueue {row.gpu.enqueue_ms:.3f} ms"
         yield f"    {compute}, {transfers}"
-    yield from _cost_lines(row)
+    if row.device_memory_mib is not None:
+        yield f"    device memory {row.device_memory_mib:.0f} MiB after the smallest batch, if alone on the GPU"
     share = share_of_bound(row, network)
     if share is not None:
         yield f"    {share['measured_over_bound']:.0%} of its bound by {share['bound_by']} ({share['traffic']} bytes)"
     for remark in row.remarks:
         yield f"    {remark}"
-
-
-def _cost_lines(row: Timing) -> Iterator[str]:
-    """Energy and device memory, each where it was measured and with what it includes."""
-    if row.energy is not None:
-        drawn = f"{row.energy.joules_per_image:.3g} J an image, {row.energy.watts:.3g} W in the mean"
-        yield f"    {drawn}: whole board, {row.energy.seconds:.1f} s alone, idle draw not subtracted"
-    if row.device_memory_mib is not None:
-        yield f"    device memory {row.device_memory_mib:.0f} MiB after the smallest batch ({row.device_memory_source})"
 
 
 def _not_run_line(missing: NotRun) -> str:

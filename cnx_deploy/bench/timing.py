@@ -16,7 +16,6 @@ from torch import Tensor
 
 from cnx_deploy.bench.candidate import Candidate
 from cnx_deploy.bench.correctness import Correctness, KeptOutputs, judge
-from cnx_deploy.bench.energy import Energy, measure_energy
 from cnx_deploy.bench.gpu import GpuTimes, gpu_times, limits_of
 from cnx_deploy.bench.statistics import WINDOWS, Latency, Ratio, disagreement, latency_of, ratio_of
 from cnx_deploy.errors import InputError
@@ -72,7 +71,7 @@ class Timing:
     median. `cold_call_ms`: the runner's very first call, on its smallest batch; `first_call_ms`: the first of this one.
     `ratios`: to each peer of the same run on the same kind of device. `status` is OK, UNSTABLE (the last windows
     disagree, or a GPU's compute time varies) or INVALID (the timed logits fail their gate); `remarks` say why, and
-    what was cut short. `energy`, `device_memory_mib` (see `Candidate`): None on a CPU and where no driver tells.
+    what was cut short. `device_memory_mib`: see `Candidate`.
     """
 
     name: str
@@ -95,9 +94,7 @@ class Timing:
     ratios: tuple[Ratio, ...]
     status: str
     remarks: tuple[str, ...]
-    energy: Energy | None = None
     device_memory_mib: float | None = None
-    device_memory_source: str = ""
 
     def ratio_to(self, peer: str) -> Ratio | None:
         """The ratio to the peer of this name; None for that peer itself and where it did not run."""
@@ -120,8 +117,6 @@ class _Sample:
     settled_ms: float = 0.0
     windows: list[list[float]] = field(default_factory=list)
     splits: list[list[Split]] = field(default_factory=list)
-    energy: Energy | None = None
-    energy_remarks: tuple[str, ...] = ()
 
     @property
     def milliseconds(self) -> list[float]:
@@ -156,7 +151,6 @@ def measure_together(
 
     `expected` are the reference's logits for the batch, (N, num_classes); the first, a random and the last timed
     logits of each candidate are judged against them by its gate. `progress` is told a name and the share done.
-    After the windows, each on a CUDA device runs alone for the duration once more, for its energy.
     """
     samples = [
         _Sample(candidate, batch.to(candidate.runner.device), batch, KeptOutputs(spec.seed))
@@ -166,9 +160,6 @@ def measure_together(
         _warm_up(sample, spec, progress)
     while not _is_done(samples, spec):
         _measure_window(samples, spec, progress)
-    for sample in samples:
-        if sample.candidate.runner.device.type == "cuda":
-            _meter(sample, spec, progress)
     peers = [sample for sample in samples if sample.candidate.is_peer]
     return [_timing(sample, peers, expected, spec) for sample in samples]
 
@@ -230,13 +221,6 @@ def _measure_window(samples: Sequence[_Sample], spec: BenchSpec, progress: Progr
             progress(f"batch {len(samples[0].images)}", share)
 
 
-def _meter(sample: _Sample, spec: BenchSpec, progress: Progress | None) -> None:
-    if progress is not None:
-        progress(f"energy of {sample.candidate.name}", 0.0)
-    runner = sample.candidate.runner
-    sample.energy, sample.energy_remarks = measure_energy(runner, sample.images, spec.duration_seconds)
-
-
 def _fewest_calls(samples: Sequence[_Sample], spec: BenchSpec) -> int:
     """All candidates make the same number of calls, so the slowest one decides."""
     slow = any(sample.settled_ms > SLOW_CALL_MS for sample in samples)
@@ -281,10 +265,8 @@ def _timing(sample: _Sample, peers: Sequence[_Sample], expected: Tensor | None, 
             if peer is not sample and peer.candidate.runner.device.type == candidate.runner.device.type
         ),
         status="INVALID" if wrong else "UNSTABLE" if unsteady else "OK",
-        remarks=(*wrong, *unsteady, *few, *(limits_of(gpu) if gpu is not None else ()), *sample.energy_remarks),
-        energy=sample.energy,
+        remarks=(*wrong, *unsteady, *few, *(limits_of(gpu) if gpu is not None else ())),
         device_memory_mib=candidate.device_memory_mib,
-        device_memory_source=candidate.device_memory_source,
     )
 
 

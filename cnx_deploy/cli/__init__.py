@@ -3,8 +3,6 @@
 Results go to stdout, progress and errors to stderr. Exit codes are those of `cnx_deploy.errors`.
 """
 
-import copy
-import functools
 import importlib
 import io
 import json
@@ -12,13 +10,12 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import Any
 
 import click
 
 from cnx_deploy import __version__
 from cnx_deploy.cli.printable import printable
-from cnx_deploy.errors import CnxDeployError
+from cnx_deploy.errors import CnxDeployError, MissingRequirementError
 from cnx_deploy.shortage import memory_shortage, native_errors
 
 __all__ = ["cli", "main"]
@@ -29,23 +26,17 @@ COMMANDS = {
     "train": ("train", "Train a variant on an image folder."),
     "pretrain": ("pretrain", "Pre-train a variant on images without labels (FCMAE)."),
     "eval": ("evaluate", "Accuracy and calibration of a checkpoint, ONNX file or engine."),
-    "diversity": ("diversity", "How different the channels of each block are: feature collapse."),
     "headroom": ("headroom", "How far a network is from the limits of FP16."),
     "export": ("export_onnx", "Export a variant to ONNX and write its manifest."),
     "build-trt": ("build_trt", "Build TensorRT engines from recorded ONNX files."),
     "verify": ("verify", "Compare ONNX files and engines with PyTorch."),
     "bisect": ("bisect", "Which modules of a half-precision file have to stay in FP32."),
     "bench": ("bench", "Time ONNX files and engines, PyTorch beside them."),
-    "inspect": ("inspect", "Say what an artifact is: checkpoint, ONNX file or engine."),
-    "sign": ("sign", "Sign artifacts with a key; verify --signed checks it."),
+    "inspect": ("inspect", "Say what a file is: checkpoint, ONNX file or engine."),
     "predict": ("predict", "Classify image files."),
-    "sbom": ("sbom", "Software bill of materials of this installation (CycloneDX)."),
     "report": ("report", "Write the index and tables from the manifests, or one HTML page."),
 }
 """Command -> its module in this package, and its line of help."""
-
-DIAGNOSTIC = {"doctor", "sbom"}
-"""Commands that run whatever is installed: they say what is."""
 
 
 class _LazyGroup(click.Group):
@@ -58,29 +49,11 @@ class _LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"cnx_deploy.cli.{COMMANDS[cmd_name][0]}")
-        command = next(value for value in vars(module).values() if isinstance(value, click.Command))
-        return command if cmd_name in DIAGNOSTIC else _checked(command)
+        return next(value for value in vars(module).values() if isinstance(value, click.Command))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
-
-
-def _checked(command: click.Command) -> click.Command:
-    """The command, refused where an installed package is not what pyproject.toml names; its --help is answered before.
-
-    That reads the packages' metadata and imports none of them: 50 ms of a core, 20 of them importlib.metadata's own.
-    """
-    checked = copy.copy(command)
-    checked.callback = functools.partial(_run_checked, command)
-    return checked
-
-
-def _run_checked(command: click.Command, /, *words: Any, **options: Any) -> Any:
-    from cnx_deploy.requirements import check_requirements
-
-    check_requirements()
-    return command.callback(*words, **options) if command.callback is not None else None
 
 
 # The character \b before a paragraph keeps click from wrapping it.
@@ -149,7 +122,7 @@ def _interrupt_when_terminated() -> None:
 
 def _told_errors() -> tuple[type[BaseException], ...]:
     """Types of what may have an explanation; see `_explained`."""
-    return CnxDeployError, *native_errors()
+    return CnxDeployError, ModuleNotFoundError, *native_errors()
 
 
 def _explained(error: BaseException) -> CnxDeployError | None:
@@ -160,6 +133,10 @@ def _explained(error: BaseException) -> CnxDeployError | None:
     if isinstance(error, OSError):  # a full disk, a folder that may not be read: the system's own words say which
         return CnxDeployError(
             f"The system refused: {error}. Check room and permissions there; cnx-deploy --debug shows where."
+        )
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("cnx_deploy"):
+        return MissingRequirementError(
+            f"The module {error.name} is not installed. `cnx-deploy doctor` lists what is missing and the remedy."
         )
     return error if isinstance(error, CnxDeployError) else None
 

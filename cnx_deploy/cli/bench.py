@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from cnx_deploy.bench.loadgen import SCENARIOS, import_loadgen
 from cnx_deploy.cli import options
 from cnx_deploy.errors import CheckFailedError
 
 if TYPE_CHECKING:
     from cnx_deploy.bench.comparison import BenchRequest
     from cnx_deploy.bench.run import BenchReport
-    from cnx_deploy.bench.scenario import ScenarioReport
 
 PEERS = ("torch", "compile", "timm", "timm-whole", "timm-18")
 
@@ -51,10 +49,7 @@ class _Percent(click.ParamType[float]):
 @click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, help="Repeatable [default: 1 and 8].")
 @click.option("--sweep", is_flag=True, help="Batches 1, 2, 4, … and the smallest that is nearly as good as the best.")
 @click.option("--max-batch", type=click.IntRange(min=1), default=256, show_default=True, help="Where --sweep ends.")
-@click.option(
-    "--slo-ms", type=click.FloatRange(min=0, min_open=True),
-    help="Find the largest batch within this time; with --scenario server, the limit of 99 % of the answers.",
-)  # fmt: skip
+@click.option("--slo-ms", type=click.FloatRange(min=0, min_open=True), help="Find the largest batch within this time.")
 @click.option("--duration", type=click.FloatRange(min=0.1), default=3.0, show_default=True, help="Seconds a row.")
 @click.option("--compare", type=_Peers(), multiple=True, help="Measure these in turns and print speed-ups over them.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: all].")
@@ -67,27 +62,21 @@ class _Percent(click.ParamType[float]):
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the images and of the intervals.")
 @click.option("--gate", type=click.Path(path_type=Path), help="An earlier --json document; slower is exit code 3.")
 @click.option("--max-regress", type=_Percent(), default="5%", show_default=True, help="What --gate allows.")
-@click.option("--scenario", type=click.Choice(list(SCENARIOS)), help="Load from MLPerf's LoadGen, a file at a time.")
-@click.option("--target-qps", type=click.FloatRange(min=0, min_open=True), help="Images a second that a server gets.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the bounds of GPUs; measure nothing.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV with timm's column names first.")
 @options.as_json
 def bench(
-    slo_ms: float | None, gate: Path | None, max_regress: float, scenario: str | None, target_qps: float | None,
-    dry_run: bool, as_csv: bool, as_json: bool, **arguments: Any,
+    slo_ms: float | None, gate: Path | None, max_regress: float, dry_run: bool, as_csv: bool, as_json: bool,
+    **arguments: Any,
 ) -> None:  # fmt: skip
     """Time ONNX FILES and engines; by default everything recorded that can run here.
 
     Exit code 3 when a row is INVALID or slower than --gate allows.
     """
-    _check_scenario(scenario, target_qps, slo_ms, gate=gate, csv=as_csv, dry_run=dry_run, **arguments)
-    _check_used(scenario, sweep=arguments["sweep"], gate=gate)
+    _check_used(sweep=arguments["sweep"], gate=gate)
     if not dry_run:
         options.refuse_engines_without_gpu(arguments["files"])
     request = _request(**arguments)
-    if scenario is not None:
-        _run_scenario(scenario, request, arguments["batches"], target_qps, slo_ms, as_json=as_json)
-        return
     if dry_run:
         _show_plan(request, as_json=as_json)
         return
@@ -104,57 +93,16 @@ def bench(
     _show(report, csv_of(report.benchmark) if as_csv else "\n".join(report.lines()), as_json=as_json)
 
 
-def _check_scenario(scenario: str | None, target_qps: float | None, slo_ms: float | None, **others: Any) -> None:
-    """Refuse what does not go together, and a missing LoadGen, before torch is loaded."""
-    if scenario != "server" and target_qps is not None:
-        raise click.UsageError("--target-qps is the rate of --scenario server: leave it out, or choose that.")
-    if scenario is None:
-        return
-    for name in ("sweep", "compare", "gate", "csv", "dry_run"):
-        if others[name]:
-            option = f"--{name.replace('_', '-')}"
-            raise click.UsageError(f"--scenario puts one file at a time under load: leave out {option}.")
-    if len(others["batches"]) > 1:
-        raise click.UsageError("--scenario takes one --batch, the most images of a call.")
-    import_loadgen()
-
-
-def _check_used(scenario: str | None, *, sweep: bool, gate: Path | None) -> None:
+def _check_used(*, sweep: bool, gate: Path | None) -> None:
     """Refuse an option that was given where nothing reads it."""
     source = click.get_current_context().get_parameter_source
     for name, reader, is_read in (("max_batch", "--sweep", sweep), ("max_regress", "--gate", gate is not None)):
-        if source(name) is ParameterSource.COMMANDLINE and (scenario is not None or not is_read):
+        if source(name) is ParameterSource.COMMANDLINE and not is_read:
             option = f"--{name.replace('_', '-')}"
             raise click.UsageError(f"{option} is read with {reader}, which was not given: add that, or leave it out.")
 
 
-def _run_scenario(
-    scenario: str,
-    bench_request: "BenchRequest",
-    batches: tuple[int, ...],
-    target_qps: float | None,
-    slo_ms: float | None,
-    *,
-    as_json: bool,
-) -> None:
-    from cnx_deploy.bench.scenario import run_scenario
-    from cnx_deploy.bench.under_load import ScenarioRequest
-    from cnx_deploy.pipeline import selected
-
-    request = ScenarioRequest(
-        scenario=scenario, bench=bench_request, batch=batches[0] if batches else None,
-        target_qps=target_qps, slo_ms=slo_ms,
-    )  # fmt: skip
-    files = (bench_request.files, bench_request.export_dir, bench_request.engines_dir)
-    with options.reporter("Under load") as progress:
-        report = run_scenario(
-            list(selected(*files, options.note)), request,
-            omp_threads=os.environ.get("OMP_NUM_THREADS"), progress=progress,
-        )  # fmt: skip
-    _show(report, "\n".join(report.lines()), as_json=as_json)
-
-
-def _show(report: "BenchReport | ScenarioReport", text: str, *, as_json: bool) -> None:
+def _show(report: "BenchReport", text: str, *, as_json: bool) -> None:
     for warning in report.warnings:
         options.note(f"Warning: {warning}.")
     if as_json:

@@ -8,6 +8,7 @@ import click
 
 from cnx_deploy.cli import options
 from cnx_deploy.cli.printable import one_line
+from cnx_deploy.errors import CnxDeployError, InputError
 
 if TYPE_CHECKING:
     from cnx_deploy.inspection import Inspection
@@ -16,65 +17,69 @@ GROUPINGS = ("stage", "operation", "kind")
 
 
 @click.command("inspect")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--compile", "compiles", is_flag=True, help="Compile an ONNX file with TensorRT-RTX; needs no GPU.")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--compile", "compiles", is_flag=True, help="Compile ONNX files with TensorRT-RTX; needs no GPU.")
 @click.option("--target", help="GPU to compile for [default: sm89].")
 @click.option("--batch", type=click.IntRange(min=1), help="Batch to compile for [default: 64].")
 @click.option("--kernels", "lists_kernels", is_flag=True, help="List every kernel, the one that moves most first.")
 @click.option("--trust", is_flag=True, help="Have an engine without a manifest read: what is in it may run.")
 @options.as_json
 def inspect_command(
-    file: Path, compiles: bool, target: str | None, batch: int | None, lists_kernels: bool, trust: bool, as_json: bool
-) -> None:
-    """Say what FILE is: a checkpoint, an ONNX file or an engine, told by its content. Exit code 4 if it was altered.
+    files: tuple[Path, ...], compiles: bool, target: str | None, batch: int | None, lists_kernels: bool, trust: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Say what each of FILES is: a checkpoint, an ONNX file or an engine, told by its content.
 
-    Of a folder, every file below it: whether reading it can run code that is in it. Nothing is loaded for that.
+    A file that cannot be read or was altered does not keep the others from being shown. The exit code is the highest of
+    all files: 2 for a file of another kind, 4 for one that was altered or is refused.
 
     Of an engine, and with --compile of an ONNX file, the kernels are shown and the bytes they move, by stage of the
-    network, operation and kind of kernel.
+    network, operation and kind of kernel. --json prints a list with one entry for each file.
     """
-    from cnx_deploy.inspection import inspect_file, trusted_engine, with_compiled
-
-    if file.is_dir():
-        _show_risks(file, compiles or lists_kernels or trust or bool(target or batch), as_json=as_json)
-        return
     if not compiles and (target or batch):
         raise click.UsageError("--target and --batch say what to compile for: give --compile too.")
-    found = inspect_file(file)
+    compile_for = (target or "sm89", batch or 64) if compiles else None
+    documents: list[dict[str, Any]] = []
+    shown, worst = 0, 0
+    for file in files:
+        try:
+            inspection = _inspected(file, compile_for, lists_kernels=lists_kernels, trust=trust)
+        except CnxDeployError as error:
+            if click.get_current_context().obj:  # --debug: the traceback is wanted
+                raise
+            options.note(f"Error: {error}")
+            told = {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+            documents.append({"path": str(file), **told})
+            worst = max(worst, error.exit_code)
+            continue
+        documents.append(inspection.to_dict())
+        if not as_json:
+            separator = "\n" if shown else ""
+            options.echo(separator + "\n".join(_lines_of_inspection(inspection, lists_kernels)))
+            shown += 1
+    if as_json:
+        options.echo_json(documents)
+    if worst:
+        raise click.exceptions.Exit(worst)
+
+
+def _inspected(file: Path, compile_for: tuple[str, int] | None, *, lists_kernels: bool, trust: bool) -> "Inspection":
+    """Inspect one file, and compile it for a target and a batch where both are given."""
+    from cnx_deploy.inspection import inspect_file, trusted_engine, with_compiled
+
+    inspection = inspect_file(file)
     if trust:
-        found = trusted_engine(found)
-    if compiles:
+        inspection = trusted_engine(inspection)
+    if compile_for is not None:
+        target, batch = compile_for
         with options.reporter("Compiling") as progress:
-            found = with_compiled(found, target=target or "sm89", batch=batch or 64, progress=progress)
-    compiled = found.facts.get("compiled") or {}
-    if lists_kernels and "kernel_list" not in compiled:
-        raise click.UsageError(
+            inspection = with_compiled(inspection, target=target, batch=batch, progress=progress)
+    if lists_kernels and "kernel_list" not in (inspection.facts.get("compiled") or {}):
+        raise InputError(
             f"No list of kernels is recorded for {file}. Give --compile for an ONNX file; build an engine again with "
             "cnx-deploy build-trt --force."
         )
-    if as_json:
-        options.echo_json(found.to_dict())
-        return
-    for line in _lines_of_inspection(found, lists_kernels):
-        options.echo(line)
-
-
-def _show_risks(folder: Path, of_one_file: bool, *, as_json: bool) -> None:
-    """A line a file, or a document: what it is and whether it can run code."""
-    from cnx_deploy.risk import risks_in
-
-    if of_one_file:
-        raise click.UsageError(
-            f"{folder} is a folder: give a file with --compile, --target, --batch, --kernels and --trust."
-        )
-    found = risks_in(folder)
-    counts = {risk: sum(each.risk == risk for each in found) for risk in ("data-only", "code-capable", "unknown")}
-    if as_json:
-        options.echo_json({"path": str(folder), **counts, "files": [each.to_dict() for each in found]})
-        return
-    for each in found:
-        options.echo(f"{each.risk:12}  {each.kind:22}  {each.path}: {each.reason}")
-    options.echo(", ".join(f"{count} {risk}" for risk, count in counts.items()))
+    return inspection
 
 
 def _lines_of_inspection(found: "Inspection", lists_kernels: bool) -> Iterator[str]:

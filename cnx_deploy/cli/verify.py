@@ -42,27 +42,20 @@ if TYPE_CHECKING:
 @click.option(
     "--plot", type=click.Path(dir_okay=False, path_type=Path), help="SVG file for --layers (needs the extra report)."
 )
-@click.option(
-    "--signed", type=click.Path(path_type=Path), metavar="PUBLIC_KEY",
-    help="Refuse, before anything is run, what this key (PEM) has not signed (needs the extra signing).",
-)  # fmt: skip
 @click.option("--steps", is_flag=True, help="Follow the chain PyTorch, FP32, half precision, engine; name what fails.")
 @click.option(
     "--records", is_flag=True, help="Check hashes from weights to engine, and run nothing. Exit code 4 for a fault."
 )
 @options.as_json
-def verify(
-    as_json: bool, layers: bool, steps: bool, plot: Path | None, records: bool, signed: Path | None, **arguments: Any
-) -> None:
+def verify(as_json: bool, layers: bool, steps: bool, plot: Path | None, records: bool, **arguments: Any) -> None:
     """Compare ONNX FILES and engines with PyTorch; by default everything recorded. Exit code 3 when a gate fails."""
     if records:
-        _verify_records(signed, arguments, as_json=as_json)
+        _verify_records(arguments, as_json=as_json)
         return
     found = judged(arguments)
     if steps:
         verify_steps(arguments.pop("files"), arguments, as_json=as_json)
         return
-    _check_signed(signed, arguments)
     if layers:
         _verify_layers(plot, as_json=as_json, **arguments)
         return
@@ -85,25 +78,13 @@ def verify(
         options.fail(ParityError(message), as_json=as_json)
 
 
-def _check_signed(public_key: Path | None, arguments: dict[str, Any]) -> None:
-    """Refuse what a key has not signed, where one is given."""
-    if public_key is None:
-        return
-    from cnx_deploy.signing import check_signatures
-
-    named = {name: arguments[name] for name in ("files", "export_dir", "engines_dir")}
-    artifacts = check_signatures(**named, public_key=public_key)
-    options.note(f"Signed by {public_key}: {', '.join(artifact.path.name for artifact in artifacts)}")
-
-
-def _verify_records(signed: Path | None, arguments: dict[str, Any], *, as_json: bool) -> None:
+def _verify_records(arguments: dict[str, Any], *, as_json: bool) -> None:
     """Show the chain of custody; other options than the folders have nothing to do there."""
     context = click.get_current_context()
-    folders = {"files", "export_dir", "engines_dir", "records", "signed", "as_json"}
+    folders = {"files", "export_dir", "engines_dir", "records", "as_json"}
     given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
     if others := sorted(given - folders):
         raise click.UsageError(f"--records runs nothing: leave out {', '.join(others).replace('_', '-')}.")
-    _check_signed(signed, arguments)
     from cnx_deploy.custody import check_custody, corrupt_error
 
     found = check_custody(arguments["files"], arguments["export_dir"], arguments["engines_dir"])

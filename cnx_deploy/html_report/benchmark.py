@@ -91,7 +91,7 @@ class Benchmark:
 
 
 def read_benchmark(path: Path) -> Benchmark:
-    """Read a benchmark's document; InputError for anything else, a plan or a run under LoadGen included."""
+    """Read a benchmark's document; InputError for anything else, a plan included."""
     source, fields = read_document(path, COMMAND)
     try:
         return _benchmark(source, fields)
