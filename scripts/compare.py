@@ -18,11 +18,11 @@ import click
 
 from cnx_deploy.cli.pretrain import PretrainingOnTerminal
 from cnx_deploy.cli.training_progress import TerminalProgress
+from cnx_deploy.core.errors import CnxDeployError, CorruptArtifactError
 from cnx_deploy.data import few_labels, find_dataset
-from cnx_deploy.errors import CnxDeployError, CorruptArtifactError
-from cnx_deploy.pretraining import PretrainingSpec, pretrain
 from cnx_deploy.training import TrainingSpec, initial_model, spec_from_recipe, train
 from cnx_deploy.training.curves import read_table
+from cnx_deploy.training.fcmae import PretrainingSpec, pretrain
 
 STUDENT_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Two-sided 95 % points of Student's t with 1 to 9 degrees of freedom."""

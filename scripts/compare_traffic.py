@@ -21,15 +21,15 @@ from typing import Any
 
 import torch
 
-from cnx_deploy.artifacts import ModelRecord, WeightsRecord
-from cnx_deploy.environment import package_version, tool_versions
+from cnx_deploy.core.artifacts import ModelRecord, WeightsRecord
+from cnx_deploy.core.system import package_version, tool_versions
+from cnx_deploy.core.variants import VARIANTS, find_variant
+from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
+from cnx_deploy.exporters.trt.backend import load_backend
+from cnx_deploy.exporters.trt.compiled import measure_compiled
+from cnx_deploy.exporters.trt.depthwise import written_for
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.model.deploy import DeploySpec
-from cnx_deploy.onnx_export import ExportSpec, export_onnx
-from cnx_deploy.trt.backend import load_backend
-from cnx_deploy.trt.compiled import measure_compiled
-from cnx_deploy.trt.depthwise import written_for
-from cnx_deploy.variants import VARIANTS, find_variant
 
 OURS = "cnx-deploy"
 

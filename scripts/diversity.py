@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cnx_deploy.core.errors import CheckFailedError, CnxDeployError, InputError
+from cnx_deploy.core.plotting import check_plot, save_svg
 from cnx_deploy.data import (
     BrokenImage,
     Preprocessing,
@@ -34,10 +36,8 @@ from cnx_deploy.data import (
     validation_folder,
 )
 from cnx_deploy.data.dataset import evenly
-from cnx_deploy.errors import CheckFailedError, CnxDeployError, InputError
 from cnx_deploy.model.checkpoint import load_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.plot_files import check_plot, save_svg
 
 HEADS = {"act": "GELU", "grn": "GRN", "output": "output"}
 """The tensors of a block that are measured, in the order of the data; ConvNeXt V1 has no `grn`."""

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cnx_deploy.environment import cpu_count, cpu_name, tool_versions
-from cnx_deploy.variants import VARIANTS
+from cnx_deploy.core.system import cpu_count, cpu_name, tool_versions
+from cnx_deploy.core.variants import VARIANTS
 
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120")
 

@@ -4,7 +4,7 @@ usage: plot_performance.py [--check] [--docs-dir docs]
 
 Needs matplotlib (the extra `report`). The same data and the same matplotlib give the same bytes. `--check` writes
 nothing and exits 3 when the page or a plot is not what the data say. A section whose data file is missing says so and
-has no plot. Exit codes are those of cnx_deploy.errors.
+has no plot. Exit codes are those of cnx_deploy.core.errors.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from performance_page import tables
 from performance_page.data import Document, read_document, source_of
 from performance_page.forms import check_form
 
-from cnx_deploy.errors import CnxDeployError, InputError, MissingRequirementError, RecordsError
+from cnx_deploy.core.errors import CnxDeployError, InputError, MissingRequirementError, RecordsError
 
 FILES = "export/{atto,nano,tiny,base}-224-fp32.onnx"
 DOCS = Path(__file__).resolve().parent.parent / "docs"

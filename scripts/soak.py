@@ -19,15 +19,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cnx_deploy.artifacts import Artifact, ModelRecord, WeightsRecord
+from cnx_deploy.core.artifacts import Artifact, ModelRecord, WeightsRecord
+from cnx_deploy.core.variants import Variant
 from cnx_deploy.data import Preprocessing, image_like_batches
-from cnx_deploy.export_check import check_exported
+from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.model.deploy import DeploySpec
-from cnx_deploy.onnx_export import ExportSpec, export_onnx
-from cnx_deploy.prediction import classify_files, open_classifier
-from cnx_deploy.variants import Variant
+from cnx_deploy.verification.export_check import check_exported
+from cnx_deploy.verification.predict import classify_files, open_classifier
 
 SMALLEST = Variant("soak", (1, 1, 1, 1), (8, 16, 32, 64), 0, None)
 SIZE = 32

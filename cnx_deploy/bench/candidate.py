@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.data import runner_input
-from cnx_deploy.parity import Gate
 from cnx_deploy.runners.base import Runner
+from cnx_deploy.verification.parity import Gate
 
 __all__ = ["Candidate", "create", "peak_memory_mib", "reset_peak_memory"]
 

@@ -14,22 +14,22 @@ from typing import Any
 
 import torch
 
-from cnx_deploy.artifacts import Artifact
 from cnx_deploy.bench.candidate import Candidate, create
 from cnx_deploy.bench.networks import network_facts, network_name, networks_of, precisions_of
 from cnx_deploy.bench.peers import PEERS, OrtSettings, PeerSetup, place_of_peers
 from cnx_deploy.bench.sweep import is_over, sweep_batches
 from cnx_deploy.bench.timing import BenchSpec, Timing, measure_together
+from cnx_deploy.core.artifacts import Artifact
+from cnx_deploy.core.errors import InputError, MissingRequirementError
+from cnx_deploy.core.system import cpu_count, find_gpus
 from cnx_deploy.data import image_like_batches, runner_input
-from cnx_deploy.environment import cpu_count, find_gpus
-from cnx_deploy.errors import InputError, MissingRequirementError
+from cnx_deploy.exporters.onnx import deploy_spec_from_request
 from cnx_deploy.model.checkpoint import LoadedModel
-from cnx_deploy.onnx_export import deploy_spec_from_request
-from cnx_deploy.parity import GATES, logits_of
 from cnx_deploy.runners.base import Runner
-from cnx_deploy.runners.opening import open_runner
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.verification import gate_of, recorded_model
+from cnx_deploy.runners.registry import open_runner
+from cnx_deploy.verification.parity import GATES, logits_of
+from cnx_deploy.verification.verify import gate_of, recorded_model
 
 __all__ = ["BenchRequest", "Benchmark", "NotRun", "bench_artifacts"]
 

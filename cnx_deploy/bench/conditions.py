@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cnx_deploy.bench.gpu import GpuState, gpu_states, processes_on_gpus
-from cnx_deploy.environment import cpu_count, cpu_name, tool_versions
+from cnx_deploy.core.system import cpu_count, cpu_name, tool_versions
 
 __all__ = ["Conditions", "conditions_now", "doubts"]
 

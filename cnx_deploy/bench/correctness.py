@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cnx_deploy.parity import Gate, differences
+from cnx_deploy.verification.parity import Gate, differences
 
 __all__ = ["Correctness", "KeptOutputs", "judge"]
 

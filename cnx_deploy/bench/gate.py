@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cnx_deploy.documents import PositiveNumber, command_document, kind_of, typed
-from cnx_deploy.errors import InputError
-from cnx_deploy.manifest import Positive
+from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.manifest import Positive
+from cnx_deploy.core.strict_json import PositiveNumber, command_document, kind_of, typed
 
 __all__ = ["SCHEMA_VERSION", "Verdict", "check_kind", "judge_against", "read_baseline", "refuse_incomparable"]
 

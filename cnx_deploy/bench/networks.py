@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from cnx_deploy.artifacts import Artifact
-from cnx_deploy.variants import Variant, find_variant
+from cnx_deploy.core.artifacts import Artifact
+from cnx_deploy.core.variants import Variant, find_variant
 
 __all__ = ["activation_count", "network_facts", "network_name", "networks_of", "precisions_of"]
 

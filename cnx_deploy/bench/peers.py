@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cnx_deploy.core.errors import MissingRequirementError
+from cnx_deploy.core.system import package_version
 from cnx_deploy.data import Preprocessing
-from cnx_deploy.environment import package_version
-from cnx_deploy.errors import MissingRequirementError
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import DTYPES, DeploySpec
 from cnx_deploy.model.layers import LAYER_SCALE
 from cnx_deploy.model.layouts import official_state
 from cnx_deploy.runners.base import Runner
-from cnx_deploy.runners.ort import OrtRunner
+from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.pytorch import TorchRunner, reference_runner
 
 __all__ = ["PEERS", "CompiledRunner", "HalfAutocast", "OrtSettings", "Peer", "PeerSetup", "place_of_peers", "timm_twin"]

@@ -8,15 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from cnx_deploy.artifacts import Artifact
 from cnx_deploy.bench.comparison import BenchRequest
+from cnx_deploy.bench.devices import DEVICES, find_device
 from cnx_deploy.bench.gpu import gpu_states
 from cnx_deploy.bench.networks import network_facts, network_name, networks_of, precisions_of
 from cnx_deploy.bench.peers import PEERS, place_of_peers
+from cnx_deploy.bench.roofline import bound_of, table, work_of
 from cnx_deploy.bench.timing import Timing
-from cnx_deploy.devices import DEVICES, find_device
-from cnx_deploy.environment import find_gpus
-from cnx_deploy.roofline import bound_of, table, work_of
+from cnx_deploy.core.artifacts import Artifact
+from cnx_deploy.core.system import find_gpus
 
 __all__ = ["Plan", "PlannedRow", "plan_of", "share_of_bound"]
 

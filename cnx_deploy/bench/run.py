@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cnx_deploy.artifacts import Artifact
 from cnx_deploy.bench.comparison import Benchmark, BenchRequest, bench_artifacts
 from cnx_deploy.bench.conditions import Conditions, conditions_now, doubts, throttling
 from cnx_deploy.bench.gate import Verdict, judge_against, read_baseline, refuse_incomparable
@@ -14,6 +13,7 @@ from cnx_deploy.bench.networks import precisions_of
 from cnx_deploy.bench.peers import PEERS, place_of_peers
 from cnx_deploy.bench.report import document, gate_lines, head_lines, table_lines
 from cnx_deploy.bench.sweep import Knee, knees
+from cnx_deploy.core.artifacts import Artifact
 
 __all__ = ["BenchReport", "run_bench"]
 

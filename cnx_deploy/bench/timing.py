@@ -18,7 +18,7 @@ from cnx_deploy.bench.candidate import Candidate
 from cnx_deploy.bench.correctness import Correctness, KeptOutputs, judge
 from cnx_deploy.bench.gpu import GpuTimes, gpu_times, limits_of
 from cnx_deploy.bench.statistics import WINDOWS, Latency, Ratio, disagreement, latency_of, ratio_of
-from cnx_deploy.errors import InputError
+from cnx_deploy.core.errors import InputError
 from cnx_deploy.runners.base import Runner, Split, SplitRunner
 
 __all__ = ["BenchSpec", "Timing", "measure_together"]

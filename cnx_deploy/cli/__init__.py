@@ -1,6 +1,6 @@
 """The command line: one file a command, each loaded when it is called.
 
-Results go to stdout, progress and errors to stderr. Exit codes are those of `cnx_deploy.errors`.
+Results go to stdout, progress and errors to stderr. Exit codes are those of `cnx_deploy.core.errors`.
 """
 
 import importlib
@@ -15,8 +15,8 @@ import click
 
 from cnx_deploy import __version__
 from cnx_deploy.cli.printable import printable
-from cnx_deploy.errors import CnxDeployError, MissingRequirementError
-from cnx_deploy.shortage import memory_shortage, native_errors
+from cnx_deploy.core.errors import CnxDeployError, MissingRequirementError
+from cnx_deploy.core.out_of_memory import memory_shortage, native_errors
 
 __all__ = ["cli", "main"]
 

@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from cnx_deploy.cli import options
-from cnx_deploy.errors import CheckFailedError
+from cnx_deploy.core.errors import CheckFailedError
 
 if TYPE_CHECKING:
     from cnx_deploy.bench.comparison import BenchRequest
@@ -80,9 +80,9 @@ def bench(
     if dry_run:
         _show_plan(request, as_json=as_json)
         return
+    from cnx_deploy.api import selected
     from cnx_deploy.bench.report import as_csv as csv_of
     from cnx_deploy.bench.run import run_bench
-    from cnx_deploy.pipeline import selected
 
     artifacts = list(selected(request.files, request.export_dir, request.engines_dir, options.note))
     with options.reporter("Measuring") as progress:
@@ -123,11 +123,11 @@ def _request(batches: tuple[int, ...], compare: tuple[tuple[str, ...], ...], **o
 
 
 def _show_plan(request: "BenchRequest", *, as_json: bool) -> None:
-    from cnx_deploy.artifacts import find_artifacts
+    from cnx_deploy.api import selected
     from cnx_deploy.bench.conditions import conditions_now
     from cnx_deploy.bench.plan import plan_of
     from cnx_deploy.bench.report import head_lines, plan_document, plan_lines
-    from cnx_deploy.pipeline import selected
+    from cnx_deploy.core.artifacts import find_artifacts
 
     # A plan needs the manifests only, and a fresh clone has no more.
     recorded = [*find_artifacts(request.export_dir, "onnx"), *find_artifacts(request.engines_dir, "engine")]

@@ -24,8 +24,8 @@ def bisect(file: Path, as_json: bool, **arguments: Any) -> None:
 
     Exit code 0 when there is one or none is needed, 3 when nothing helps.
     """
-    from cnx_deploy.bisection.find import run_bisection
-    from cnx_deploy.bisection.report import document_of, failure, lines_of
+    from cnx_deploy.diagnosis.bisect.find import run_bisection
+    from cnx_deploy.diagnosis.bisect.report import document_of, failure, lines_of
 
     found = run_bisection(file, options.note, **arguments)
     if as_json:

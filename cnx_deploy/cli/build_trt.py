@@ -30,7 +30,7 @@ TARGETS = ("current", "sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm120", 
 @options.as_json
 def build_trt(**arguments: Any) -> None:
     """Build TensorRT engines from recorded ONNX FILES, by default every FP16 file in --export-dir."""
-    from cnx_deploy.pipeline import BuildRequest, run_builds
+    from cnx_deploy.api import BuildRequest, run_builds
 
     as_json = bool(arguments.pop("as_json"))
     with options.reporter("Building") as progress:

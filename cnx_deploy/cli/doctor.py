@@ -11,7 +11,7 @@ from cnx_deploy.cli import options
 @options.as_json
 def doctor_command(as_json: bool) -> None:
     """Say what this machine can and cannot do, and what would change that. The exit code is 0 whatever is found."""
-    from cnx_deploy.doctor import examine
+    from cnx_deploy.report.doctor import examine
 
     findings = examine(Path())
     if as_json:

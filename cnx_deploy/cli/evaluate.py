@@ -9,8 +9,8 @@ import click
 from cnx_deploy.cli import options
 
 if TYPE_CHECKING:
-    from cnx_deploy.evaluation import Evaluation
     from cnx_deploy.runners.base import RunnerInfo
+    from cnx_deploy.verification.evaluation import Evaluation
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -36,8 +36,8 @@ def evaluate_command(
     the columns path and label, and split (train, val, test) where it holds more than the images to evaluate on.
     """
     options.refuse_recorded_engine_without_gpu(artifact)
-    from cnx_deploy.evaluation.plot import write_plot
-    from cnx_deploy.plot_files import check_plot
+    from cnx_deploy.core.plotting import check_plot
+    from cnx_deploy.verification.evaluation.plot import write_plot
 
     if plot is not None:
         check_plot(plot)
@@ -48,7 +48,7 @@ def evaluate_command(
         backend = {"backend": info.backend, "version": info.version, "device": info.device}
         options.echo_json({"artifact": str(artifact), "data": str(data), **backend, **found.to_dict()})
         return
-    from cnx_deploy.evaluation.report import lines_of
+    from cnx_deploy.verification.evaluation.report import lines_of
 
     options.echo(f"{artifact} on {found.count} images of {data}, {info.backend} {info.version} on {info.device}")
     for line in lines_of(found):
@@ -58,8 +58,8 @@ def evaluate_command(
 def _evaluated(
     artifact: Path, data: Path, batch_size: int, device: str, predictions: Path | None
 ) -> tuple["Evaluation", "RunnerInfo"]:
-    from cnx_deploy.evaluation import PredictionWriter, evaluate
-    from cnx_deploy.prediction import open_classifier
+    from cnx_deploy.verification.evaluation import PredictionWriter, evaluate
+    from cnx_deploy.verification.predict import open_classifier
 
     # Made before the artifact is opened: a name that cannot be used ends the command at once.
     writer = PredictionWriter(predictions, data) if predictions is not None else None

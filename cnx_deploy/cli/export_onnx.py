@@ -55,7 +55,7 @@ def export(**arguments: Any) -> None:
 
     Without --checkpoint or --pretrained the weights are random, GRN included, and the manifest says so.
     """
-    from cnx_deploy.pipeline import ExportRequest, run_exports  # torch is loaded only when asked for
+    from cnx_deploy.api import ExportRequest, run_exports  # torch is loaded only when asked for
 
     as_json = bool(arguments.pop("as_json"))
     results = run_exports(ExportRequest(**arguments), options.note)

@@ -29,10 +29,10 @@ def headroom(lists_all: bool, plot: Path | None, as_json: bool, **arguments: Any
 
     Exit code 3 when a tensor that the FP16 file stores lacks the margin, or a weight is infinite in FP16.
     """
-    from cnx_deploy.headroom.analysis import HeadroomRequest, run_headroom
-    from cnx_deploy.headroom.plot import write_plot
-    from cnx_deploy.headroom.report import failure, lines_of
-    from cnx_deploy.plot_files import check_plot
+    from cnx_deploy.core.plotting import check_plot
+    from cnx_deploy.diagnosis.headroom.analysis import HeadroomRequest, run_headroom
+    from cnx_deploy.diagnosis.headroom.plot import write_plot
+    from cnx_deploy.diagnosis.headroom.report import failure, lines_of
 
     if plot is not None:
         check_plot(plot)

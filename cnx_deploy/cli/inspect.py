@@ -8,10 +8,10 @@ import click
 
 from cnx_deploy.cli import options
 from cnx_deploy.cli.printable import one_line
-from cnx_deploy.errors import CnxDeployError, InputError
+from cnx_deploy.core.errors import CnxDeployError, InputError
 
 if TYPE_CHECKING:
-    from cnx_deploy.inspection import Inspection
+    from cnx_deploy.verification.inspect import Inspection
 
 GROUPINGS = ("stage", "operation", "kind")
 
@@ -65,7 +65,7 @@ def inspect_command(
 
 def _inspected(file: Path, compile_for: tuple[str, int] | None, *, lists_kernels: bool, trust: bool) -> "Inspection":
     """Inspect one file, and compile it for a target and a batch where both are given."""
-    from cnx_deploy.inspection import inspect_file, trusted_engine, with_compiled
+    from cnx_deploy.verification.inspect import inspect_file, trusted_engine, with_compiled
 
     inspection = inspect_file(file)
     if trust:

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 import click
 
 from cnx_deploy.cli.printable import printable, printable_json
-from cnx_deploy.errors import CnxDeployError
-from cnx_deploy.variants import ALL_VARIANTS
+from cnx_deploy.core.errors import CnxDeployError
+from cnx_deploy.core.variants import ALL_VARIANTS
 
 __all__ = [
     "BATCH_RANGE",
@@ -109,7 +109,7 @@ def echo_json(document: Any) -> None:
 def refuse_engines_without_gpu(files: Iterable[Path]) -> None:
     """Raise MissingRequirementError for a named engine where no GPU is, before torch is loaded (seconds)."""
     if any(Path(file).suffix == ".engine" for file in files):
-        from cnx_deploy.trt.backend import require_gpu
+        from cnx_deploy.exporters.trt.backend import require_gpu
 
         require_gpu()
 
@@ -121,10 +121,10 @@ def refuse_recorded_engine_without_gpu(path: Path) -> None:
     """
     if path.suffix != ".engine" or not path.is_file():
         return
-    from cnx_deploy.inspection import kind_of_file
+    from cnx_deploy.verification.inspect import kind_of_file
 
     if kind_of_file(path) == "engine":
-        from cnx_deploy.artifacts import open_artifact
+        from cnx_deploy.core.artifacts import open_artifact
 
         open_artifact(path)
         refuse_engines_without_gpu([path])

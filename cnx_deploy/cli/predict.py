@@ -7,10 +7,10 @@ import click
 
 from cnx_deploy.cli import options
 from cnx_deploy.cli.printable import one_line
-from cnx_deploy.errors import InputError
+from cnx_deploy.core.errors import InputError
 
 if TYPE_CHECKING:
-    from cnx_deploy.prediction import Prediction
+    from cnx_deploy.verification.predict import Prediction
 
 
 @click.command()
@@ -28,7 +28,7 @@ def predict(
     A file that is no image gets a row that says so, and exit code 2 at the end.
     """
     options.refuse_recorded_engine_without_gpu(artifact)
-    from cnx_deploy.prediction import classify_files, find_image_files, open_classifier
+    from cnx_deploy.verification.predict import classify_files, find_image_files, open_classifier
 
     files = find_image_files(images)
     rows = []

@@ -12,8 +12,8 @@ from cnx_deploy.cli import options
 
 if TYPE_CHECKING:
     from cnx_deploy.cli.training_progress import TerminalProgress
-    from cnx_deploy.pretraining import PretrainingRecord, PretrainingResult, PretrainingSpec, UnlabelledImages
     from cnx_deploy.training import StepReport
+    from cnx_deploy.training.fcmae import PretrainingRecord, PretrainingResult, PretrainingSpec, UnlabelledImages
 
 INTERRUPTED = 130
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -58,8 +58,8 @@ def pretrain(checkpoint: Path | None, no_image_check: bool, show_config: bool, a
     reconstructions. `cnx-deploy train --checkpoint FILE --reset-head` goes on from the encoder. Ctrl-C leaves a run for
     --resume.
     """
-    from cnx_deploy.pretraining import PretrainingSpec  # torch is loaded only when asked for
     from cnx_deploy.training import launch_from_environment
+    from cnx_deploy.training.fcmae import PretrainingSpec  # torch is loaded only when asked for
 
     spec = PretrainingSpec(**request, launch=launch_from_environment(os.environ))
     if show_config:
@@ -99,7 +99,7 @@ class PretrainingOnTerminal:
 
 def _images(spec: "PretrainingSpec", *, check: bool) -> "UnlabelledImages":
     """The images to train on, those that cannot be read left out; says what there is."""
-    from cnx_deploy.pretraining import divide_images, find_images_below, readable_images
+    from cnx_deploy.training.fcmae import divide_images, find_images_below, readable_images
 
     found = find_images_below(spec.data)
     lines: list[str] = []
@@ -118,8 +118,8 @@ def _images(spec: "PretrainingSpec", *, check: bool) -> "UnlabelledImages":
 
 def _pretrained(spec: "PretrainingSpec", checkpoint: Path | None, images: "UnlabelledImages") -> "PretrainingResult":
     from cnx_deploy.cli.training_progress import TerminalProgress
-    from cnx_deploy.pretraining import load_autoencoder
-    from cnx_deploy.pretraining import pretrain as run
+    from cnx_deploy.training.fcmae import load_autoencoder
+    from cnx_deploy.training.fcmae import pretrain as run
 
     how: dict[str, Any] = {"images": images}
     if checkpoint is not None:

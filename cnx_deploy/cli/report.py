@@ -43,7 +43,7 @@ def report(
         return
     if bench or headroom or layers or force:
         raise click.UsageError("--bench, --headroom, --layers and --force are of the page: add --html FILE.")
-    from cnx_deploy.report import check_records, has_place, write_records
+    from cnx_deploy.report.records import check_records, has_place, write_records
 
     own = Path("README.md")
     if readme is None and has_place(own):
@@ -66,7 +66,7 @@ def _write_page(
     html: Path, export_dir: Path, engines_dir: Path, documents: tuple[tuple[Path, ...], ...], *, force: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    from cnx_deploy.html_report.page import PageRequest, check_page, corrupt_error, gather, render, write_page
+    from cnx_deploy.report.html.page import PageRequest, check_page, corrupt_error, gather, render, write_page
 
     check_page(html, force=force)
     bench, headroom, layers = documents

@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 if TYPE_CHECKING:
-    from cnx_deploy.verification import Verification
+    from cnx_deploy.verification.verify import Verification
 
 __all__ = ["judged", "saved_options"]
 
@@ -52,7 +52,7 @@ def judged(arguments: dict[str, Any]) -> "list[Verification] | None":
         return None
     if names := given - GOES_WITH_JUDGE - {"as_json"}:
         raise click.UsageError(f"--judge runs nothing and reads its folder only: leave {_options(context, names)} out.")
-    from cnx_deploy.judging import GateChange, judge_saved
+    from cnx_deploy.verification.judging import GateChange, judge_saved
 
     return judge_saved(folder, GateChange(**dict(zip(("gate", *GATE_OPTIONS), limits, strict=True))))
 

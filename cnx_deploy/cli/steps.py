@@ -8,10 +8,10 @@ import click
 from click.core import ParameterSource
 
 from cnx_deploy.cli import options
-from cnx_deploy.errors import ParityError
+from cnx_deploy.core.errors import ParityError
 
 if TYPE_CHECKING:
-    from cnx_deploy.steps import Step, StepVerdict
+    from cnx_deploy.diagnosis.chain import Step, StepVerdict
 
 __all__ = ["verify_steps"]
 
@@ -29,8 +29,8 @@ def verify_steps(files: tuple[Path, ...], arguments: dict[str, Any], *, as_json:
         wrong = given - GOES_WITH_STEPS
         names = ", ".join(sorted(each.opts[0] for each in context.command.params if each.name in wrong))
         raise click.UsageError(f"--steps has runners and results of its own: leave {names} out.")
-    from cnx_deploy.pipeline import VerifyRequest
-    from cnx_deploy.steps import run_steps
+    from cnx_deploy.api import VerifyRequest
+    from cnx_deploy.diagnosis.chain import run_steps
 
     words = {name: arguments[name] for name in ("export_dir", "engines_dir", "data", "samples")}
     with options.reporter("Following") as progress:

@@ -107,7 +107,7 @@ def _trained(spec: "TrainingSpec", sources: dict[str, Any], dataset: "Dataset") 
 
 
 def _tell(result: "TrainingResult", *, as_json: bool) -> None:
-    from cnx_deploy.errors import MissingRequirementError
+    from cnx_deploy.core.errors import MissingRequirementError
     from cnx_deploy.training.curves import draw_curves
 
     if result.epochs_run:

@@ -3,7 +3,7 @@
 import click
 
 from cnx_deploy.cli import options
-from cnx_deploy.variants import ALL_VARIANTS
+from cnx_deploy.core.variants import ALL_VARIANTS
 
 
 @click.command("variants")

@@ -10,10 +10,10 @@ from cnx_deploy.cli import options
 from cnx_deploy.cli.printable import one_line
 from cnx_deploy.cli.saved import judged, saved_options
 from cnx_deploy.cli.steps import verify_steps
-from cnx_deploy.errors import InputError, ParityError
+from cnx_deploy.core.errors import InputError, ParityError
 
 if TYPE_CHECKING:
-    from cnx_deploy.verification import Verification
+    from cnx_deploy.verification.verify import Verification
 
 
 @click.command()
@@ -63,7 +63,7 @@ def verify(as_json: bool, layers: bool, steps: bool, plot: Path | None, records:
         raise click.UsageError("--plot draws what --layers finds: add --layers.")
     if found is None:
         options.refuse_engines_without_gpu(arguments["files"])
-        from cnx_deploy.pipeline import VerifyRequest, run_verifications
+        from cnx_deploy.api import VerifyRequest, run_verifications
 
         with options.reporter("Verifying") as progress:
             request = VerifyRequest(**arguments)
@@ -85,7 +85,7 @@ def _verify_records(arguments: dict[str, Any], *, as_json: bool) -> None:
     given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
     if others := sorted(given - folders):
         raise click.UsageError(f"--records runs nothing: leave out {', '.join(others).replace('_', '-')}.")
-    from cnx_deploy.custody import check_custody, corrupt_error
+    from cnx_deploy.verification.provenance import check_custody, corrupt_error
 
     found = check_custody(arguments["files"], arguments["export_dir"], arguments["engines_dir"])
     if not found.findings:
@@ -107,10 +107,10 @@ def _verify_layers(plot: Path | None, *, as_json: bool, files: tuple[Path, ...],
     if given & {"runners", "save_inputs", "save_outputs"}:
         text = "leave --runner and --save-inputs out, and --save-outputs."
         raise click.UsageError(f"--layers has sides of its own and saves nothing: {text}")
-    from cnx_deploy.layers.comparison import layers_of_artifact
-    from cnx_deploy.layers.report import document, table, write_plot
-    from cnx_deploy.pipeline import selected
-    from cnx_deploy.plot_files import check_plot
+    from cnx_deploy.api import selected
+    from cnx_deploy.core.plotting import check_plot
+    from cnx_deploy.diagnosis.layerwise.comparison import layers_of_artifact
+    from cnx_deploy.diagnosis.layerwise.report import document, table, write_plot
 
     samples = arguments["samples"] if "samples" in given else 2
     recorded = selected(files, arguments["export_dir"], arguments["engines_dir"], options.note)
@@ -139,7 +139,7 @@ def _verify_layers(plot: Path | None, *, as_json: bool, files: tuple[Path, ...],
 
 
 def _show(found: "list[Verification]") -> None:
-    from cnx_deploy.agreement import LabelledResult
+    from cnx_deploy.verification.agreement import LabelledResult
 
     options.echo(
         f"{'artifact':34} {'run by':22} {'images':>6} {'rel. L2':>9} {'cosine':>10} {'top-1':>7} {'KL':>9}  verdict"

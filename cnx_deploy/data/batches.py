@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.system import cpu_count
 from cnx_deploy.data.broken import BrokenImage
 from cnx_deploy.data.dataset import Split, evenly
 from cnx_deploy.data.decoding import load_image
 from cnx_deploy.data.finding import find_images
 from cnx_deploy.data.folders import validation_folder
 from cnx_deploy.data.preprocessing import Preprocessing
-from cnx_deploy.environment import cpu_count
-from cnx_deploy.errors import InputError
 
 __all__ = ["Batch", "batches_from_folder", "readable_batches"]
 

@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.system import cpu_count
 from cnx_deploy.data.dataset import Dataset, Split, subset
 from cnx_deploy.data.decoding import load_image, upright_rgb
-from cnx_deploy.environment import cpu_count
-from cnx_deploy.errors import InputError
 
 __all__ = ["BrokenImage", "ImageCheck", "check_images", "without_broken"]
 

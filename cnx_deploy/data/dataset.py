@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from cnx_deploy.errors import InputError
+from cnx_deploy.core.errors import InputError
 
 __all__ = ["Dataset", "Split", "evenly", "few_labels", "split_by_class", "subset"]
 

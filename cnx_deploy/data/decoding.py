@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from cnx_deploy.errors import InputError
+from cnx_deploy.core.errors import InputError
 
 __all__ = ["MAX_PIXELS", "SUFFIXES", "load_image", "upright_rgb"]
 

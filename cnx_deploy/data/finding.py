@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from cnx_deploy.core.errors import InputError
 from cnx_deploy.data.dataset import Dataset, Split, split_by_class
 from cnx_deploy.data.folders import (
     VALIDATION_NAMES,
@@ -11,7 +12,6 @@ from cnx_deploy.data.folders import (
     validation_folder,
 )
 from cnx_deploy.data.manifest import is_manifest, read_manifest
-from cnx_deploy.errors import InputError
 
 __all__ = ["find_dataset", "find_images"]
 

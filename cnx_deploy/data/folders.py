@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from cnx_deploy.core.errors import InputError
 from cnx_deploy.data.dataset import Split
 from cnx_deploy.data.decoding import SUFFIXES
-from cnx_deploy.errors import InputError
 
 __all__ = [
     "VALIDATION_NAMES",

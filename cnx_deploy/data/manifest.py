@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.strict_json import shortened
 from cnx_deploy.data.dataset import Split
-from cnx_deploy.documents import shortened
-from cnx_deploy.errors import InputError
 
 __all__ = ["Manifest", "is_manifest", "read_manifest"]
 

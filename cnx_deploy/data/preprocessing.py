@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.manifest import Positive, Triple
+from cnx_deploy.core.strict_json import shortened, typed
+from cnx_deploy.core.variants import check_image_size
 from cnx_deploy.data.decoding import MAX_PIXELS, upright_rgb
-from cnx_deploy.documents import shortened, typed
-from cnx_deploy.errors import InputError
-from cnx_deploy.manifest import Positive, Triple
-from cnx_deploy.variants import check_image_size
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "runner_input"]
 

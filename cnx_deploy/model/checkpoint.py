@@ -16,8 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cnx_deploy.artifacts import WeightsRecord
-from cnx_deploy.errors import CheckpointError, CorruptArtifactError, DiskFullError, InputError
+from cnx_deploy.core.artifacts import WeightsRecord
+from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, DiskFullError, InputError
+from cnx_deploy.core.files import whole_file
+from cnx_deploy.core.variants import ALL_VARIANTS, VARIANTS, Variant, find_variant
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model, random_model
 from cnx_deploy.model.layouts import (
     difference_table,
@@ -29,8 +31,6 @@ from cnx_deploy.model.layouts import (
 )
 from cnx_deploy.model.pretrained import PRETRAINED_LICENCE, fetch_pretrained, variant_name_of_tag
 from cnx_deploy.model.weight_files import METADATA_KEY, WeightFile, read_weight_file
-from cnx_deploy.variants import ALL_VARIANTS, VARIANTS, Variant, find_variant
-from cnx_deploy.whole_files import whole_file
 
 __all__ = ["LoadedModel", "hash_weights", "load_checkpoint", "load_pretrained", "resolve_model", "save_checkpoint"]
 

@@ -9,9 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from cnx_deploy.errors import InputError
+from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.variants import Variant, check_image_size, find_variant
 from cnx_deploy.model.layers import EPS, Block, LayerNormChannelsFirst
-from cnx_deploy.variants import Variant, check_image_size, find_variant
 
 __all__ = ["ConvNeXtV2", "create_model", "random_model"]
 

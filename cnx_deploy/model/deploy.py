@@ -17,7 +17,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from cnx_deploy.errors import InputError
+from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.variants import Variant, check_image_size
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy_blocks import ChannelsFirstBlock, TokenBlock
 from cnx_deploy.model.deploy_layers import (
@@ -42,7 +43,6 @@ from cnx_deploy.model.folds import (
     norm_moves_fewer_bytes_on_patches,
 )
 from cnx_deploy.model.layers import Block
-from cnx_deploy.variants import Variant, check_image_size
 
 __all__ = [
     "BLOCK_PARTS",

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cnx_deploy.errors import CheckpointError
-from cnx_deploy.variants import V1_VARIANTS, VARIANTS, Variant
+from cnx_deploy.core.errors import CheckpointError
+from cnx_deploy.core.variants import V1_VARIANTS, VARIANTS, Variant
 
 __all__ = [
     "Difference",

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cnx_deploy.artifacts import sha256_of_file
+from cnx_deploy.core.artifacts import sha256_of_file
+from cnx_deploy.core.errors import CorruptArtifactError, InputError, MissingRequirementError
+from cnx_deploy.core.manifest import Count, Positive
+from cnx_deploy.core.strict_json import Finite, bounded_content, strict_json, typed
 from cnx_deploy.data import Preprocessing
-from cnx_deploy.documents import Finite, bounded_content, strict_json, typed
-from cnx_deploy.errors import CorruptArtifactError, InputError, MissingRequirementError
-from cnx_deploy.manifest import Count, Positive
 
 __all__ = ["PRETRAINED_LICENCE", "PRETRAINED_TAGS", "PretrainedFiles", "fetch_pretrained", "variant_name_of_tag"]
 

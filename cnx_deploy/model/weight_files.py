@@ -20,8 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cnx_deploy.documents import kind_of, strict_json
-from cnx_deploy.errors import CheckpointError, CorruptArtifactError, InputError, RefusedArtifactError
+from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, InputError, RefusedArtifactError
+from cnx_deploy.core.out_of_memory import memory_shortage
+from cnx_deploy.core.strict_json import kind_of, strict_json
 from cnx_deploy.model.weight_guards import (
     check_archive,
     check_safetensors_header,
@@ -29,7 +30,6 @@ from cnx_deploy.model.weight_guards import (
     check_total,
     claims_too_much,
 )
-from cnx_deploy.shortage import memory_shortage
 
 __all__ = ["METADATA_KEY", "UNREADABLE", "WeightFile", "read_pickle", "read_weight_file"]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnx_deploy.errors import CheckpointError, CorruptArtifactError, RefusedArtifactError
+from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, RefusedArtifactError
 
 __all__ = ["check_archive", "check_safetensors_header", "check_tensor", "check_total", "claims_too_much"]
 

@@ -8,7 +8,7 @@ from typing import Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
-from cnx_deploy.errors import InputError
+from cnx_deploy.core.errors import InputError
 
 __all__ = ["HoldsNothing", "InputSpec", "Runner", "RunnerInfo", "Split", "SplitRunner", "check_input"]
 

@@ -1,6 +1,6 @@
 """A CUDA stream of a runner's own: what TensorRT is told to work on, how it is timed, and how its work is captured.
 
-Not run by the machines this project was written on; `tests/trt_double.py` stands in for it.
+Not run by the machines this project was written on; `tests/support/trt_double.py` stands in for it.
 """
 
 from collections.abc import Callable

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnx_deploy.emulator.graph import Evaluation, Graph
-from cnx_deploy.environment import cpu_name
-from cnx_deploy.errors import InputError
+from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.system import cpu_name
 from cnx_deploy.runners.base import HoldsNothing, InputSpec, RunnerInfo, check_input
+from cnx_deploy.runners.emulator.graph import Evaluation, Graph
 
 __all__ = ["EmulatedRunner"]
 

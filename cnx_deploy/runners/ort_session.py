@@ -8,8 +8,8 @@ from typing import Any
 
 import onnxruntime
 
-from cnx_deploy.errors import CorruptArtifactError, InputError, MissingRequirementError
-from cnx_deploy.shortage import memory_shortage
+from cnx_deploy.core.errors import CorruptArtifactError, InputError, MissingRequirementError
+from cnx_deploy.core.out_of_memory import memory_shortage
 
 __all__ = ["LOAD_ERRORS", "RUN_ERRORS", "ends_of", "open_session"]
 

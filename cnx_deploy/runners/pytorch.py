@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from cnx_deploy.environment import cpu_name
+from cnx_deploy.core.system import cpu_name
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import DeploySpec, deploy_form
 from cnx_deploy.runners.base import HoldsNothing, InputSpec, RunnerInfo, check_input

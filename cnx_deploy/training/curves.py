@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cnx_deploy.documents import LARGEST, bounded_content, shortened
-from cnx_deploy.errors import CorruptArtifactError, InputError
-from cnx_deploy.plot_files import save_svg
+from cnx_deploy.core.errors import CorruptArtifactError, InputError
+from cnx_deploy.core.plotting import save_svg
+from cnx_deploy.core.strict_json import LARGEST, bounded_content, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from cnx_deploy.core.system import cpu_count
 from cnx_deploy.data import Preprocessing, Split, load_image, upright_rgb
-from cnx_deploy.environment import cpu_count
 from cnx_deploy.training.launch import Launch
 from cnx_deploy.training.sampling import ONE_PROCESS, EpochBatches
 

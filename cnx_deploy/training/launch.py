@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cnx_deploy.errors import InputError
+from cnx_deploy.core.errors import InputError
 
 __all__ = ["Launch", "launch_from_environment"]
 

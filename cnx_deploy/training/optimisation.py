@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from cnx_deploy.core.variants import Variant
 from cnx_deploy.training.spec import TrainingSpec
-from cnx_deploy.variants import Variant
 
 __all__ = ["cosine_with_warmup", "layer_count", "layer_index", "make_optimizer", "parameter_groups"]
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cnx_deploy.errors import InputError
+from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.variants import VARIANTS, Variant, find_variant
 from cnx_deploy.training.spec import TrainingSpec
-from cnx_deploy.variants import VARIANTS, Variant, find_variant
 
 __all__ = ["RECIPES", "recipe_options", "spec_from_recipe"]
 

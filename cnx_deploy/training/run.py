@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from cnx_deploy.core.errors import CheckpointError, InputError, MissingRequirementError
+from cnx_deploy.core.files import write_text
 from cnx_deploy.data import Dataset, find_dataset
-from cnx_deploy.errors import CheckpointError, InputError, MissingRequirementError
 from cnx_deploy.model.checkpoint import LoadedModel, load_checkpoint, resolve_model, save_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model
 from cnx_deploy.training.augmentation import ImageAugmentation
@@ -26,7 +27,6 @@ from cnx_deploy.training.run_folder import open_run, table_of, usable_state
 from cnx_deploy.training.sampling import EpochBatches
 from cnx_deploy.training.spec import TrainingSpec
 from cnx_deploy.training.state import Expected, check_state
-from cnx_deploy.whole_files import write_text
 
 if TYPE_CHECKING:
     from cnx_deploy.training.loop import Classifier

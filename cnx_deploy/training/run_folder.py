@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cnx_deploy.documents import Finite, bounded_content, shortened, strict_json, typed
-from cnx_deploy.errors import CorruptArtifactError, InputError, OutputExistsError
-from cnx_deploy.manifest import Count
-from cnx_deploy.manifest_reading import Preprocessing
+from cnx_deploy.core.errors import CorruptArtifactError, InputError, OutputExistsError
+from cnx_deploy.core.files import make_folder, room_errors, write_text
+from cnx_deploy.core.manifest import Count
+from cnx_deploy.core.manifest_reading import Preprocessing
+from cnx_deploy.core.strict_json import Finite, bounded_content, shortened, strict_json, typed
 from cnx_deploy.model.weight_files import UNREADABLE
 from cnx_deploy.model.weight_guards import check_archive
-from cnx_deploy.whole_files import make_folder, room_errors, write_text
 
 __all__ = ["STATE", "keep_state", "open_run", "table_of", "usable_state"]
 

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.variants import Variant, find_variant
 from cnx_deploy.data import Preprocessing
-from cnx_deploy.errors import InputError
 from cnx_deploy.training.launch import Launch
-from cnx_deploy.variants import Variant, find_variant
 
 __all__ = ["CHOICES", "TrainingSpec"]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cnx_deploy.documents import MAX_DEPTH, Finite, shortened, typed
-from cnx_deploy.errors import CorruptArtifactError
-from cnx_deploy.manifest import Count
+from cnx_deploy.core.errors import CorruptArtifactError
+from cnx_deploy.core.manifest import Count
+from cnx_deploy.core.strict_json import MAX_DEPTH, Finite, shortened, typed
 from cnx_deploy.model.weight_files import read_pickle
 
 __all__ = ["Expected", "check_optimizers", "check_state", "corrupt_state"]

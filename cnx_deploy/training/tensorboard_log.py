@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from cnx_deploy.errors import MissingRequirementError
+from cnx_deploy.core.errors import MissingRequirementError
 from cnx_deploy.training.records import EpochRecord, Progress, StepReport
 
 __all__ = ["TensorBoardLog"]

@@ -8,8 +8,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import lightning.pytorch as lightning
 
-from cnx_deploy.documents import typed
-from cnx_deploy.errors import TrainingError
+from cnx_deploy.core.errors import TrainingError
+from cnx_deploy.core.strict_json import typed
 from cnx_deploy.training.loop import Classifier
 from cnx_deploy.training.records import EpochRecord, Progress, StepReport
 from cnx_deploy.training.run_folder import keep_state

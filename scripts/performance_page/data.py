@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from cnx_deploy.bench.roofline import work_of
 from cnx_deploy.bench.statistics import Ratio
-from cnx_deploy.documents import bounded_content, strict_json
-from cnx_deploy.errors import InputError
-from cnx_deploy.roofline import work_of
+from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.strict_json import bounded_content, strict_json
 
 __all__ = [
     "BASELINE", "GROWTHS", "OURS", "PEERS", "WHOLE_BATCHES", "Comparison", "Document", "Speed", "comparisons", "growth",

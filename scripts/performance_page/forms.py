@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from cnx_deploy.documents import typed
-from cnx_deploy.manifest import Positive
+from cnx_deploy.core.manifest import Positive
+from cnx_deploy.core.strict_json import typed
 from performance_page.data import BASELINE, OURS, PEERS
 
 __all__ = ["check_form"]

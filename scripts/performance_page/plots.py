@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
-from cnx_deploy.errors import InputError
+from cnx_deploy.core.errors import InputError
 from performance_page.data import (
     BASELINE,
     GROWTHS,

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from cnx_deploy.roofline import work_of
-from cnx_deploy.variants import VARIANTS
+from cnx_deploy.bench.roofline import work_of
+from cnx_deploy.core.variants import VARIANTS
 from performance_page.data import (
     BASELINE,
     GROWTHS,

@@ -1,0 +1,1 @@
+"""What every stage stands on: errors, variants, precision, manifests, artifacts, files, the system."""

@@ -1,0 +1,166 @@
+"""Artifacts as later stages and people find them: opened, checked against their manifest, used again.
+
+An artifact is one or more files and a manifest `<stem>.json` beside them; `staging` puts them into place together.
+Nothing is given to a parser before its hash matches (docs/decisions/0008-hash-before-parse.md).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cnx_deploy.core.errors import CorruptArtifactError, InputError, OutputExistsError, RefusedArtifactError
+from cnx_deploy.core.files import sha256_of_file
+from cnx_deploy.core.manifest import (
+    SUFFIXES,
+    Artifact,
+    ArtifactKind,
+    FileRecord,
+    Manifest,
+    ModelRecord,
+    WeightsRecord,
+    relative_reference,
+)
+from cnx_deploy.core.manifest_reading import MAX_MANIFEST_BYTES, manifest_from_json
+from cnx_deploy.core.staging import Staging, finish_commits, stage_artifact
+from cnx_deploy.core.system import tool_versions
+
+__all__ = [
+    "Artifact",
+    "FileRecord",
+    "Manifest",
+    "ModelRecord",
+    "Staging",
+    "WeightsRecord",
+    "artifact_stem",
+    "check_file",
+    "find_artifacts",
+    "open_artifact",
+    "read_artifact",
+    "refused_engine",
+    "relative_reference",
+    "reusable_artifact",
+    "sha256_of_file",
+    "stage_artifact",
+]
+
+
+def artifact_stem(
+    name: str, image_size: int, precision: str, runtime: str | None = None, target: str | None = None
+) -> str:
+    """`<name>-<image size>-<precision>[-<runtime>-<target>]`, the file name without its suffix."""
+    if not name or Path(name).name != name or name.startswith("."):
+        raise InputError(
+            f"{name!r} cannot be an artifact's name: give a plain file name without a folder or leading dot."
+        )
+    return "-".join(str(part) for part in (name, image_size, precision, runtime, target) if part is not None)
+
+
+def open_artifact(path: Path) -> Artifact:
+    """Read an artifact's manifest and check every file's size and hash against it.
+
+    Raises InputError when there is no such file or no manifest, RefusedArtifactError for an engine without one,
+    CorruptArtifactError when bytes differ.
+    """
+    artifact = read_artifact(path)
+    while True:
+        try:
+            for record in artifact.manifest.files:
+                check_file(artifact.path.parent / record.name, record)
+        except (CorruptArtifactError, InputError):
+            now = read_artifact(path)
+            if now == artifact:
+                raise
+            artifact = now  # another process replaced it between its manifest and its files
+        else:
+            return artifact
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Read an artifact's manifest alone, no hash checked; same errors as `open_artifact`."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: expected an artifact's file. Name one that is in it.")
+    manifest_path = path if path.suffix == ".json" else path.with_suffix(".json")
+    finish_commits(path.parent)
+    if not manifest_path.is_file() and path.suffix == SUFFIXES["engine"] and path.exists():
+        raise refused_engine(path)
+    if not manifest_path.is_file():
+        what = "has no manifest" if path.exists() else "does not exist"
+        raise InputError(f"{path} {what}: expected {manifest_path.name} beside it. Make it again with cnx-deploy.")
+    try:
+        with manifest_path.open("rb") as stream:
+            manifest = manifest_from_json(stream.read(MAX_MANIFEST_BYTES + 1), manifest_path.stem)
+    except ValueError as error:
+        raise CorruptArtifactError(
+            f"{manifest_path} is not a manifest this version can read ({error}). Make the artifact again with --force."
+        ) from error
+    return Artifact(manifest_path.parent / manifest.files[0].name, manifest)
+
+
+def refused_engine(path: Path) -> RefusedArtifactError:
+    """What is said of an engine that no manifest names: to load it would be to run whatever is in it."""
+    return RefusedArtifactError(
+        f"{path} is refused: an engine is native code, and no manifest beside it names it and its hash. "
+        "Build it with cnx-deploy build-trt, or put its manifest back."
+    )
+
+
+def find_artifacts(directory: Path, kind: ArtifactKind | None = None) -> list[Artifact]:
+    """Return the artifacts recorded in a folder, by name, without checking hashes; empty if there is no folder."""
+    finish_commits(directory)
+    artifacts = [read_artifact(path) for path in sorted(directory.glob("*.json"))]
+    return [artifact for artifact in artifacts if kind in (None, artifact.manifest.kind)]
+
+
+def reusable_artifact(
+    directory: Path,
+    stem: str,
+    kind: ArtifactKind,
+    request: Mapping[str, Any],
+    source_sha256: str,
+    *,
+    force: bool,
+) -> Artifact | None:
+    """Return the artifact that the same inputs made, None when the place is free or `force` is set.
+
+    Raises OutputExistsError when something else is there, CorruptArtifactError when it was altered since.
+    """
+    main = directory / f"{stem}{SUFFIXES[kind]}"
+    manifest_path = directory / f"{stem}.json"
+    if force or not (main.exists() or manifest_path.exists()):
+        return None
+    if manifest_path.exists():
+        found = read_artifact(manifest_path)
+        same = _canonical(found.manifest.request) == _canonical(request) and found.manifest.kind == kind
+        if same and found.manifest.source_sha256 == source_sha256:
+            if not main.exists():  # a record without its binary, as committed records are: make it again
+                return None
+            if found.manifest.tools == tool_versions():
+                return replace(open_artifact(main), reused=True)
+    raise OutputExistsError(
+        f"{main} exists and was made from other inputs or by other versions. "
+        "Use --force to replace it, or another --name or --output-dir."
+    )
+
+
+def check_file(path: Path, record: FileRecord) -> None:
+    """Raise InputError where a recorded file is missing, CorruptArtifactError where its size or hash differs."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing; its manifest is here. Make it again with cnx-deploy.")
+    size = path.stat().st_size
+    if size != record.size_bytes:
+        raise CorruptArtifactError(
+            f"{path} has {size} bytes, its manifest says {record.size_bytes}. Make it again with --force."
+        )
+    found = sha256_of_file(path)
+    if found != record.sha256:
+        raise CorruptArtifactError(
+            f"{path} was altered: SHA-256 {found[:12]}…, its manifest says {record.sha256[:12]}…. "
+            "Make it again with --force."
+        )
+
+
+def _canonical(value: Any) -> Any:
+    """The value as JSON would give it back (tuples become lists)."""
+    return json.loads(json.dumps(value, sort_keys=True))

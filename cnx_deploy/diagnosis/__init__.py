@@ -1,0 +1,1 @@
+"""Why an artifact does not compute what its network does: ranges, layers, links, modules."""

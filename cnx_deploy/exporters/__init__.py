@@ -1,0 +1,1 @@
+"""Deploy form to ONNX files, and ONNX files to TensorRT engines."""

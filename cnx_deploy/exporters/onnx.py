@@ -1,0 +1,256 @@
+"""Deploy form to ONNX: one exporter, standard operators, the same bytes each time.
+
+torch's exporter does the translation; what is ours is the name of every node (its torch module), the metadata, the
+rule for large weights and the checks.
+"""
+
+import contextlib
+import json
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from cnx_deploy.core.artifacts import (
+    Artifact,
+    Manifest,
+    ModelRecord,
+    artifact_stem,
+    reusable_artifact,
+    stage_artifact,
+)
+from cnx_deploy.core.errors import ExportError, InputError, OutputExistsError
+from cnx_deploy.exporters.graph_rules import GraphFacts
+from cnx_deploy.exporters.onnx_checks import check_export, opset_for
+from cnx_deploy.exporters.tracing_memory import forgotten_sources, release_shapes
+from cnx_deploy.model.convnextv2 import ConvNeXtV2
+from cnx_deploy.model.deploy import FORM, DeployedConvNeXtV2, DeploySpec, deploy_form
+from cnx_deploy.runners.base import InputSpec
+
+__all__ = ["ExportSpec", "deploy_spec_from_request", "export_onnx"]
+
+EXTERNAL_DATA_BYTES = 1 << 30
+"""Weights above 1 GiB go to one file beside the model: protobuf ends at 2 GiB, and copies are held while writing."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSpec:
+    """What to export. `batch` is (smallest, typical, largest); equal ends give a fixed batch.
+
+    `name` is the file name's first part, the variant's name by default.
+    """
+
+    deploy: DeploySpec = field(default_factory=DeploySpec)
+    batch: tuple[int, int, int] = (1, 8, 64)
+    name: str | None = None
+    external_data_bytes: int = EXTERNAL_DATA_BYTES
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2]:
+            raise InputError(
+                f"A batch range is smallest:typical:largest, each at least 1, not {self.batch}. Give it so."
+            )
+        if self.deploy.precision == "fp64":
+            raise InputError("FP64 exists to prove the deploy form; export fp32, fp16 or bf16.")
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What the manifest keeps of the request; parts kept in FP32 only where there are any."""
+        deploy = asdict(self.deploy)
+        if not deploy["keep_fp32"]:
+            del deploy["keep_fp32"]
+        return {**deploy, "batch": list(self.batch), "opset": opset_for(self.deploy.precision), "form": FORM}
+
+
+def deploy_spec_from_request(request: Mapping[str, Any]) -> DeploySpec:
+    """The deploy form that a manifest's request asked for."""
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in request.items()
+        if name in DeploySpec.__dataclass_fields__
+    }
+    return DeploySpec(**values)
+
+
+def export_onnx(
+    model: ConvNeXtV2,
+    record: ModelRecord,
+    spec: ExportSpec,
+    output_dir: Path,
+    *,
+    force: bool = False,
+    verify: Callable[[Path], Mapping[str, Any]] | None = None,
+) -> tuple[Artifact, bool]:
+    """Export `model` to `<output_dir>/<name>-<size>-<precision>.onnx` with its manifest.
+
+    `verify` is called with the path of the written file before it is put into place; it raises to stop the export, and
+    what it returns goes into the manifest's facts as "parity". Returns the artifact and whether it was reused.
+
+    Raises OutputExistsError when other inputs made what is there, ExportError when torch cannot export,
+    GraphCheckError when the graph is not what it should be. `model` is left as it was.
+    """
+    stem = artifact_stem(spec.name or record.variant, spec.deploy.image_size, spec.deploy.precision)
+    with stage_artifact(output_dir, stem) as staging:
+        found = reusable_artifact(output_dir, stem, "onnx", spec.request, record.weights.sha256, force=force)
+        if found is not None:
+            _check_description(found, record, spec)
+            return found, True
+        path = staging.folder / f"{stem}.onnx"
+        deployed = deploy_form(model, spec.deploy)
+        norm_on_patches = deployed.norm_on_patches
+        graph = _graph_from_module(deployed, spec)
+        del deployed
+        _write(graph, record, spec, path)
+        del graph  # with it the folded weights, which are not needed while the file is checked
+        facts = check_export(
+            path,
+            variant=model.variant,
+            layout=str(spec.deploy.layout),
+            batch=spec.batch,
+            opset=opset_for(spec.deploy.precision),
+            leave_out=spec.deploy.leave_out,
+            norm_on_patches=norm_on_patches,
+        )
+        parity = dict(verify(path)) if verify is not None else None
+        manifest = Manifest(
+            kind="onnx",
+            stem=stem,
+            files=staging.record(*sorted(file.name for file in staging.folder.iterdir())),
+            model=record,
+            request=spec.request,
+            source_name=f"{record.weights.origin}:{record.weights.reference}",
+            source_sha256=record.weights.sha256,
+            facts={**_facts_record(facts), "parity": parity},
+        )
+        return staging.commit(manifest), False
+
+
+def _check_description(found: Artifact, record: ModelRecord, spec: ExportSpec) -> None:
+    """Raise OutputExistsError where the file's metadata is not what it would be now: the weights' hash cannot tell."""
+    old, new = _metadata(found.manifest.model, spec), _metadata(record, spec)
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if differing:
+        raise OutputExistsError(
+            f"{found.path} holds the same weights but other metadata ({', '.join(differing)}). "
+            "Use --force to replace it, or another --name or --output-dir."
+        )
+
+
+def _graph_from_module(module: DeployedConvNeXtV2, spec: ExportSpec) -> ir.Model:
+    smallest, _, largest = spec.batch
+    dynamic = smallest != largest
+    # torch specialises an example batch of 1 on some versions; 2 stays symbolic on all.
+    example_batch = max(smallest, 2) if dynamic else smallest
+    inputs = InputSpec(spec.deploy.input_kind, spec.deploy.image_size)
+    example = torch.zeros(inputs.shape(example_batch), dtype=inputs.dtype)
+    batch_axis = torch.export.Dim("batch", min=smallest, max=largest) if dynamic else None
+    try:
+        with _quiet_exporter(), forgotten_sources():
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                opset_version=opset_for(spec.deploy.precision),
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: batch_axis},) if dynamic else None,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ExportError(f"torch {torch.__version__} cannot export the model: {error}") from error
+    if program is None:
+        raise ExportError(
+            f"torch {torch.__version__} exported nothing and gave no reason: expected a program. Use the torch of "
+            "constraints.txt."
+        )
+    release_shapes(program)
+    return program.model
+
+
+def _write(graph: ir.Model, record: ModelRecord, spec: ExportSpec, path: Path) -> None:
+    """Name, describe and save the graph; weights beyond the limit go to `<file>.data`."""
+    _name_nodes(graph)
+    _strip_debug_metadata(graph)
+    graph.producer_name, graph.producer_version, graph.doc_string = "cnx-deploy", None, None
+    graph.metadata_props.clear()
+    graph.metadata_props.update(_metadata(record, spec))
+    weight_bytes = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value)
+    external = f"{path.name}.data" if weight_bytes > spec.external_data_bytes else None
+    ir.save(graph, path, external_data=external)
+
+
+def _name_nodes(graph: ir.Model) -> None:
+    """Name each node `<torch module>/<operator>`, numbered where a module has several of a kind."""
+    seen: Counter[str] = Counter()
+    for node in graph.graph:
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")
+        modules = [scope for scope in _parse_scopes(scopes)[:-1] if scope]
+        base = f"{modules[-1] if modules else 'model'}/{node.op_type}"
+        seen[base] += 1
+        node.name = base if seen[base] == 1 else f"{base}_{seen[base]}"
+
+
+def _parse_scopes(text: str) -> list[str]:
+    """The exporter writes the scopes as a Python list of strings, which is JSON but for its quotes."""
+    return [str(scope) for scope in json.loads(text.replace("'", '"'))]
+
+
+def _strip_debug_metadata(graph: ir.Model) -> None:
+    """Drop what the exporter keeps for debugging: it holds stack traces with paths of the exporting machine."""
+    for node in graph.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*graph.graph.inputs, *graph.graph.initializers.values()):
+        value.metadata_props.clear()
+    graph.graph.metadata_props.clear()
+    graph.graph.name = "convnextv2"
+
+
+def _metadata(record: ModelRecord, spec: ExportSpec) -> dict[str, str]:
+    entries = {
+        "variant": record.variant,
+        "num_classes": str(record.num_classes),
+        "image_size": str(spec.deploy.image_size),
+        "precision": spec.deploy.precision,
+        "input": spec.deploy.input_kind,
+        "batch": ":".join(str(size) for size in spec.batch),
+        "preprocessing": json.dumps(dict(record.preprocessing), sort_keys=True),
+        "weights_sha256": record.weights.sha256,
+        "weights_origin": record.weights.origin,
+        "licence": record.weights.licence,
+    }
+    if record.class_names:
+        entries["class_names"] = json.dumps(record.class_names, ensure_ascii=False)
+    return {f"cnx_deploy.{key}": value for key, value in sorted(entries.items())}
+
+
+def _facts_record(facts: GraphFacts) -> dict[str, Any]:
+    return {
+        "operators": dict(facts.operators),
+        "types": dict(facts.types),
+        "half_share": round(facts.half_share, 4),
+        "inputs": {name: [kind, list(shape)] for name, (kind, shape) in facts.inputs.items()},
+        "outputs": {name: [kind, list(shape)] for name, (kind, shape) in facts.outputs.items()},
+    }
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep the exporter's progress lines and deprecation notices of its own internals from the user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,172 @@
+"""What TensorRT itself is asked to do for an engine, apart so that it can run in a process of its own.
+
+This module loads neither torch nor onnx: a child that starts with it is ready in a third of a second.
+"""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cnx_deploy.core.child_process import Limits
+from cnx_deploy.core.errors import BuildError, InputError
+from cnx_deploy.core.system import find_gpus
+from cnx_deploy.exporters.trt.backend import Backend, load_backend
+from cnx_deploy.exporters.trt.compiled import measure_compiled
+from cnx_deploy.exporters.trt.kernel_log import kernels_in_log
+from cnx_deploy.exporters.trt.network import NetworkBuild, Progress, half_share, type_census
+
+__all__ = ["BuildSpec", "compile_task", "compiled_engine", "limits_for", "measure_task", "task_of"]
+
+MIN_HALF_SHARE = 0.95
+"""Least share of HALF among matrix products and convolutions of an FP16 file: ours have 1.0, an FP32 graph 0."""
+
+LISTS_KERNELS = "tensorrt-rtx"
+"""The runtime whose log `trt.kernel_log` reads; TensorRT proper has another format and builds for minutes."""
+
+LONGEST_SECONDS = 4 * 3600.0
+MEMORY_BYTES, MEMORY_PER_BYTE = 8 << 30, 16
+
+NO_HALF_DEPTHWISE = ("No low-precision conv kernel", "Could not find any implementation")
+
+
+@dataclass(frozen=True, slots=True)
+class BuildSpec:
+    """What to build. One optimisation profile a batch range (smallest, typical, largest).
+
+    TF32 lets FP32 matrix products and convolutions keep ten bits of mantissa; it is off unless asked for.
+    `measure` compiles the graph a second time for a fixed batch to record kernels and traffic.
+    """
+
+    runtime: str = "auto"
+    target: str = "sm89"
+    batches: tuple[tuple[int, int, int], ...] = ((1, 8, 64),)
+    allow_tf32: bool = False
+    measure: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.batches or any(not 1 <= low <= typical <= high for low, typical, high in self.batches):
+            raise InputError(
+                f"Batch ranges are smallest:typical:largest, each at least 1, not {self.batches}. Give them so, as "
+                "in 1:8:64."
+            )
+
+
+def compile_task(onnx: str, request: dict[str, Any], spec: dict[str, Any], plan: str) -> dict[str, Any]:
+    """`compiled_engine` for a child process: the engine goes to the file `plan`, what was found is returned."""
+    batches = tuple((low, typical, high) for low, typical, high in spec["batches"])
+    asked = BuildSpec(**{**spec, "batches": batches})
+    content, facts = compiled_engine(load_backend(asked.runtime), Path(onnx), request, asked, None)
+    Path(plan).write_bytes(content)
+    return facts
+
+
+def measure_task(onnx: str, target: str, batch: int) -> dict[str, Any]:
+    """What TensorRT-RTX makes of any ONNX file for a fixed batch, for a child process: `CompiledEngine.to_dict`."""
+    with _written_for(Path(onnx), target) as path:
+        return measure_compiled(path, batch=batch, target=target, backend=load_backend(LISTS_KERNELS)).to_dict()
+
+
+def limits_for(onnx_bytes: int) -> Limits:
+    """What TensorRT may use for one file: hours, and far more memory than any build here took."""
+    return Limits(LONGEST_SECONDS, MEMORY_BYTES + MEMORY_PER_BYTE * onnx_bytes)
+
+
+def task_of(onnx: Path, request: Mapping[str, Any], spec: BuildSpec, plan: Path) -> dict[str, Any]:
+    """The arguments of `compile_task`, as JSON can hold them."""
+    return {"onnx": str(onnx.resolve()), "request": dict(request), "spec": asdict(spec), "plan": str(plan.resolve())}
+
+
+def compiled_engine(
+    backend: Backend, source: Path, request: Mapping[str, Any], spec: BuildSpec, progress: Progress | None
+) -> tuple[bytes, dict[str, Any]]:
+    """The engine's bytes, and what was found on the way. `request`: of the ONNX file's manifest."""
+    gpu = find_gpus()[0].target if spec.target == "current" else spec.target
+    rewrites = backend.name == LISTS_KERNELS  # how the other one compiles depthwise convolutions is not known here
+    with _written_for(source, gpu) if rewrites else contextlib.nullcontext(source) as path:
+        start = time.monotonic()
+        build, plan, fallback = _serialised(backend, path, request, spec, progress)
+        facts: dict[str, Any] = {
+            "runtime_version": backend.version,
+            "build_seconds": round(time.monotonic() - start, 2),
+            "census": type_census(build.network),
+            "half_share_of_products": round(half_share(build.network), 4),
+            "depthwise_fp32_fallback": fallback,
+            "depthwise_in_groups_of": 1 if path == source else _channels_per_group(),
+            "range_warnings": list(build.range_warnings()),
+            "kernels_by_profile": _kernels_by_profile(build, spec),
+            "run": "not run: built ahead of time" if spec.target != "current" else "not run yet: see verify",
+        }
+        if spec.target == "current":
+            facts["gpu"] = gpu
+        if spec.measure and backend.name == LISTS_KERNELS and not fallback:
+            batch = spec.batches[-1][2]
+            compiled = measure_compiled(path, batch=batch, target=spec.target, backend=backend, progress=progress)
+            facts["compiled"] = compiled.to_dict()
+    return plan, facts
+
+
+def _kernels_by_profile(build: NetworkBuild, spec: BuildSpec) -> dict[str, int]:
+    """Kernels the engine itself launches, by batch range: each profile is compiled for itself."""
+    if build.backend.name != LISTS_KERNELS:
+        return {}
+    counts = Counter(kernel.profile for kernel in kernels_in_log(text for _, text in build.log.messages))
+    return {":".join(map(str, sizes)): counts[index] for index, sizes in enumerate(spec.batches) if counts[index]}
+
+
+def _serialised(
+    backend: Backend, path: Path, request: Mapping[str, Any], spec: BuildSpec, progress: Progress | None
+) -> tuple[NetworkBuild, bytes, bool]:
+    """Build as the file says; where TensorRT has no FP16 depthwise kernel, once more with those layers in FP32.
+
+    TensorRT 11.2 has none on some GPUs (NVIDIA/TensorRT issue 4838).
+    """
+    try:
+        build = NetworkBuild(backend, path)
+        _check_half_share(build, request)
+        return build, build.serialise(_config(build, spec), progress), False
+    except BuildError as error:
+        if request["precision"] != "fp16" or not any(text in str(error) for text in NO_HALF_DEPTHWISE):
+            raise
+    from cnx_deploy.exporters.trt.depthwise import with_depthwise_in_fp32
+
+    with with_depthwise_in_fp32(path) as widened:
+        build = NetworkBuild(backend, widened)
+        return build, build.serialise(_config(build, spec), progress), True
+
+
+def _config(build: NetworkBuild, spec: BuildSpec) -> Any:
+    return build.config(spec.target, allow_tf32=spec.allow_tf32, batches=spec.batches)
+
+
+def _check_half_share(build: NetworkBuild, request: Mapping[str, Any]) -> None:
+    """Raise BuildError for a file that computes in FP32 what it says it computes in half, parts it keeps left out."""
+    precision = request["precision"]
+    share = half_share(build.network, request.get("keep_fp32", ()))
+    if precision != "fp32" and share < MIN_HALF_SHARE:
+        raise BuildError(
+            f"{build.onnx_path.name} calls itself {precision.upper()}, but only {share:.0%} of its matrix products and "
+            f"convolutions are (at least {MIN_HALF_SHARE:.0%} expected). Export it again with --precision {precision} "
+            "--force."
+        )
+
+
+@contextlib.contextmanager
+def _written_for(source: Path, gpu: str) -> Iterator[Path]:
+    """The file to compile for a GPU; onnx is loaded only where it has to be written otherwise."""
+    if gpu != "sm75":
+        yield source
+        return
+    from cnx_deploy.exporters.trt.depthwise import written_for
+
+    with written_for(source, gpu) as path:
+        yield path
+
+
+def _channels_per_group() -> int:
+    from cnx_deploy.exporters.trt.depthwise import CHANNELS_PER_GROUP
+
+    return CHANNELS_PER_GROUP

@@ -1,0 +1,182 @@
+"""The kernels of a compiled engine as the compiler's log lists them: name, kind, tensors, place in the network.
+
+The compiler logs the list when profiling verbosity is DETAILED: a message that begins with "Layers:" and has a line a
+kernel up to the first empty line. A line that cannot be read is an error: left out, it would make the engine look
+smaller than it is.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from cnx_deploy.core.errors import BuildError
+from cnx_deploy.exporters.trt.kernel_names import LAYOUT, UNKNOWN, block_of, operation_of, stage_of
+
+__all__ = ["CompiledKernel", "KernelTensor", "Role", "kernels_in_log"]
+
+Role = Literal["input", "constant", "output"]
+
+ELEMENT_BYTES = {
+    "Half": 2, "BFloat16": 2, "BF16": 2, "Float": 4, "Int8": 1, "FP8": 1, "Int32": 4, "Int64": 8, "Bool": 1, "UInt8": 1,
+}  # fmt: skip
+HEADING = "Layers:"
+LINE = re.compile(
+    r"^Name: (?P<name>.+?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], "
+    r"Outputs: \[(?P<outputs>.*?)\], TacticName: .*?Metadata: ?(?P<metadata>.*)$"
+)
+TENSOR = re.compile(r"\{ Name: (?P<name>[^{}]+?), Dimensions: \[(?P<shape>[^\]]*)\],[^{}]*? Datatype: (?P<type>\w+),")
+SOURCE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+PROFILE = re.compile(r"_myl(\d+)_\d+$")
+SHAPE_COMPUTATION = "shape_call"
+"""Kind of the lines that stand for work of the host on sizes; they launch nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelTensor:
+    """A tensor that a kernel reads or writes. A size the log leaves open, as with a dynamic batch, is -1."""
+
+    name: str
+    role: Role
+    shape: tuple[int, ...]
+    type: str
+
+    @property
+    def size_bytes(self) -> int | None:
+        """Bytes of all its elements; None where a size is open."""
+        return None if any(size < 0 for size in self.shape) else math.prod(self.shape) * ELEMENT_BYTES[self.type]
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape)) or 'scalar'} {self.type}"
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledKernel:
+    """One kernel launch. Bytes are for the whole batch, None where the log shows a dynamic size.
+
+    `sources` are the ONNX nodes it comes from, named after their torch modules; `block` ("stages.2.3", "stem") and
+    `operation` ("pwconv1+gelu") are read from them by `kernel_names`. A tensor that it reads in two places, as
+    x + x·g does, is in `tensors` once: its elements come from memory once.
+    """
+
+    name: str
+    kind: str
+    block: str
+    operation: str
+    tensors: tuple[KernelTensor, ...]
+    sources: tuple[str, ...]
+
+    @property
+    def input_bytes(self) -> int | None:
+        """Bytes of what other kernels or the caller wrote."""
+        return self._bytes("input")
+
+    @property
+    def constant_bytes(self) -> int | None:
+        """Bytes of weights and other constants."""
+        return self._bytes("constant")
+
+    @property
+    def output_bytes(self) -> int | None:
+        """Bytes it writes."""
+        return self._bytes("output")
+
+    @property
+    def total_bytes(self) -> int:
+        """All it reads and writes, open sizes left out."""
+        parts = (self.input_bytes, self.constant_bytes, self.output_bytes)
+        return sum(part for part in parts if part is not None)
+
+    @property
+    def profile(self) -> int:
+        """Index of the optimisation profile it was compiled for, which is the last number but one in its name."""
+        match = PROFILE.search(self.name)
+        return int(match[1]) if match else 0
+
+    @property
+    def stage(self) -> str:
+        """The block without its number in the stage: "stages.2"."""
+        return stage_of(self.block)
+
+    def _bytes(self, role: Role) -> int | None:
+        sizes = [tensor.size_bytes for tensor in self.tensors if tensor.role == role]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
+
+
+def kernels_in_log(messages: Iterable[str]) -> tuple[CompiledKernel, ...]:
+    """The kernels that a build's log lists, in the order they run in; the host's computations of sizes are left out.
+
+    Raises BuildError for a line, a tensor or a type that is not in the format known here.
+    """
+    matches = [_match(line) for message in messages for line in _kernel_lines(message)]
+    return _placed([_kernel(match) for match in matches if match["kind"] != SHAPE_COMPUTATION])
+
+
+def _kernel_lines(message: str) -> Iterator[str]:
+    """The lines below the heading, up to the first empty one."""
+    lines = iter(message.splitlines())
+    if next(lines, "").strip() != HEADING:
+        return
+    for line in lines:
+        if not line.strip():
+            return
+        yield line.strip()
+
+
+def _match(line: str) -> re.Match[str]:
+    match = LINE.match(line)
+    if match is None:
+        raise BuildError(_unknown_format("line", line))
+    return match
+
+
+def _kernel(match: re.Match[str]) -> CompiledKernel:
+    name, kind = match["name"], match["kind"]
+    sources = tuple(dict.fromkeys(SOURCE.findall(match["metadata"])))
+    tensors = (
+        *_tensors(match["inputs"], "input"),
+        *_tensors(match["constants"], "constant"),
+        *_tensors(match["outputs"], "output"),
+    )
+    block, operation = block_of(name, kind, sources), operation_of(name, kind, sources)
+    return CompiledKernel(name, kind, block, operation, tuple(dict.fromkeys(tensors)), sources)
+
+
+def _tensors(text: str, role: Role) -> Iterator[KernelTensor]:
+    found = list(TENSOR.finditer(text))
+    if len(found) != text.count("{"):
+        raise BuildError(_unknown_format("tensor", text))
+    for match in found:
+        if match["type"] not in ELEMENT_BYTES:
+            raise BuildError(
+                f"The compiler's log names a type {match['type']!r} whose size is not known here: expected one of "
+                f"{', '.join(ELEMENT_BYTES)}. Install the TensorRT-RTX that constraints.txt names."
+            )
+        shape = tuple(int(size) for size in match["shape"].split(",") if size)
+        yield KernelTensor(match["name"], role, shape, match["type"])
+
+
+def _unknown_format(what: str, text: str) -> str:
+    return (
+        f"The compiler's list of kernels has a {what} in a format not known here: {text.strip()[:120]!r}. "
+        "Use a tested version (constraints.txt)."
+    )
+
+
+def _placed(kernels: Sequence[CompiledKernel]) -> tuple[CompiledKernel, ...]:
+    """The kernels; one that only moves data and names no block gets the one it moves data to, or else from."""
+    block_at = {(tensor.role, tensor.name): kernel.block for kernel in reversed(kernels) for tensor in kernel.tensors}
+    return tuple(
+        replace(kernel, block=_neighbour(kernel, block_at))
+        if kernel.block == UNKNOWN and kernel.operation == LAYOUT
+        else kernel
+        for kernel in kernels
+    )
+
+
+def _neighbour(kernel: CompiledKernel, block_at: Mapping[tuple[Role, str], str]) -> str:
+    """The block that first reads what the kernel writes, or else the one that writes what it reads."""
+    readers = [block_at.get(("input", tensor.name), UNKNOWN) for tensor in kernel.tensors if tensor.role == "output"]
+    writers = [block_at.get(("output", tensor.name), UNKNOWN) for tensor in kernel.tensors if tensor.role == "input"]
+    return next((block for block in (*readers, *writers) if block != UNKNOWN), UNKNOWN)

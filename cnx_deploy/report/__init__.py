@@ -1,0 +1,1 @@
+"""Records and tables, the HTML page, and what this machine can do."""

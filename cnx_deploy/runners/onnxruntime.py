@@ -1,0 +1,133 @@
+"""ONNX Runtime runner, with inputs and outputs bound to torch tensors."""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+
+from cnx_deploy.core.errors import CnxDeployError, CorruptArtifactError
+from cnx_deploy.core.system import cpu_count, cpu_name
+from cnx_deploy.runners.base import InputSpec, RunnerInfo, check_input
+from cnx_deploy.runners.ort_session import LOAD_ERRORS, ends_of, open_session
+
+__all__ = ["OrtRunner"]
+
+
+class OrtRunner:
+    """Run an ONNX file; see `runners.base.Runner`.
+
+    Args:
+        path: a file whose hash or graph has been checked.
+        device: "cpu" or "cuda". Another provider than the one asked for is an error, never a slower number.
+        threads: intra-operator threads; None for all processors this process may use.
+        spin: whether idle threads wait by spinning, between the operators of one call only: after it they stop, or they
+            would take the processors from whoever runs next. On two free processors atto at batch 1 is 1.2 times as
+            fast; where others work on the same processors it is half as fast.
+        thread_per_image: on a CPU, give each thread images of its own instead of a share of each operator: nobody waits
+            at the end of an operator, and what an image needs stays near its processor. On two threads a batch of 8 is
+            1.1 times as fast. It takes a second session, with its own copy of the weights; images left over when the
+            batch is no multiple of the threads, and files that do not take one image, run as without it.
+        optimise: graph optimisations; off tells a fault of the graph from a fault of a fusion.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        spin: bool = True,
+        thread_per_image: bool = False,
+        optimise: bool = True,
+    ) -> None:
+        self._threads = threads = threads or cpu_count()
+        self._session = open_session(path, device=device, threads=threads, spin=spin, optimise=optimise)
+        source, target = ends_of(self._session, path)
+        self._input_name, self._output_name, self._classes = source.name, target.name, int(target.shape[-1])
+        self._path = path
+        described: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        self.input_spec = _input_spec(source, described.get("cnx_deploy.batch"), path)
+        self.device = torch.device(device)
+        self._held = ExitStack()
+        self._image_session = self._pool = None
+        if thread_per_image and device == "cpu" and threads > 1 and self.input_spec.min_batch <= 1:
+            self._image_session = open_session(path, device=device, optimise=optimise)
+            self._pool = self._held.enter_context(ThreadPoolExecutor(threads))
+        precision = described.get("cnx_deploy.precision", "unknown")
+        self.info = RunnerInfo(
+            backend="onnxruntime",
+            version=onnxruntime.__version__,
+            device=cpu_name() if device == "cpu" else torch.cuda.get_device_name(),
+            precision=precision,
+            arithmetic="fp32" if device == "cpu" else precision,
+            details=(
+                ("provider", self._session.get_providers()[0]),
+                ("threads", str(threads)),
+                ("spinning", "within a call" if spin else "off"),
+                ("a thread has", "images of its own" if self._pool is not None else "a share of each operator"),
+                ("optimisations", "all" if optimise else "none"),
+            ),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held.close()
+
+    def run(self, images: Tensor) -> Tensor:
+        """Raw images -> (N, num_classes) float32 logits."""
+        check_input(images, self.input_spec)
+        images = images.contiguous()
+        logits = torch.empty((len(images), self._classes), dtype=torch.float32, device=self.device)
+        alone = len(images) // self._threads * self._threads if self._pool is not None else 0
+        if self._pool is not None and alone:
+            shares = [range(first, alone, self._threads) for first in range(self._threads)]
+            list(self._pool.map(lambda share: self._run_each(share, images, logits), shares))
+        if alone < len(images):
+            self._bound_run(self._session, images[alone:], logits[alone:])
+        return logits
+
+    def _run_each(self, share: Iterable[int], images: Tensor, logits: Tensor) -> None:
+        for index in share:
+            self._bound_run(self._image_session, images[index : index + 1], logits[index : index + 1])
+
+    def _bound_run(self, session: Any, images: Tensor, logits: Tensor) -> None:
+        """Contiguous images -> `logits`, in place."""
+        binding = session.io_binding()
+        kind = np.uint8 if images.dtype == torch.uint8 else np.float32
+        place = (self.device.type, self.device.index or 0)
+        binding.bind_input(self._input_name, *place, kind, tuple(images.shape), images.data_ptr())
+        binding.bind_output(self._output_name, *place, np.float32, tuple(logits.shape), logits.data_ptr())
+        try:
+            session.run_with_iobinding(binding)
+        except (*LOAD_ERRORS, RuntimeError) as error:
+            raise CnxDeployError(
+                f"ONNX Runtime cannot run {self._path} on a batch of {len(images)} ({str(error).splitlines()[0]}). "
+                "Give a smaller batch, or export the network again."
+            ) from error
+
+
+def _input_spec(source: Any, batch_range: str | None, path: Path) -> InputSpec:
+    """What the graph takes; a dynamic batch only within the range it was exported for, where the file names one."""
+    kind = "uint8" if source.type == "tensor(uint8)" else "float"
+    batch = source.shape[0]
+    if isinstance(batch, int):
+        return InputSpec(kind, int(source.shape[2]), batch, batch)
+    if batch_range is None:
+        return InputSpec(kind, int(source.shape[2]))
+    sizes = batch_range.split(":")
+    if len(sizes) != 3 or not all(size.isdecimal() for size in sizes):
+        raise CorruptArtifactError(
+            f"{path} says {batch_range!r} of its batch, expected 1:8:64 or such. Export it again."
+        )
+    return InputSpec(kind, int(source.shape[2]), int(sizes[0]), int(sizes[2]))

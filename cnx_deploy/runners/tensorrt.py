@@ -1,0 +1,280 @@
+"""TensorRT runner: torch CUDA tensors bound as they are, every answer of the API checked.
+
+What happens on a GPU was not run by the machines this project was written on; the order of calls follows the samples of
+NVIDIA/TensorRT-RTX (samples/apiUsage) and is tested with a strict double of the runtime.
+"""
+
+import itertools
+import threading
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from cnx_deploy.core.artifacts import Artifact, open_artifact
+from cnx_deploy.core.errors import BuildError, CorruptArtifactError, InputError, MissingRequirementError
+from cnx_deploy.exporters.trt.backend import Backend, load_backend, require_gpu
+from cnx_deploy.exporters.trt.deserialising import describe_engine
+from cnx_deploy.runners.base import InputSpec, RunnerInfo, Split, check_input
+from cnx_deploy.runners.cuda import CudaStream
+
+__all__ = ["TensorRTRunner"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Buffers:
+    """Fixed memory for one batch size, on the GPU and pinned on the host, and the graph that works on it."""
+
+    images: Tensor
+    logits: Tensor
+    host_images: Tensor
+    host_logits: Tensor
+    graph: Any | None
+
+
+class TensorRTRunner:
+    """Run an engine on torch's current CUDA device; see `runners.base.Runner`.
+
+    The engine is given to the deserialiser only after its hash has matched its manifest, with host code off.
+    `cuda_graph`: each batch size is captured at its first call and replayed with one launch from then on.
+    `in_child_first`: have a child process read it before this one does, so that what ends the reader is an error.
+    A context serves one call at a time, so threads that share a runner wait for each other in `run`. With a CUDA graph,
+    and in `run_split`, every call gives the same buffer: threads that read it later take a runner each.
+
+    Raises MissingRequirementError without a GPU (in under two seconds), for an engine of another release or another
+    GPU; CorruptArtifactError when the runtime refuses it all the same or it takes other types than its manifest says.
+    """
+
+    def __init__(self, artifact: Artifact, *, cuda_graph: bool = False, in_child_first: bool = False) -> None:
+        require_gpu()
+        artifact = open_artifact(artifact.path)
+        backend = load_backend(str(artifact.manifest.request["runtime"]))
+        _check_release(artifact, backend)
+        _check_gpu(artifact, _current_target())
+        if in_child_first:
+            describe_engine(artifact.path, backend.name)
+        # TensorRT deserialises onto the current device, so that is the one to name.
+        self._start(artifact, backend, torch.device("cuda", torch.cuda.current_device()), cuda_graph)
+
+    def _start(self, artifact: Artifact, backend: Backend, device: torch.device, cuda_graph: bool) -> None:
+        """Deserialise and make the execution context; apart from the checks so that a double can stand in."""
+        request = artifact.manifest.request
+        self.device = device
+        self._log = backend.recording_logger()
+        self._runtime = backend.trt.Runtime(self._log)
+        self._runtime.engine_host_code_allowed = False
+        self._engine = self._runtime.deserialize_cuda_engine(artifact.path.read_bytes())
+        if self._engine is None:
+            raise CorruptArtifactError(
+                f"{backend.name} {backend.version} refuses {artifact.path.name}: {self._last_message()} Build it again "
+                "with cnx-deploy build-trt --force."
+            )
+        _check_types(self._engine, artifact)
+        self._context, specialisation = backend.execution_context(self._engine)
+        if self._context is None:
+            raise BuildError(
+                f"{backend.name} made no execution context: {self._last_message()} Free GPU memory, or run a smaller "
+                "batch."
+            )
+        self._profiles = [tuple(sizes) for sizes in request["batches"]]
+        self._classes = artifact.manifest.model.num_classes
+        self._stream = CudaStream(device)
+        self._cuda_graph = cuda_graph
+        self._buffers: _Buffers | None = None
+        self._one_call = threading.Lock()
+        self.input_spec = InputSpec(
+            str(request["input_kind"]),
+            artifact.manifest.model.image_size,
+            min(low for low, _, _ in self._profiles),
+            max(high for _, _, high in self._profiles),
+        )
+        self.info = RunnerInfo(
+            backend=backend.name,
+            version=backend.version,
+            device=self._stream.device_name,
+            precision=str(request["precision"]),
+            arithmetic=str(request["precision"]),
+            details=(
+                ("kernel specialisation", specialisation),
+                ("tf32", "on" if request["allow_tf32"] else "off"),
+                ("cuda graph", "on" if cuda_graph else "off"),
+            ),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # The graph must go before its context, the context before its engine, and the engine before its runtime.
+        self._buffers = None
+        self._context = self._engine = self._runtime = None
+
+    def run(self, images: Tensor) -> Tensor:
+        """Raw images on the GPU -> (N, num_classes) float32 logits on the GPU; blocks until they are there."""
+        with self._one_call:
+            logits = self.enqueue(images)
+            self._stream.synchronize()
+        return logits
+
+    def enqueue(self, images: Tensor) -> Tensor:
+        """Start an inference on this runner's stream; the logits are valid once the stream has been synchronised.
+
+        The stream first waits for the current one, where the images are made. A view that is not contiguous is copied:
+        TensorRT would read its memory in the wrong order without a word.
+        """
+        check_input(images, self.input_spec)
+        if images.device != self.device:
+            raise InputError(f"The images are on {images.device}, the engine on {self.device}: move them there.")
+        images = images.contiguous()
+        if self._cuda_graph:
+            buffers = self._buffers_for(images)
+            self._stream.wait_for_producer()
+            self._stream.copy(buffers.images, images)
+            self._stream.replay(buffers.graph)
+            self._stream.keep(images)
+            return buffers.logits
+        self._stream.wait_for_producer()
+        logits = self._bind(images)
+        self._execute()
+        self._stream.keep(images, logits)
+        return logits
+
+    def run_split(self, images: Tensor) -> tuple[Tensor, Split]:
+        """Images in host memory -> logits in host memory, and the milliseconds of each part of the call.
+
+        Both go through pinned memory; filling it is not timed. The logits are overwritten by the next call.
+        """
+        check_input(images, self.input_spec)
+        buffers = self._buffers_for(images)
+        buffers.host_images.copy_(images)
+        if buffers.graph is None:
+            self._bind(buffers.images, buffers.logits)
+        stream, marks = self._stream, [self._stream.mark()]
+        stream.copy(buffers.images, buffers.host_images)
+        marks.append(stream.mark())
+        start = time.perf_counter_ns()
+        if buffers.graph is None:
+            self._execute()
+        else:
+            stream.replay(buffers.graph)
+        enqueue_ms = (time.perf_counter_ns() - start) / 1e6
+        marks.append(stream.mark())
+        stream.copy(buffers.host_logits, buffers.logits)
+        marks.append(stream.mark())
+        stream.synchronize()
+        h2d, compute, d2h = (stream.milliseconds(*pair) for pair in itertools.pairwise(marks))
+        return buffers.host_logits, Split(h2d, compute, d2h, enqueue_ms)
+
+    def _buffers_for(self, images: Tensor) -> _Buffers:
+        """The buffers of this batch size, made at its first call.
+
+        One size at a time: a graph is only good while the context it was captured from is not changed.
+        """
+        if self._buffers is None or len(self._buffers.images) != len(images):
+            self._stream.synchronize()  # the older buffers may be in use
+            self._buffers = None
+            inputs = torch.zeros(tuple(images.shape), dtype=images.dtype, device=self.device)
+            self._stream.wait_for_producer()
+            logits = self._bind(inputs)
+            graph = self._captured() if self._cuda_graph else None
+            self._buffers = _Buffers(inputs, logits, self._stream.pinned(inputs), self._stream.pinned(logits), graph)
+        return self._buffers
+
+    def _captured(self) -> Any:
+        """A graph of one inference on the bound tensors; the run before it does what TensorRT puts off until then."""
+        self._execute()
+        self._stream.synchronize()
+        try:
+            return self._stream.capture(self._execute)
+        except RuntimeError as error:  # torch's word for a capture that CUDA refused
+            raise BuildError(f"The engine cannot be captured ({error}). Run it without a CUDA graph.") from error
+
+    def _bind(self, images: Tensor, logits: Tensor | None = None) -> Tensor:
+        """Give the context the shape and address of both tensors, `logits` made where there is none; returns it."""
+        self._select_profile(len(images))
+        self._check(self._context.set_input_shape("images", tuple(images.shape)), "set_input_shape")
+        missing = self._context.infer_shapes()
+        if missing:
+            raise BuildError(
+                f"The engine wants more inputs than images: {', '.join(missing)}. Build it from a file that "
+                "cnx-deploy export wrote."
+            )
+        if logits is None:
+            shape = tuple(self._context.get_tensor_shape("logits"))
+            logits = torch.empty(shape, dtype=torch.float32, device=self.device)
+        self._check(self._context.set_tensor_address("images", images.data_ptr()), "set_tensor_address(images)")
+        self._check(self._context.set_tensor_address("logits", logits.data_ptr()), "set_tensor_address(logits)")
+        return logits
+
+    def _execute(self) -> None:
+        self._check(self._context.execute_async_v3(self._stream.handle), "execute_async_v3")
+
+    def _select_profile(self, batch: int) -> None:
+        """The tightest profile that holds the batch."""
+        holding = [index for index, (low, _, high) in enumerate(self._profiles) if low <= batch <= high]
+        if not holding:
+            raise InputError(
+                f"No profile of the engine holds a batch of {batch}; it has {self._profiles}. Run another, or build "
+                "it with --batch."
+            )
+        best = min(holding, key=lambda index: self._profiles[index][2])
+        if self._context.active_optimization_profile != best:
+            done = self._context.set_optimization_profile_async(best, self._stream.handle)
+            self._check(done, "set_optimization_profile_async")
+
+    def _check(self, done: bool, call: str) -> None:
+        if not done:
+            raise BuildError(f"TensorRT's {call} failed: {self._last_message()}")
+
+    def _last_message(self) -> str:
+        messages = [text for severity, text in self._log.messages if severity in ("ERROR", "INTERNAL_ERROR")]
+        return " ".join(messages[-1].split()) if messages else "it gave no reason. Build the engine again."
+
+
+def _check_release(artifact: Artifact, backend: Backend) -> None:
+    built_with = artifact.manifest.facts.get("runtime_version", "an unknown release")
+    if built_with != backend.version:
+        raise MissingRequirementError(
+            f"{artifact.path.name} was built with {backend.name} {built_with}; {backend.version} is installed, and "
+            "engines run on their own release only. Build it again (cnx-deploy build-trt --force) or install "
+            f"{built_with}."
+        )
+
+
+def _current_target() -> str:
+    """Compute capability of torch's current device, which CUDA_VISIBLE_DEVICES may have renumbered: "sm89"."""
+    if not torch.cuda.is_available():
+        raise MissingRequirementError(
+            f"A GPU is here, but torch {torch.__version__} cannot use it: it was built for another CUDA or for none, "
+            "or CUDA_VISIBLE_DEVICES hides it. `cnx-deploy doctor` says more."
+        )
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm{major}{minor}"
+
+
+def _check_types(engine: Any, artifact: Artifact) -> None:
+    """TensorRT reads a buffer as the type it was built for, whatever is in it: wrong logits, no error."""
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    found = {name: engine.get_tensor_dtype(name).name for name in names}
+    images = "UINT8" if artifact.manifest.request["input_kind"] == "uint8" else "FLOAT"
+    expected = {"images": images, "logits": "FLOAT"}
+    if found != expected:
+        raise CorruptArtifactError(
+            f"{artifact.path.name} takes and gives {found}; its manifest promises {expected}. Build it again with "
+            "cnx-deploy build-trt --force."
+        )
+
+
+def _check_gpu(artifact: Artifact, found: str) -> None:
+    target = str(artifact.manifest.request["target"])
+    built_for = artifact.manifest.facts.get("gpu", target) if target == "current" else target
+    if built_for not in ("current", found):
+        raise MissingRequirementError(
+            f"{artifact.path.name} is for {built_for}; this GPU is {found}. "
+            "Build for it: cnx-deploy build-trt --target current."
+        )

@@ -1,0 +1,1 @@
+"""Whether an artifact computes what its network does: parity, gates, metrics, provenance."""

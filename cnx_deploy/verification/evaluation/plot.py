@@ -1,0 +1,132 @@
+"""An evaluation as one SVG: what is mistaken for what, and how often an answer of some confidence is right.
+
+Up to 40 classes the whole confusion matrix is drawn; of more, the pairs that are confused most. matplotlib is the extra
+`report`; it is imported when something is drawn.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cnx_deploy.core.plotting import save_svg
+from cnx_deploy.verification.evaluation.calibration import CalibrationBin
+from cnx_deploy.verification.evaluation.results import Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["MOST_CLASSES", "write_plot"]
+
+MOST_CLASSES = 40
+"""Classes whose matrix is still readable: a cell is then 4 mm wide."""
+COUNTED_CLASSES = 20
+"""Classes up to which the cells have their counts written in them."""
+PAIRS = 25
+BLUE, RED, GREY = "#0072B2", "#D55E00", "#555555"
+STYLE: dict[str, Any] = {
+    "svg.hashsalt": "cnx-deploy", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 8.5,
+    "font.sans-serif": ["DejaVu Sans", "Verdana"], "axes.spines.top": False, "axes.spines.right": False,
+    "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.axisbelow": True, "legend.frameon": False,
+}  # fmt: skip
+
+
+def write_plot(found: Evaluation, path: Path, title: str) -> Path:
+    """Draw `found` into an SVG file, whole or not at all; the same data give the same bytes."""
+    return save_svg(path, lambda: _figure(found, title), STYLE)
+
+
+def _figure(found: Evaluation, title: str) -> "Figure":
+    from matplotlib.figure import Figure
+
+    names = _names(found)
+    shows_matrix = len(names) <= MOST_CLASSES
+    side = max(4.0, 1.5 + 0.17 * len(names)) if shows_matrix else 6.0
+    figure = Figure(figsize=(side + 4.2, max(4.6, side)), facecolor="white", layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", size=11, weight="bold")
+    grid = figure.add_gridspec(2, 2, width_ratios=(side, 4.0), height_ratios=(3, 1))
+    left = figure.add_subplot(grid[:, 0])
+    if shows_matrix:
+        _draw_matrix(left, found, names)
+    else:
+        _draw_pairs(left, found, len(names))
+    reliability = figure.add_subplot(grid[0, 1])
+    _draw_reliability(reliability, found)
+    _draw_counts(figure.add_subplot(grid[1, 1], sharex=reliability), found.calibration.bins)
+    return figure
+
+
+def _names(found: Evaluation) -> list[str]:
+    """The data's classes, then those that were only predicted."""
+    own = [each.name for each in found.per_class]
+    return list(dict.fromkeys([*own, *(cell.predicted for cell in found.confusion)]))
+
+
+def _draw_matrix(axes: "Axes", found: Evaluation, names: list[str]) -> None:
+    import numpy as np
+
+    place = {name: at for at, name in enumerate(names)}
+    counts = np.zeros((len(names), len(names)))
+    for cell in found.confusion:
+        counts[place[cell.label], place[cell.predicted]] = cell.count
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+    ticks, size = range(len(names)), 8.5 if len(names) <= COUNTED_CLASSES else 6
+    axes.set_xticks(ticks, [_short(name) for name in names], rotation=90, size=size)
+    axes.set_yticks(ticks, [_short(name) for name in names], size=size)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set(xlabel="predicted", ylabel="label", title="share of the label's images")
+    if len(names) <= COUNTED_CLASSES:
+        for row, column in zip(*counts.nonzero(), strict=True):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", size=7, color=colour)
+
+
+def _draw_pairs(axes: "Axes", found: Evaluation, classes: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    pairs = found.confused_pairs
+    shown = pairs[:PAIRS]
+    axes.barh(range(len(shown)), [cell.count for cell in shown], color=RED, height=0.7)
+    axes.set_yticks(range(len(shown)), [f"{_short(cell.label)} → {_short(cell.predicted)}" for cell in shown])
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(
+        xlabel="images",
+        title=f"{classes} classes are too many for a matrix:\n"
+        f"the {len(shown)} most confused of {len(pairs)} pairs (label → predicted)",
+    )
+
+
+def _draw_reliability(axes: "Axes", found: Evaluation) -> None:
+    filled = [each for each in found.calibration.bins if each.count]
+    middles = [(each.lower + each.upper) / 2 for each in filled]
+    width = found.calibration.bins[0].upper
+    accuracies = [each.accuracy for each in filled]
+    axes.bar(middles, accuracies, 0.9 * width, color=BLUE, label="accuracy")
+    axes.plot(
+        [each.confidence for each in filled], accuracies, linestyle="none", marker="o", markersize=3.5, color="black",
+        label="at mean confidence",
+    )  # fmt: skip
+    axes.plot([0, 1], [0, 1], color="#B00020", linestyle="--", linewidth=0.9, label="calibrated")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
+    axes.set_title(
+        f"calibration error {100 * found.calibration.expected_error:.2f} %, top-1 {found.top1_percent:.2f} %,\n"
+        f"mean confidence {100 * found.calibration.mean_confidence:.2f} %"
+    )
+    axes.legend(loc="upper left", fontsize=7.5)
+    axes.tick_params(labelbottom=False)
+
+
+def _draw_counts(axes: "Axes", bins: tuple[CalibrationBin, ...]) -> None:
+    middles = [(each.lower + each.upper) / 2 for each in bins]
+    axes.bar(middles, [each.count for each in bins], 0.9 * bins[0].upper, color=GREY)
+    axes.set(xlabel="confidence", ylabel="images")
+
+
+def _short(name: str) -> str:
+    """Without what matplotlib would read as a formula, at most 20 characters."""
+    plain = name if len(name) <= 20 else f"{name[:19]}…"
+    return plain.replace("$", r"\$")

@@ -1,0 +1,310 @@
+"""What is this file? A checkpoint, an ONNX file or an engine, told by its content, and what is known of it.
+
+An engine is not given to a deserialiser: its manifest says what it is and which kernels it has. Without one, and only
+where somebody answers for it, `trusted_engine` reads it in a process of its own.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from cnx_deploy.core.artifacts import Artifact, open_artifact, sha256_of_file
+from cnx_deploy.core.child_process import run_isolated
+from cnx_deploy.core.errors import BuildError, InputError
+from cnx_deploy.core.manifest_reading import MAX_MANIFEST_BYTES
+from cnx_deploy.core.strict_json import bounded_content, strict_json
+from cnx_deploy.exporters.onnx_wire import looks_like_onnx, open_regular
+
+if TYPE_CHECKING:
+    from cnx_deploy.exporters.graph_rules import GraphFacts
+
+__all__ = [
+    "FileKind",
+    "Inspection",
+    "check_suffix",
+    "inspect_file",
+    "kind_of_file",
+    "recorded_artifact",
+    "trusted_engine",
+    "with_compiled",
+]
+
+FileKind = Literal["safetensors", "pickle", "onnx", "engine", "unknown"]
+
+SUFFIXES_OF: dict[str, tuple[str, ...]] = {
+    "safetensors": (".safetensors",),
+    "pickle": (".pt", ".pth", ".bin", ".ckpt"),
+    "onnx": (".onnx",),
+    "engine": (".engine",),
+}
+NAMES: dict[str, str] = {
+    "safetensors": "a safetensors checkpoint",
+    "pickle": "a PyTorch checkpoint",
+    "onnx": "an ONNX file",
+    "engine": "a TensorRT engine",
+    "unknown": "nothing known",
+}
+ZIP_MAGIC = b"PK\x03\x04"
+PICKLE_PROTOCOLS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+ENGINE_MAGIC = b"trt"
+"""Bytes 2 to 4: an engine of TensorRT-RTX 1.7 begins with "vtrt", one of TensorRT 10 with "ftrt"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a file is. `facts` are plain types under names that depend on `kind`; `notes` are for people."""
+
+    path: Path
+    kind: FileKind
+    size_bytes: int
+    sha256: str
+    facts: Mapping[str, Any]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def description(self) -> str:
+        """The kind in words, and whether the name says another one."""
+        suffixes = SUFFIXES_OF[self.kind]
+        misnamed = (
+            "" if self.path.suffix in suffixes else f", although its name ends in {self.path.suffix or 'nothing'}"
+        )
+        return NAMES[self.kind] + misnamed
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inspection as JSON has it."""
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "description": self.description,
+            "size_bytes": self.size_bytes,
+            "sha256": self.sha256,
+            "facts": dict(self.facts),
+            "notes": list(self.notes),
+        }
+
+
+def inspect_file(path: Path) -> Inspection:
+    """Say what a file is; a manifest (`.json`) stands for the file it describes.
+
+    Where a manifest describes the file, every hash in it is checked before anything is parsed. Raises InputError for
+    no such file or one that is no artifact, CorruptArtifactError when bytes are not what they should be,
+    GraphCheckError for an ONNX file that breaks a rule of `onnx_rules`, and what `model.checkpoint` raises.
+    """
+    if path.suffix == ".json":
+        path = open_artifact(path).path
+    kind = kind_of_file(path)
+    artifact = recorded_artifact(path)
+    if kind == "unknown" and artifact is not None and artifact.manifest.kind != "checkpoint":
+        kind = artifact.manifest.kind  # an engine of a release that begins otherwise
+    if kind == "unknown":
+        raise InputError(
+            f"{path} is neither a checkpoint (safetensors, PyTorch), nor an ONNX file, nor a TensorRT engine by its "
+            "content. Give one of these, or the manifest of one."
+        )
+    facts, notes = _describe(path, kind, artifact)
+    digest = artifact.sha256 if artifact and artifact.path.name == path.name else sha256_of_file(path)
+    return Inspection(path, kind, path.stat().st_size, digest, facts, notes)
+
+
+def with_compiled(
+    found: Inspection, *, target: str, batch: int, progress: Callable[[str, float], None] | None = None
+) -> Inspection:
+    """The inspection of an ONNX file and, in `facts["compiled"]`, what TensorRT-RTX makes of it now; nothing is run.
+
+    The file is written for the target as `build-trt` writes it, and compiled in a child process: it may be anybody's.
+    `target` as in "sm89"; `progress` is told a text while the compiler works. Raises InputError for another kind of
+    file, a target that does not exist or a batch the graph does not take; BuildError when it cannot be compiled;
+    MissingRequirementError without TensorRT-RTX.
+    """
+    if found.kind != "onnx":
+        raise InputError(f"{found.path} is {found.description}; only an ONNX file is compiled. Leave out --compile.")
+    from cnx_deploy.exporters.trt.backend import load_backend
+    from cnx_deploy.exporters.trt.compiling import limits_for
+
+    backend = load_backend("tensorrt-rtx")
+    backend.check_target(target)
+    compiled = run_isolated(
+        "cnx_deploy.exporters.trt.compiling:measure_task",
+        {"onnx": str(found.path.resolve()), "target": target, "batch": batch},
+        limits_for(found.size_bytes),
+        what=f"Compiling {found.path.name}",
+        failure=BuildError,
+        tick=None if progress is None else lambda seconds: progress(f"{found.path.name} {seconds:.0f} s", 0.0),
+    )
+    facts = {**found.facts, "runtime": backend.name, "runtime_version": backend.version, "compiled": compiled}
+    return replace(found, facts=facts, notes=(*found.notes, "Compiled now and not run: the figures are no latency."))
+
+
+def trusted_engine(found: Inspection) -> Inspection:
+    """The inspection of an engine that no manifest names, and in its facts what TensorRT says of it.
+
+    It is deserialised in a child process, and whatever is in it may run there. Raises InputError for another kind of
+    file and for an engine with a manifest, CorruptArtifactError where TensorRT refuses it, MissingRequirementError
+    where this machine lacks the runtime or a GPU.
+    """
+    if found.kind != "engine" or found.facts:
+        what = "has a manifest, which says what it is" if found.kind == "engine" else f"is {found.description}"
+        raise InputError(f"{found.path} {what}: only an engine without one is to be trusted. Leave out --trust.")
+    from cnx_deploy.exporters.trt.deserialising import describe_engine
+
+    described = msgspec.to_builtins(describe_engine(found.path))
+    tensors = {tensor.pop("name"): tensor for tensor in described.pop("tensors")}
+    note = "It was read because you trust it: nothing else says where it is from."
+    return replace(found, facts={**described, "tensors": tensors}, notes=(note,))
+
+
+def kind_of_file(path: Path) -> FileKind:
+    """Tell a file's kind from its first bytes; its name is not looked at. Raises InputError when it cannot be read."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, expected a checkpoint, an ONNX file or an engine. Name the files in it.")
+    try:
+        with open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            head = stream.read(16)
+            # No instruction of pickle is zero; safetensors with a header of 640 bytes begins with 80 02 00.
+            if head[:4] == ZIP_MAGIC or (head[:2] in PICKLE_PROTOCOLS and head[2:3] != b"\0"):
+                return "pickle"
+            if head[1:4] == ENGINE_MAGIC:
+                return "engine"
+            if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+                return "safetensors"
+            return "onnx" if looks_like_onnx(stream, size) else "unknown"
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}): expected a checkpoint, ONNX file or engine. Check the path."
+        ) from error
+
+
+def recorded_artifact(path: Path) -> Artifact | None:
+    """The artifact that a manifest beside `path` records it as, hashes checked; None when none names this file.
+
+    Raises CorruptArtifactError when bytes differ or when the manifest cannot be read.
+    """
+    manifest = path.with_suffix(".json")
+    if not manifest.is_file() or path == manifest:
+        return None
+    try:
+        content = strict_json(bounded_content(manifest, MAX_MANIFEST_BYTES), MAX_MANIFEST_BYTES)
+        is_ours = path.name in [record["name"] for record in content["files"]]
+    except ValueError:
+        is_ours = path.suffix in (".onnx", ".engine")  # `open_artifact` says what is wrong with it
+    except (KeyError, TypeError):
+        return None  # some other program's JSON
+    return open_artifact(manifest) if is_ours else None
+
+
+def check_suffix(path: Path, kind: FileKind) -> None:
+    """Raise InputError unless the name ends as files of this kind do: the readers of weights go by the name."""
+    expected = SUFFIXES_OF[kind]
+    if path.suffix not in expected:
+        raise InputError(
+            f"{path} holds {NAMES[kind]} by its content, but its name ends in {path.suffix or 'nothing'}. "
+            f"Rename it to {path.with_suffix(expected[0]).name}."
+        )
+
+
+def _describe(path: Path, kind: FileKind, artifact: Artifact | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+    if kind == "engine":
+        return _engine_facts(artifact)
+    if kind == "onnx":
+        return _onnx_facts(path, artifact)
+    check_suffix(path, kind)
+    return _checkpoint_facts(path)
+
+
+def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    from cnx_deploy.model.checkpoint import FOREIGN_LICENCE, load_checkpoint
+    from cnx_deploy.model.layouts import official_state, structure_of, variant_with_structure
+    from cnx_deploy.model.weight_files import read_weight_file
+
+    file = read_weight_file(path)
+    layout, state = official_state(file.tensors, str(path))
+    variant, head = variant_with_structure(structure_of(state)), state.get("head.weight")
+    facts: dict[str, Any] = {
+        "layout": layout,
+        "variant": variant.name if variant else None,
+        "classes": head.shape[0] if head is not None else None,
+        "parameters": sum(tensor.numel() for tensor in state.values()),
+        "licence": file.metadata.get("licence", FOREIGN_LICENCE),
+        "entry": file.entry,
+        "metadata": dict(file.metadata),
+    }
+    del file, state  # before the file is read once more
+    if head is None:
+        return facts, (
+            "It has no classification head, as FCMAE pre-training leaves it: give it one with --reset-head.",
+        )
+    if variant is None:
+        return facts, ("Its depths and widths are none of the eight variants'.",)
+    return {**facts, "weights_sha256": load_checkpoint(path, variant).weights.sha256}, ()
+
+
+def _onnx_facts(path: Path, artifact: Artifact | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+    from cnx_deploy.exporters.graph_rules import check_graph
+    from cnx_deploy.exporters.onnx_admission import admit_onnx
+
+    if artifact is None:
+        admission = admit_onnx(path)
+        note = "No manifest beside it names it, so neither its hash nor its origin can be checked."
+        return {**_graph_facts(admission.facts), "checked": list(admission.checks)}, (note,)
+    graph = check_graph(path, artifact.file_names)
+    return {**_graph_facts(graph), **_manifest_facts(artifact), "parity": artifact.manifest.facts.get("parity")}, ()
+
+
+def _graph_facts(graph: "GraphFacts") -> dict[str, Any]:
+    return {
+        "opset": graph.opset,
+        "operators": dict(graph.operators),
+        "types": dict(graph.types),
+        "half_share": round(graph.half_share, 4),
+        "inputs": {name: [kind, list(shape)] for name, (kind, shape) in graph.inputs.items()},
+        "outputs": {name: [kind, list(shape)] for name, (kind, shape) in graph.outputs.items()},
+        "metadata": dict(graph.metadata),
+    }
+
+
+def _engine_facts(artifact: Artifact | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+    if artifact is None:
+        return {}, (
+            "No manifest beside it names it, so nothing is known of it. An engine is native code: do not run one "
+            "whose origin you do not know. Build it again with cnx-deploy build-trt, or give --trust to have it read.",
+        )
+    manifest = artifact.manifest
+    facts: dict[str, Any] = {
+        "runtime": manifest.request["runtime"],
+        "runtime_version": manifest.facts["runtime_version"],
+        "target": manifest.facts.get("gpu", manifest.request["target"]),
+        "profiles": manifest.request["batches"],
+        "census": manifest.facts.get("census"),
+        "compiled": manifest.facts.get("compiled"),
+        "source": {"onnx": manifest.source_name, "sha256": manifest.source_sha256},
+        "run": manifest.facts.get("run"),
+    }
+    notes = ["An engine cannot be read without a GPU: this is its manifest."]
+    if facts["compiled"] and "kernel_list" not in facts["compiled"]:
+        notes.append("It was recorded without a list of kernels: build it again with cnx-deploy build-trt --force.")
+    return {**facts, **_manifest_facts(artifact)}, tuple(notes)
+
+
+def _manifest_facts(artifact: Artifact) -> dict[str, Any]:
+    """What every manifest says; the hashes have been checked by then."""
+    model = artifact.manifest.model
+    return {
+        "variant": model.variant,
+        "classes": model.num_classes,
+        "image_size": model.image_size,
+        "precision": artifact.manifest.request["precision"],
+        "weights": {
+            "origin": model.weights.origin,
+            "reference": model.weights.reference,
+            "sha256": model.weights.sha256,
+        },
+        "licence": model.weights.licence,
+        "hashes": f"match the manifest ({len(artifact.manifest.files)} of {len(artifact.manifest.files)} files)",
+        "created": artifact.manifest.created,
+        "tools": dict(artifact.manifest.tools),
+    }

@@ -1,0 +1,236 @@
+"""From an artifact and image files to class names and probabilities: one loader for checkpoint, ONNX and engine."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from cnx_deploy.core.artifacts import Artifact, refused_engine
+from cnx_deploy.core.errors import (
+    CheckFailedError,
+    CorruptArtifactError,
+    InputError,
+    MissingRequirementError,
+)
+from cnx_deploy.core.strict_json import strict_json, typed
+from cnx_deploy.data import SUFFIXES, Preprocessing, load_image, runner_input
+from cnx_deploy.exporters.onnx_admission import admit_onnx
+from cnx_deploy.model.checkpoint import load_checkpoint
+from cnx_deploy.model.deploy import DeploySpec
+from cnx_deploy.runners.base import Runner
+from cnx_deploy.runners.onnxruntime import OrtRunner
+from cnx_deploy.runners.pytorch import reference_runner
+from cnx_deploy.runners.registry import open_runner
+from cnx_deploy.verification.inspect import check_suffix, kind_of_file, recorded_artifact
+
+__all__ = ["ClassScore", "Classifier", "Prediction", "classify_files", "find_image_files", "open_classifier"]
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """A runner, how its images are made and what its classes are called. Use it as a context manager.
+
+    `class_names` None: the artifact names none, so classes go by their index. `notes` say what was assumed.
+    """
+
+    runner: Runner
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None
+    notes: tuple[str, ...] = ()
+
+    def __enter__(self) -> Self:
+        self.runner.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.runner.__exit__(kind, error, trace)
+
+    def name_of(self, index: int) -> str:
+        """The class's name, or its index as text."""
+        return self.class_names[index] if self.class_names else str(index)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassScore:
+    """One class and its probability in [0, 1]."""
+
+    index: int
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The best classes of one image, best first; or, with none, the reason why the file could not be read."""
+
+    path: Path
+    scores: tuple[ClassScore, ...]
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        return {"path": str(self.path), "scores": [asdict(score) for score in self.scores], "error": self.error}
+
+
+def open_classifier(path: Path, *, many: bool = False, device: str = "cpu") -> Classifier:
+    """Open a checkpoint, an ONNX file or an engine, told by its content, on `device` (cpu or cuda) or the engine's GPU.
+
+    Hashes are checked where a manifest names the file. An ONNX file of this project without its manifest is taken
+    after `onnx_admission` has let it in; an engine without one is refused. Raises InputError for other files and for an
+    ONNX file that does not say what images it takes, MissingRequirementError for a device or engine that this
+    machine lacks.
+    `many`: whole batches will come, so ONNX Runtime's threads get images of their own (`OrtRunner`).
+    """
+    kind = kind_of_file(path)
+    artifact = recorded_artifact(path)
+    if artifact is not None and artifact.manifest.kind != "checkpoint":
+        return _recorded_classifier(artifact, many, device)
+    if kind == "engine":
+        raise refused_engine(path)
+    if kind == "onnx":
+        return _unrecorded_onnx(path, many, device)
+    if kind == "unknown":
+        raise InputError(
+            f"{path} is neither a checkpoint, nor an ONNX file, nor an engine by its content. Give one of these."
+        )
+    check_suffix(path, kind)
+    return _checkpoint_classifier(path, device)
+
+
+def find_image_files(paths: Sequence[Path]) -> list[Path]:
+    """Files as they are named, and of a folder every image file below it, sorted; hidden ones are left out.
+
+    A path that does not exist stays in the list, so that it is answered for. InputError for a folder without images.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(file for file in path.rglob("*") if _is_visible_image(file, path))
+        if not inside:
+            raise InputError(f"{path} holds no image files ({', '.join(sorted(SUFFIXES))}). Give another folder.")
+        found.extend(inside)
+    return found
+
+
+def classify_files(
+    classifier: Classifier, paths: Sequence[Path], *, top: int = 5, batch_size: int = 8
+) -> Iterator[Prediction]:
+    """Yield one prediction a path, in order; a file that cannot be read gives its reason and the rest go on.
+
+    `top` is cut to the number of classes, `batch_size` to the runner's range. Raises CheckFailedError, which names the
+    file, for logits that are not finite.
+    """
+    spec = classifier.runner.input_spec
+    size = max(spec.min_batch, min(batch_size, spec.max_batch or batch_size))
+    remaining = iter(paths)
+    while batch := list(itertools.islice(remaining, size)):
+        read = [_read(path, classifier.preprocessing) for path in batch]
+        images = [pixels for pixels in read if isinstance(pixels, Tensor)]
+        taken = [path for path, pixels in zip(batch, read, strict=True) if isinstance(pixels, Tensor)]
+        rows = iter(_probabilities(classifier, images, taken) if images else ())
+        for path, pixels in zip(batch, read, strict=True):
+            if isinstance(pixels, Tensor):
+                yield Prediction(path, _best(next(rows), classifier, top))
+            else:
+                yield Prediction(path, (), error=pixels)
+
+
+def _recorded_classifier(artifact: Artifact, many: bool, device: str) -> Classifier:
+    model = artifact.manifest.model
+    is_random = model.weights.origin == "random"
+    notes = (
+        (f"The weights are random (seed {model.weights.reference}): the answers mean nothing.",) if is_random else ()
+    )
+    runner = open_runner(artifact, device=device, thread_per_image=many)
+    return Classifier(runner, Preprocessing.from_dict(dict(model.preprocessing)), model.class_names, notes)
+
+
+def _unrecorded_onnx(path: Path, many: bool, device: str) -> Classifier:
+    admission = admit_onnx(path, runs=True)
+    metadata = admission.facts.metadata
+    if "cnx_deploy.preprocessing" not in metadata:
+        raise InputError(
+            f"{path} does not say what images it takes: expected cnx-deploy's manifest or metadata. "
+            "Export the model with cnx-deploy export."
+        )
+    if device == "cpu" and "BFLOAT16" in admission.facts.types:
+        raise MissingRequirementError(
+            f"{path.name} computes in BF16, which ONNX Runtime does not on a CPU. Export it in FP32 or FP16."
+        )
+    try:
+        recorded = typed(strict_json(metadata["cnx_deploy.preprocessing"].encode()), dict[str, Any])
+        written = strict_json(metadata.get("cnx_deploy.class_names", "null").encode())
+        names = None if written is None else typed(written, tuple[str, ...])
+    except ValueError as error:
+        raise CorruptArtifactError(f"{path} has metadata that is not JSON ({error}). Export it again.") from error
+    preprocessing = Preprocessing.from_dict(recorded)
+    notes = [f"No manifest beside it names it: checked were {'; '.join(admission.checks)}; its origin cannot be."]
+    if metadata.get("cnx_deploy.weights_origin") == "random":
+        notes.append("The weights are random: the answers mean nothing.")
+    runner = OrtRunner(path, device=device, thread_per_image=many)
+    return Classifier(runner, preprocessing, names or None, tuple(notes))
+
+
+def _checkpoint_classifier(path: Path, device: str) -> Classifier:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MissingRequirementError("PyTorch finds no GPU here: expected one for the device cuda. Leave it out.")
+    loaded = load_checkpoint(path)
+    recorded: Mapping[str, Any] = loaded.preprocessing or {}
+    preprocessing = Preprocessing.from_dict(recorded)
+    spec = DeploySpec(image_size=preprocessing.image_size, mean=preprocessing.mean, std=preprocessing.std)
+    assumed = f"The checkpoint says nothing of its images: {preprocessing.image_size} px and ImageNet's mean and std."
+    return Classifier(
+        reference_runner(loaded.model.to(device), spec),
+        preprocessing,
+        loaded.class_names,
+        () if recorded else (assumed,),
+    )
+
+
+def _is_visible_image(file: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+    return not hidden and file.suffix.lower() in SUFFIXES and file.is_file()
+
+
+def _read(path: Path, preprocessing: Preprocessing) -> Tensor | str:
+    """(S, S, 3) uint8 pixels, or why there are none."""
+    try:
+        return preprocessing.pixels(load_image(path))
+    except InputError as error:
+        return str(error)
+
+
+def _probabilities(classifier: Classifier, images: Sequence[Tensor], paths: Sequence[Path]) -> Tensor:
+    """(S, S, 3) uint8 pixels each -> (N, classes) float64; a batch below the runner's smallest is filled up."""
+    runner = classifier.runner
+    missing = max(0, runner.input_spec.min_batch - len(images))
+    pixels = torch.stack([*images, *[images[-1]] * missing])
+    logits = runner.run(runner_input(pixels, runner.input_spec.kind).to(runner.device))[: len(images)].cpu()
+    finite = torch.isfinite(logits).all(dim=1).tolist()
+    if not all(finite):
+        raise CheckFailedError(
+            f"The model gave logits that are not finite for {paths[finite.index(False)]}, and numbers were expected. "
+            "Check it with cnx-deploy verify."
+        )
+    if classifier.class_names and len(classifier.class_names) != logits.shape[1]:
+        raise CorruptArtifactError(
+            f"The model has {logits.shape[1]} classes and its record {len(classifier.class_names)} names. Export again."
+        )
+    return torch.softmax(logits.double(), dim=1)
+
+
+def _best(probabilities: Tensor, classifier: Classifier, top: int) -> tuple[ClassScore, ...]:
+    values, indices = probabilities.topk(min(top, len(probabilities)))
+    return tuple(
+        ClassScore(index, classifier.name_of(index), value)
+        for value, index in zip(values.tolist(), indices.tolist(), strict=True)
+    )

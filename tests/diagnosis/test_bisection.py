@@ -1,0 +1,215 @@
+"""The smallest set of modules in FP32: found for faults that are planted, and shown to be minimal."""
+
+import itertools
+import math
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from cnx_deploy.core.artifacts import Artifact
+from cnx_deploy.core.errors import InputError
+from cnx_deploy.data import Preprocessing
+from cnx_deploy.diagnosis.bisect.case import Case, case_of
+from cnx_deploy.diagnosis.bisect.find import Tried, find_kept
+from cnx_deploy.diagnosis.bisect.probe import MixedForm, _rounded_operators
+from cnx_deploy.diagnosis.bisect.search import minimal_set, smallest_subset
+from cnx_deploy.diagnosis.bisect.units import in_order, islands_of, spelled, units_of
+from cnx_deploy.model.checkpoint import LoadedModel
+from cnx_deploy.model.convnextv2 import ConvNeXtV2
+from cnx_deploy.model.deploy import BLOCK_PARTS, DeploySpec, parts_of
+from cnx_deploy.verification.parity import GATES
+from tests.support.faulty_networks import DEEP, FAULTS, HIDDEN_2_3, NO_WEIGHTS, RUN, SIZE, case_with, faulty
+
+UNITS = units_of(DEEP)
+
+
+def tried_on(case: Case) -> Tried:
+    form = MixedForm(case.loaded.model, case.spec.deploy)
+    return Tried(
+        lambda kept: case.judged(kept, form.logits(case.batches, kept), exported=False), case.units, lambda _: None
+    )
+
+
+# The search alone
+
+
+def searched(count: int, wanted: Collection[int]) -> tuple[bool, int]:
+    """Whether the units of `wanted` are found, and the checks made, that everything passes being one of them."""
+    units, needed, asked = [str(index) for index in range(count)], {str(index) for index in wanted}, set()
+
+    def passes(kept: Collection[str]) -> bool:
+        asked.add(frozenset(kept))
+        return needed <= set(kept)
+
+    assert passes(units)
+    return set(minimal_set(units, passes)) == needed, len(asked)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 14, 17, 36, 64])
+def test_one_fault_is_found_anywhere_in_log2_and_two_probes(count: int) -> None:
+    bound = math.ceil(math.log2(count)) + 2
+    assert all(found and probes <= bound for found, probes in (searched(count, [at]) for at in range(count)))
+
+
+def test_two_faults_are_found_anywhere() -> None:
+    bound = 3 * math.ceil(math.log2(36)) + 5
+    pairs = itertools.combinations(range(36), 2)
+    assert all(found and probes <= bound for found, probes in (searched(36, pair) for pair in pairs))
+
+
+def test_a_run_of_neighbours_takes_three_probes_a_unit_and_not_a_bisection_each() -> None:
+    for start, length in itertools.product(range(20), range(2, 17)):
+        found, probes = searched(36, range(start, start + length))
+        assert found
+        assert probes <= 3 * length + math.ceil(math.log2(36)) + 8
+
+
+def test_where_errors_add_up_the_set_passes_and_lacks_nothing_that_can_be_spared() -> None:
+    units, share = [str(index) for index in range(12)], [5, 1, 1, 8, 1, 3, 3, 1, 9, 1, 1, 2]
+
+    def passes(kept: Collection[str]) -> bool:
+        return sum(share[int(unit)] for unit in kept) >= 20
+
+    found = minimal_set(units, passes)
+    assert passes(found)
+    assert not any(passes([other for other in found if other != unit]) for unit in found)
+
+
+def test_a_member_that_turns_out_to_be_spared_is_left_out() -> None:
+    enough = [{"0", "1", "2", "3"}, {"0", "1", "2"}, {"1", "2"}, {"1"}]  # with 0 and without 2, 1 is not enough
+    assert minimal_set(("0", "1", "2", "3"), lambda kept: set(kept) in enough) == ("1",)
+
+
+def test_nothing_is_kept_where_nothing_is_enough() -> None:
+    assert find_kept(UNITS, lambda _: True) == ()
+    assert find_kept(UNITS, lambda _: False) is None
+
+
+def test_the_smallest_subset_is_smaller_than_what_leaving_out_one_by_one_would_give() -> None:
+    enough = [{"grn", "pwconv1", "pwconv2"}, {"dwconv"}]
+
+    def passes(kept: Collection[str]) -> bool:
+        return any(each <= set(kept) for each in enough)
+
+    assert smallest_subset(BLOCK_PARTS, (), passes) == ("dwconv",)
+    assert smallest_subset(BLOCK_PARTS[1:], (), passes) == ("pwconv1", "grn", "pwconv2")
+    assert smallest_subset(BLOCK_PARTS[2:], (), passes) is None
+    assert smallest_subset(BLOCK_PARTS[2:], ("dwconv",), passes) == ()
+
+
+# Names
+
+
+def test_units_and_their_parts_are_all_that_can_be_kept() -> None:
+    assert sorted(parts_of(DEEP)) == sorted(
+        name for unit in UNITS for name in (unit, *(f"{unit}.{part}" for part in BLOCK_PARTS if unit[0] == "s"))
+    )
+    assert in_order(("head", *RUN[::-1], *HIDDEN_2_3[::-1]), UNITS)[2:5] == ("stages.2.3", *HIDDEN_2_3)
+
+
+def test_islands_are_neighbouring_units_and_the_parts_of_a_block() -> None:
+    kept = ("stages.0.0.pwconv2", "stages.0.0.dwconv", *RUN, "head")
+    assert islands_of(kept, UNITS) == (("stages.0.0.dwconv", "stages.0.0.pwconv2"), RUN, ("head",))
+    words = "stages.0.0.dwconv, stages.0.0.pwconv2, stages.2.1 to downsample_layers.3 (6 parts), head"
+    assert spelled(kept, UNITS) == words
+    assert spelled((), UNITS) == "nothing"
+
+
+# On the form
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found_by_name_and_nothing_of_it_can_be_spared(fault: str) -> None:
+    _, expected, units = FAULTS[fault]
+    tried = tried_on(case_with(faulty(fault)))
+    assert not tried.passes(())
+    assert find_kept(UNITS, tried.passes) == expected
+    assert tried.passes(expected)
+    assert not any(tried.passes([other for other in expected if other != name]) for name in expected)
+    by_units = [probe for probe in tried.probes.values() if probe.kept and set(probe.kept) <= set(UNITS)]
+    log = math.ceil(math.log2(len(UNITS)))
+    assert len(by_units) <= {1: log + 3, 2: 3 * log + 5}.get(units, 3 * units + 3 * log)
+
+
+def test_the_faults_are_of_the_kinds_they_stand_for() -> None:
+    finite = {name: tried_on(case_with(faulty(name))).probe(()).found.all_finite for name in FAULTS}
+    assert [name for name, is_finite in finite.items() if is_finite] == ["inaccurate"]
+    infinite = {name: infinite_in_half(faulty(name)) for name in FAULTS}
+    assert infinite.pop("infinite weight") == ["stages.2.2.pwconv2"]
+    assert {name for name, modules in infinite.items() if modules} == {"head", "run", "run and block"}
+
+
+def infinite_in_half(model: ConvNeXtV2) -> list[str]:
+    """Modules with parameters that are numbers in FP32 and none in FP16."""
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+    wrong = (name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter.half()).all()))
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in wrong))
+
+
+def test_a_fault_is_found_in_the_layout_for_cpus_too() -> None:
+    assert find_kept(UNITS, tried_on(case_with(faulty("hidden"), layout="cpu")).passes) == HIDDEN_2_3
+
+
+def test_in_bf16_what_overflows_in_fp16_needs_nothing() -> None:
+    assert tried_on(case_with(faulty("hidden"), "bf16")).passes(())
+
+
+def test_a_probe_leaves_no_trace_in_the_next(tiny_model: ConvNeXtV2) -> None:
+    case = case_with(tiny_model)
+    form = MixedForm(case.loaded.model, case.spec.deploy)
+    block, part_first = ("stages.2.0",), ("stages.2.0.grn", "stages.2.0")
+    nothing, kept, both, again, after = (form.logits(case.batches, each) for each in ((), block, part_first, block, ()))
+    assert torch.equal(nothing, after)
+    assert torch.equal(kept, both)
+    assert torch.equal(kept, again)
+    assert not torch.equal(nothing, kept)
+
+
+def test_a_linear_layer_over_tokens_rounds_its_product_before_its_bias_as_the_file_does() -> None:
+    ones, weight, bias = torch.ones(1, 2, 2).half(), torch.full((1, 2), 4e4).half(), torch.full((1,), -29952.0).half()
+    with torch.inference_mode(), _rounded_operators():
+        tokens, pooled = F.linear(ones, weight, bias), F.linear(ones[0], weight, bias)
+    assert (tokens.dtype, pooled.dtype) == (torch.float16, torch.float16)
+    assert bool(torch.isinf(tokens).all())
+    assert pooled.flatten().tolist() == [50048.0, 50048.0]  # a Gemm, which rounds once
+
+
+def test_a_form_that_is_not_of_half_precision_has_nothing_to_keep(tiny_model: ConvNeXtV2) -> None:
+    with pytest.raises(InputError, match="not in fp32"):
+        MixedForm(tiny_model, DeploySpec("fp32", SIZE))
+
+
+# Images
+
+
+@pytest.mark.parametrize(
+    ("batch", "samples", "sizes"),
+    [((1, 4, 64), 4, [4]), ((1, 4, 64), 11, [8, 3]), ((8, 8, 8), 4, [8]), ((3, 4, 5), 7, [5, 3])],
+)
+def test_images_come_in_batches_that_the_file_takes(
+    tiny_onnx_fp16: Artifact, tiny_model: ConvNeXtV2, batch: tuple[int, int, int], samples: int, sizes: list[int]
+) -> None:
+    manifest = replace(tiny_onnx_fp16.manifest, request={**tiny_onnx_fp16.manifest.request, "batch": list(batch)})
+    artifact, loaded = replace(tiny_onnx_fp16, manifest=manifest), LoadedModel(tiny_model, NO_WEIGHTS)
+    case = case_of(artifact, loaded, GATES["fp16"], None, samples)
+    assert [len(images) for images in case.batches] == sizes
+    assert len(case.expected) == sum(sizes)
+
+
+def test_a_folder_gives_the_images_and_one_with_too_few_is_refused(
+    tiny_onnx_fp16: Artifact, tiny_model: ConvNeXtV2, tmp_path: Path
+) -> None:
+    for index in range(3):
+        Image.new("RGB", (40, 40), (80 * index, 10, 200)).save(tmp_path / f"{index}.png")
+    loaded, manifest = LoadedModel(tiny_model, NO_WEIGHTS), tiny_onnx_fp16.manifest
+    record = replace(manifest.model, preprocessing=Preprocessing(image_size=SIZE).to_dict())
+    artifact = replace(tiny_onnx_fp16, manifest=replace(manifest, model=record))
+    assert len(case_of(artifact, loaded, GATES["fp16"], tmp_path, 4).expected) == 3
+    fixed = replace(manifest, model=record, request={**manifest.request, "batch": [8, 8, 8]})
+    with pytest.raises(InputError, match="fewer images than the 8"):
+        case_of(replace(artifact, manifest=fixed), loaded, GATES["fp16"], tmp_path, 4)

@@ -1,0 +1,170 @@
+"""The chain from PyTorch to the engine stops at the first step that fails and blames the right part."""
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+from onnx import numpy_helper
+
+from cnx_deploy.cli import cli
+from cnx_deploy.core.artifacts import Artifact, ModelRecord, WeightsRecord
+from cnx_deploy.core.errors import InputError, ParityError
+from cnx_deploy.data import Preprocessing
+from cnx_deploy.diagnosis import chain as steps
+from cnx_deploy.diagnosis.chain import StepVerdict, verify_steps
+from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
+from cnx_deploy.model.checkpoint import LoadedModel, hash_weights
+from cnx_deploy.model.convnextv2 import ConvNeXtV2
+from cnx_deploy.model.deploy import DeploySpec
+from cnx_deploy.verification.verify import Reference
+from tests.support.hot_networks import with_hot_responses
+
+
+def recorded(model: ConvNeXtV2, folder: Path, size: int = 32, precision: str = "fp16") -> tuple[Artifact, LoadedModel]:
+    weights = WeightsRecord("random", "0", hash_weights(model), "none (random weights)")
+    record = ModelRecord("tiny-test", 10, size, weights, Preprocessing(image_size=size).to_dict())
+    spec = ExportSpec(deploy=DeploySpec(precision, size), batch=(1, 2, 4))
+    return export_onnx(model, record, spec, folder)[0], LoadedModel(model, weights, None, record.preprocessing)
+
+
+def chain(artifact: Artifact, loaded: LoadedModel, engines: tuple[Artifact, ...] = ()) -> StepVerdict:
+    """The chain on six images, with weights that no factory makes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cnx_deploy.verification.verify.recorded_model", lambda _: loaded)
+        return verify_steps(artifact, engines, Reference(artifact, samples=6))
+
+
+@pytest.fixture(scope="module")
+def healthy(tiny_variant, tmp_path_factory) -> tuple[Artifact, LoadedModel]:
+    from cnx_deploy.model.convnextv2 import random_model
+
+    return recorded(random_model(tiny_variant, 10, seed=0), tmp_path_factory.mktemp("healthy"))
+
+
+def test_a_healthy_chain_passes_and_says_what_was_not_run(healthy, tiny_engine) -> None:
+    verdict = chain(*healthy, engines=(tiny_engine,))
+    assert [step.candidate for step in verdict.steps] == [
+        "FP32 ONNX (no optimisations)",
+        "FP32 ONNX (all optimisations)",
+        "tiny-test-32-fp16.onnx (emulated)",
+        tiny_engine.path.name,
+    ]
+    assert verdict.failed is None
+    if not torch.cuda.is_available():
+        assert "GPU" in str(verdict.steps[-1].not_run)
+        assert verdict.sentence() == "3 steps passed, 1 not run"
+
+
+@pytest.mark.slow
+def test_the_floor_of_fp32_is_below_what_any_step_finds_in_half(healthy) -> None:
+    verdict = chain(*healthy)
+    assert 1e-8 < verdict.floor < 1e-5
+    half = verdict.steps[2].result
+    assert half is not None
+    assert half.found.relative_l2_max > 100 * verdict.floor
+
+
+@pytest.mark.slow
+def test_a_fault_of_the_export_stops_the_chain_at_the_first_step(healthy, monkeypatch) -> None:
+    artifact, loaded = healthy
+    export = steps._single_precision
+
+    def faulty(*arguments: object) -> Path:
+        path = export(*arguments)
+        model = onnx.load(path)
+        bias = next(tensor for tensor in model.graph.initializer if tensor.name == "stages.1.0.pwconv1.bias")
+        bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + 0.05, bias.name))
+        onnx.save(model, path)
+        return path
+
+    monkeypatch.setattr(steps, "_single_precision", faulty)
+    verdict = chain(artifact, loaded)
+    assert len(verdict.steps) == 1
+    assert verdict.sentence().startswith("FP32 ONNX (no optimisations) differs from PyTorch FP32 (relative L2")
+    assert verdict.sentence().endswith("To blame: the export.")
+
+
+@pytest.mark.slow
+def test_a_fault_of_the_optimisations_is_told_from_one_of_the_file(healthy, monkeypatch) -> None:
+    artifact, loaded = healthy
+    logits = steps._logits
+
+    def biased(runner, batches, what, progress):
+        return logits(runner, batches, what, progress) + (0.01 if "all optimisations" in what else 0.0)
+
+    monkeypatch.setattr(steps, "_logits", biased)
+    verdict = chain(artifact, loaded)
+    assert [step.failed for step in verdict.steps] == [False, True]
+    assert "ONNX Runtime's optimisations" in verdict.sentence()
+
+
+def test_half_precision_that_overflows_is_blamed_and_not_the_export(tiny_variant, tmp_path) -> None:
+    model = with_hot_responses(tiny_variant, 64, 2000.0)
+    verdict = chain(*recorded(model, tmp_path, 64))
+    assert [step.failed for step in verdict.steps] == [False, False, True]
+    assert "logits are NaN or infinite" in verdict.sentence()
+    assert "To blame: FP16: see `cnx-deploy headroom`" in verdict.sentence()
+
+
+@pytest.mark.slow
+def test_a_wrong_engine_is_blamed_on_tensorrt(healthy, tiny_engine, monkeypatch) -> None:
+    artifact, loaded = healthy
+
+    class Off:
+        """Where an engine would run: the right logits and a little more."""
+
+        def __init__(self, engine: Artifact) -> None:
+            self._inner = steps.open_onnx("onnxruntime", artifact.path, "fp16")
+            self.device, self.info, self.input_spec = self._inner.device, self._inner.info, self._inner.input_spec
+
+        def __enter__(self) -> "Off":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            return None
+
+        def run(self, images: torch.Tensor) -> torch.Tensor:
+            return self._inner.run(images) + 0.2
+
+    monkeypatch.setattr(steps, "open_runner", Off)
+    verdict = chain(artifact, loaded, engines=(tiny_engine,))
+    assert [step.failed for step in verdict.steps] == [False, False, False, True]
+    assert verdict.sentence().endswith("To blame: TensorRT.")
+
+
+@pytest.mark.slow
+def test_the_command_follows_recorded_files_and_ends_in_3_where_a_step_fails(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = CliRunner().invoke(cli, ["export", "--variant", "atto", "--image-size", "32", "--precision", "fp16"])
+    assert made.exit_code == 0, made.output
+    found = CliRunner().invoke(cli, ["verify", "--steps", "--samples", "3"])
+    assert found.exit_code == 0, found.output
+    assert "atto-32-fp16.onnx: 3 steps passed" in found.stdout
+    assert found.stdout.count("pass\n") == 3
+    logits = steps._logits
+    monkeypatch.setattr(steps, "_logits", lambda *given: logits(*given) + (1.0 if given[2] == "emulator" else 0.0))
+    failed = CliRunner().invoke(cli, ["verify", "--steps", "--samples", "3"])
+    assert isinstance(failed.exception, ParityError)  # exit code 3
+    assert "To blame: FP16" in str(failed.exception)
+    refused = CliRunner().invoke(cli, ["verify", "--steps", "--runner", "onnxruntime"])
+    assert (refused.exit_code, "leave --runner out" in refused.output) == (2, True)
+
+
+@pytest.mark.slow
+def test_the_verdict_is_json(healthy) -> None:
+    document = json.loads(json.dumps(chain(*healthy).to_dict()))
+    assert (document["passed"], len(document["steps"])) == (True, 3)
+    assert document["steps"][0]["result"]["gate"]["name"] == "fp32"
+
+
+def test_an_fp32_file_is_not_what_the_chain_leads_to(tiny_onnx_fp32) -> None:
+    with pytest.raises(InputError, match="no half-precision ONNX file"):
+        verify_steps(tiny_onnx_fp32, (), no_reference())
+
+
+def no_reference() -> Reference:
+    """Never looked at: the file is refused first."""
+    return object.__new__(Reference)

@@ -1,0 +1,63 @@
+"""What only a GPU can show. Selected by `pytest -m gpu`; without a GPU each says that it was not run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cnx_deploy.core.artifacts import Artifact, ModelRecord, WeightsRecord
+from cnx_deploy.core.system import find_gpus
+from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
+from cnx_deploy.exporters.trt.backend import default_targets, load_backend
+from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
+from cnx_deploy.model.convnextv2 import random_model
+from cnx_deploy.model.deploy import DeploySpec
+from cnx_deploy.runners.pytorch import reference_runner
+from cnx_deploy.runners.tensorrt import TensorRTRunner
+from cnx_deploy.verification.parity import GATES, differences
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not find_gpus(), reason="no NVIDIA GPU: not run")]
+
+SPEC = DeploySpec(precision="fp16", image_size=64)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    backend = load_backend()
+    if default_targets(backend) != ("current",):
+        pytest.skip(f"{backend.name} does not build for {find_gpus()[0].target}: not run")
+    folder = tmp_path_factory.mktemp("gpu")
+    record = ModelRecord("atto", 1000, 64, WeightsRecord("random", "0", "0" * 64, "none"), {})
+    onnx, _ = export_onnx(random_model("atto"), record, ExportSpec(deploy=SPEC, batch=(1, 8, 64)), folder)
+    return build_engine(onnx, BuildSpec(runtime="auto", target="current", batches=((1, 8, 64),)), folder)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 64])
+def test_an_engine_agrees_with_pytorch(engine: Artifact, batch: int) -> None:
+    images = torch.rand(batch, 3, 64, 64, generator=torch.Generator().manual_seed(batch))
+    expected = reference_runner(random_model("atto"), SPEC).run(images)
+    with TensorRTRunner(engine) as runner:
+        found = differences(runner.run(images.cuda()), expected)
+    assert not GATES["fp16"].failures(found)
+
+
+def test_a_permuted_view_gives_the_logits_of_its_values(engine: Artifact) -> None:
+    view = torch.rand(2, 64, 64, 3, device="cuda").permute(0, 3, 1, 2)
+    with TensorRTRunner(engine) as runner:
+        torch.testing.assert_close(runner.run(view).clone(), runner.run(view.contiguous()))
+
+
+def test_an_input_freed_while_it_is_read_does_not_change_the_logits(engine: Artifact) -> None:
+    images = torch.rand(8, 3, 64, 64, device="cuda")
+    with TensorRTRunner(engine) as runner:
+        expected = runner.run(images.clone()).clone()
+        logits = runner.enqueue(images.clone())
+        torch.full((8, 3, 64, 64), float("nan"), device="cuda")  # may take the freed block at once
+        torch.cuda.synchronize()
+        torch.testing.assert_close(logits, expected)
+
+
+def test_a_second_build_is_reused(engine: Artifact, tmp_path: Path) -> None:
+    onnx = engine.path.parent / engine.manifest.source_name
+    again = build_engine(onnx, BuildSpec(runtime="auto", target="current"), engine.path.parent)
+    assert again.sha256 == engine.sha256

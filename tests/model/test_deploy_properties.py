@@ -1,0 +1,100 @@
+"""Properties that hold for any network and request, on inputs that nobody chose."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cnx_deploy.core.variants import Variant
+from cnx_deploy.data import image_like_batches, runner_input
+from cnx_deploy.model.convnextv2 import random_model
+from cnx_deploy.model.deploy import DeploySpec, parts_of
+from cnx_deploy.model.folds import FOLDS
+from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
+from cnx_deploy.verification.parity import GATES, differences
+
+variants = st.builds(
+    lambda depths, widths: Variant("drawn", tuple(depths), tuple(8 * width for width in widths), 0, 0.0),
+    st.lists(st.integers(1, 2), min_size=4, max_size=4),
+    st.lists(st.integers(1, 5), min_size=4, max_size=4),
+)
+specs = st.builds(
+    DeploySpec,
+    precision=st.just("fp64"),
+    image_size=st.sampled_from([32, 64, 96]),
+    input_kind=st.sampled_from(["float", "uint8"]),
+    layout=st.sampled_from(["gpu", "cpu"]),
+    mean=st.tuples(*[st.floats(0.0, 1.0)] * 3),
+    std=st.tuples(*[st.floats(0.05, 1.0)] * 3),
+    leave_out=st.sets(st.sampled_from(sorted(FOLDS)), max_size=4).map(tuple),
+)
+bounded = settings(max_examples=30, deadline=None, derandomize=True, database=None)
+"""The same examples on every run: a test that fails now and then is looked at by nobody."""
+
+
+@bounded
+@given(variants, specs, st.integers(1, 5), st.integers(1, 20), st.integers(0, 2**31))
+def test_the_deploy_form_is_the_training_form(variant, spec, batch, classes, seed) -> None:
+    """In float64, for any depths, widths, image size, batch, class count, input, layout, statistics and folds."""
+    model = random_model(variant, classes, seed=seed).double()
+    images = runner_input(
+        next(image_like_batches(batch, spec.image_size, batch_size=batch, seed=seed)), spec.input_kind
+    )
+    found = deployed_runner(model, spec).run(images)
+    expected = reference_runner(model, spec).run(images)
+    assert found.shape == (batch, classes)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-11
+
+
+@bounded
+@given(st.integers(1, 6), st.integers(0, 2**31), st.data())
+def test_batch_invariance_of_the_deploy_form(batch, seed, data) -> None:
+    variant = data.draw(variants)
+    spec = DeploySpec("fp64", 32, layout=data.draw(st.sampled_from(["gpu", "cpu"])))
+    runner = deployed_runner(random_model(variant, 4, seed=seed).double(), spec)
+    images = torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    alone = torch.cat([runner.run(image[None]) for image in images])
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(runner.run(images[order]), alone[order], rtol=1e-10, atol=1e-10)
+
+
+@bounded
+@given(variants, st.data())
+def test_whatever_is_kept_in_fp32_the_file_passes_the_half_gate(variant, data) -> None:
+    kept = data.draw(st.sets(st.sampled_from(parts_of(variant)), max_size=5))
+    spec = DeploySpec("fp16", 32, layout=data.draw(st.sampled_from(["gpu", "cpu"])), keep_fp32=tuple(kept))
+    model = random_model(variant, 10, seed=0)
+    images = runner_input(next(image_like_batches(2, 32, batch_size=2)), "float")
+    found = differences(deployed_runner(model, spec).run(images), reference_runner(model, spec).run(images))
+    assert found.relative_l2_max < GATES["fp16"].relative_l2_max
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 8), st.integers(1, 12), st.sampled_from([float("nan"), float("inf"), -float("inf")]), st.data())
+def test_parity_nan_never_passes_wherever_it_is(samples, classes, value, data) -> None:
+    """On either side or on both, at the same place or not, whatever the other logits are."""
+    logits = torch.rand(samples, classes, dtype=torch.float64)
+    candidate, reference = logits.clone(), logits.clone()
+    sides = data.draw(st.sampled_from([(candidate,), (reference,), (candidate, reference)]))
+    place = data.draw(st.integers(0, logits.numel() - 1))
+    for side in sides:
+        side.view(-1)[place] = value
+    for gate in GATES.values():
+        assert gate.failures(differences(candidate, reference))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 8), st.integers(2, 12), st.floats(1e-3, 1e3), st.sampled_from(sorted(GATES)))
+def test_a_gate_is_as_strict_for_small_logits_as_for_large_ones(samples, classes, scale, name) -> None:
+    reference = torch.randn(samples, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(samples))
+    gate = GATES[name]
+    relative = [2.0 * gate.relative_l2_max, 0.1 * gate.relative_l2_max * gate.relative_l2_max]
+    wrong, right = ((reference * scale) * (1.0 + error) for error in relative)
+    assert any(text.startswith("relative L2") for text in gate.failures(differences(wrong, reference * scale)))
+    assert not any(text.startswith("relative L2") for text in gate.failures(differences(right, reference * scale)))
+
+
+def test_a_gate_that_passes_equal_logits_is_no_gate_for_others() -> None:
+    logits = torch.randn(8, 10, dtype=torch.float64)
+    for gate in GATES.values():
+        assert gate.failures(differences(logits, logits)) == ()
+        assert gate.failures(differences(logits.roll(1, dims=1), logits))

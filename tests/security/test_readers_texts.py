@@ -1,0 +1,280 @@
+"""Other files that commands and scripts read: README and index.csv, timm's config, headers of weights, docs/data."""
+
+import importlib
+import json
+import shutil
+import struct
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, InputError, RefusedArtifactError
+from cnx_deploy.data import Preprocessing
+from cnx_deploy.model import pretrained
+from cnx_deploy.model.pretrained import fetch_pretrained
+from cnx_deploy.model.weight_files import read_weight_file
+from cnx_deploy.report.records import BEGIN, END
+from tests.support.lies import (
+    FEW,
+    LONG,
+    ODD_JSON,
+    QUICK,
+    VALUES,
+    check_command,
+    documents,
+    lying,
+    placed,
+    put,
+    refused,
+    result_or_error,
+    run,
+    spoilt,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+# --- README and index.csv ---------------------------------------------------------------------------------------------
+
+README = f"# Title\n\n{BEGIN}\nold\n{END}\nmore\n"
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one recorded file; the current one."""
+    (tmp_path / "export").mkdir()
+    shutil.copy(ROOT / "export" / "atto-224-fp16.json", tmp_path / "export")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_table_is_written_into_a_sound_readme_and_found_there(recorded: Path) -> None:
+    put(recorded / "README.md", README.encode())
+    assert run("report")[0] == 0
+    assert "| atto | 3,708,400 |" in (recorded / "README.md").read_text(encoding="utf-8")
+    assert run("report", "--check")[0] == 0
+
+
+def test_a_readme_that_is_no_text_is_wrong_input_where_named_and_left_alone_where_not(recorded: Path) -> None:
+    put(recorded / "README.md", README.encode("utf-16"))
+    assert check_command("report") == 0
+    code, said = run("report", "--readme", "README.md")
+    assert (code, "README.md is no text in UTF-8" in said) == (2, True)
+    with (recorded / "README.md").open("wb") as stream:
+        stream.truncate(100_000_000)
+    code, said = run("report", "--readme", "README.md")
+    assert (code, "README.md has 100,000,000 bytes: expected a text of at most" in said) == (2, True)
+
+
+def test_an_index_that_is_no_text_is_out_of_date_and_written_again(recorded: Path) -> None:
+    put(recorded / "export" / "index.csv", b"\xff\xfe\x00")
+    code, said = run("report", "--check")
+    assert (code, "Out of date" in said) == (3, True)
+    assert run("report")[0] == 0
+    assert run("report", "--check")[0] == 0
+
+
+@settings(FEW, max_examples=8)
+@given(readme=spoilt(README.encode()), index=spoilt(b"stem,kind\na,onnx\n"))
+def test_fuzz_report_over_texts(recorded: Path, readme: bytes, index: bytes) -> None:
+    put(recorded / "README.md", readme)
+    put(recorded / "export" / "index.csv", index)
+    check_command("report", "--check", allowed=frozenset({0, 2, 3}))
+    check_command("report", "--readme", "README.md", allowed=frozenset({0, 2}))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@LONG
+@given(readme=spoilt(README.encode()), index=spoilt(b"stem,kind\na,onnx\n"))
+def test_fuzz_report_over_texts_at_length(recorded: Path, readme: bytes, index: bytes) -> None:
+    put(recorded / "README.md", readme)
+    put(recorded / "export" / "index.csv", index)
+    check_command("report", "--readme", "README.md", allowed=frozenset({0, 2}))
+
+
+# --- timm's config ----------------------------------------------------------------------------------------------------
+
+CONFIG: dict[str, Any] = {
+    "architecture": "convnextv2_atto", "num_classes": 1000,
+    "pretrained_cfg": {
+        "input_size": [3, 224, 224], "crop_pct": 0.875, "interpolation": "bicubic",
+        "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
+    },
+}  # fmt: skip
+TAG = "convnextv2_atto.fcmae_ft_in1k"
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Files of a tag as the hub's cache would give them; the config's path."""
+    put(tmp_path / "model.safetensors", b"")
+    monkeypatch.setattr(pretrained, "_fetch", lambda tag, name, cache: tmp_path / name)
+    return tmp_path / "config.json"
+
+
+def fetch(path: Path, content: bytes) -> Any:
+    put(path, content)
+    return fetch_pretrained(TAG)
+
+
+def test_timms_config_is_read_as_it_is(cached: Path) -> None:
+    found = fetch(cached, json.dumps(CONFIG).encode())
+    assert (found.num_classes, found.preprocessing) == (1000, Preprocessing().to_dict())
+
+
+@pytest.mark.parametrize(
+    ("place", "lie", "reason"),
+    [
+        (("num_classes",), "1000", "num_classes: Expected int, got str"),
+        (("num_classes",), -1, "num_classes: Expected int >= 0"),
+        (("pretrained_cfg",), [], "pretrained_cfg: Expected object, got array"),
+        (("pretrained_cfg", "input_size"), [224], "pretrained_cfg.input_size: Expected array of length 3"),
+        (("pretrained_cfg", "input_size"), [3, 224, 225], "225"),
+        (("pretrained_cfg", "crop_pct"), True, "pretrained_cfg.crop_pct: Expected float, got bool"),
+        (("pretrained_cfg", "crop_pct"), 0, "A crop ratio lies in (0, 1], not at 0"),
+        (("pretrained_cfg", "mean"), "abc", "pretrained_cfg.mean: Expected array, got str"),
+        (("pretrained_cfg", "std"), [0, 1, 1], "std positive"),
+        (("pretrained_cfg", "interpolation"), {}, "pretrained_cfg.interpolation: Expected str, got object"),
+    ],
+)
+def test_a_lie_of_timms_config_is_named(cached: Path, place: tuple[Any, ...], lie: Any, reason: str) -> None:
+    content = json.dumps(placed(CONFIG, place, lie)).encode()
+    said = ("config.json is not a timm model's config (", reason, "Delete it and fetch again")
+    refused(lambda: fetch(cached, content), CorruptArtifactError, *said)
+
+
+@pytest.mark.parametrize("name", ODD_JSON)
+def test_what_is_no_config_is_corrupt(cached: Path, name: str) -> None:
+    refused(lambda: fetch(cached, ODD_JSON[name]), CorruptArtifactError, "is not a timm model's config (")
+
+
+@QUICK
+@given(content=documents(CONFIG))
+def test_fuzz_timms_config(cached: Path, content: bytes) -> None:
+    result_or_error(lambda: fetch(cached, content), CorruptArtifactError)
+
+
+@pytest.mark.slow
+@LONG
+@given(content=documents(CONFIG))
+def test_fuzz_timms_config_at_length(cached: Path, content: bytes) -> None:
+    result_or_error(lambda: fetch(cached, content), CorruptArtifactError)
+
+
+# --- what a header says of images -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        ({"image_size": float("inf")}, "image_size: Expected int, got float"),
+        ({"image_size": True}, "image_size: Expected int, got bool"),
+        ({"image_size": "224"}, "image_size: Expected int, got str"),
+        ({"crop_ratio": 10**400}, "crop_ratio: Number out of range"),
+        ({"interpolation": []}, "interpolation: Expected str, got array"),
+        ({"interpolation": "\x1b[2J"}, "No interpolation '\\x1b[2J'"),
+        ({"mean": "abc"}, "mean: Expected array, got str"),
+        ({"mean": [0, 0, None]}, "mean[2]: Expected float, got null"),
+        ({"std": [1, 1, float("nan")]}, "std positive"),
+        ({"x" * 9000: 1}, "std, xxxxx"),
+    ],
+)
+def test_a_lie_of_preprocessing_is_named(lie: dict[str, Any], reason: str) -> None:
+    values = {**Preprocessing().to_dict(), **lie}
+    assert len(refused(lambda: Preprocessing.from_dict(values), InputError, reason)) < 700
+
+
+@QUICK
+@given(values=lying(Preprocessing().to_dict()))
+def test_fuzz_preprocessing_is_read_or_wrong_input(values: Any) -> None:
+    found = result_or_error(lambda: Preprocessing.from_dict(values), InputError)
+    assert found is None or Preprocessing.from_dict(found.to_dict()) == found
+
+
+def safetensors(header: str) -> bytes:
+    """A file of one tensor whose own header is as given."""
+    entries = {"__metadata__": {"cnx_deploy": header}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    content = json.dumps(entries).encode()
+    return struct.pack("<Q", len(content)) + content + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ("[]", "it is a list, expected an object"),
+        ('[["a", 1]]', "it is a list, expected an object"),
+        ('{"a": 1, "a": 2}', "the key 'a' is there twice"),
+        ('{"a": 1e999}', "1e999 is beyond what a double holds"),
+        ('{"a": NaN}', "NaN is no JSON number"),
+        ("[" * 100_000, "it is nested too deeply"),
+    ],
+    ids=["list", "pairs", "twins", "beyond a double", "nan", "deep"],
+)
+def test_a_header_of_weights_is_strict_json(tmp_path: Path, header: str, reason: str) -> None:
+    path = put(tmp_path / "a.safetensors", safetensors(header))
+    refused(lambda: read_weight_file(path), CorruptArtifactError, "has metadata that is not JSON (", reason)
+
+
+@QUICK
+@given(header=st.one_of(VALUES.map(json.dumps), st.text(max_size=20)))
+def test_fuzz_headers_of_weights(tmp_path: Path, header: str) -> None:
+    path = put(tmp_path / "a.safetensors", safetensors(header))
+    result_or_error(lambda: read_weight_file(path), CorruptArtifactError, CheckpointError)
+
+
+def test_a_weight_archive_of_a_version_that_nobody_writes_is_corrupt(tmp_path: Path) -> None:
+    """zipfile raises NotImplementedError for it."""
+    import torch
+
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.pt")
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    content[content.index(b"PK\x01\x02") + 6] = 0xFF
+    path = put(tmp_path / "a.pt", bytes(content))
+    result_or_error(lambda: read_weight_file(path), CorruptArtifactError, RefusedArtifactError)
+
+
+# --- docs/data --------------------------------------------------------------------------------------------------------
+
+SECTIONS = ("traffic", "traffic-targets", "cpu", "cost")
+
+
+@pytest.fixture
+def forms(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("performance_page.forms")
+
+
+def data_of(section: str) -> Any:
+    return json.loads((ROOT / "docs" / "data" / f"{section}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_committed_records_have_the_form_that_the_page_reads(forms: ModuleType, section: str) -> None:
+    forms.check_form(section, data_of(section))
+
+
+@pytest.mark.parametrize(
+    ("section", "place", "lie", "reason"),
+    [
+        ("traffic", ("rows",), [], "rows: Expected array of length >= 1"),
+        ("traffic", ("rows", 0, "target"), "89", "rows[0].target: Expected str of another form"),
+        ("traffic", ("rows", 0, "megabytes_per_image"), 0, "rows[0].megabytes_per_image: Expected float > 0"),
+        ("traffic-targets", ("date",), "today", "date: Expected str of another form"),
+        ("cost", ("rows", 0, "parameters"), 0, "rows[0].parameters: Expected int >= 1"),
+        ("cost", ("help_seconds",), "0.1", "help_seconds: Expected float, got str"),
+        ("cpu", ("rows", 0, "network"), "none", "rows[0].network: 'none' is none of its networks"),
+        ("cpu", ("rows", 1, "ratios", 0, "low"), None, "rows[1].ratios[0].low: Expected float, got null"),
+        ("cpu", ("environment", "isa"), "avx2", "environment.isa: Expected array, got str"),
+    ],
+)
+def test_a_lie_of_a_record_is_named(
+    forms: ModuleType, section: str, place: tuple[Any, ...], lie: Any, reason: str
+) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - what is said is compared below
+        forms.check_form(section, placed(data_of(section), place, lie))
+    assert reason in str(caught.value)

@@ -1,0 +1,116 @@
+"""Other libraries' ConvNeXt V2 of any size, and the reference autoencoder's file layout."""
+
+import re
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from timm.models.convnext import ConvNeXt
+from torch import Tensor, nn
+
+from cnx_deploy.core.variants import Variant
+from cnx_deploy.model.convnextv2 import ConvNeXtV2
+
+State = dict[str, Tensor]
+
+
+def assert_same_weights(loaded: ConvNeXtV2, expected: ConvNeXtV2) -> None:
+    torch.testing.assert_close(loaded.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+def saved(content: object, path: Path) -> Path:
+    """Write a state dict as the path's suffix says."""
+    if path.suffix == ".safetensors":
+        save_file({name: tensor.contiguous() for name, tensor in content.items()}, path)
+    else:
+        torch.save(content, path)
+    return path
+
+
+def timm_model(variant: Variant, num_classes: int = 10) -> ConvNeXt:
+    return ConvNeXt(
+        depths=variant.depths, dims=variant.dims, num_classes=num_classes, use_grn=True, ls_init_value=None
+    ).eval()
+
+
+def transformers_model(variant: Variant, num_classes: int = 10) -> transformers.ConvNextV2ForImageClassification:
+    config = transformers.ConvNextV2Config(
+        depths=list(variant.depths), hidden_sizes=list(variant.dims), num_labels=num_classes
+    )
+    return transformers.ConvNextV2ForImageClassification(config).eval()
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Every parameter random, none of them zero, logits of the order of one."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(generator=generator)
+            is_kernel = parameter.ndim in (2, 4) and "grn" not in name
+            parameter.mul_(parameter[0].numel() ** -0.5 if is_kernel else 0.3)
+    return model
+
+
+def fcmae_state(model: ConvNeXtV2) -> State:
+    """The masked autoencoder's state dict: the inverse of the reference's `remap_checkpoint_keys`, and a decoder."""
+    encoder = {
+        name: _sparse(name, tensor)
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(("norm.", "head."))
+    }
+    width = model.variant.dims[-1]
+    decoder = {
+        "mask_token": torch.zeros(1, 512, 1, 1),
+        "proj.weight": torch.ones(512, width, 1, 1),
+        "proj.bias": torch.ones(512),
+        "decoder.0.dwconv.weight": torch.ones(512, 1, 7, 7),
+        "decoder.0.grn.gamma": torch.ones(1, 1, 1, 2048),
+        "pred.weight": torch.ones(3072, 512, 1, 1),
+        "pred.bias": torch.ones(3072),
+    }
+    return {f"encoder.{name}": tensor for name, tensor in encoder.values()} | decoder
+
+
+def _sparse(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    module, _, kind = name.rpartition(".")
+    if module.startswith("downsample_layers.0."):  # the stem is dense there too
+        return name, tensor
+    if module.endswith(".grn"):
+        return name, tensor.reshape(1, -1)
+    if ".pwconv" in module:
+        return f"{module}.linear.{kind}", tensor
+    if module.endswith(".norm") or re.fullmatch(r"downsample_layers\.\d\.0", module):
+        return f"{module}.ln.{kind}", tensor
+    if kind == "bias":
+        return name, tensor.reshape(1, -1)
+    outputs, inputs, height, width = tensor.shape
+    kernel = tensor.transpose(2, 3).reshape(outputs, inputs, height * width).permute(2, 1, 0)
+    return f"{module}.kernel", kernel.squeeze(1) if ".dwconv" in name else kernel
+
+
+def reference_remap(state: State) -> State:
+    """What the reference makes of the encoder's names and shapes, position by position, independent of ours."""
+    remapped = {}
+    for name, tensor in state.items():
+        parts = [part for part in name.split(".") if part not in ("ln", "linear")]
+        if parts[0] != "encoder":
+            continue
+        if parts[-1] == "kernel":
+            parts[-1], tensor = "weight", _dense(tensor)
+        elif parts[-1] == "bias":
+            tensor = tensor.reshape(-1)
+        elif parts[-2] == "grn":
+            tensor = tensor[None, None]
+        remapped[".".join(parts[1:])] = tensor
+    return remapped
+
+
+def _dense(kernel: Tensor) -> Tensor:
+    kernel = kernel[:, None] if kernel.ndim == 2 else kernel  # (K·K, I, O)
+    side = int(kernel.shape[0] ** 0.5)
+    dense = torch.empty(kernel.shape[2], kernel.shape[1], side, side)
+    for position, matrix in enumerate(kernel):
+        column, row = divmod(position, side)
+        dense[:, :, row, column] = matrix.T
+    return dense

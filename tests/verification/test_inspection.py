@@ -1,0 +1,341 @@
+"""Files told by their content, and what is said of each."""
+
+import json
+import shutil
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cnx_deploy.cli import main
+from cnx_deploy.core.artifacts import WeightsRecord
+from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, InputError
+from cnx_deploy.core.system import package_version
+from cnx_deploy.data import Preprocessing
+from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
+from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, resolve_model, save_checkpoint
+from cnx_deploy.model.convnextv2 import random_model
+from cnx_deploy.model.deploy import DeploySpec
+from cnx_deploy.verification.inspect import inspect_file, kind_of_file, recorded_artifact, with_compiled
+from cnx_deploy.verification.verify import model_record
+
+NEEDS_RTX = pytest.mark.skipif(not package_version("tensorrt-rtx"), reason="tensorrt-rtx is not installed")
+
+
+@pytest.fixture(scope="module")
+def atto() -> LoadedModel:
+    return resolve_model("atto", num_classes=3)
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_variant, tmp_path_factory):
+    """An FP16 ONNX artifact of the tiny network (five blocks) at 64 px."""
+    folder = tmp_path_factory.mktemp("export")
+    model = random_model(tiny_variant, 3)
+    loaded = LoadedModel(model, WeightsRecord("random", "0", hash_weights(model), "none"))
+    spec = ExportSpec(DeploySpec(precision="fp16", image_size=64), batch=(1, 2, 4))
+    return export_onnx(model, model_record(loaded, Preprocessing(64), folder), spec, folder)[0]
+
+
+@pytest.fixture(scope="module")
+def engine(exported, tmp_path_factory):
+    """Its engine for sm89, batch 1 to 4, built ahead of time."""
+    from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
+
+    spec = BuildSpec(runtime="tensorrt-rtx", target="sm89", batches=((1, 2, 4),))
+    return build_engine(exported, spec, tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture
+def cnx(capsys):
+    """Run a command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(list(words))
+        printed = capsys.readouterr()
+        return stop.value.code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def onnx_copy(exported, tmp_path):
+    """The ONNX file and its manifest in a folder that a test may spoil."""
+    for path in (exported.path, exported.path.with_suffix(".json")):
+        shutil.copy(path, tmp_path)
+    return tmp_path / exported.path.name
+
+
+@pytest.fixture(scope="module")
+def checkpoint(atto, tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "best.safetensors"
+    return save_checkpoint(path, atto.model, class_names=("cat", "dog", "owl"), licence="MIT", extra={"epoch": "7"})
+
+
+def test_a_checkpoint_of_ours_is_described_with_its_metadata(checkpoint, atto):
+    found = inspect_file(checkpoint)
+    facts = found.facts
+    assert (found.kind, facts["layout"], facts["variant"], facts["classes"]) == ("safetensors", "official", "atto", 3)
+    assert facts["parameters"] == 3_388_363
+    assert (facts["licence"], facts["metadata"]["epoch"]) == ("MIT", "7")
+    assert facts["weights_sha256"] == hash_weights(atto.model)
+
+
+def test_a_pickled_checkpoint_is_described_with_the_entry_its_weights_are_under(atto, tmp_path):
+    torch.save({"model": atto.model.state_dict()}, tmp_path / "last.pth")
+    found = inspect_file(tmp_path / "last.pth")
+    assert (found.kind, found.facts["entry"], found.facts["variant"]) == ("pickle", "model", "atto")
+    assert "unknown" in found.facts["licence"]
+
+
+def test_a_checkpoint_without_a_head_is_described_and_says_so(atto, tmp_path):
+    state = {f"encoder.{name}": tensor for name, tensor in atto.model.state_dict().items()}
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith(("encoder.norm.", "encoder.head."))}
+    torch.save({"model": kept}, tmp_path / "pretrained.pt")
+    found = inspect_file(tmp_path / "pretrained.pt")
+    assert (found.facts["layout"], found.facts["variant"], found.facts["classes"]) == ("fcmae", "atto", None)
+    assert "no classification head" in found.notes[0]
+
+
+def test_a_network_that_is_no_variant_is_described_and_says_so(tiny_variant, tmp_path):
+    save_file(random_model(tiny_variant, 10).state_dict(), tmp_path / "own.safetensors")
+    found = inspect_file(tmp_path / "own.safetensors")
+    assert (found.facts["variant"], found.facts["classes"]) == (None, 10)
+    assert "none of the eight" in found.notes[0]
+
+
+def test_altered_weights_in_a_checkpoint_of_ours_are_an_altered_artifact(checkpoint, tmp_path):
+    content = bytearray(checkpoint.read_bytes())
+    content[-2] ^= 1  # the lowest mantissa bits of a weight
+    (tmp_path / "best.safetensors").write_bytes(content)
+    with pytest.raises(CorruptArtifactError, match="altered"):
+        inspect_file(tmp_path / "best.safetensors")
+
+
+def test_weights_of_another_network_are_refused_with_their_names(tmp_path):
+    save_file({"layer.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"layer\.weight"):
+        inspect_file(tmp_path / "other.safetensors")
+
+
+def test_an_onnx_file_is_described_from_its_graph_and_its_manifest(exported):
+    found = inspect_file(exported.path)
+    facts = found.facts
+    assert (found.kind, facts["opset"], facts["operators"]["ReduceSum"]) == ("onnx", 20, 5)
+    assert facts["inputs"] == {"images": ["FLOAT", ["batch", 3, 64, 64]]}
+    assert facts["outputs"] == {"logits": ["FLOAT", ["batch", 3]]}
+    assert 0.4 < facts["half_share"] < 1
+    assert facts["metadata"]["cnx_deploy.variant"] == facts["variant"] == "tiny-test"
+    assert facts["hashes"] == "match the manifest (1 of 1 files)"
+    assert found.sha256 == exported.sha256
+
+
+def test_a_manifest_stands_for_the_file_it_describes(exported):
+    assert inspect_file(exported.path.with_suffix(".json")).path == exported.path
+
+
+def test_the_parity_recorded_at_export_is_shown(onnx_copy):
+    manifest = onnx_copy.with_suffix(".json")
+    content = json.loads(manifest.read_text())
+    found = {"samples": 1, "relative_l2_max": 0.0, "centred_cosine_min": 1.0, "top1_agreement": 1.0, "mean_kl": 0.0}
+    parity = {"candidate": "a", "reference": "b", "passed": True, "found": {**found, "nonfinite_count": 0}}
+    content["facts"]["parity"] = parity
+    manifest.write_text(json.dumps(content))
+    assert inspect_file(onnx_copy).facts["parity"] == parity
+
+
+def test_one_altered_byte_is_found_before_the_graph_is_read(onnx_copy):
+    content = bytearray(onnx_copy.read_bytes())
+    content[len(content) // 2] ^= 1
+    onnx_copy.write_bytes(content)
+    with pytest.raises(CorruptArtifactError, match="SHA-256"):
+        inspect_file(onnx_copy)
+
+
+@pytest.mark.parametrize("length", [0, 3, 1000, 100_000])
+def test_a_cut_off_onnx_file_is_corrupt_with_its_manifest(onnx_copy, length):
+    onnx_copy.write_bytes(onnx_copy.read_bytes()[:length])
+    with pytest.raises(CorruptArtifactError, match=f"{length} bytes"):
+        inspect_file(onnx_copy)
+
+
+def test_a_cut_off_onnx_file_without_manifest_is_still_told_as_onnx_and_corrupt(onnx_copy):
+    onnx_copy.with_suffix(".json").unlink()
+    onnx_copy.write_bytes(onnx_copy.read_bytes()[:100_000])
+    assert kind_of_file(onnx_copy) == "onnx"
+    with pytest.raises(CorruptArtifactError, match="not a valid ONNX"):
+        inspect_file(onnx_copy)
+
+
+def test_a_manifest_that_is_cut_off_is_corrupt(onnx_copy):
+    manifest = onnx_copy.with_suffix(".json")
+    manifest.write_text(manifest.read_text()[:200])
+    with pytest.raises(CorruptArtifactError, match="not a manifest"):
+        inspect_file(onnx_copy)
+
+
+def test_an_onnx_file_named_engine_is_named_as_what_it_is(onnx_copy):
+    misnamed = onnx_copy.rename(onnx_copy.with_suffix(".engine"))
+    found = inspect_file(misnamed)
+    assert found.kind == "onnx"
+    assert found.description == "an ONNX file, although its name ends in .engine"
+    assert "No manifest" in found.notes[0]
+
+
+def test_some_other_programs_json_beside_a_file_is_no_manifest(onnx_copy):
+    onnx_copy.with_suffix(".json").write_text('{"labels": ["cat"]}')
+    assert recorded_artifact(onnx_copy) is None
+    assert "No manifest" in inspect_file(onnx_copy).notes[0]
+
+
+def test_a_checkpoint_under_another_kinds_name_is_named_as_what_it_is(checkpoint, tmp_path):
+    shutil.copy(checkpoint, tmp_path / "model.onnx")
+    with pytest.raises(InputError, match=r"safetensors checkpoint by its content.*Rename it to model\.safetensors"):
+        inspect_file(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x08", b"\x08\x0a", b"hello, world, this is text", b"\x89PNG\r\n\x1a\n" * 4]
+)
+def test_a_file_that_is_no_artifact_is_an_input_error(tmp_path, content):
+    (tmp_path / "file.onnx").write_bytes(content)
+    with pytest.raises(InputError, match="neither a checkpoint"):
+        inspect_file(tmp_path / "file.onnx")
+
+
+@pytest.mark.parametrize(("name", "message"), [("absent.onnx", "cannot be read"), (".", "is a folder, expected a")])
+def test_no_file_is_an_input_error(tmp_path, name, message):
+    with pytest.raises(InputError, match=message):
+        inspect_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_safetensors_header_whose_length_looks_like_a_pickle_is_told_as_safetensors(tmp_path, length):
+    # 640 is written as 80 02, with which protocol 2 of pickle begins.
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(length)
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", length) + header + bytes(4))
+    assert kind_of_file(tmp_path / "a.safetensors") == "safetensors"
+
+
+def test_an_engine_without_manifest_is_named_and_not_opened(tmp_path):
+    (tmp_path / "foreign.engine").write_bytes(b"ftrt" + bytes(100))
+    found = inspect_file(tmp_path / "foreign.engine")
+    assert (found.kind, found.facts) == ("engine", {})
+    assert "native code" in found.notes[0]
+
+
+@NEEDS_RTX
+def test_an_engine_is_described_by_its_manifest(exported, engine):
+    assert kind_of_file(engine.path) == "engine"
+    facts = inspect_file(engine.path).facts
+    assert (facts["runtime"], facts["target"], facts["profiles"]) == ("tensorrt-rtx", "sm89", [[1, 2, 4]])
+    assert facts["runtime_version"] == package_version("tensorrt-rtx")
+    assert facts["source"] == {"onnx": exported.path.name, "sha256": exported.sha256}
+    assert facts["census"]["types"]["HALF"] > 0
+    assert facts["compiled"]["kernels"] > 5
+    assert 0 < facts["compiled"]["megabytes_per_image"] < 100
+    assert inspect_file(engine.path).notes == ("An engine cannot be read without a GPU: this is its manifest.",)
+    json.dumps(inspect_file(engine.path).to_dict(), allow_nan=False)
+
+
+@NEEDS_RTX
+def test_an_onnx_file_compiled_now_has_the_kernels_of_its_engine(exported, engine):
+    compiled = with_compiled(inspect_file(exported.path), target="sm89", batch=4).facts["compiled"]
+    assert compiled == inspect_file(engine.path).facts["compiled"]
+    other = with_compiled(inspect_file(exported.path), target="sm89", batch=2).facts["compiled"]
+    assert other["kernel_list"] != compiled["kernel_list"], "bytes are for the batch that was asked for"
+
+
+@pytest.mark.slow
+@NEEDS_RTX
+def test_for_turing_a_file_is_compiled_as_its_engine_is(exported, tmp_path):
+    from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
+
+    spec = BuildSpec(runtime="tensorrt-rtx", target="sm75", batches=((1, 2, 4),))
+    recorded = build_engine(exported, spec, tmp_path).manifest.facts["compiled"]
+    compiled = with_compiled(inspect_file(exported.path), target="sm75", batch=4).facts["compiled"]
+    assert compiled["megabytes_per_image"] == recorded["megabytes_per_image"]
+
+
+def test_an_onnx_file_without_a_manifest_is_compiled_too(onnx_copy):
+    onnx_copy.with_suffix(".json").unlink()
+    found = with_compiled(inspect_file(onnx_copy), target="sm86", batch=1)
+    assert found.facts["runtime_version"] == package_version("tensorrt-rtx")
+    assert (found.facts["compiled"]["target"], found.facts["compiled"]["batch"]) == ("sm86", 1)
+    assert "No manifest" in found.notes[0]
+    assert "not run" in found.notes[1]
+
+
+@NEEDS_RTX
+def test_only_an_onnx_file_is_compiled_and_only_for_a_target_that_exists(exported, checkpoint):
+    with pytest.raises(InputError, match="only an ONNX file is compiled"):
+        with_compiled(inspect_file(checkpoint), target="sm89", batch=1)
+    with pytest.raises(InputError, match="builds for sm75"):
+        with_compiled(inspect_file(exported.path), target="sm70", batch=1)
+
+
+@NEEDS_RTX
+def test_an_engine_recorded_without_a_list_of_kernels_is_read_and_says_so(engine, tmp_path):
+    old = _with_old_record(engine, tmp_path)
+    found = inspect_file(old)
+    assert found.facts["compiled"]["kernels"] > 5
+    assert "recorded without a list of kernels" in found.notes[1]
+
+
+@NEEDS_RTX
+def test_inspect_shows_stages_operations_and_kinds_of_an_engine(cnx, engine):
+    code, out, _ = cnx("inspect", str(engine.path))
+    compiled = engine.manifest.facts["compiled"]
+    lines = out.splitlines()
+    assert code == 0
+    assert f"{compiled['kernels']} kernels, {compiled['megabytes_per_image']} MB an image; sm89, batch 4" in out
+    for grouping in ("stage", "operation", "kind"):
+        start = next(index for index, line in enumerate(lines) if line.split()[:2] == [grouping, "kernels"])
+        shown = lines[start + 1 : start + 1 + len(compiled[f"by_{grouping}"])]
+        shares = [float(line.split()[-1].rstrip("%")) for line in shown]
+        assert sum(shares) == pytest.approx(100, abs=0.05 * len(shares))
+    assert "myl0_0:" not in out, "kernels are listed only when asked for"
+
+
+@NEEDS_RTX
+def test_inspect_lists_every_kernel_the_largest_first(cnx, exported):
+    code, out, _ = cnx("inspect", str(exported.path), "--compile", "--batch", "4", "--kernels")
+    lines = out.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("kernel ")) + 1
+    rows = [line.split() for line in lines[start:] if not line.startswith("Note")]
+    _, document, _ = cnx("inspect", str(exported.path), "--compile", "--batch", "4", "--json")
+    assert code == 0
+    assert len(rows) == json.loads(document)[0]["facts"]["compiled"]["kernels"]
+    assert sorted(int(row[0]) for row in rows) == list(range(len(rows)))
+    sizes = [float(row[1]) for row in rows]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) > 5
+
+
+@NEEDS_RTX
+@pytest.mark.parametrize("words", [("--kernels",), ("--batch", "4"), ("--target", "sm89")])
+def test_what_needs_compiling_is_refused_without_it(cnx, exported, words):
+    code, out, err = cnx("inspect", str(exported.path), *words)
+    assert (code, out) == (2, "")
+    assert "--compile" in err
+
+
+@NEEDS_RTX
+def test_inspect_shows_the_totals_of_an_old_record_and_refuses_to_list_what_it_has_not(cnx, engine, tmp_path):
+    old = str(_with_old_record(engine, tmp_path))
+    assert f"kernels {engine.manifest.facts['compiled']['kernels']}," in cnx("inspect", old)[1]
+    code, _, err = cnx("inspect", old, "--kernels")
+    assert (code, "No list of kernels is recorded" in err) == (2, True)
+
+
+def _with_old_record(engine, folder):
+    """A copy of an engine whose manifest has totals alone, as manifests were before kernels were listed."""
+    shutil.copy(engine.path, folder)
+    content = json.loads(engine.manifest.to_json())
+    compiled = content["facts"]["compiled"]
+    content["facts"]["compiled"] = {key: compiled[key] for key in ("batch", "kernels", "megabytes_per_image")}
+    (folder / f"{engine.manifest.stem}.json").write_text(json.dumps(content))
+    return folder / engine.path.name

@@ -1,0 +1,287 @@
+"""The gates let two implementations of one network through and no broken one."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cnx_deploy.core.errors import InputError
+from cnx_deploy.data import image_like_batches, runner_input
+from cnx_deploy.model.convnextv2 import ConvNeXtV2
+from cnx_deploy.model.deploy import DeploySpec
+from cnx_deploy.model.layers import GlobalResponseNorm
+from cnx_deploy.runners.pytorch import reference_runner
+from cnx_deploy.verification.parity import GATES, Gate, compare, differences, logits_of
+
+SPEC = DeploySpec("fp32", 64)
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Tensor]:
+    """Image-like batches of 7, 2 and 1 at 64 px."""
+    pixels = torch.cat(list(image_like_batches(10, 64, batch_size=5)))
+    return [runner_input(part, "float") for part in pixels.split([7, 2, 1])]
+
+
+def verdict(model: ConvNeXtV2, mutate: Callable[[nn.Module], None], batches: list[Tensor], gate: str = "fp32"):
+    """Compare a copy of `model`, each of whose modules went through `mutate`, with `model`."""
+    changed = copy.deepcopy(model)
+    for module in changed.modules():
+        mutate(module)
+    expected = logits_of(reference_runner(model, SPEC), batches)
+    return compare(reference_runner(changed, SPEC), expected, batches, GATES[gate], reference_name="original")
+
+
+# Broken networks
+
+
+def grn(summed: tuple[int, ...], averaged: int = -1) -> Callable[[nn.Module], None]:
+    """Give every GRN other axes than (1, 2) for the norm and -1 for the mean."""
+
+    class OtherAxes(GlobalResponseNorm):
+        def forward(self, hidden: Tensor) -> Tensor:
+            norm = torch.linalg.vector_norm(hidden, dim=summed, keepdim=True)
+            return (
+                self.gamma * (norm / (norm.mean(dim=averaged, keepdim=True) + self.eps)) * hidden + self.beta + hidden
+            )
+
+    def mutate(module: nn.Module) -> None:
+        if isinstance(module, GlobalResponseNorm):
+            module.__class__ = OtherAxes
+
+    return mutate
+
+
+def attribute(kind: type[nn.Module], name: str, value: object) -> Callable[[nn.Module], None]:
+    def mutate(module: nn.Module) -> None:
+        if isinstance(module, kind):
+            setattr(module, name, value)
+
+    return mutate
+
+
+def zeroed(name: str) -> Callable[[nn.Module], None]:
+    def mutate(module: nn.Module) -> None:
+        if isinstance(module, GlobalResponseNorm):
+            getattr(module, name).data.zero_()
+
+    return mutate
+
+
+def unchanged(module: nn.Module) -> None:
+    return None
+
+
+MUTANTS = {
+    "GRN gamma dropped": zeroed("gamma"),
+    "GRN beta dropped": zeroed("beta"),
+    "GRN eps 1e-2": attribute(GlobalResponseNorm, "eps", 1e-2),
+    "GRN norm over width and channels": grn((2, 3)),
+    "GRN mean over positions": grn((1, 2), averaged=1),
+    "GRN norm over the batch": grn((0, 1, 2)),
+    "tanh GELU": attribute(nn.GELU, "approximate", "tanh"),
+    "LayerNorm eps 1e-5": attribute(nn.LayerNorm, "eps", 1e-5),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_parity_detects_broken_grn_and_other_parts_by_the_fp32_gate(tiny_model, batches, mutant):
+    assert not verdict(tiny_model, MUTANTS[mutant], batches).passed
+
+
+@pytest.mark.parametrize("mutant", ["GRN gamma dropped", "GRN beta dropped", "GRN norm over the batch"])
+def test_parity_detects_broken_grn_by_the_fp16_gate_too(tiny_model, batches, mutant):
+    assert not verdict(tiny_model, MUTANTS[mutant], batches, "fp16").passed
+
+
+def test_batch_invariance_is_only_seen_in_batches_above_one(tiny_model, batches):
+    assert verdict(tiny_model, MUTANTS["GRN norm over the batch"], batches[2:]).passed
+
+
+def test_the_same_network_passes_the_fp32_gate(tiny_model, batches):
+    result = verdict(tiny_model, unchanged, batches)
+    assert (result.passed, result.failures, result.found.relative_l2_max) == (True, (), 0.0)
+
+
+def test_the_verdict_names_the_batch_sizes_and_counts_the_images(tiny_model, batches):
+    result = verdict(tiny_model, unchanged, batches)
+    assert (result.batches, result.found.samples, result.reference) == ((7, 2, 1), 10, "original")
+
+
+def test_the_verdict_as_a_dictionary_says_whether_it_passed(tiny_model, batches):
+    found = verdict(tiny_model, MUTANTS["GRN gamma dropped"], batches).to_dict()
+    assert (found["passed"], found["batches"], len(found["failures"]) > 0) == (False, [7, 2, 1], True)
+
+
+def test_progress_is_told_the_images_of_each_batch(tiny_model, batches):
+    told: list[int] = []
+    logits_of(reference_runner(tiny_model, SPEC), batches, told.append)
+    assert told == [7, 2, 1]
+
+
+# Logits
+
+
+def logits(count: int = 4, classes: int = 10) -> Tensor:
+    return torch.randn(count, classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def failures(candidate: Tensor, reference: Tensor, gate: str = "fp16") -> tuple[str, ...]:
+    return GATES[gate].failures(differences(candidate, reference))
+
+
+def limits_broken(candidate: Tensor, reference: Tensor, gate: str = "fp16") -> list[str]:
+    """The first words of each failure: which limit."""
+    return [" ".join(text.split()[:2]) for text in failures(candidate, reference, gate)]
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_parity_nan_never_passes_even_on_both_sides_and_is_counted(gate):
+    both = logits()
+    both[1, 2] = math.nan
+    assert failures(both, both.clone(), gate) == ("2 logits are NaN or infinite",)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_parity_inf_not_equal_though_both_sides_have_it(gate, value):
+    """There is no flag that lets it pass: finite weights and pixels give no infinite logit."""
+    both = logits()
+    both[1, 2] = value
+    assert failures(both, both.clone(), gate) == ("2 logits are NaN or infinite",)
+    one = logits()
+    one[0, 0] = -value
+    assert failures(one, both, gate) == ("2 logits are NaN or infinite",)
+
+
+def test_parity_nan_never_passes_in_the_candidate_alone():
+    candidate = logits()
+    candidate[0, 0] = math.nan
+    assert failures(candidate, logits()) == ("1 logits are NaN or infinite",)
+
+
+def test_parity_nan_never_passes_in_the_reference_alone():
+    reference = logits()
+    reference[0, 0] = math.nan
+    assert failures(logits(), reference) == ("1 logits are NaN or infinite",)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_equal_logits_pass_every_gate(gate):
+    assert failures(logits(), logits(), gate) == ()
+
+
+def test_a_shift_common_to_all_logits_is_caught_by_relative_l2():
+    assert limits_broken(logits() + 0.1, logits()) == ["relative L2"]
+
+
+def test_the_centred_cosine_does_not_see_a_common_shift():
+    assert differences(logits() + 5.0, logits()).centred_cosine_min == pytest.approx(1.0, abs=1e-12)
+
+
+def test_a_large_common_offset_does_not_hide_a_difference_from_the_cosine():
+    assert "centred cosine" in limits_broken(logits().roll(1, dims=1) + 1000.0, logits() + 1000.0)
+
+
+def test_one_bad_sample_among_many_good_ones_is_caught():
+    candidate = logits(1000)
+    candidate[17] *= 1.1
+    assert "relative L2" in limits_broken(candidate, logits(1000))
+
+
+def test_a_difference_from_a_zero_reference_is_caught():
+    assert "relative L2" in limits_broken(torch.ones(1, 3), torch.zeros(1, 3))
+
+
+def test_zero_on_both_sides_is_no_difference_and_no_division_by_zero():
+    assert differences(torch.zeros(1, 3), torch.zeros(1, 3)).relative_l2_max == 0.0
+
+
+@pytest.mark.parametrize(
+    ("candidate", "reference"),
+    [
+        (torch.zeros(2, 3), torch.zeros(2, 4)),
+        (torch.zeros(2, 3), torch.zeros(1, 3)),
+        (torch.zeros(3), torch.zeros(3)),
+        (torch.zeros(0, 3), torch.zeros(0, 3)),
+    ],
+)
+def test_parity_shape_or_name_mismatch_of_logits_is_an_input_error(candidate, reference):
+    with pytest.raises(InputError, match="Cannot compare logits of shape"):
+        differences(candidate, reference)
+
+
+def test_no_image_is_an_input_error(tiny_model):
+    with pytest.raises(InputError, match="no image"):
+        logits_of(reference_runner(tiny_model, SPEC), [])
+
+
+# Flips of top-1
+
+
+def pair_with_noise(noise: float, margin: float, shift: float) -> tuple[Tensor, Tensor]:
+    """64 samples of 1000 classes, the candidate `noise` off everywhere; in the first sample the second class is
+    `margin` behind and the candidate adds `shift` to it."""
+    reference = logits(64, 1000)
+    reference[:, 0] = 6.0  # a clear decision in all samples but the first
+    reference[0, :2] = torch.tensor([4.0, 4.0 - margin])
+    candidate = reference + noise * logits(64, 1000).roll(1, dims=1)
+    candidate[0, :2] = torch.tensor([4.0, 4.0 - margin + shift])
+    return candidate, reference
+
+
+def test_a_flip_within_the_noise_is_excused():
+    found = differences(*pair_with_noise(noise=0.01, margin=0.03, shift=0.035))
+    assert (found.flips, found.excused_flips, found.top1_agreement) == (1, 1, 1.0)
+
+
+def test_a_flip_beyond_the_noise_is_not_excused():
+    found = differences(*pair_with_noise(noise=0.01, margin=0.05, shift=0.055))
+    assert (found.flips, found.excused_flips, found.top1_agreement) == (1, 0, 63 / 64)
+
+
+def test_one_wrong_logit_in_64000_that_flips_a_decision_is_caught_by_top1_alone():
+    assert limits_broken(*pair_with_noise(noise=1e-3, margin=0.1, shift=0.2)) == ["top-1 agreement"]
+
+
+def test_top1_that_agrees_is_no_flip():
+    assert differences(*pair_with_noise(noise=0.01, margin=0.05, shift=0.04)).flips == 0
+
+
+# Gates
+
+
+FOUND = differences(logits(), logits())
+
+
+@pytest.mark.parametrize(
+    ("gate", "named"),
+    [
+        (Gate("g", -1.0, 0.0, 0.0, 1.0), "relative L2 0, gate -1"),
+        (Gate("g", 1.0, 2.0, 0.0, 1.0), "centred cosine 1, gate 2"),
+        (Gate("g", 1.0, 0.0, 2.0, 1.0), "top-1 agreement 1, gate 2"),
+        (Gate("g", 1.0, 0.0, 0.0, -1.0), "mean KL 0, gate -1"),
+    ],
+)
+def test_a_failure_names_the_limit_and_both_numbers(gate, named):
+    assert gate.failures(FOUND) == (named,)
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_few_classes_can_be_compared(classes):
+    assert failures(logits(3, classes), logits(3, classes), "fp32") == ()
+
+
+def test_relative_l2_is_the_error_over_the_norm_of_each_sample():
+    found = differences(torch.tensor([[3.0, 4.5], [0.0, 2.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+    assert found.relative_l2_max == pytest.approx(1.0)
+
+
+def test_kl_is_zero_only_for_the_same_distribution():
+    reference = torch.tensor([[0.0, math.log(3.0)]], dtype=torch.float64)  # 1/4 and 3/4
+    candidate = torch.zeros(1, 2, dtype=torch.float64)  # one half each
+    expected = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert differences(candidate, reference).mean_kl == pytest.approx(expected, rel=1e-12)

@@ -1,0 +1,337 @@
+"""An artifact is judged against the weights its manifest names; altered bytes and records are found before that."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from PIL import Image
+
+from cnx_deploy.api import (
+    BuildRequest,
+    ExportRequest,
+    VerifyRequest,
+    run_builds,
+    run_exports,
+    run_verifications,
+)
+from cnx_deploy.core.artifacts import Artifact, open_artifact, sha256_of_file
+from cnx_deploy.core.errors import CorruptArtifactError, InputError, OutputExistsError, ParityError
+from cnx_deploy.data import Preprocessing
+from cnx_deploy.model.checkpoint import hash_weights, save_checkpoint
+from cnx_deploy.model.convnextv2 import random_model
+from cnx_deploy.runners.base import InputSpec
+from cnx_deploy.runners.registry import open_runner
+from cnx_deploy.verification.export_check import check_exported
+from cnx_deploy.verification.verify import (
+    Reference,
+    Verification,
+    batch_sizes,
+    model_record,
+    recorded_model,
+    verify_artifact,
+)
+
+REQUEST = ExportRequest(variant="atto", num_classes=10, image_size=32, batch=(1, 2, 7), precisions=("fp32", "fp16"))
+
+
+def quiet(line: str) -> None:
+    return None
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory) -> tuple[Artifact, Artifact]:
+    """Atto at 32 px with ten classes, random weights of seed 0: FP32 and FP16. Shared: do not change them."""
+    fp32, fp16 = run_exports(replace(REQUEST, output_dir=tmp_path_factory.mktemp("atto")), quiet)
+    return fp32, fp16
+
+
+@pytest.fixture(scope="module")
+def reference(exports) -> Reference:
+    return Reference(exports[0], samples=10)
+
+
+@pytest.fixture(scope="module")
+def told() -> list[tuple[str, int]]:
+    """What `verified` told its progress callback."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def verified(exports, reference, told) -> tuple[Verification, Verification]:
+    """Both exports judged against one reference, FP32 first."""
+    fp32, fp16 = (verify_artifact(artifact, reference, lambda *item: told.append(item)) for artifact in exports)
+    return fp32, fp16
+
+
+@pytest.fixture
+def copied(exports, tmp_path) -> Artifact:
+    """A copy of the FP32 export, free to be changed."""
+    for suffix in (".onnx", ".json"):
+        shutil.copy(exports[0].path.with_suffix(suffix), tmp_path)
+    return open_artifact(tmp_path / exports[0].path.name)
+
+
+def with_manifest(artifact: Artifact, change) -> Artifact:
+    """Rewrite the manifest after `change` was applied to its JSON, and read it again."""
+    path = artifact.path.with_suffix(".json")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    change(data)
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return open_artifact(path)
+
+
+def with_bytes(artifact: Artifact, content: bytes) -> Artifact:
+    """Replace the file and make the manifest agree: a file that is whole, but another network."""
+    artifact.path.write_bytes(content)
+
+    def change(data):
+        data["files"][0].update(size_bytes=len(content), sha256=sha256_of_file(artifact.path))
+
+    return with_manifest(artifact, change)
+
+
+def without_grn_gain(path: Path) -> bytes:
+    """The graph with every GRN gamma set to zero."""
+    model = onnx.load(path)
+    changed = 0
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith("grn.affine.weight"):
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * 0, tensor.name))
+            changed += 1
+    assert changed == 12
+    return model.SerializeToString()
+
+
+# What verifies
+
+
+def test_an_fp32_export_verifies_on_onnx_runtime(verified):
+    assert (verified[0].passed, [result.candidate for result in verified[0].results]) == (True, ["onnxruntime fp32"])
+
+
+def test_an_fp16_export_verifies_on_onnx_runtime_and_in_half_arithmetic(verified):
+    candidates = [(result.candidate, result.gate.name) for result in verified[1].results]
+    assert candidates == [("onnxruntime fp16", "fp16"), ("emulator fp16", "fp16")]
+    assert verified[1].passed
+
+
+def test_it_is_noted_that_onnx_runtime_computes_fp16_in_fp32(verified):
+    assert [len(found.notes) for found in verified] == [0, 1]
+
+
+def test_batches_of_one_two_and_seven_are_run(verified):
+    assert verified[0].results[0].batches == (1, 2, 7)
+
+
+def test_the_reference_is_computed_once_for_both_precisions(verified, told):
+    assert sum(images for what, images in told if what == "PyTorch reference") == 10
+
+
+def test_at_least_the_samples_asked_for_are_compared(exports):
+    found = verify_artifact(exports[0], Reference(exports[0], samples=12))
+    assert found.results[0].found.samples == 12
+
+
+def test_a_folder_of_images_can_be_compared_on(exports, tmp_path):
+    for index in range(3):
+        Image.new("RGB", (40, 40), (80 * index, 90, 200)).save(tmp_path / f"{index}.png")
+    found = verify_artifact(exports[0], Reference(exports[0], tmp_path, samples=3))
+    assert (found.passed, found.results[0].found.samples) == (True, 3)
+
+
+def test_a_reference_matches_the_other_precision_but_no_other_weights_or_size(exports, reference):
+    record = exports[0].manifest.model
+
+    def changed(**values):
+        return replace(exports[0], manifest=replace(exports[0].manifest, model=replace(record, **values)))
+
+    others = (exports[1], changed(image_size=64), changed(weights=replace(record.weights, sha256="b" * 64)))
+    assert [reference.matches(other) for other in others] == [True, False, False]
+
+
+def test_everything_recorded_in_a_folder_is_verified(exports):
+    folder = exports[0].path.parent
+    request = VerifyRequest(export_dir=folder, engines_dir=folder / "none", samples=3)
+    found = run_verifications(request, quiet)
+    assert sorted((item.artifact, item.passed) for item in found) == [
+        ("atto-32-fp16.onnx", True),
+        ("atto-32-fp32.onnx", True),
+    ]
+
+
+def test_a_verification_as_a_dictionary_is_json(verified):
+    found = json.loads(json.dumps(verified[0].to_dict()))
+    assert (found["artifact"], found["passed"], found["kind"]) == ("atto-32-fp32.onnx", True, "onnx")
+
+
+# What does not
+
+
+def test_a_network_without_grn_gain_does_not_verify(copied, reference):
+    broken = with_bytes(copied, without_grn_gain(copied.path))
+    found = verify_artifact(broken, reference)
+    assert (found.passed, "relative L2" in found.results[0].failures[0]) == (False, True)
+
+
+def test_the_check_before_an_export_is_kept_raises_on_a_broken_network(copied):
+    broken = with_bytes(copied, without_grn_gain(copied.path))
+    check = check_exported(recorded_model(broken), dict(broken.manifest.request), broken.manifest.model)
+    with pytest.raises(ParityError, match="Nothing was written"):
+        check(broken.path)
+
+
+def test_the_check_before_an_export_is_kept_records_batches_of_one_and_two(exports):
+    assert exports[0].manifest.facts["parity"]["batches"] == [1, 2]
+
+
+def test_a_flipped_byte_is_corrupt(copied, reference):
+    content = bytearray(copied.path.read_bytes())
+    content[len(content) // 2] ^= 1
+    copied.path.write_bytes(content)
+    with pytest.raises(CorruptArtifactError, match="was altered"):
+        verify_artifact(copied, reference)
+
+
+def test_a_flipped_byte_is_found_before_a_runner_reads_the_file(copied):
+    content = bytearray(copied.path.read_bytes())
+    content[0] ^= 1
+    copied.path.write_bytes(content)
+    with pytest.raises(CorruptArtifactError, match="was altered"):
+        open_runner(copied)
+
+
+def test_a_file_that_is_whole_but_no_onnx_is_corrupt(copied, reference):
+    broken = with_bytes(copied, b"garbage, not protobuf")
+    with pytest.raises(CorruptArtifactError, match="not a valid ONNX file"):
+        verify_artifact(broken, reference)
+
+
+# The weights a manifest names
+
+
+def test_the_recorded_model_has_the_recorded_weights(exports):
+    loaded = recorded_model(exports[0])
+    assert hash_weights(loaded.model) == exports[0].manifest.model.weights.sha256
+
+
+def test_a_changed_seed_in_the_manifest_is_corrupt(copied):
+    changed = with_manifest(copied, lambda data: data["model"]["weights"].update(reference="1"))
+    with pytest.raises(CorruptArtifactError, match=r"weights behind .* \(random 1\) have changed"):
+        recorded_model(changed)
+
+
+@pytest.fixture
+def from_checkpoint(copied, tmp_path) -> Artifact:
+    """The copy as if it had been made from a checkpoint in the folder beside its own."""
+    (tmp_path / "runs").mkdir()
+    save_checkpoint(tmp_path / "runs" / "best.safetensors", random_model("atto", 10, seed=0))
+    (tmp_path / "export").mkdir()
+    for suffix in (".onnx", ".json"):
+        copied.path.with_suffix(suffix).rename(tmp_path / "export" / copied.path.with_suffix(suffix).name)
+    weights = {"origin": "checkpoint", "reference": "../runs/best.safetensors"}
+    inside = replace(copied, path=tmp_path / "export" / copied.path.name)
+    return with_manifest(inside, lambda data: data["model"]["weights"].update(weights))
+
+
+def test_a_checkpoint_is_found_relative_to_the_manifest(from_checkpoint, monkeypatch):
+    monkeypatch.chdir("/")
+    assert hash_weights(recorded_model(from_checkpoint).model) == from_checkpoint.manifest.source_sha256
+
+
+def test_a_record_names_the_checkpoint_relative_to_the_manifests_folder(from_checkpoint, tmp_path):
+    loaded = recorded_model(from_checkpoint)
+    record = model_record(loaded, Preprocessing(image_size=64), tmp_path / "engines", tmp_path / "runs" / "best.pt")
+    assert (record.weights.origin, record.weights.reference, record.image_size) == ("checkpoint", "../runs/best.pt", 64)
+
+
+def test_another_checkpoint_at_the_recorded_path_is_corrupt(from_checkpoint, tmp_path):
+    (tmp_path / "runs" / "best.safetensors").unlink()
+    save_checkpoint(tmp_path / "runs" / "best.safetensors", random_model("atto", 10, seed=4))
+    with pytest.raises(CorruptArtifactError, match="have changed"):
+        recorded_model(from_checkpoint)
+
+
+def test_a_checkpoint_that_is_gone_is_an_input_error(from_checkpoint, tmp_path):
+    (tmp_path / "runs" / "best.safetensors").unlink()
+    with pytest.raises(InputError, match="which is not there"):
+        recorded_model(from_checkpoint)
+
+
+@pytest.mark.slow
+def test_a_head_drawn_anew_at_export_is_drawn_the_same_for_the_reference(tmp_path):
+    save_checkpoint(tmp_path / "two.safetensors", random_model("atto", 2, seed=0))
+    words = {"checkpoint": tmp_path / "two.safetensors", "num_classes": 5, "reset_head": True}
+    told: list[str] = []
+    request = replace(REQUEST, **words, precisions=("fp32",), no_verify=True, output_dir=tmp_path / "export")
+    (artifact,) = run_exports(request, told.append)
+    assert recorded_model(artifact).model.num_classes == 5
+    assert "The head for 5 classes is new and random" in told[0]
+
+
+@pytest.mark.slow
+def test_an_engine_of_an_earlier_export_is_said_to_be_outdated(tmp_path):
+    request = replace(REQUEST, precisions=("fp16",), no_verify=True, output_dir=tmp_path / "export")
+    run_exports(request, quiet)
+    folders = {"export_dir": tmp_path / "export", "engines_dir": tmp_path / "engines"}
+    build = BuildRequest(export_dir=tmp_path / "export", output_dir=tmp_path / "engines", targets=("sm89",))
+    run_builds(build, quiet)
+
+    def notes() -> list[str]:
+        found = run_verifications(VerifyRequest(**folders, samples=1), quiet)
+        return [note for entry in found if entry.kind == "engine" for note in entry.notes]
+
+    assert notes() == []
+    run_exports(replace(request, seed=1, force=True), quiet)
+    assert notes() == [
+        "atto-32-fp16-rtx-sm89.engine was built from an earlier atto-32-fp16.onnx: build it again with --force."
+    ]
+
+
+# The plan of batches
+
+
+@pytest.mark.parametrize(
+    ("smallest", "largest", "samples", "sizes"),
+    [
+        (1, 64, 64, [1, 2, 7, 64]),
+        (1, 8, 64, [1, 2, 7, 8, 8, 8, 8, 8, 8, 6]),
+        (1, 1, 3, [1, 1, 1]),
+        (4, 4, 10, [4, 4, 4]),
+        (2, 5, 1, [2, 5]),
+        (1, 7, 10, [1, 2, 7]),
+    ],
+)
+def test_batches_are_one_two_seven_the_largest_and_then_what_is_missing(smallest, largest, samples, sizes):
+    assert batch_sizes(smallest, largest, samples) == sizes
+
+
+def test_the_batches_of_a_reference_fit_the_runner(reference):
+    batches = reference.batches(InputSpec("uint8", 32, 2, 4))
+    assert ([len(batch) for batch in batches], batches[0].dtype) == ([2, 4, 4], torch.uint8)
+
+
+# Exports in a row
+
+
+def test_the_same_exports_again_are_reused_and_say_so(exports):
+    said: list[str] = []
+    found = run_exports(replace(REQUEST, output_dir=exports[0].path.parent), said.append)
+    reused = [line for line in said if line.endswith("reused")]
+    assert ([artifact.sha256 for artifact in found], len(reused)) == ([artifact.sha256 for artifact in exports], 2)
+
+
+def test_an_export_of_another_seed_to_the_same_place_is_refused(exports):
+    request = replace(REQUEST, seed=1, output_dir=exports[0].path.parent)
+    with pytest.raises(OutputExistsError):
+        run_exports(request, quiet)
+
+
+def test_random_weights_are_announced(exports):
+    said: list[str] = []
+    run_exports(replace(REQUEST, output_dir=exports[0].path.parent), said.append)
+    assert "weights are random (seed 0)" in said[0]
