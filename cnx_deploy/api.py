@@ -5,12 +5,12 @@ Each takes a frozen request and a callable that is told one line at a time; fold
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from cnx_deploy.core.artifacts import Artifact, find_artifacts, open_artifact
+from cnx_deploy.core.artifacts import Artifact, find_artifacts, open_artifact, select_artifacts
 from cnx_deploy.core.errors import InputError, MissingRequirementError
 from cnx_deploy.data import Preprocessing
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
@@ -33,7 +33,6 @@ __all__ = [
     "run_builds",
     "run_exports",
     "run_verifications",
-    "selected",
 ]
 
 Note = Callable[[str], None]
@@ -176,7 +175,7 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
     told: set[str] = set()
     outputs = SavedOutputs(request.save_outputs) if request.save_outputs is not None else None
     reference: Reference | None = None
-    for artifact in selected(request.files, request.export_dir, request.engines_dir, note):
+    for artifact in select_artifacts(request.files, request.export_dir, request.engines_dir, note):
         note(f"Verifying {artifact.path.name}")
         if request.files and artifact.manifest.kind == "engine":
             require_gpu()  # an engine that was named is asked for; before any weight is loaded
@@ -227,25 +226,6 @@ def _outdated(engine: Artifact, export_dir: Path) -> str | None:
     if recorded is None or recorded.sha256 == engine.manifest.source_sha256:
         return None
     return f"{engine.path.name} was built from an earlier {engine.manifest.source_name}: build it again with --force."
-
-
-def selected(files: Sequence[Path], export_dir: Path, engines_dir: Path, note: Note) -> Iterator[Artifact]:
-    """The artifacts named, or everything recorded in both folders whose file is present, network by network."""
-    if files:
-        yield from (open_artifact(path) for path in files)
-        return
-    recorded = [*find_artifacts(export_dir, "onnx"), *find_artifacts(engines_dir, "engine")]
-    present = [artifact for artifact in recorded if artifact.path.is_file()]
-    if len(present) < len(recorded):
-        note(f"{len(recorded) - len(present)} recorded artifacts have no file here; export and build make them again.")
-    if not present:
-        raise InputError(
-            f"Nothing is recorded and present in {export_dir} or {engines_dir}. "
-            "Run `cnx-deploy export --variant atto` first, or name the files."
-        )
-    yield from sorted(
-        present, key=lambda artifact: (artifact.manifest.model.weights.sha256, artifact.manifest.kind != "onnx")
-    )
 
 
 def _included(loaded: LoadedModel) -> str:

@@ -80,11 +80,11 @@ def bench(
     if dry_run:
         _show_plan(request, as_json=as_json)
         return
-    from cnx_deploy.api import selected
     from cnx_deploy.bench.report import as_csv as csv_of
     from cnx_deploy.bench.run import run_bench
+    from cnx_deploy.core.artifacts import select_artifacts
 
-    artifacts = list(selected(request.files, request.export_dir, request.engines_dir, options.note))
+    artifacts = list(select_artifacts(request.files, request.export_dir, request.engines_dir, options.note))
     with options.reporter("Measuring") as progress:
         report = run_bench(
             artifacts, request, slo_ms=slo_ms, gate=gate, max_regress=max_regress,
@@ -123,16 +123,15 @@ def _request(batches: tuple[int, ...], compare: tuple[tuple[str, ...], ...], **o
 
 
 def _show_plan(request: "BenchRequest", *, as_json: bool) -> None:
-    from cnx_deploy.api import selected
     from cnx_deploy.bench.conditions import conditions_now
     from cnx_deploy.bench.plan import plan_of
     from cnx_deploy.bench.report import head_lines, plan_document, plan_lines
-    from cnx_deploy.core.artifacts import find_artifacts
+    from cnx_deploy.core.artifacts import find_artifacts, select_artifacts
 
     # A plan needs the manifests only, and a fresh clone has no more.
     recorded = [*find_artifacts(request.export_dir, "onnx"), *find_artifacts(request.engines_dir, "engine")]
     if request.files or not recorded:
-        recorded = list(selected(request.files, request.export_dir, request.engines_dir, options.note))
+        recorded = list(select_artifacts(request.files, request.export_dir, request.engines_dir, options.note))
     conditions = conditions_now(threads=request.threads, duration_seconds=request.duration, seed=request.seed)
     plan = plan_of(recorded, request)
     if as_json:

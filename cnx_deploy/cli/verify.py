@@ -107,13 +107,13 @@ def _verify_layers(plot: Path | None, *, as_json: bool, files: tuple[Path, ...],
     if given & {"runners", "save_inputs", "save_outputs"}:
         text = "leave --runner and --save-inputs out, and --save-outputs."
         raise click.UsageError(f"--layers has sides of its own and saves nothing: {text}")
-    from cnx_deploy.api import selected
+    from cnx_deploy.core.artifacts import select_artifacts
     from cnx_deploy.core.plotting import check_plot
     from cnx_deploy.diagnosis.layerwise.comparison import layers_of_artifact
     from cnx_deploy.diagnosis.layerwise.report import document, table, write_plot
 
     samples = arguments["samples"] if "samples" in given else 2
-    recorded = selected(files, arguments["export_dir"], arguments["engines_dir"], options.note)
+    recorded = select_artifacts(files, arguments["export_dir"], arguments["engines_dir"], options.note)
     artifacts = [artifact for artifact in recorded if files or artifact.manifest.kind == "onnx"]
     if not artifacts:
         raise InputError(f"No ONNX file is recorded in {arguments['export_dir']}. Run `cnx-deploy export` first.")

@@ -5,7 +5,7 @@ Nothing is given to a parser before its hash matches (docs/decisions/0008-hash-b
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ __all__ = [
     "refused_engine",
     "relative_reference",
     "reusable_artifact",
+    "select_artifacts",
     "sha256_of_file",
     "stage_artifact",
 ]
@@ -111,6 +112,30 @@ def find_artifacts(directory: Path, kind: ArtifactKind | None = None) -> list[Ar
     finish_commits(directory)
     artifacts = [read_artifact(path) for path in sorted(directory.glob("*.json"))]
     return [artifact for artifact in artifacts if kind in (None, artifact.manifest.kind)]
+
+
+def select_artifacts(
+    files: Sequence[Path], export_dir: Path, engines_dir: Path, note: Callable[[str], None]
+) -> Iterator[Artifact]:
+    """Yield the artifacts named, or everything recorded in both folders whose file is present, network by network.
+
+    Only named files are hashed here. `note` is told how many recorded artifacts have no file.
+    """
+    if files:
+        yield from (open_artifact(path) for path in files)
+        return
+    recorded = [*find_artifacts(export_dir, "onnx"), *find_artifacts(engines_dir, "engine")]
+    present = [artifact for artifact in recorded if artifact.path.is_file()]
+    if len(present) < len(recorded):
+        note(f"{len(recorded) - len(present)} recorded artifacts have no file here; export and build make them again.")
+    if not present:
+        raise InputError(
+            f"Nothing is recorded and present in {export_dir} or {engines_dir}. "
+            "Run `cnx-deploy export --variant atto` first, or name the files."
+        )
+    yield from sorted(
+        present, key=lambda artifact: (artifact.manifest.model.weights.sha256, artifact.manifest.kind != "onnx")
+    )
 
 
 def reusable_artifact(

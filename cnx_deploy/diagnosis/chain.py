@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnx_deploy.api import VerifyRequest, selected
-from cnx_deploy.core.artifacts import Artifact, find_artifacts, open_artifact
+from cnx_deploy.api import VerifyRequest
+from cnx_deploy.core.artifacts import Artifact, find_artifacts, open_artifact, select_artifacts
 from cnx_deploy.core.errors import InputError, MissingRequirementError
 from cnx_deploy.exporters.graph_rules import check_graph
 from cnx_deploy.exporters.onnx import ExportSpec, deploy_spec_from_request, export_onnx
@@ -132,7 +132,7 @@ def run_steps(
 
     Raises InputError where there is none.
     """
-    artifacts = list(selected(request.files, request.export_dir, request.engines_dir, note))
+    artifacts = list(select_artifacts(request.files, request.export_dir, request.engines_dir, note))
     halves = [
         each for each in artifacts if each.manifest.kind == "onnx" and each.manifest.request["precision"] != "fp32"
     ]

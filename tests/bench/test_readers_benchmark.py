@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cnx_deploy import api as pipeline
 from cnx_deploy.bench import run as bench_run
 from cnx_deploy.bench.comparison import Benchmark
 from cnx_deploy.bench.conditions import conditions_now
@@ -20,6 +19,7 @@ from cnx_deploy.bench.plan import Plan
 from cnx_deploy.bench.report import plan_document
 from cnx_deploy.bench.statistics import Ratio
 from cnx_deploy.cli.options import _finite
+from cnx_deploy.core import artifacts as recorded
 from cnx_deploy.core.artifacts import Artifact
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.manifest_reading import manifest_from_json
@@ -168,7 +168,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], int]:
     found = Benchmark(tuple(replace(each, network=NETWORK) for each in rows), (), {NETWORK: facts})
     monkeypatch.setattr(bench_run, "bench_artifacts", lambda *_: found)
     artifact = Artifact(ONNX.with_suffix(".onnx"), manifest_from_json(ONNX.read_bytes()))
-    monkeypatch.setattr(pipeline, "selected", lambda *_: [artifact])
+    monkeypatch.setattr(recorded, "select_artifacts", lambda *_: [artifact])
     words = ("bench", "--compare", "timm", "--gate")
     return lambda path: check_command(*words, path, allowed=frozenset({0, 2, 3}))
 
