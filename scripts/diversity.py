@@ -209,8 +209,7 @@ def main() -> int:
         for line in table(networks):
             print(line)
         if asked.plot is not None:
-            style = {"svg.hashsalt": "cnx-deploy", "font.size": 8.5, "axes.grid": True, "grid.color": "#dddddd"}
-            save_svg(asked.plot, lambda: figure_of(networks), style)
+            save_svg(asked.plot, lambda: figure_of(networks))
     except CnxDeployError as error:
         print(f"Error: {error}", file=sys.stderr)
         return error.exit_code

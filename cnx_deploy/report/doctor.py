@@ -1,6 +1,6 @@
-"""What can this machine do, what can it not, and what would change that? One finding a topic, nothing raised.
+"""What this machine can do, what it cannot do, and what would change that: one finding a topic, nothing raised.
 
-Each finder looks at one thing and takes what it looked at as an argument, so that every verdict can be tested.
+Each function looks at one thing and takes what it looked at as an argument, so that every verdict can be tested.
 """
 
 import os
@@ -9,44 +9,99 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 from cnx_deploy.core.errors import MissingRequirementError
 from cnx_deploy.core.system import Gpu, find_gpus, package_version
-from cnx_deploy.report.needs import NEEDS, fitting
-from cnx_deploy.report.requirements import Shortfall, shortfalls
+from cnx_deploy.core.variants import VARIANTS
 
-__all__ = ["TESTED_VERSIONS", "Finding", "examine"]
+__all__ = ["FLOOR_REASONS", "NEEDS", "TESTED_VERSIONS", "Finding", "Need", "Shortfall", "examine", "shortfalls"]
 
 Status = Literal["ok", "missing", "problem"]
 
 TESTED_VERSIONS: dict[str, str] = {
-    "torch": "2.14.1",
-    "torchvision": "0.29.1",
-    "onnx": "1.23.2",
-    "onnx-ir": "1.1.0",
-    "onnxscript": "0.7.2",
-    "onnxruntime-gpu": "1.31.1",
-    "tensorrt-rtx": "1.7.1.116",
-    "numpy": "2.4.6",
-    "pillow": "13.0.0",
-    "safetensors": "0.8.0",
-    "lightning": "2.6.6",
-    "torchmetrics": "1.9.0",
-}
+    "torch": "2.14.1", "torchvision": "0.29.1", "onnx": "1.23.2", "onnx-ir": "1.1.0", "onnxscript": "0.7.2",
+    "onnxruntime-gpu": "1.31.1", "tensorrt-rtx": "1.7.1.116", "numpy": "2.4.6", "pillow": "13.0.0",
+    "safetensors": "0.8.0", "lightning": "2.6.6", "torchmetrics": "1.9.0",
+}  # fmt: skip
 """The versions in the repository's constraints.txt that shape a result; a test compares."""
 
-OLDEST_PYTHON = (3, 11)
-TRAIN_PACKAGES = ("lightning", "torchmetrics")
+FLOOR_REASONS: dict[str, str] = {
+    "torch": "before 2.10 a checkpoint can run code although only weights are loaded, CVE-2026-24747",
+    "onnx": "before 1.21 a model's external data can be any file, through a symbolic link, CVE-2026-27489",
+    "onnxruntime": "before 1.24 a model's external data can be any file of this machine",
+    "onnxruntime-gpu": "before 1.24 a model's external data can be any file of this machine",
+    "pillow": "before 12.2 an image of some kB can fill the memory, CVE-2026-40192",
+}
+"""Why a floor in pyproject.toml is what it is, where an older release lets a file do harm."""
 
+STAND_INS = {"onnxruntime-gpu": "onnxruntime", "onnxruntime": "onnxruntime-gpu"}
+"""Another distribution of the same import: the wheel for the CPU does beside a GPU."""
+
+OLDEST_PYTHON = (3, 11)
 INSTALL_TORCH = "pip install torch; see pytorch.org for the build that fits the driver"
 BUILD_AHEAD = "Build ahead of time with TensorRT-RTX and run engines on a machine with an NVIDIA GPU and its driver."
+MIB = 1 << 20
+BYTES_A_PARAMETER = 6
+"""A parameter in an FP32 and an FP16 file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Peak resident memory of `export` and of `build-trt`, and the size of one engine in MB (1e6 bytes)."""
+
+    variant: str
+    export_mib: int
+    build_mib: int
+    engine_megabytes: float
+
+    @property
+    def memory_gb(self) -> float:
+        """The larger of the two, in GB (1e9 bytes)."""
+        return max(self.export_mib, self.build_mib) * MIB / 1e9
+
+    @property
+    def disk_gb(self) -> float:
+        """ONNX files of both precisions and one engine, in GB."""
+        return VARIANTS[self.variant].parameter_count * BYTES_A_PARAMETER / 1e9 + self.engine_megabytes / 1e3
+
+
+NEEDS = (
+    Need("atto", 1048, 923, 11.6),
+    Need("femto", 1084, 934, 14.6),
+    Need("pico", 1117, 968, 22.2),
+    Need("nano", 1300, 1074, 35.3),
+    Need("tiny", 1687, 1265, 61.7),
+    Need("base", 3187, 2155, 182.1),
+    Need("large", 6100, 3494, 400.8),
+    Need("huge", 12949, 7880, 1325.3),
+)
+"""From docs/data/cost.json (scripts/measure_cost.py, 224 px, five targets, no GPU); a test compares the two.
+
+A V1 variant needs about what the V2 of its size does.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Shortfall:
+    """A requirement that is not met. `version` is the installed one or None, `needed` a range as pip takes it."""
+
+    name: str
+    version: str | None
+    needed: str
+
+    def __str__(self) -> str:
+        if self.version is None:
+            return f"{self.name} is not installed, expected {self.needed or 'any release'}"
+        reason = f" ({FLOOR_REASONS[self.name]})" if self.name in FLOOR_REASONS else ""
+        return f"{self.name} {self.version} is installed, expected {self.needed}{reason}"
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing found. `remedy` says what would change it; empty when nothing has to."""
+    """One thing that was found. `remedy` says what would change it; it is empty when nothing has to change."""
 
     topic: str
     status: Status
@@ -54,12 +109,12 @@ class Finding:
     remedy: str = ""
 
     def to_dict(self) -> dict[str, str]:
-        """Plain types."""
+        """Return plain types."""
         return asdict(self)
 
 
 def examine(folder: Path) -> tuple[Finding, ...]:
-    """Look at everything; `folder` is where artifacts would be written. Takes some seconds: it loads torch."""
+    """Look at everything; `folder` is where artifacts would be written. Takes some seconds, since it loads torch."""
     gpus = find_gpus()
     return (
         python_finding(),
@@ -68,15 +123,42 @@ def examine(folder: Path) -> tuple[Finding, ...]:
         torch_finding(gpus),
         *onnxruntime_findings(gpus),
         *(tensorrt_finding(name, gpus) for name in ("tensorrt-rtx", "tensorrt")),
-        train_finding({name: package_version(name) for name in TRAIN_PACKAGES}),
+        train_finding({name: package_version(name) for name in ("lightning", "torchmetrics")}),
         memory_finding(_memory_gb()),
         disk_finding(folder, _disk_free_gb(folder)),
         versions_finding({name: package_version(name) for name in TESTED_VERSIONS}),
     )
 
 
+def shortfalls() -> tuple[Shortfall, ...] | None:
+    """Return the base requirements that this installation does not meet.
+
+    The ranges come from this package's own installed metadata, and nothing is imported. None where there is no
+    metadata: a source tree that was never installed.
+    """
+    try:
+        lines = metadata.requires("cnx-deploy") or []
+    except metadata.PackageNotFoundError:
+        return None
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:  # no range can be compared without it
+        return (Shortfall("packaging", None, ""),)
+    short = []
+    for requirement in map(Requirement, lines):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue  # of an extra, another system or another Python
+        names = filter(None, (requirement.name, STAND_INS.get(requirement.name)))
+        installed = {name: version for name in names if (version := package_version(name))}
+        for name, version in installed.items() or [(requirement.name, None)]:
+            # A pre-release of the floor itself came before it: 2.10.0rc1 is not in >=2.10.
+            if version is None or not requirement.specifier.contains(version, prereleases=True):
+                short.append(Shortfall(name, version, str(requirement.specifier)))
+    return tuple(short)
+
+
 def python_finding(version: Sequence[int] | None = None) -> Finding:
-    """Whether Python is new enough."""
+    """Say whether Python is new enough."""
     found = tuple(version or map(int, platform.python_version_tuple()[:2]))
     shown = ".".join(map(str, found))
     if found < OLDEST_PYTHON:
@@ -85,7 +167,7 @@ def python_finding(version: Sequence[int] | None = None) -> Finding:
 
 
 def requirements_finding(short: Sequence[Shortfall] | None) -> Finding:
-    """The base packages that are absent or outside their range; None where no metadata says what is needed."""
+    """Name the base packages that are absent or outside their range; None where no metadata says what is needed."""
     if short is None:
         what = "not checked: cnx-deploy runs from a source tree, and which packages it needs is in installed metadata"
         return Finding("requirements", "ok", what)
@@ -97,7 +179,7 @@ def requirements_finding(short: Sequence[Shortfall] | None) -> Finding:
 
 
 def gpu_findings(gpus: Sequence[Gpu]) -> tuple[Finding, ...]:
-    """Each GPU with its driver, compute capability and memory."""
+    """Name each GPU with its driver, compute capability and memory."""
     if not gpus:
         return (Finding("gpu", "missing", "no NVIDIA GPU answers: engines can be built, not run", BUILD_AHEAD),)
     return tuple(
@@ -106,7 +188,7 @@ def gpu_findings(gpus: Sequence[Gpu]) -> tuple[Finding, ...]:
 
 
 def torch_finding(gpus: Sequence[Gpu]) -> Finding:
-    """PyTorch, and whether it can use the GPU that is listed."""
+    """Say which PyTorch is here, and whether it can use the GPU that is listed."""
     try:
         import torch
     except ImportError as error:
@@ -116,59 +198,48 @@ def torch_finding(gpus: Sequence[Gpu]) -> Finding:
         return Finding("torch", "ok", f"torch {torch.__version__} (built with {build}), on the CPU: there is no GPU")
     if torch.cuda.is_available():
         return Finding("torch", "ok", f"torch {torch.__version__}, {build} usable on {torch.cuda.get_device_name()}")
-    return Finding(
-        "torch",
-        "problem",
-        f"torch {torch.__version__} (built with {build}) cannot use the GPU with driver {gpus[0].driver}",
-        f"Update the driver, or {INSTALL_TORCH}.",
-    )
+    what = f"torch {torch.__version__} (built with {build}) cannot use the GPU with driver {gpus[0].driver}"
+    return Finding("torch", "problem", what, f"Update the driver, or {INSTALL_TORCH}.")
 
 
 def onnxruntime_findings(gpus: Sequence[Gpu]) -> Iterator[Finding]:
-    """The wheels installed, and the providers that a session really gets."""
+    """Name the wheels that are installed, and the providers that a session really gets."""
     wheels = {name: package_version(name) for name in ("onnxruntime", "onnxruntime-gpu")}
     yield wheel_finding(wheels)
-    if not any(wheels.values()):
-        return
-    yield provider_finding("CPUExecutionProvider")
-    if gpus:
-        yield provider_finding("CUDAExecutionProvider")
+    if any(wheels.values()):
+        yield provider_finding("CPUExecutionProvider")
+        if gpus:
+            yield provider_finding("CUDAExecutionProvider")
 
 
 def wheel_finding(wheels: Mapping[str, str | None]) -> Finding:
     """Both wheels install into one folder, so only one may be there (microsoft/onnxruntime issue 26996)."""
     present = [f"{name} {version}" for name, version in wheels.items() if version]
     if len(present) > 1:
-        return Finding(
-            "onnxruntime",
-            "problem",
-            f"{' and '.join(present)} are both installed, into the same folder: which one loads is chance",
-            f"pip uninstall -y {' '.join(wheels)} && pip install onnxruntime-gpu",
-        )
+        what = f"{' and '.join(present)} are both installed, into the same folder: which one loads is chance"
+        remedy = f"pip uninstall -y {' '.join(wheels)} && pip install onnxruntime-gpu"
+        return Finding("onnxruntime", "problem", what, remedy)
     if not present:
         return Finding("onnxruntime", "missing", "no ONNX Runtime is installed", "pip install onnxruntime-gpu")
     return Finding("onnxruntime", "ok", present[0])
 
 
 def provider_finding(provider: str) -> Finding:
-    """Whether a session of one node, asked for `provider`, runs on it; being compiled in is not enough."""
-    name = provider.removesuffix("ExecutionProvider")
+    """Say whether a session of one node, asked for `provider`, runs on it; being compiled in is not enough."""
+    topic = f"onnxruntime {provider.removesuffix('ExecutionProvider')}"
     try:
-        found = _session_providers(provider)
+        providers = _session_providers(provider)
     except ImportError as error:
-        return Finding(f"onnxruntime {name}", "problem", f"cannot be imported ({error})", "pip install onnx")
-    if found[:1] == [provider]:
-        return Finding(f"onnxruntime {name}", "ok", f"a session runs on {provider}")
-    return Finding(
-        f"onnxruntime {name}",
-        "problem",
-        f"a session asked for {provider} got {', '.join(found) or 'none'}",
-        "Install onnxruntime-gpu alone, with its CUDA and cuDNN: pip install onnxruntime-gpu[cuda,cudnn]",
-    )
+        return Finding(topic, "problem", f"cannot be imported ({error})", "pip install onnx")
+    if providers[:1] == [provider]:
+        return Finding(topic, "ok", f"a session runs on {provider}")
+    what = f"a session asked for {provider} got {', '.join(providers) or 'none'}"
+    remedy = "Install onnxruntime-gpu alone, with its CUDA and cuDNN: pip install onnxruntime-gpu[cuda,cudnn]"
+    return Finding(topic, "problem", what, remedy)
 
 
 def tensorrt_finding(name: str, gpus: Sequence[Gpu]) -> Finding:
-    """One TensorRT: whether it can be imported, what it can build for here, and whether engines run here."""
+    """Say of one TensorRT whether it can be imported, what it can build for here, and whether engines run here."""
     from cnx_deploy.exporters.trt.backend import load_backend
 
     try:
@@ -188,58 +259,59 @@ def tensorrt_finding(name: str, gpus: Sequence[Gpu]) -> Finding:
 
 
 def train_finding(installed: Mapping[str, str | None]) -> Finding:
-    """What `cnx-deploy train` needs beyond the base."""
+    """Say whether what `cnx-deploy train` needs beyond the base is installed."""
     absent = [name for name, version in installed.items() if not version]
     if absent:
-        return Finding(
-            "training", "missing", f"{' and '.join(absent)} not installed", 'pip install "cnx-deploy[train]"'
-        )
+        what = f"{' and '.join(absent)} not installed"
+        return Finding("training", "missing", what, 'pip install "cnx-deploy[train]"')
     return Finding("training", "ok", ", ".join(f"{name} {version}" for name, version in installed.items()))
 
 
 def memory_finding(memory_gb: float | None) -> Finding:
-    """Main memory against what exporting and building each variant took."""
+    """Hold main memory against what exporting and building each variant took."""
     if memory_gb is None:
         return Finding("memory", "ok", "unknown on this system", f"Exporting huge takes {NEEDS[-1].memory_gb:.1f} GB.")
+    needs = {need.variant: need.memory_gb for need in NEEDS}
     remedy = "Free some memory, or export them on a larger machine."
-    return _room_finding("memory", f"{memory_gb:.1f} GB available", memory_gb, remedy)
+    return _room_finding("memory", f"{memory_gb:.1f} GB available", memory_gb, needs, remedy)
 
 
 def disk_finding(folder: Path, free_gb: float) -> Finding:
-    """Free disk against the files of each variant in both precisions and one engine."""
+    """Hold free disk space against the files of each variant in both precisions and one engine."""
+    needs = {need.variant: need.disk_gb for need in NEEDS}
     remedy = "Free some, or use --output-dir on another disk."
-    return _room_finding("disk", f"{free_gb:.1f} GB free in {folder}", free_gb, remedy)
-
-
-def _room_finding(topic: str, found: str, gigabytes: float, remedy: str) -> Finding:
-    fits, lacks = fitting(gigabytes, topic)
-    needs = {need.variant: getattr(need, f"{topic}_gb") for need in NEEDS}
-    if not lacks:
-        return Finding(topic, "ok", f"{found}: every variant fits; huge takes {needs['huge']:.1f} GB")
-    enough = f"enough for {fits[0]}{f' to {fits[-1]}' if len(fits) > 1 else ''}" if fits else "enough for no variant"
-    short = ", ".join(f"{name} takes {needs[name]:.2g} GB" for name in lacks)
-    return Finding(topic, "problem", f"{found}: {enough}; {short}", remedy)
+    return _room_finding("disk", f"{free_gb:.1f} GB free in {folder}", free_gb, needs, remedy)
 
 
 def versions_finding(installed: Mapping[str, str | None]) -> Finding:
-    """Installed releases (major.minor) against those tested together; absent packages are not its topic."""
-    differing = [
-        f"{name} {version} (tested: {TESTED_VERSIONS[name]})"
+    """Hold installed releases (major.minor) against those tested together; absent packages are not its topic."""
+    differing = {
+        name: version
         for name, version in installed.items()
         if version and _release(version) != _release(TESTED_VERSIONS[name])
-    ]
+    }
     if differing:
-        names = " ".join(f"{entry.split()[0]}=={TESTED_VERSIONS[entry.split()[0]]}" for entry in differing)
-        return Finding("versions", "problem", f"not tested together: {', '.join(differing)}", f"pip install {names}")
+        told = ", ".join(f"{name} {version} (tested: {TESTED_VERSIONS[name]})" for name, version in differing.items())
+        command = " ".join(["pip install", *(f"{name}=={TESTED_VERSIONS[name]}" for name in differing)])
+        return Finding("versions", "problem", f"not tested together: {told}", command)
     return Finding("versions", "ok", f"the {sum(map(bool, installed.values()))} that matter are the tested releases")
 
 
-def _release(version: str) -> tuple[str, ...]:
-    return tuple(re.findall(r"\d+", version)[:2])
+def _room_finding(topic: str, what: str, available_gb: float, needs: Mapping[str, float], remedy: str) -> Finding:
+    fits = [variant for variant, need_gb in needs.items() if need_gb <= available_gb]
+    lacks = [f"{variant} takes {needs[variant]:.2g} GB" for variant in needs if variant not in fits]
+    if not lacks:
+        return Finding(topic, "ok", f"{what}: every variant fits; huge takes {needs['huge']:.1f} GB")
+    enough = f"enough for {fits[0]}{f' to {fits[-1]}' if len(fits) > 1 else ''}" if fits else "enough for no variant"
+    return Finding(topic, "problem", f"{what}: {enough}; {', '.join(lacks)}", remedy)
+
+
+def _release(version: str) -> list[str]:
+    return re.findall(r"\d+", version)[:2]
 
 
 def _session_providers(provider: str) -> list[str]:
-    """The providers of a session that runs one Identity node, first the one that runs it; empty where it is refused."""
+    """Return the providers of a session that runs one Identity node, in use first; empty where it is refused."""
     import onnxruntime
     import onnxruntime.capi.onnxruntime_pybind11_state as raised
     from onnx import TensorProto, helper
@@ -260,7 +332,7 @@ def _session_providers(provider: str) -> list[str]:
 
 
 def _memory_gb() -> float | None:
-    """Memory available now, in GB (1e9 bytes); None where the system does not tell."""
+    """Return the memory that is available now in GB (1e9 bytes), None where the system does not tell."""
     info = Path("/proc/meminfo")
     if info.is_file():
         for line in info.read_text(encoding="ascii").splitlines():

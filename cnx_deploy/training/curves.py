@@ -5,10 +5,10 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cnx_deploy.core.errors import CorruptArtifactError, InputError
-from cnx_deploy.core.plotting import save_svg
+from cnx_deploy.core.plotting import BLUE, GREEN, GREY, RED, save_svg
 from cnx_deploy.core.strict_json import LARGEST, bounded_content, shortened
 
 if TYPE_CHECKING:
@@ -17,25 +17,17 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_curves", "read_table"]
 
-STYLE: dict[str, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "svg.hashsalt": "cnx-deploy",
-}
 PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     (
         "Loss", "linear",
-        (("train_loss", "training", "#7f7f7f"), ("val_loss", "validation", "#1f77b4"),
-         ("ema_val_loss", "validation, average", "#d62728")),
+        (("train_loss", "training", GREY), ("val_loss", "validation", BLUE),
+         ("ema_val_loss", "validation, average", RED)),
     ),
     (
         "Top-1 %", "linear",
-        (("val_top1_percent", "validation", "#1f77b4"), ("ema_val_top1_percent", "validation, average", "#d62728")),
+        (("val_top1_percent", "validation", BLUE), ("ema_val_top1_percent", "validation, average", RED)),
     ),
-    ("Learning rate", "log", (("learning_rate", "", "#2ca02c"),)),
+    ("Learning rate", "log", (("learning_rate", "", GREEN),)),
 )  # fmt: skip
 
 COLUMNS = tuple(column for _, _, lines in PANELS for column, _, _ in lines)
@@ -50,7 +42,7 @@ def draw_curves(run_dir: Path) -> Path:
     matplotlib.
     """
     rows = read_table(run_dir / "metrics.csv")
-    return save_svg(run_dir / "curves.svg", lambda: _figure(rows, run_dir.name), STYLE)
+    return save_svg(run_dir / "curves.svg", lambda: _figure(rows, run_dir.name))
 
 
 def read_table(table: Path) -> list[dict[str, float]]:
@@ -92,7 +84,7 @@ def _figure(rows: list[dict[str, float]], title: str) -> "Figure":
         _draw_panel(axes, rows, lines)
         axes.set(title=label, xlabel="epoch", yscale=scale)
         if lines[0][1] and axes.lines:
-            axes.legend(frameon=False)
+            axes.legend()
     return figure
 
 

@@ -1,4 +1,4 @@
-"""The doctor's verdicts, on this machine and on machines that are described to it."""
+"""The doctor's verdicts, on this machine and on machines and installations that are described to it."""
 
 import json
 import re
@@ -6,145 +6,171 @@ import shutil
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from cnx_deploy.core.system import Gpu, find_gpus, package_version
 from cnx_deploy.report import doctor
-from cnx_deploy.report.needs import NEEDS
+from tests.support.installations import PROJECT, ROOT, distribution, installation, run_python
 
-CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 LAPTOP = Gpu("GeForce RTX 4070", "sm89", "580.65", 8188)
 DATA_CENTRE = Gpu("H100", "sm90", "580.65", 81559)
+TORCH = doctor.TESTED_VERSIONS["torch"]
+CNX_DEPLOY = ("-m", "cnx_deploy")
 
 
 @pytest.fixture(scope="module")
-def findings(tmp_path_factory):
-    return doctor.examine(tmp_path_factory.mktemp("work"))
+def click_alone(tmp_path_factory):
+    """An installation of cnx-deploy, click, and packaging, which compares versions."""
+    return installation(tmp_path_factory.mktemp("alone") / "packages", "click", "packaging")
 
 
-def test_every_topic_is_reported_once(findings):
+def test_every_topic_is_reported_once_and_what_is_not_ok_has_a_remedy(tmp_path):
+    findings = doctor.examine(tmp_path / "not" / "yet")
     topics = [finding.topic for finding in findings if finding.topic != "gpu"]
     assert len(topics) == len(set(topics))
     assert set(topics) >= {
         "python", "torch", "onnxruntime", "onnxruntime CPU", "tensorrt-rtx", "tensorrt", "training", "memory", "disk",
         "versions",
     }  # fmt: skip
-
-
-def test_whatever_is_not_ok_has_a_remedy(findings):
     assert [finding.topic for finding in findings if finding.status != "ok" and not finding.remedy] == []
+    disk = next(finding for finding in findings if finding.topic == "disk")
+    assert float(disk.what.split()[0]) == pytest.approx(shutil.disk_usage(tmp_path).free / 1e9, abs=1.0)
 
 
 def test_the_tested_versions_are_those_of_the_constraints_file():
-    lines = [line.partition("==") for line in CONSTRAINTS.read_text().splitlines() if "==" in line]
+    lines = [line.partition("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
     pinned = {re.sub(r"[-_.]+", "-", name.lower()): version for name, _, version in lines}
     assert {name: pinned[name] for name in doctor.TESTED_VERSIONS} == doctor.TESTED_VERSIONS
 
 
-def test_a_python_older_than_3_11_is_a_problem():
-    assert doctor.python_finding((3, 10)).status == "problem"
-    assert doctor.python_finding((3, 11)).status == "ok"
+def test_the_needs_are_those_that_were_measured():
+    rows = json.loads((ROOT / "docs" / "data" / "cost.json").read_text())["rows"]
+    measured = [(r["variant"], r["export_peak_mib"], r["build_peak_mib"], r["engine_megabytes"]) for r in rows]
+    assert [(n.variant, n.export_mib, n.build_mib, n.engine_megabytes) for n in doctor.NEEDS] == measured
 
 
-def test_both_onnxruntime_wheels_together_are_a_problem():
-    both = doctor.wheel_finding({"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"})
-    assert both.status == "problem"
-    assert "pip uninstall" in both.remedy
-    assert doctor.wheel_finding({"onnxruntime": None, "onnxruntime-gpu": "1.31.1"}).status == "ok"
-    assert doctor.wheel_finding({"onnxruntime": None, "onnxruntime-gpu": None}).status == "missing"
+@pytest.mark.parametrize(
+    ("finding", "status", "told"),
+    [
+        (lambda: doctor.python_finding((3, 10)), "problem", "3.10"),
+        (lambda: doctor.python_finding((3, 11)), "ok", "3.11"),
+        (lambda: doctor.requirements_finding(None), "ok", "not checked"),
+        (lambda: doctor.wheel_finding({"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}), "problem",
+         "pip uninstall"),
+        (lambda: doctor.wheel_finding({"onnxruntime": None, "onnxruntime-gpu": "1.31.1"}), "ok", "1.31.1"),
+        (lambda: doctor.wheel_finding({"onnxruntime": None, "onnxruntime-gpu": None}), "missing", "pip install"),
+        (lambda: doctor.provider_finding("CPUExecutionProvider"), "ok", "CPUExecutionProvider"),
+        (lambda: doctor.provider_finding("NoSuchExecutionProvider"), "problem", "got none"),
+        (lambda: doctor.gpu_findings(())[0], "missing", "no NVIDIA GPU"),
+        (lambda: doctor.gpu_findings((LAPTOP,))[0], "ok", "GeForce RTX 4070, sm89, driver 580.65, 8188 MiB"),
+        (lambda: doctor.train_finding({"lightning": "2.6.6", "torchmetrics": None}), "missing",
+         "torchmetrics not installed"),
+        (lambda: doctor.memory_finding(16.0), "ok", "every variant fits"),
+        (lambda: doctor.memory_finding(4.0), "problem",
+         "enough for atto to base; large takes 6.4 GB, huge takes 14 GB"),
+        (lambda: doctor.memory_finding(0.5), "problem", "enough for no variant"),
+        (lambda: doctor.memory_finding(None), "ok", "unknown"),
+        (lambda: doctor.disk_finding(Path(), 100.0), "ok", "every variant fits"),
+        (lambda: doctor.disk_finding(Path(), 1.0), "problem",
+         "enough for atto to base; large takes 1.6 GB, huge takes 5.3 GB"),
+        (lambda: doctor.versions_finding({"torch": "2.13.0+cpu", "onnx": None}), "problem",
+         f"pip install torch=={TORCH}"),
+        (lambda: doctor.versions_finding({"torch": TORCH.rpartition(".")[0] + ".99+cu130", "onnx": None}), "ok",
+         "the 1 that matter"),
+    ],
+)  # fmt: skip
+def test_a_machine_that_is_described_gets_the_verdict_it_deserves(finding, status, told):
+    found = finding()
+    assert (found.status, told in f"{found.what} {found.remedy}") == (status, True)
 
 
-def test_the_cpu_provider_runs_a_session():
-    assert doctor.provider_finding("CPUExecutionProvider").status == "ok"
-
-
-@pytest.mark.skipif(bool(find_gpus()), reason="has a GPU, so CUDA may load")
-def test_a_provider_that_is_compiled_in_but_does_not_load_is_a_problem():
+@pytest.mark.skipif(bool(find_gpus()), reason="has a GPU, which torch and CUDA may use")
+def test_a_gpu_that_torch_and_a_provider_that_onnxruntime_cannot_use_are_problems():
     import onnxruntime
 
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("this ONNX Runtime has no CUDA provider compiled in")
-    assert doctor.provider_finding("CUDAExecutionProvider").status == "problem"
-
-
-def test_a_provider_that_is_not_compiled_in_is_a_problem():
-    assert doctor.provider_finding("NoSuchExecutionProvider").status == "problem"
-
-
-@pytest.mark.skipif(bool(find_gpus()), reason="has a GPU, which torch may use")
-def test_a_listed_gpu_that_torch_cannot_use_is_a_problem():
     found = doctor.torch_finding((LAPTOP,))
-    assert found.status == "problem"
-    assert "580.65" in found.what
-
-
-def test_no_gpu_is_missing_and_a_gpu_is_named_with_driver_and_target():
-    assert [finding.status for finding in doctor.gpu_findings(())] == ["missing"]
-    (found,) = doctor.gpu_findings((LAPTOP,))
-    assert found.what == "GeForce RTX 4070, sm89, driver 580.65, 8188 MiB"
+    assert (found.status, "580.65" in found.what) == ("problem", True)
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        assert doctor.provider_finding("CUDAExecutionProvider").status == "problem"
 
 
 @pytest.mark.skipif(not package_version("tensorrt-rtx"), reason="tensorrt-rtx is not installed")
-def test_tensorrt_rtx_builds_ahead_of_time_and_runs_on_a_gpu_of_its_targets():
-    without, with_gpu = doctor.tensorrt_finding("tensorrt-rtx", ()), doctor.tensorrt_finding("tensorrt-rtx", (LAPTOP,))
-    assert without.status == with_gpu.status == "ok"
-    assert "sm89" in without.what
-    assert without.what.endswith("runs no engine here")
-    assert with_gpu.what.endswith("runs engines here")
-
-
-@pytest.mark.skipif(not package_version("tensorrt-rtx"), reason="tensorrt-rtx is not installed")
-def test_a_data_centre_gpu_is_sent_to_the_other_tensorrt():
-    found = doctor.tensorrt_finding("tensorrt-rtx", (DATA_CENTRE,))
-    assert "sm90 is not among its targets" in found.what
-    assert "cnx-deploy[tensorrt]" in found.remedy
+@pytest.mark.parametrize(
+    ("gpus", "end", "remedy"),
+    [
+        ((), "runs no engine here", ""),
+        ((LAPTOP,), "runs engines here", ""),
+        ((DATA_CENTRE,), "runs no engine here (sm90 is not among its targets)", "cnx-deploy[tensorrt]"),
+    ],
+)
+def test_tensorrt_rtx_builds_ahead_of_time_and_runs_on_a_gpu_of_its_targets(gpus, end, remedy):
+    found = doctor.tensorrt_finding("tensorrt-rtx", gpus)
+    assert (found.status, "sm89" in found.what, found.what.endswith(end)) == ("ok", True, True)
+    assert remedy in found.remedy
 
 
 @pytest.mark.skipif(bool(package_version("tensorrt")), reason="tensorrt is installed")
 def test_a_tensorrt_that_is_not_installed_is_missing_with_its_extra_as_remedy():
     found = doctor.tensorrt_finding("tensorrt", ())
-    assert found.status == "missing"
-    assert "cnx-deploy[tensorrt]" in found.remedy
+    assert (found.status, "cnx-deploy[tensorrt]" in found.remedy) == ("missing", True)
 
 
-def test_training_without_one_of_its_packages_is_missing_and_names_it():
-    found = doctor.train_finding({"lightning": "2.6.6", "torchmetrics": None})
-    assert (found.status, found.what) == ("missing", "torchmetrics not installed")
+@pytest.mark.parametrize(
+    ("installed", "needed", "told"),
+    [
+        ("torch 2.9.1", "torch>=2.10", "torch 2.9.1 is installed, expected >=2.10 (before 2.10 a checkpoint can run"),
+        ("torch 2.10.0rc1", "torch>=2.10", "torch 2.10.0rc1 is installed, expected >=2.10"),
+        ("torch 2.10.0+cu130", "torch>=2.10", None),
+        ("torch 2.15.0.dev20261120", "torch>=2.10", None),
+        ("tensorrt-rtx 2.0", "tensorrt-rtx>=1.5,<2", "tensorrt-rtx 2.0 is installed, expected <2,>=1.5"),
+        ("other 1.0", "no-such-package>=1", "no-such-package is not installed, expected >=1"),
+        ("other 1.0", "no-such-package>=1; extra == 'train'", None),
+        ("other 1.0", "no-such-package>=1; python_version < '3'", None),
+        # Both wheels install into one folder, and which of them is imported is chance.
+        ("onnxruntime 1.23.0", "onnxruntime-gpu>=1.24", "onnxruntime 1.23.0 is installed, expected >=1.24 (before"),
+    ],
+)
+def test_a_release_outside_its_range_and_a_missing_package_are_a_shortfall(
+    tmp_path, monkeypatch, installed, needed, told
+):
+    distribution(tmp_path, *installed.split())
+    distribution(tmp_path, "cnx-deploy", "0.1.0", [needed])
+    monkeypatch.syspath_prepend(tmp_path)
+    assert [str(short).startswith(told or "") for short in doctor.shortfalls()] == ([True] if told else [])
 
 
-def test_memory_is_held_against_what_each_variant_needs():
-    assert doctor.memory_finding(16.0).status == "ok"
-    some = doctor.memory_finding(4.0)
-    assert some.status == "problem"
-    assert "enough for atto to base; large takes 6.4 GB, huge takes 14 GB" in some.what
-    assert "larger machine" in some.remedy
-    assert "enough for no variant" in doctor.memory_finding(0.5).what
+def test_a_floor_with_a_reason_is_the_release_that_the_reason_names():
+    for requirement in (Requirement(line) for line in PROJECT["dependencies"]):
+        if reason := doctor.FLOOR_REASONS.get(requirement.name):
+            assert reason.startswith(f"before {str(requirement.specifier).lstrip('>=')} ")
 
 
-def test_disk_is_held_against_what_each_variant_needs(tmp_path):
-    assert doctor.disk_finding(tmp_path, 100.0).status == "ok"
-    found = doctor.disk_finding(tmp_path, 1.0)
-    assert found.status == "problem"
-    assert "enough for atto to base; large takes 1.6 GB, huge takes 5.3 GB" in found.what
+def test_the_doctor_runs_with_click_alone_and_names_every_missing_package_and_its_remedy(click_alone, tmp_path):
+    done = run_python(click_alone, *CNX_DEPLOY, "doctor", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (found,) = [entry for entry in json.loads(done.stdout)["findings"] if entry["topic"] == "requirements"]
+    base = [Requirement(line) for line in PROJECT["dependencies"]]
+    needed = {each.name for each in base if each.marker is None or each.marker.evaluate()} - {"click", "packaging"}
+    assert found["status"] == "missing"
+    assert {line.split()[0] for line in found["what"].split("; ")} == needed
+    assert set(re.findall(r'"([\w-]+)', found["remedy"])) == needed
 
 
-def test_the_needs_are_those_that_were_measured():
-    rows = json.loads((Path(__file__).parents[2] / "docs" / "data" / "cost.json").read_text())["rows"]
-    measured = [(r["variant"], r["export_peak_mib"], r["build_peak_mib"], r["engine_megabytes"]) for r in rows]
-    assert [(n.variant, n.export_mib, n.build_mib, n.engine_megabytes) for n in NEEDS] == measured
+def test_a_command_whose_package_is_missing_ends_with_5_and_names_the_package_and_the_doctor(click_alone, tmp_path):
+    done = run_python(click_alone, *CNX_DEPLOY, "export", "--variant", "atto", "--json", cwd=tmp_path)
+    assert (done.returncode, json.loads(done.stdout)["error"]) == (5, "MissingRequirementError")
+    assert re.match(r"Error: The module \w+ is not installed\. `cnx-deploy doctor` lists", done.stderr)
 
 
-def test_another_release_than_the_tested_one_is_named_with_the_command_that_installs_it():
-    found = doctor.versions_finding({"torch": "2.13.0+cpu", "onnx": doctor.TESTED_VERSIONS["onnx"]})
-    assert found.status == "problem"
-    assert found.remedy == f"pip install torch=={doctor.TESTED_VERSIONS['torch']}"
+def test_without_click_the_message_names_it(tmp_path):
+    done = run_python(installation(tmp_path / "packages"), *CNX_DEPLOY, "--help", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (5, "")
+    assert done.stderr == "Error: click is not installed, expected it. Install it: pip install click\n"
 
 
-def test_another_patch_of_the_tested_release_and_an_absent_package_are_fine():
-    patched = doctor.TESTED_VERSIONS["torch"].rpartition(".")[0] + ".99+cu130"
-    assert doctor.versions_finding({"torch": patched, "onnx": None}).status == "ok"
-
-
-def test_a_folder_that_does_not_exist_yet_has_the_free_disk_of_the_one_it_will_be_in(tmp_path):
-    found = next(finding for finding in doctor.examine(tmp_path / "not" / "yet") if finding.topic == "disk")
-    free_gb = shutil.disk_usage(tmp_path).free / 1e9
-    assert float(found.what.split()[0]) == pytest.approx(free_gb, abs=1.0)
+def test_the_help_of_every_command_needs_click_alone(click_alone, tmp_path):
+    code = (
+        "from cnx_deploy.cli import COMMANDS, cli\nfor name in COMMANDS: cli([name, '--help'], standalone_mode=False)"
+    )
+    done = run_python(click_alone, "-c", code, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")

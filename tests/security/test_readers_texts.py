@@ -1,11 +1,9 @@
 """Other files that commands and scripts read: README and index.csv, timm's config, headers of weights, docs/data."""
 
-import importlib
 import json
 import shutil
 import struct
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -236,45 +234,3 @@ def test_a_weight_archive_of_a_version_that_nobody_writes_is_corrupt(tmp_path: P
     content[content.index(b"PK\x01\x02") + 6] = 0xFF
     path = put(tmp_path / "a.pt", bytes(content))
     result_or_error(lambda: read_weight_file(path), CorruptArtifactError, RefusedArtifactError)
-
-
-# --- docs/data --------------------------------------------------------------------------------------------------------
-
-SECTIONS = ("traffic", "traffic-targets", "cpu", "cost")
-
-
-@pytest.fixture
-def forms(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return importlib.import_module("performance_page.forms")
-
-
-def data_of(section: str) -> Any:
-    return json.loads((ROOT / "docs" / "data" / f"{section}.json").read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("section", SECTIONS)
-def test_the_committed_records_have_the_form_that_the_page_reads(forms: ModuleType, section: str) -> None:
-    forms.check_form(section, data_of(section))
-
-
-@pytest.mark.parametrize(
-    ("section", "place", "lie", "reason"),
-    [
-        ("traffic", ("rows",), [], "rows: Expected array of length >= 1"),
-        ("traffic", ("rows", 0, "target"), "89", "rows[0].target: Expected str of another form"),
-        ("traffic", ("rows", 0, "megabytes_per_image"), 0, "rows[0].megabytes_per_image: Expected float > 0"),
-        ("traffic-targets", ("date",), "today", "date: Expected str of another form"),
-        ("cost", ("rows", 0, "parameters"), 0, "rows[0].parameters: Expected int >= 1"),
-        ("cost", ("help_seconds",), "0.1", "help_seconds: Expected float, got str"),
-        ("cpu", ("rows", 0, "network"), "none", "rows[0].network: 'none' is none of its networks"),
-        ("cpu", ("rows", 1, "ratios", 0, "low"), None, "rows[1].ratios[0].low: Expected float, got null"),
-        ("cpu", ("environment", "isa"), "avx2", "environment.isa: Expected array, got str"),
-    ],
-)
-def test_a_lie_of_a_record_is_named(
-    forms: ModuleType, section: str, place: tuple[Any, ...], lie: Any, reason: str
-) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - what is said is compared below
-        forms.check_form(section, placed(data_of(section), place, lie))
-    assert reason in str(caught.value)

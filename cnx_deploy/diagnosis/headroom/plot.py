@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cnx_deploy.core.plotting import save_svg
+from cnx_deploy.core.plotting import BLUE, GREEN, GREY, GRID, RED, save_svg
 from cnx_deploy.diagnosis.headroom.analysis import Headroom
 from cnx_deploy.diagnosis.headroom.ranges import NormRange, ResponseRange, TensorRange, group_of, stage_of
 
@@ -21,22 +21,15 @@ __all__ = ["write_plot"]
 WIDTH, PANEL, GAP, HEAD, FOOT = 7.2, 1.45, 0.5, 0.95, 0.45
 """Inches: the figure, a panel's height, between panels, above them, below them."""
 SERIES = (
-    ("largest |x| stored in FP16", "#0072B2", "o", 3.5),
-    ("naive: GRN's sum of squares", "#D55E00", "s", 4.0),
-    ("naive: LayerNorm's |x-mean|²", "#009E73", "^", 4.0),
+    ("largest |x| stored in FP16", BLUE, "o", 3.5),
+    ("naive: GRN's sum of squares", RED, "s", 4.0),
+    ("naive: LayerNorm's |x-mean|²", GREEN, "^", 4.0),
 )
-STYLE = {
-    "svg.hashsalt": "cnx-deploy", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 8.5,
-    "font.sans-serif": ["DejaVu Sans", "Verdana"], "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#dddddd",
-    "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9,
-    "axes.titlelocation": "left", "legend.frameon": False,
-}  # fmt: skip
-GREY = "#555555"
 
 
 def write_plot(found: Headroom, path: Path) -> Path:
     """Draw `found` into an SVG file, whole or not at all; the same data give the same bytes."""
-    return save_svg(path, lambda: _figure(found), STYLE)
+    return save_svg(path, lambda: _figure(found))
 
 
 def _figure(found: Headroom) -> "Figure":
@@ -44,7 +37,7 @@ def _figure(found: Headroom) -> "Figure":
     from matplotlib.lines import Line2D
 
     height = HEAD + 4 * PANEL + 3 * GAP + FOOT
-    figure = Figure(figsize=(WIDTH, height), facecolor="white")
+    figure = Figure(figsize=(WIDTH, height))
     panels = figure.subplots(
         4, 1, sharey=True,
         gridspec_kw={
@@ -78,13 +71,14 @@ def _draw_stage(axes: "Axes", found: Headroom, stage: int) -> None:
         # The stem's norm has no place of its own where it is computed on the patches.
         _draw_series(axes, series, [(places.get(each.module, 0), each) for each in own])
     axes.set_yscale("log")
+    axes.grid(visible=False, axis="x")
     # One label above its line, one below: the lines are close where the axis is long.
     lines = [(1.0, "limit", "-", "bottom"), (1.0 / found.margin, f"1/{found.margin:g}", "--", "top")]
     for share, label, line, side in lines if found.margin > 1.0 else lines[:1]:
-        axes.axhline(share, color="#B00020", linewidth=0.9, linestyle=line)
+        axes.axhline(share, color="black", linewidth=0.9, linestyle=line)
         axes.annotate(
             label, (1.0, share), (3, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va=side,
-            fontsize=7.5, color="#B00020",
+            fontsize=7.5, color="black",
         )  # fmt: skip
     _draw_blocks(axes, tensors)
     everything: tuple[TensorRange | ResponseRange | NormRange, ...] = (*found.tensors, *found.responses, *found.norms)
@@ -107,7 +101,7 @@ def _draw_blocks(axes: "Axes", tensors: Sequence[TensorRange]) -> None:
     names = list(dict.fromkeys(groups))
     starts = [groups.index(name) for name in names]
     for start in starts[1:]:
-        axes.axvline(start - 0.5, color="#dddddd", linewidth=0.8)
+        axes.axvline(start - 0.5, color=GRID, linewidth=0.8)
     middles = [(start + end - 1) / 2 for start, end in zip(starts, [*starts[1:], len(groups)], strict=True)]
     axes.set_xticks(middles, [_block_label(name) for name in names])
     axes.tick_params(axis="x", length=0)

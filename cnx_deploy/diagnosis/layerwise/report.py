@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.plotting import save_svg
+from cnx_deploy.core.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, save_svg
 from cnx_deploy.diagnosis.layerwise.comparison import LayerComparison, SideResult, TapResult, block_of
 
 if TYPE_CHECKING:
@@ -24,16 +24,10 @@ LEGEND = (
     "! fails, ^ more than all before explain. Relative L2 against PyTorch in FP32, the largest of the block's modules"
 )
 LOOKS = {
-    "torch": ("#0072B2", "o"), "onnxruntime": ("#E69F00", "s"), "emulator": ("#009E73", "^"),
-    "tensorrt": ("#CC79A7", "D"),
+    "torch": (BLUE, "o"), "onnxruntime": (ORANGE, "s"), "emulator": (GREEN, "^"),
+    "tensorrt": (PURPLE, "D"),
 }  # fmt: skip
 """Okabe–Ito colours with a shape each, so that the lines read without colour."""
-STYLE = {
-    "svg.hashsalt": "cnx-deploy", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 8.5,
-    "font.sans-serif": ["DejaVu Sans", "Verdana"], "axes.grid": True, "grid.color": "#dddddd", "axes.axisbelow": True,
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-}  # fmt: skip
-GREY, RED = "#555555", "#D55E00"
 
 
 def document(found: LayerComparison) -> dict[str, Any]:
@@ -71,7 +65,7 @@ def table(found: LayerComparison) -> Iterator[str]:
 
 def write_plot(found: LayerComparison, path: Path) -> Path:
     """Draw relative L2 by depth, a line a side, whole or not at all; the same data give the same bytes."""
-    return save_svg(path, lambda: _figure(found), STYLE)
+    return save_svg(path, lambda: _figure(found))
 
 
 def _place(side: SideResult, tap: TapResult) -> dict[str, Any]:
@@ -136,7 +130,7 @@ def _figure(found: LayerComparison) -> "Figure":
             f"No side of {found.artifact} ran, so there is nothing to draw. Leave --plot out, or name a side that "
             "runs here."
         )
-    figure = Figure(figsize=(7.2, 3.6), facecolor="white")
+    figure = Figure(figsize=(7.2, 3.6))
     axes = figure.add_axes((0.1, 0.26, 0.87, 0.51))
     modules = [tap.module for tap in ran[0].taps]
     for side in ran:

@@ -5,9 +5,9 @@ Up to 40 classes the whole confusion matrix is drawn; of more, the pairs that ar
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cnx_deploy.core.plotting import save_svg
+from cnx_deploy.core.plotting import BLUE, GREY, RED, save_svg
 from cnx_deploy.verification.evaluation.calibration import CalibrationBin
 from cnx_deploy.verification.evaluation.results import Evaluation
 
@@ -22,17 +22,11 @@ MOST_CLASSES = 40
 COUNTED_CLASSES = 20
 """Classes up to which the cells have their counts written in them."""
 PAIRS = 25
-BLUE, RED, GREY = "#0072B2", "#D55E00", "#555555"
-STYLE: dict[str, Any] = {
-    "svg.hashsalt": "cnx-deploy", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 8.5,
-    "font.sans-serif": ["DejaVu Sans", "Verdana"], "axes.spines.top": False, "axes.spines.right": False,
-    "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.axisbelow": True, "legend.frameon": False,
-}  # fmt: skip
 
 
 def write_plot(found: Evaluation, path: Path, title: str) -> Path:
     """Draw `found` into an SVG file, whole or not at all; the same data give the same bytes."""
-    return save_svg(path, lambda: _figure(found, title), STYLE)
+    return save_svg(path, lambda: _figure(found, title))
 
 
 def _figure(found: Evaluation, title: str) -> "Figure":
@@ -41,7 +35,7 @@ def _figure(found: Evaluation, title: str) -> "Figure":
     names = _names(found)
     shows_matrix = len(names) <= MOST_CLASSES
     side = max(4.0, 1.5 + 0.17 * len(names)) if shows_matrix else 6.0
-    figure = Figure(figsize=(side + 4.2, max(4.6, side)), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(side + 4.2, max(4.6, side)), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", size=11, weight="bold")
     grid = figure.add_gridspec(2, 2, width_ratios=(side, 4.0), height_ratios=(3, 1))
     left = figure.add_subplot(grid[:, 0])
@@ -74,6 +68,7 @@ def _draw_matrix(axes: "Axes", found: Evaluation, names: list[str]) -> None:
     axes.set_xticks(ticks, [_short(name) for name in names], rotation=90, size=size)
     axes.set_yticks(ticks, [_short(name) for name in names], size=size)
     axes.tick_params(length=0)
+    axes.grid(visible=False)
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.set(xlabel="predicted", ylabel="label", title="share of the label's images")
@@ -92,6 +87,7 @@ def _draw_pairs(axes: "Axes", found: Evaluation, classes: int) -> None:
     axes.set_yticks(range(len(shown)), [f"{_short(cell.label)} → {_short(cell.predicted)}" for cell in shown])
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(
         xlabel="images",
@@ -110,7 +106,7 @@ def _draw_reliability(axes: "Axes", found: Evaluation) -> None:
         [each.confidence for each in filled], accuracies, linestyle="none", marker="o", markersize=3.5, color="black",
         label="at mean confidence",
     )  # fmt: skip
-    axes.plot([0, 1], [0, 1], color="#B00020", linestyle="--", linewidth=0.9, label="calibrated")
+    axes.plot([0, 1], [0, 1], color=RED, linestyle="--", linewidth=0.9, label="calibrated")
     axes.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
     axes.set_title(
         f"calibration error {100 * found.calibration.expected_error:.2f} %, top-1 {found.top1_percent:.2f} %,\n"

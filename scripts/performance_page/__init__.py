@@ -1,1 +1,0 @@
-"""The parts of scripts/plot_performance.py: recorded data, tables, plots."""
