@@ -10,15 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from cnx_deploy.core.artifacts import Artifact, find_artifacts, open_artifact, select_artifacts
+from cnx_deploy.core.artifacts import find_artifacts, open_artifact, select_artifacts
+from cnx_deploy.core.deploy_spec import DeploySpec, InputKind, Layout
 from cnx_deploy.core.errors import InputError, MissingRequirementError
-from cnx_deploy.data import Preprocessing
+from cnx_deploy.core.manifest import Artifact, EngineManifest, OnnxManifest
+from cnx_deploy.core.precision import find_precision
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.backend import default_targets, load_backend, require_gpu
 from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
 from cnx_deploy.exporters.trt.compiling import limits_for
 from cnx_deploy.model.checkpoint import LoadedModel, resolve_model
-from cnx_deploy.model.deploy import HALVES, DeploySpec, InputKind, Layout, Precision, check_parts
+from cnx_deploy.model.deploy import check_parts
 from cnx_deploy.runners.registry import misfit
 from cnx_deploy.verification.export_check import check_exported
 from cnx_deploy.verification.labelled import reference_for
@@ -52,7 +55,7 @@ class ExportRequest:
     num_classes: int | None = None
     reset_head: bool = False
     image_size: int | None = None
-    precisions: tuple[Precision, ...] = ("fp32", "fp16")
+    precisions: tuple[str, ...] = ("fp32", "fp16")
     batch: tuple[int, int, int] = (1, 8, 64)
     input_kind: InputKind = "float"
     optimize_for: Layout | None = None
@@ -102,7 +105,7 @@ class VerifyRequest:
     runners: tuple[str, ...] = ()
 
 
-def run_exports(request: ExportRequest, note: Note) -> list[Artifact]:
+def run_exports(request: ExportRequest, note: Note) -> list[Artifact[OnnxManifest]]:
     """Export one model in each precision asked for; each file is compared with PyTorch before it is put into place."""
     loaded = resolve_model(
         request.variant,
@@ -113,14 +116,15 @@ def run_exports(request: ExportRequest, note: Note) -> list[Artifact]:
         reset_head=request.reset_head,
     )
     check_parts(request.keep_fp32, loaded.model.variant)
-    if request.keep_fp32 and not set(request.precisions) & set(HALVES):
+    halves = [name for name in request.precisions if find_precision(name).has_islands]
+    if request.keep_fp32 and not halves:
         raise InputError("--keep-fp32 is of half-precision files, and none is asked for. Add --precision fp16 or bf16.")
     if loaded.weights.origin == "random":
         kind = f"random (seed {request.seed}), {_included(loaded)} included"
         note(f"No checkpoint: weights are {kind}. Predictions mean nothing.")
     if loaded.head_is_new:
         note(f"The head for {loaded.model.num_classes} classes is new and random: train it before it is used.")
-    preprocessing = Preprocessing.from_dict(loaded.preprocessing) if loaded.preprocessing else Preprocessing()
+    preprocessing = loaded.preprocessing or Preprocessing()
     if request.image_size is not None:
         preprocessing = replace(preprocessing, image_size=request.image_size)
     return [_export(loaded, preprocessing, precision, request, note) for precision in request.precisions]
@@ -128,15 +132,13 @@ def run_exports(request: ExportRequest, note: Note) -> list[Artifact]:
 
 def run_builds(
     request: BuildRequest, note: Note, progress: Callable[[str, float], None] | None = None
-) -> list[Artifact]:
+) -> list[Artifact[EngineManifest]]:
     """Build an engine for each file and target.
 
     Raises InputError when there is nothing to build from, and whatever `trt.builder.build_engine` raises.
     """
     sources = [open_artifact(path) for path in request.files] or [
-        artifact
-        for artifact in find_artifacts(request.export_dir, "onnx")
-        if artifact.manifest.request["precision"] != "fp32"
+        artifact for artifact in find_artifacts(request.export_dir, "onnx") if artifact.manifest.precision.has_islands
     ]
     present = [artifact for artifact in sources if artifact.path.is_file()]
     if not present:
@@ -148,7 +150,7 @@ def run_builds(
     targets = request.targets or default_targets(backend)
     engines = []
     for artifact in present:
-        low, typical, high = artifact.manifest.request["batch"]
+        low, typical, high = artifact.manifest.batch
         for target in targets:
             spec = BuildSpec(
                 runtime=backend.name,
@@ -157,7 +159,7 @@ def run_builds(
                 allow_tf32=request.allow_tf32,
             )
             note(f"Building {artifact.path.name} for {target} with {backend.name} {backend.version}")
-            limits = limits_for(sum(file.size_bytes for file in artifact.manifest.files))
+            limits = limits_for(artifact.size_bytes)
             words = (artifact, spec, request.output_dir)
             engine = build_engine(*words, force=request.force, progress=progress, limits=limits)
             engines.append(engine)
@@ -208,9 +210,7 @@ def _fitting(request: VerifyRequest, artifact: Artifact) -> tuple[tuple[str, ...
     """The runners asked for that fit a recorded file, and why others do not; a file that was named takes them all."""
     if request.files or artifact.manifest.kind != "onnx":
         return request.runners, ()
-    reasons = {
-        name: misfit(name, artifact.path, str(artifact.manifest.request["precision"])) for name in request.runners
-    }
+    reasons = {name: misfit(name, artifact.path, artifact.manifest.precision.name) for name in request.runners}
     fitting = tuple(name for name, reason in reasons.items() if reason is None)
     return fitting, tuple(reason for reason in reasons.values() if reason is not None)
 
@@ -222,7 +222,7 @@ def _outdated(engine: Artifact, export_dir: Path) -> str | None:
         return None  # a manifest that lies: `verify --records` says what of
     if not os.path.isfile(export_dir / Path(name).with_suffix(".json")):  # noqa: PTH113 - Path's own raises for some names
         return None
-    recorded = next((each for each in find_artifacts(export_dir, "onnx") if each.path.name == name), None)
+    recorded = next((made for made in find_artifacts(export_dir, "onnx") if made.path.name == name), None)
     if recorded is None or recorded.sha256 == engine.manifest.source_sha256:
         return None
     return f"{engine.path.name} was built from an earlier {engine.manifest.source_name}: build it again with --force."
@@ -234,27 +234,27 @@ def _included(loaded: LoadedModel) -> str:
 
 
 def _export(
-    loaded: LoadedModel, preprocessing: Preprocessing, precision: Precision, request: ExportRequest, note: Note
-) -> Artifact:
+    loaded: LoadedModel, preprocessing: Preprocessing, precision: str, request: ExportRequest, note: Note
+) -> Artifact[OnnxManifest]:
     deploy = DeploySpec(
         precision=precision,
         image_size=preprocessing.image_size,
         input_kind=request.input_kind,
         layout=request.optimize_for,
         leave_out=request.leave_out,
-        keep_fp32=request.keep_fp32 if precision in HALVES else (),
+        keep_fp32=request.keep_fp32 if find_precision(precision).has_islands else (),
         mean=preprocessing.mean,
         std=preprocessing.std,
     )
     spec = ExportSpec(deploy=deploy, batch=request.batch, name=request.name)
     record = model_record(loaded, preprocessing, request.output_dir, request.checkpoint)
-    check = None if request.no_verify else check_exported(loaded, spec.request, record)
-    artifact, reused = export_onnx(loaded.model, record, spec, request.output_dir, force=request.force, verify=check)
+    check = None if request.no_verify else check_exported(loaded, spec)
+    artifact = export_onnx(loaded.model, record, spec, request.output_dir, force=request.force, verify=check)
     gc.collect()  # the exporter's graphs are cycles that hold the weights: huge in two precisions needs them gone
-    if reused:
+    if artifact.reused:
         note(f"{artifact.path} is there and was made from the same inputs: reused")
     else:
-        parity = artifact.manifest.facts.get("parity")
-        verdict = f"relative L2 {parity['found']['relative_l2_max']:.1e} against PyTorch" if parity else "not verified"
-        note(f"{artifact.path} ({sum(file.size_bytes for file in artifact.manifest.files) / 1e6:.1f} MB), {verdict}")
+        parity = artifact.manifest.facts.parity
+        verdict = f"relative L2 {parity.differences.relative_l2_max:.1e} against PyTorch" if parity else "not verified"
+        note(f"{artifact.path} ({artifact.size_bytes / 1e6:.1f} MB), {verdict}")
     return artifact

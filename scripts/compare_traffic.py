@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from cnx_deploy.core.artifacts import ModelRecord, WeightsRecord
+from cnx_deploy.core.deploy_spec import DeploySpec
+from cnx_deploy.core.manifest import ModelRecord, WeightsRecord
 from cnx_deploy.core.system import package_version, tool_versions
 from cnx_deploy.core.variants import VARIANTS, find_variant
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
@@ -29,7 +30,6 @@ from cnx_deploy.exporters.trt.backend import load_backend
 from cnx_deploy.exporters.trt.compiled import measure_compiled
 from cnx_deploy.exporters.trt.depthwise import written_for
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.model.deploy import DeploySpec
 
 OURS = "cnx-deploy"
 

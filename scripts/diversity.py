@@ -27,15 +27,10 @@ from torch import Tensor, nn
 
 from cnx_deploy.core.errors import CheckFailedError, CnxDeployError, InputError
 from cnx_deploy.core.plotting import check_plot, save_svg
-from cnx_deploy.data import (
-    BrokenImage,
-    Preprocessing,
-    find_images,
-    image_like_batches,
-    readable_batches,
-    validation_folder,
-)
+from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.data import BrokenImage, find_images, image_like_batches, readable_batches, validation_folder
 from cnx_deploy.data.dataset import evenly
+from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.model.checkpoint import load_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 
@@ -94,7 +89,7 @@ def measure_diversity(
                         kept[key] = []
                         hooks.callback(module.register_forward_hook(partial(_keep, key, kept[key])).remove)
         for pixels in batches:
-            model.eval().forward_features(preprocessing.normalise(pixels))
+            model.eval().forward_features(normalise(pixels, preprocessing))
     found = []
     for (name, part), rows in kept.items():
         if not rows:

@@ -3,12 +3,12 @@
 import pytest
 from hypothesis import settings
 
-from cnx_deploy.core.artifacts import Artifact, ModelRecord, WeightsRecord
+from cnx_deploy.core.deploy_spec import DeploySpec
+from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
 from cnx_deploy.core.variants import Variant
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
-from cnx_deploy.model.deploy import DeploySpec
 
 # The same examples each time, so that a run that fails fails again; --hypothesis-profile explore draws new ones.
 settings.register_profile("repeatable", derandomize=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cnx_deploy.core.gates import Gate
 from cnx_deploy.data import runner_input
 from cnx_deploy.runners.base import Runner
-from cnx_deploy.verification.parity import Gate
 
 __all__ = ["Candidate", "create", "peak_memory_mib", "reset_peak_memory"]
 

@@ -19,16 +19,16 @@ from cnx_deploy.bench.networks import network_facts, network_name, networks_of, 
 from cnx_deploy.bench.peers import PEERS, OrtSettings, PeerSetup, place_of_peers
 from cnx_deploy.bench.sweep import is_over, sweep_batches
 from cnx_deploy.bench.timing import BenchSpec, Timing, measure_together
-from cnx_deploy.core.artifacts import Artifact
 from cnx_deploy.core.errors import InputError, MissingRequirementError
+from cnx_deploy.core.gates import GATES
+from cnx_deploy.core.manifest import Artifact, EngineFacts
 from cnx_deploy.core.system import cpu_count, find_gpus
 from cnx_deploy.data import image_like_batches, runner_input
-from cnx_deploy.exporters.onnx import deploy_spec_from_request
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.runners.registry import open_runner
-from cnx_deploy.verification.parity import GATES, logits_of
+from cnx_deploy.verification.parity import logits_of
 from cnx_deploy.verification.verify import gate_of, recorded_model
 
 __all__ = ["BenchRequest", "Benchmark", "NotRun", "bench_artifacts"]
@@ -136,7 +136,7 @@ def bench_artifacts(
 
 
 def _open_peers(network: _Network, request: BenchRequest, stack: ExitStack) -> None:
-    deploy = deploy_spec_from_request(network.artifacts[0].manifest.request)
+    deploy = network.artifacts[0].manifest.deploy
     place = place_of_peers(precisions_of(network.artifacts))
     for peer in (PEERS[word] for word in request.compare):
         name, gate = peer.row_name(place[1]), GATES[peer.precision_here(place[1])]
@@ -159,9 +159,13 @@ def _open_artifacts(network: _Network, request: BenchRequest, stack: ExitStack) 
             make = partial(_artifact_runner, artifact, request)
             network.candidates.append(create(artifact.path.name, network.name, make, gate_of(artifact), stack))
         except MissingRequirementError as error:
-            compiled = artifact.manifest.facts.get("compiled") or {}
-            figures = (compiled.get("batch"), compiled.get("kernels"), compiled.get("megabytes_per_image"))
-            network.not_run.append(NotRun(artifact.path.name, network.name, *figures, _reason_not_run(artifact, error)))
+            facts = artifact.manifest.facts
+            compiled = facts.compiled if isinstance(facts, EngineFacts) else None
+            figures = (
+                (compiled.batch, compiled.kernels, compiled.megabytes_per_image) if compiled else (None, None, None)
+            )
+            reason = _reason_not_run(artifact, error)
+            network.not_run.append(NotRun(artifact.path.name, network.name, figures[0], figures[1], figures[2], reason))
     if not request.compare and network.candidates:
         network.candidates[0] = replace(network.candidates[0], is_peer=True)
 
@@ -189,7 +193,7 @@ def _measure(network: _Network, batch: int, request: BenchRequest, progress: Pro
         network.not_run.extend(_outside_range(going, batch))
     if not fitting:
         return
-    deploy = deploy_spec_from_request(network.artifacts[0].manifest.request)
+    deploy = network.artifacts[0].manifest.deploy
     pixels = next(image_like_batches(batch, deploy.image_size, batch_size=batch, seed=request.seed))
     with reference_runner(network.loaded.model, deploy) as reference:
         pieces = torch.split(runner_input(pixels, deploy.input_kind), REFERENCE_BATCH)

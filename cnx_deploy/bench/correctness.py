@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cnx_deploy.verification.parity import Gate, differences
+from cnx_deploy.core.gates import Gate
+from cnx_deploy.verification.parity import differences
 
 __all__ = ["Correctness", "KeptOutputs", "judge"]
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from cnx_deploy.core.artifacts import Artifact
+from cnx_deploy.core.manifest import Artifact, EngineFacts, OnnxFacts
 from cnx_deploy.core.variants import Variant, find_variant
 
 __all__ = ["activation_count", "network_facts", "network_name", "networks_of", "precisions_of"]
@@ -13,34 +13,34 @@ def networks_of(artifacts: Sequence[Artifact]) -> Iterator[list[Artifact]]:
     """Artifacts that hold the same weights for the same input, together; in the order they come in."""
     groups: dict[tuple[Any, ...], list[Artifact]] = {}
     for artifact in artifacts:
-        model, request = artifact.manifest.model, artifact.manifest.request
-        key = (model.weights.sha256, model.image_size, request["input_kind"], str(request["mean"]), str(request["std"]))
+        model, deploy = artifact.manifest.model, artifact.manifest.deploy
+        key = (model.weights.sha256, model.image_size, deploy.input_kind, deploy.mean, deploy.std)
         groups.setdefault(key, []).append(artifact)
     yield from groups.values()
 
 
 def precisions_of(artifacts: Sequence[Artifact]) -> tuple[str, ...]:
     """The precision of each artifact."""
-    return tuple(str(artifact.manifest.request["precision"]) for artifact in artifacts)
+    return tuple(artifact.manifest.precision.name for artifact in artifacts)
 
 
 def network_name(artifact: Artifact) -> str:
     """`atto-224-1a2b3c4d`: variant, image size, the first digits of the weights' hash; `-uint8` for that input."""
     model = artifact.manifest.model
-    kind = artifact.manifest.request["input_kind"]
+    kind = artifact.manifest.deploy.input_kind
     name = f"{model.variant}-{model.image_size}-{model.weights.sha256[:8]}"
     return name if kind == "float" else f"{name}-{kind}"
 
 
 def network_facts(artifacts: Sequence[Artifact]) -> dict[str, Any]:
     """Of the artifacts of one network: size, counts an image, weights, input, and each file's hash and types."""
-    model, request = artifacts[0].manifest.model, artifacts[0].manifest.request
+    model, deploy = artifacts[0].manifest.model, artifacts[0].manifest.deploy
     variant = find_variant(model.variant)
     return {
         "variant": model.variant,
         "image_size": model.image_size,
         "num_classes": model.num_classes,
-        "input": "uint8 NHWC" if request["input_kind"] == "uint8" else "float32 NCHW",
+        "input": "uint8 NHWC" if deploy.input_kind == "uint8" else "float32 NCHW",
         "weights": {"origin": model.weights.origin, "sha256": model.weights.sha256},
         "parameters": variant.parameter_count + (model.num_classes - 1000) * (variant.dims[-1] + 1),
         "gmacs": round(variant.mac_count(model.image_size, model.num_classes) / 1e9, 3),
@@ -64,11 +64,11 @@ def activation_count(variant: Variant, image_size: int, num_classes: int = 1000)
 def _file_facts(artifact: Artifact) -> dict[str, Any]:
     """Hash and precision; an FP16 file's FP32 islands are its layers in float (engine) or its tensors by type."""
     facts = artifact.manifest.facts
-    compiled = facts.get("compiled") or {}
+    compiled = facts.compiled if isinstance(facts, EngineFacts) else None
     return {
         "sha256": artifact.sha256,
-        "precision": artifact.manifest.request["precision"],
-        "fp32_layers": (facts.get("census") or {}).get("float_layers"),
-        "tensors_by_type": facts.get("types"),
-        "compiled": {key: compiled.get(key) for key in ("batch", "kernels", "megabytes_per_image")},
+        "precision": artifact.manifest.precision.name,
+        "fp32_layers": facts.census.float_layers if isinstance(facts, EngineFacts) else None,
+        "tensors_by_type": facts.types if isinstance(facts, OnnxFacts) else None,
+        "compiled": {key: getattr(compiled, key, None) for key in ("batch", "kernels", "megabytes_per_image")},
     }

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import MissingRequirementError
+from cnx_deploy.core.precision import find_precision
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import package_version
-from cnx_deploy.data import Preprocessing
+from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.model.deploy import DTYPES, DeploySpec
 from cnx_deploy.model.layers import LAYER_SCALE
 from cnx_deploy.model.layouts import official_state
 from cnx_deploy.runners.base import Runner
@@ -82,7 +84,8 @@ class Peer:
         """(N, S, S, 3) uint8 pixels -> the peer's input; None where it takes what our files take."""
         if not self.takes_normalised:
             return None
-        return Preprocessing(image_size=deploy.image_size, mean=deploy.mean, std=deploy.std).normalise
+        preprocessing = Preprocessing(image_size=deploy.image_size, mean=deploy.mean, std=deploy.std)
+        return lambda pixels: normalise(pixels, preprocessing)
 
 
 def place_of_peers(precisions: Iterable[str]) -> tuple[str, str]:
@@ -170,7 +173,7 @@ def _eager(setup: PeerSetup) -> Callable[[], TorchRunner]:
             return runner
         half = setup.precision
         info = replace(runner.info, precision=half, arithmetic=half, details=(("autocast", half),))
-        dtype = DTYPES[setup.precision]
+        dtype = getattr(torch, find_precision(setup.precision).dtype)
         return TorchRunner(HalfAutocast(runner.module, setup.device, dtype).to(setup.device), runner.input_spec, info)
 
     return make

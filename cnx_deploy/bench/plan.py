@@ -15,7 +15,7 @@ from cnx_deploy.bench.networks import network_facts, network_name, networks_of, 
 from cnx_deploy.bench.peers import PEERS, place_of_peers
 from cnx_deploy.bench.roofline import bound_of, table, work_of
 from cnx_deploy.bench.timing import Timing
-from cnx_deploy.core.artifacts import Artifact
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.system import find_gpus
 
 __all__ = ["Plan", "PlannedRow", "plan_of", "share_of_bound"]
@@ -94,7 +94,7 @@ def _planned(group: Sequence[Artifact], request: BenchRequest) -> Iterator[Plann
                 network, PEERS[word].row_name(precision), batch, None if installed else "timm is not installed"
             )
         for artifact in group:
-            smallest, _, largest = artifact.manifest.request["batch"]
+            smallest, _, largest = artifact.manifest.batch
             if smallest <= batch <= largest:
                 missing = "no GPU" if artifact.manifest.kind == "engine" and not find_gpus() else None
                 yield PlannedRow(network, artifact.path.name, batch, missing)

@@ -13,7 +13,7 @@ from cnx_deploy.bench.networks import precisions_of
 from cnx_deploy.bench.peers import PEERS, place_of_peers
 from cnx_deploy.bench.report import document, gate_lines, head_lines, table_lines
 from cnx_deploy.bench.sweep import Knee, knees
-from cnx_deploy.core.artifacts import Artifact
+from cnx_deploy.core.manifest import Artifact
 
 __all__ = ["BenchReport", "run_bench"]
 

@@ -127,9 +127,13 @@ def _show_plan(request: "BenchRequest", *, as_json: bool) -> None:
     from cnx_deploy.bench.plan import plan_of
     from cnx_deploy.bench.report import head_lines, plan_document, plan_lines
     from cnx_deploy.core.artifacts import find_artifacts, select_artifacts
+    from cnx_deploy.core.manifest import Artifact
 
     # A plan needs the manifests only, and a fresh clone has no more.
-    recorded = [*find_artifacts(request.export_dir, "onnx"), *find_artifacts(request.engines_dir, "engine")]
+    recorded: list[Artifact] = [
+        *find_artifacts(request.export_dir, "onnx"),
+        *find_artifacts(request.engines_dir, "engine"),
+    ]
     if request.files or not recorded:
         recorded = list(select_artifacts(request.files, request.export_dir, request.engines_dir, options.note))
     conditions = conditions_now(threads=request.threads, duration_seconds=request.duration, seed=request.seed)

@@ -11,9 +11,10 @@ from cnx_deploy.cli.printable import one_line
 from cnx_deploy.core.errors import CnxDeployError, InputError
 
 if TYPE_CHECKING:
+    from cnx_deploy.core.manifest import Compiled, Grouping
     from cnx_deploy.verification.inspect import Inspection
 
-GROUPINGS = ("stage", "operation", "kind")
+GROUPINGS: tuple["Grouping", ...] = ("stage", "operation", "kind")
 
 
 @click.command("inspect")
@@ -74,7 +75,7 @@ def _inspected(file: Path, compile_for: tuple[str, int] | None, *, lists_kernels
         target, batch = compile_for
         with options.reporter("Compiling") as progress:
             inspection = with_compiled(inspection, target=target, batch=batch, progress=progress)
-    if lists_kernels and "kernel_list" not in (inspection.facts.get("compiled") or {}):
+    if lists_kernels and inspection.compiled is None:
         raise InputError(
             f"No list of kernels is recorded for {file}. Give --compile for an ONNX file; build an engine again with "
             "cnx-deploy build-trt --force."
@@ -86,41 +87,37 @@ def _lines_of_inspection(found: "Inspection", lists_kernels: bool) -> Iterator[s
     yield f"{found.path}: {found.description}, {found.size_bytes / 1e6:.1f} MB"
     yield f"{'sha256':18} {found.sha256}"
     for name, value in found.facts.items():
-        if name == "compiled" and value and "kernel_list" in value:
-            continue  # it is a table below
         yield from _lines(name, value)
-    compiled = found.facts.get("compiled") or {}
-    if "kernel_list" in compiled:
-        yield from _lines_of_compiled(compiled)
+    if found.compiled is not None:
+        yield from _lines_of_compiled(found.compiled)
         if lists_kernels:
-            yield from _lines_of_kernels(compiled)
+            yield from _lines_of_kernels(found.compiled)
     for note in found.notes:
         yield f"Note: {note}"
 
 
-def _lines_of_compiled(compiled: Mapping[str, Any]) -> Iterator[str]:
+def _lines_of_compiled(compiled: "Compiled") -> Iterator[str]:
     """A table for each grouping; the shares of each sum to 100 %."""
     yield (
-        f"{'compiled':18} {compiled['kernels']} kernels, {compiled['megabytes_per_image']} MB an image; "
-        f"{compiled['target']}, batch {compiled['batch']}; {compiled['how']}"
+        f"{'compiled':18} {compiled.kernels} kernels, {compiled.megabytes_per_image} MB an image; {compiled.target}, "
+        f"batch {compiled.batch}; the same graph compiled for a fixed batch, each kernel's inputs, constants and "
+        "outputs once"
     )
     for grouping in GROUPINGS:
         yield f"\n{grouping:40} {'kernels':>8} {'MB an image':>12} {'share':>8}"
-        for row in compiled[f"by_{grouping}"]:
-            yield f"{row['name']:40} {row['kernels']:>8} {row['megabytes']:>12.3f} {row['share']:>8.1%}"
+        for total in compiled.totals(grouping):
+            yield f"{total.name:40} {total.kernels:>8} {total.megabytes:>12.3f} {total.share:>8.1%}"
 
 
-def _lines_of_kernels(compiled: Mapping[str, Any]) -> Iterator[str]:
+def _lines_of_kernels(compiled: "Compiled") -> Iterator[str]:
     """A line a kernel, the one that moves most first; the number is its place in the order they run in."""
-    columns, rows = compiled["kernel_list"]["columns"], compiled["kernel_list"]["rows"]
-    kernels = [dict(zip(columns, row, strict=True)) for row in rows]
-    moved = [sum(kernel[f"{role}_bytes"] for role in ("input", "constant", "output")) for kernel in kernels]
     yield f"\n{'kernel':>6} {'MB an image':>12} {'share':>7}  {'block':20} {'operation':38} kind, name: tensors"
-    for number in sorted(range(len(kernels)), key=moved.__getitem__, reverse=True):
-        kernel = kernels[number]
-        size = f"{number:>6} {moved[number] / compiled['batch'] / 1e6:>12.3f} {moved[number] / sum(moved):>7.1%}"
-        place = f"{kernel['block']:20} {kernel['operation']:38}"
-        yield one_line(f"{size}  {place} {kernel['kind']}, {kernel['name']}: {kernel['tensors']}")
+    numbered = sorted(enumerate(compiled.kernel_list), key=lambda row: row[1].total_bytes, reverse=True)
+    for number, kernel in numbered:
+        moved = kernel.total_bytes
+        size = f"{number:>6} {moved / compiled.batch / 1e6:>12.3f} {moved / compiled.total_bytes:>7.1%}"
+        place = f"{kernel.block:20} {kernel.operation:38}"
+        yield one_line(f"{size}  {place} {kernel.kind}, {kernel.name}: {kernel.tensors}")
 
 
 def _lines(name: str, value: Any) -> Iterator[str]:

@@ -56,6 +56,6 @@ def _line(step: "Step") -> str:
     pair = f"{step.reference} -> {step.candidate}"
     if step.result is None:
         return f"{pair:68} not run: {step.not_run}"
-    found = step.result.found
+    found = step.result.differences
     verdict = "pass" if step.result.passed else "FAIL: " + "; ".join(step.result.failures)
     return f"{pair:68} relative L2 {found.relative_l2_max:.1e}, gate {step.result.gate.name}: {verdict}"

@@ -146,7 +146,7 @@ def _show(found: "list[Verification]") -> None:
     )
     for entry in found:
         for result in entry.results:
-            numbers = result.found
+            numbers = result.differences
             options.echo(
                 f"{entry.artifact:34} {result.candidate:22} {numbers.samples:>6} {numbers.relative_l2_max:>9.1e} "
                 f"{numbers.centred_cosine_min:>10.7f} {numbers.top1_agreement:>7.2%} {numbers.mean_kl:>9.1e}  "

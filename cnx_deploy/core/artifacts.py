@@ -4,42 +4,37 @@ An artifact is one or more files and a manifest `<stem>.json` beside them; `stag
 Nothing is given to a parser before its hash matches (docs/decisions/0008-hash-before-parse.md).
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeGuard, overload
 
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, OutputExistsError, RefusedArtifactError
 from cnx_deploy.core.files import sha256_of_file
 from cnx_deploy.core.manifest import (
+    MAX_MANIFEST_BYTES,
     SUFFIXES,
     Artifact,
-    ArtifactKind,
+    EngineManifest,
+    EngineRequest,
     FileRecord,
-    Manifest,
-    ModelRecord,
-    WeightsRecord,
-    relative_reference,
+    OnnxManifest,
+    OnnxRequest,
+    manifest_from_json,
 )
-from cnx_deploy.core.manifest_reading import MAX_MANIFEST_BYTES, manifest_from_json
 from cnx_deploy.core.staging import Staging, finish_commits, stage_artifact
 from cnx_deploy.core.system import tool_versions
 
 __all__ = [
-    "Artifact",
-    "FileRecord",
-    "Manifest",
-    "ModelRecord",
     "Staging",
-    "WeightsRecord",
     "artifact_stem",
     "check_file",
     "find_artifacts",
+    "is_engine",
+    "is_onnx",
     "open_artifact",
     "read_artifact",
     "refused_engine",
-    "relative_reference",
     "reusable_artifact",
     "select_artifacts",
     "sha256_of_file",
@@ -107,7 +102,23 @@ def refused_engine(path: Path) -> RefusedArtifactError:
     )
 
 
-def find_artifacts(directory: Path, kind: ArtifactKind | None = None) -> list[Artifact]:
+def is_onnx(artifact: Artifact) -> TypeGuard[Artifact[OnnxManifest]]:
+    """Whether it is an ONNX file."""
+    return artifact.manifest.kind == "onnx"
+
+
+def is_engine(artifact: Artifact) -> TypeGuard[Artifact[EngineManifest]]:
+    """Whether it is a TensorRT engine."""
+    return artifact.manifest.kind == "engine"
+
+
+@overload
+def find_artifacts(directory: Path, kind: Literal["onnx"]) -> list[Artifact[OnnxManifest]]: ...
+@overload
+def find_artifacts(directory: Path, kind: Literal["engine"]) -> list[Artifact[EngineManifest]]: ...
+@overload
+def find_artifacts(directory: Path) -> list[Artifact]: ...
+def find_artifacts(directory: Path, kind: Literal["onnx", "engine"] | None = None) -> list[Any]:
     """Return the artifacts recorded in a folder, by name, without checking hashes; empty if there is no folder."""
     finish_commits(directory)
     artifacts = [read_artifact(path) for path in sorted(directory.glob("*.json"))]
@@ -124,7 +135,7 @@ def select_artifacts(
     if files:
         yield from (open_artifact(path) for path in files)
         return
-    recorded = [*find_artifacts(export_dir, "onnx"), *find_artifacts(engines_dir, "engine")]
+    recorded: list[Artifact] = [*find_artifacts(export_dir, "onnx"), *find_artifacts(engines_dir, "engine")]
     present = [artifact for artifact in recorded if artifact.path.is_file()]
     if len(present) < len(recorded):
         note(f"{len(recorded) - len(present)} recorded artifacts have no file here; export and build make them again.")
@@ -141,8 +152,7 @@ def select_artifacts(
 def reusable_artifact(
     directory: Path,
     stem: str,
-    kind: ArtifactKind,
-    request: Mapping[str, Any],
+    request: OnnxRequest | EngineRequest,
     source_sha256: str,
     *,
     force: bool,
@@ -151,14 +161,13 @@ def reusable_artifact(
 
     Raises OutputExistsError when something else is there, CorruptArtifactError when it was altered since.
     """
-    main = directory / f"{stem}{SUFFIXES[kind]}"
+    main = directory / f"{stem}{SUFFIXES['onnx' if isinstance(request, OnnxRequest) else 'engine']}"
     manifest_path = directory / f"{stem}.json"
     if force or not (main.exists() or manifest_path.exists()):
         return None
     if manifest_path.exists():
         found = read_artifact(manifest_path)
-        same = _canonical(found.manifest.request) == _canonical(request) and found.manifest.kind == kind
-        if same and found.manifest.source_sha256 == source_sha256:
+        if found.manifest.request == request and found.manifest.source_sha256 == source_sha256:
             if not main.exists():  # a record without its binary, as committed records are: make it again
                 return None
             if found.manifest.tools == tool_versions():
@@ -184,8 +193,3 @@ def check_file(path: Path, record: FileRecord) -> None:
             f"{path} was altered: SHA-256 {found[:12]}…, its manifest says {record.sha256[:12]}…. "
             "Make it again with --force."
         )
-
-
-def _canonical(value: Any) -> Any:
-    """The value as JSON would give it back (tuples become lists)."""
-    return json.loads(json.dumps(value, sort_keys=True))

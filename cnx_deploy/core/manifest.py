@@ -1,50 +1,51 @@
-"""What a manifest holds: what an artifact is, from what it was made, under which licence.
+"""What a manifest holds: what an artifact is, from what it was made, under which licence; written and read as types.
 
-The fields are described, with the policy for versions, in docs/manifest.md. `manifest_reading` reads them.
+A manifest is data from outside, so what does not fit is a ValueError that names the field. docs/manifest.schema.json is
+generated from these types; docs/manifest.md describes them and the policy for versions.
 """
 
 import datetime
 import json
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, Self
 
 import msgspec
+from typing_extensions import TypeVar
 
+from cnx_deploy.core.deploy_spec import DeploySpec
+from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.gates import ParityResult
+from cnx_deploy.core.precision import Precision, find_precision
+from cnx_deploy.core.preprocessing import Positive, Preprocessing
+from cnx_deploy.core.strict_json import strict_json, typed
 from cnx_deploy.core.system import tool_versions
 
 __all__ = [
-    "SCHEMA_VERSION",
-    "SUFFIXES",
-    "Artifact",
-    "ArtifactKind",
-    "Batches",
-    "Count",
-    "FileRecord",
-    "Manifest",
-    "ModelRecord",
-    "Positive",
-    "Sha256",
-    "Timestamp",
-    "Triple",
-    "WeightsRecord",
-    "relative_reference",
-]
+    "MAX_MANIFEST_BYTES", "SCHEMA_VERSION", "SUFFIXES", "Artifact", "ArtifactKind", "Batches", "Compiled",
+    "Count", "EngineFacts", "EngineManifest", "EngineRequest", "FileRecord", "Grouping", "Kernel", "KernelTotal",
+    "Manifest", "ModelRecord", "OnnxFacts", "OnnxManifest", "OnnxRequest", "Positive", "Sha256", "TensorSpec",
+    "Timestamp", "TypeCensus", "WeightsRecord", "json_schema", "manifest_from_json", "relative_reference",
+]  # fmt: skip
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[2] = 2
+MAX_MANIFEST_BYTES = 16 << 20
+"""The largest that was written, of the huge variant's engine with every kernel, has 95 kB."""
 
-ArtifactKind = Literal["checkpoint", "onnx", "engine"]
-SUFFIXES: dict[str, str] = {"checkpoint": ".safetensors", "onnx": ".onnx", "engine": ".engine"}
+ArtifactKind = Literal["onnx", "engine"]
+SUFFIXES: dict[str, str] = {"onnx": ".onnx", "engine": ".engine"}
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 # Python's $ stands before a closing newline too; (?!\n) says so to both Python and JSON Schema.
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$(?!\\n)")]
 PlainName = Annotated[str, msgspec.Meta(pattern=r"^(?!\.\.?$)[^/\\\x00-\x1f\x7f]+$(?!\n)", max_length=255)]
 Timestamp = Annotated[str, msgspec.Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(\+00:00|Z)$(?!\n)")]
-Triple = tuple[float, float, float]
+Capability = Annotated[str, msgspec.Meta(pattern="^sm[0-9]{2,3}$(?!\\n)")]
+Target = Annotated[str, msgspec.Meta(pattern="^(current|sm[0-9]{2,3})$(?!\\n)")]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 BatchSize = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 Batches = tuple[BatchSize, BatchSize, BatchSize]
 
@@ -71,10 +72,14 @@ class WeightsRecord:
     sha256: Sha256
     licence: str
 
+    def __post_init__(self) -> None:
+        if self.origin == "random" and not re.fullmatch(r"-?[0-9]{1,20}", self.reference):
+            raise ValueError(f"reference is no seed: {self.reference[:40]!r}")
+
 
 @dataclass(frozen=True, slots=True)
 class ModelRecord:
-    """The network inside an artifact. `preprocessing` is `data.Preprocessing` as a dictionary.
+    """The network inside an artifact.
 
     `head_is_new`: the head was drawn at random when the weights were loaded, because the classes differed.
     """
@@ -83,31 +88,211 @@ class ModelRecord:
     num_classes: Positive
     image_size: Positive
     weights: WeightsRecord
-    preprocessing: Mapping[str, Any]
+    preprocessing: Preprocessing
     class_names: tuple[str, ...] | None = None
     head_is_new: bool = False
 
+    def __post_init__(self) -> None:
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxRequest:
+    """What an ONNX file was asked for. `form` is the version of the deploy form, `model.deploy.FORM`."""
+
+    deploy: DeploySpec
+    batch: Batches
+    opset: Positive
+    form: Positive
+
+    def __post_init__(self) -> None:
+        _check_rises(self.batch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """What an engine was asked for: the ONNX file's request and what `trt.builder.BuildSpec` adds."""
+
+    onnx: OnnxRequest
+    runtime: Literal["tensorrt", "tensorrt-rtx"]
+    target: Target
+    batches: Annotated[tuple[Batches, ...], msgspec.Meta(min_length=1)]
+    allow_tf32: bool
+
+    def __post_init__(self) -> None:
+        for sizes in self.batches:
+            _check_rises(sizes)
+
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
-    """What an artifact is, from what it was made and what was found when it was made.
+class TensorSpec:
+    """An input or output of a graph: element type as ONNX names it, and its shape with open sizes by name."""
 
-    `files`: the main file first. `request`: what was asked for; the same request on the same source with the same
-    tools makes the same artifact. `source_sha256`: the weights of an ONNX file, the ONNX file of an engine.
-    `facts`: what the stage found (types, sizes, compiled kernels). `created`: UTC, seconds.
+    type: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxFacts:
+    """What an export found of the file it wrote. `half_share`: share of tensors in half precision."""
+
+    operators: Mapping[str, Count]
+    types: Mapping[str, Count]
+    half_share: Share
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+    parity: ParityResult | None = None
+
+
+Grouping = Literal["stage", "block", "operation", "kind"]
+
+
+class Kernel(msgspec.Struct, frozen=True, array_like=True):
+    """One kernel launch, in a manifest a row of these fields; bytes are for the whole batch.
+
+    `tensors`: "input 64x40 Half, constant 40 Float, output 64x40 Half".
     """
 
-    kind: ArtifactKind
+    name: str
+    kind: str
+    block: str
+    operation: str
+    input_bytes: Count
+    constant_bytes: Count
+    output_bytes: Count
+    tensors: str
+
+    @property
+    def total_bytes(self) -> int:
+        """All it reads and writes."""
+        return self.input_bytes + self.constant_bytes + self.output_bytes
+
+    @property
+    def stage(self) -> str:
+        """The block without its number in the stage: "stages.2" of "stages.2.3"; other parts are their own stage."""
+        return ".".join(self.block.split(".")[:2])
+
+
+@dataclass(frozen=True, slots=True)
+class KernelTotal:
+    """The kernels of one group: how many, their megabytes (1e6) an image, and the share of all bytes (0 to 1)."""
+
+    name: str
+    kernels: int
+    megabytes: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """What the compiler makes of a graph for a fixed batch: each kernel's inputs, constants and outputs counted once.
+
+    An upper bound on traffic where tensors stay in the L2 cache, and the figure to compare two graphs of one network
+    by. It is no latency.
+    """
+
+    batch: BatchSize
+    target: Target
+    kernels: Count
+    megabytes_per_image: float
+    plan_bytes: Count
+    kernel_list: Annotated[tuple[Kernel, ...], msgspec.Meta(min_length=1)]
+
+    def __post_init__(self) -> None:
+        if self.kernels != len(self.kernel_list):
+            raise ValueError(f"kernels is {self.kernels} beside a list of {len(self.kernel_list)}")
+        if not self.total_bytes:
+            raise ValueError("kernel_list has kernels that move no byte between them")
+        if abs(self.megabytes_per_image - self.total_bytes / self.batch / 1e6) > 1e-3:
+            raise ValueError(f"megabytes_per_image is {self.megabytes_per_image}, which is not what the kernels move")
+
+    @classmethod
+    def of(cls, kernels: tuple[Kernel, ...], *, batch: int, target: str, plan_bytes: int) -> Self:
+        """The record of a list of kernels."""
+        moved = sum(kernel.total_bytes for kernel in kernels) / batch / 1e6
+        return cls(
+            batch=batch,
+            target=target,
+            kernels=len(kernels),
+            megabytes_per_image=round(moved, 3),
+            plan_bytes=plan_bytes,
+            kernel_list=kernels,
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        """What all kernels move for the whole batch."""
+        return sum(kernel.total_bytes for kernel in self.kernel_list)
+
+    @property
+    def largest_kernels(self) -> tuple[Kernel, ...]:
+        """The kernels by the bytes they move, the most first."""
+        return tuple(sorted(self.kernel_list, key=lambda kernel: kernel.total_bytes, reverse=True))
+
+    def totals(self, grouping: Grouping) -> tuple[KernelTotal, ...]:
+        """Kernels and bytes of each stage, block, operation or kind; the shares sum to 1.
+
+        Stages and blocks are in the order they run in, operations and kinds by their bytes, the most first.
+        """
+        groups: dict[str, list[Kernel]] = {}
+        for kernel in self.kernel_list:
+            groups.setdefault(getattr(kernel, grouping), []).append(kernel)
+        totals = []
+        for name, kernels in groups.items():
+            moved = sum(kernel.total_bytes for kernel in kernels)
+            totals.append(KernelTotal(name, len(kernels), moved / self.batch / 1e6, moved / self.total_bytes))
+        if grouping in ("operation", "kind"):
+            totals.sort(key=lambda total: total.share, reverse=True)
+        return tuple(totals)
+
+
+@dataclass(frozen=True, slots=True)
+class TypeCensus:
+    """Layers of a parsed network by output type, and those in FP32 by their kind."""
+
+    types: Mapping[str, Count]
+    float_layers: Mapping[str, Count]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """What a build found. `gpu`: what "current" was; `run`: whether the engine was run where it was built.
+
+    `compiled` None: this runtime's log lists no kernels, or they were not asked for.
+    """
+
+    runtime_version: str
+    build_seconds: float
+    half_share_of_products: Share
+    census: TypeCensus
+    depthwise_fp32_fallback: bool = False
+    depthwise_in_groups_of: Positive = 1
+    range_warnings: tuple[str, ...] = ()
+    kernels_by_profile: Mapping[str, Count] = field(default_factory=dict)
+    run: str = "not run"
+    gpu: Capability | None = None
+    compiled: Compiled | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What every artifact's manifest says.
+
+    `files`: the main file first. `source_sha256`: the weights of an ONNX file, the ONNX file of an engine. The same
+    request on the same source with the same tools makes the same artifact. `created`: UTC, seconds.
+    """
+
     stem: PlainName
     files: tuple[FileRecord, ...]
     model: ModelRecord
-    request: Mapping[str, Any]
     source_name: str
     source_sha256: Sha256
-    facts: Mapping[str, Any] = field(default_factory=dict)
     tools: Mapping[str, str] = field(default_factory=tool_versions)
-    created: Timestamp = field(default_factory=lambda: _now())
-    schema_version: int = SCHEMA_VERSION
+    created: Timestamp = field(
+        default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    )
+    schema_version: Literal[2] = 2
 
     def model_seen_from(self, folder: Path, own_folder: Path) -> ModelRecord:
         """The model record for a manifest in `folder`: a checkpoint's path is relative to the manifest's folder."""
@@ -119,15 +304,98 @@ class Manifest:
 
     def to_json(self) -> str:
         """Serialise with sorted keys and a closing newline."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        plain = msgspec.to_builtins(self)
+        return json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def _check_files(self, suffix: str) -> None:
+        names = [file.name for file in self.files]
+        expected = f"{self.stem}{suffix}"
+        if not names or names[0] != expected:
+            raise ValueError(f"its first file is {names[0] if names else 'missing'!r}, expected {expected!r}")
+        if len(set(names)) != len(names) or f"{self.stem}.json" in names:
+            raise ValueError("a file is listed twice, or the manifest itself is")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxManifest(Manifest):
+    """The manifest of an ONNX file."""
+
+    request: OnnxRequest
+    facts: OnnxFacts
+    kind: Literal["onnx"] = "onnx"
+
+    def __post_init__(self) -> None:
+        self._check_files(SUFFIXES[self.kind])
+
+    @property
+    def onnx(self) -> OnnxRequest:
+        """The request of the ONNX file: this one's."""
+        return self.request
+
+    @property
+    def deploy(self) -> DeploySpec:
+        """The deploy form in the file."""
+        return self.request.deploy
+
+    @property
+    def precision(self) -> Precision:
+        """What the precision of the file means to every stage."""
+        return find_precision(self.request.deploy.precision)
+
+    @property
+    def batch(self) -> tuple[int, int, int]:
+        """The batches the file takes: smallest, typical, largest."""
+        return self.request.batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineManifest(Manifest):
+    """The manifest of a TensorRT engine."""
+
+    request: EngineRequest
+    facts: EngineFacts
+    kind: Literal["engine"] = "engine"
+
+    def __post_init__(self) -> None:
+        self._check_files(SUFFIXES[self.kind])
+
+    @property
+    def onnx(self) -> OnnxRequest:
+        """The request of the ONNX file that the engine was built from."""
+        return self.request.onnx
+
+    @property
+    def deploy(self) -> DeploySpec:
+        """The deploy form in the engine."""
+        return self.request.onnx.deploy
+
+    @property
+    def precision(self) -> Precision:
+        """What the precision of the engine means to every stage."""
+        return find_precision(self.request.onnx.deploy.precision)
+
+    @property
+    def batch(self) -> tuple[int, int, int]:
+        """The batches of the ONNX file that it was built from: smallest, typical, largest."""
+        return self.request.onnx.batch
+
+    @property
+    def target(self) -> str:
+        """The GPU it is for, by compute capability: what "current" was where it was built."""
+        return self.facts.gpu or self.request.target
+
+
+MANIFESTS: dict[str, type[OnnxManifest | EngineManifest]] = {"onnx": OnnxManifest, "engine": EngineManifest}
+
+M_co = TypeVar("M_co", bound=OnnxManifest | EngineManifest, covariant=True, default=OnnxManifest | EngineManifest)
 
 
 @dataclass(frozen=True, slots=True)
-class Artifact:
+class Artifact(Generic[M_co]):
     """A main file and its manifest; `reused` when a stage found it made already."""
 
     path: Path
-    manifest: Manifest
+    manifest: M_co
     reused: bool = field(default=False, compare=False)
 
     @property
@@ -140,6 +408,43 @@ class Artifact:
         """Names of its files within its folder, the main one first."""
         return tuple(record.name for record in self.manifest.files)
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all its files."""
+        return sum(record.size_bytes for record in self.manifest.files)
+
+
+def manifest_from_json(content: bytes, stem: str | None = None) -> OnnxManifest | EngineManifest:
+    """Read a manifest. `stem`: the name of the file it was read from, which it has to bear itself.
+
+    Raises ValueError, with the field's path and what is wrong with it, for everything that is no manifest of this
+    version.
+    """
+    data = strict_json(content, MAX_MANIFEST_BYTES)
+    if not isinstance(data, dict):
+        raise ValueError("it is no JSON object")
+    if data.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"schema version {data.get('schema_version')!r}, expected {SCHEMA_VERSION}")
+    kind = MANIFESTS.get(str(data.get("kind")))
+    if kind is None:
+        raise ValueError(f"kind {data.get('kind')!r:.80}, expected one of {', '.join(MANIFESTS)}")
+    if unknown := data.keys() - kind.__dataclass_fields__.keys():
+        raise ValueError(f"unknown fields {', '.join(sorted(map(repr, unknown)))}")
+    try:
+        manifest = typed(data, kind)
+    except InputError as error:  # a record's own check of its values
+        raise ValueError(str(error)) from error
+    if stem is not None and manifest.stem != stem:
+        raise ValueError(f"it is of {manifest.stem!r}, renamed to {stem!r}")
+    return manifest
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of manifests: one of the two kinds."""
+    (*roots,), definitions = msgspec.json.schema_components(MANIFESTS.values(), ref_template="#/$defs/{name}")
+    whole = {"$schema": "https://json-schema.org/draft/2020-12/schema", "anyOf": roots, "$defs": definitions}
+    return dict(json.loads(json.dumps(whole, sort_keys=True)))
+
 
 def relative_reference(path: Path, folder: Path) -> str:
     """`path` as a manifest in `folder` names it: relative, so that a moved project keeps its links."""
@@ -148,3 +453,8 @@ def relative_reference(path: Path, folder: Path) -> str:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _check_rises(batch: tuple[int, int, int]) -> None:
+    if not batch[0] <= batch[1] <= batch[2]:
+        raise ValueError(f"the batch range {':'.join(map(str, batch))} does not rise")

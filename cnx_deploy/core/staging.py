@@ -10,6 +10,7 @@ import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock
 
@@ -26,10 +27,18 @@ from cnx_deploy.core.files import (
     room_errors,
     sha256_of_file,
 )
-from cnx_deploy.core.manifest import Artifact, FileRecord, Manifest
-from cnx_deploy.core.manifest_reading import MAX_MANIFEST_BYTES, manifest_from_json
+from cnx_deploy.core.manifest import (
+    MAX_MANIFEST_BYTES,
+    Artifact,
+    EngineManifest,
+    FileRecord,
+    OnnxManifest,
+    manifest_from_json,
+)
 
 __all__ = ["Staging", "finish_commits", "stage_artifact"]
+
+M = TypeVar("M", bound=OnnxManifest | EngineManifest)
 
 OTHER_FOLDER = "Choose another --output-dir."
 COMMIT = ".commit"
@@ -49,7 +58,7 @@ class Staging:
             FileRecord(name, (self.folder / name).stat().st_size, sha256_of_file(self.folder / name)) for name in names
         )
 
-    def commit(self, manifest: Manifest) -> Artifact:
+    def commit(self, manifest: M) -> Artifact[M]:
         """Put the files and their manifest into place, all or none; what only an older manifest lists is removed.
 
         InputError, before anything is moved, where the manifest could not be read again.
@@ -162,7 +171,7 @@ def _own_names(manifest_path: Path) -> set[str]:
     return {name for name in own if not (manifest_path.parent / name).is_dir()}
 
 
-def _manifest_in(path: Path) -> Manifest:
+def _manifest_in(path: Path) -> OnnxManifest | EngineManifest:
     """ValueError for what is none; a pipe or a device would be read for ever."""
     if path.exists() and not path.is_file():
         raise ValueError("it is no regular file")
@@ -170,7 +179,7 @@ def _manifest_in(path: Path) -> Manifest:
         return manifest_from_json(stream.read(MAX_MANIFEST_BYTES + 1), path.stem)
 
 
-def _check_readable(manifest: Manifest) -> None:
+def _check_readable(manifest: OnnxManifest | EngineManifest) -> None:
     """Names and licences come from outside: what JSON cannot hold must not end in a record that nobody can read."""
     try:
         manifest_from_json(manifest.to_json().encode("utf-8"), manifest.stem)

@@ -7,19 +7,16 @@ from cnx_deploy.data.dataset import Dataset, Split, few_labels
 from cnx_deploy.data.decoding import MAX_PIXELS, SUFFIXES, load_image, upright_rgb
 from cnx_deploy.data.finding import find_dataset, find_images
 from cnx_deploy.data.folders import validation_folder
-from cnx_deploy.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, runner_input
+from cnx_deploy.data.preprocessing import runner_input
 from cnx_deploy.data.synthetic import image_like_batches
 
 __all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
     "MAX_PIXELS",
     "SUFFIXES",
     "BrokenImage",
     "ClassBalance",
     "Dataset",
     "ImageCheck",
-    "Preprocessing",
     "Split",
     "batches_from_folder",
     "check_images",
@@ -29,8 +26,10 @@ __all__ = [
     "find_images",
     "image_like_batches",
     "load_image",
+    "normalise",
     "readable_batches",
     "runner_input",
+    "to_pixels",
     "upright_rgb",
     "validation_folder",
     "without_broken",

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import cpu_count
 from cnx_deploy.data.broken import BrokenImage
 from cnx_deploy.data.dataset import Split, evenly
 from cnx_deploy.data.decoding import load_image
 from cnx_deploy.data.finding import find_images
 from cnx_deploy.data.folders import validation_folder
-from cnx_deploy.data.preprocessing import Preprocessing
+from cnx_deploy.data.preprocessing import to_pixels
 
 __all__ = ["Batch", "batches_from_folder", "readable_batches"]
 
@@ -34,7 +35,7 @@ def batches_from_folder(
     chosen = evenly(images, limit)
     for start in range(0, len(chosen.paths), batch_size):
         paths = chosen.paths[start : start + batch_size]
-        pixels = torch.stack([preprocessing.pixels(load_image(path)) for path in paths])
+        pixels = torch.stack([to_pixels(load_image(path), preprocessing) for path in paths])
         yield pixels, torch.tensor(chosen.labels[start : start + batch_size]), paths
 
 
@@ -61,7 +62,7 @@ def readable_batches(
 
 def _read(path: Path, preprocessing: Preprocessing) -> Tensor | BrokenImage:
     try:
-        return preprocessing.pixels(load_image(path))
+        return to_pixels(load_image(path), preprocessing)
     except InputError as error:
         return BrokenImage(str(path), str(error))
 

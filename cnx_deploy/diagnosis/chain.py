@@ -20,16 +20,18 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.api import VerifyRequest
-from cnx_deploy.core.artifacts import Artifact, find_artifacts, open_artifact, select_artifacts
+from cnx_deploy.core.artifacts import find_artifacts, is_onnx, open_artifact, select_artifacts
 from cnx_deploy.core.errors import InputError, MissingRequirementError
+from cnx_deploy.core.gates import GATES, Gate, ParityResult
+from cnx_deploy.core.manifest import Artifact
+from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.exporters.graph_rules import check_graph
-from cnx_deploy.exporters.onnx import ExportSpec, deploy_spec_from_request, export_onnx
-from cnx_deploy.model.deploy import HALVES
-from cnx_deploy.runners.base import InputSpec, Runner
+from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
+from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.runners.registry import open_onnx, open_runner
 from cnx_deploy.verification.batch_plan import cut_in_batches, first_images
-from cnx_deploy.verification.parity import GATES, Gate, ParityResult, differences, logits_of
+from cnx_deploy.verification.parity import differences, logits_of
 from cnx_deploy.verification.verify import Progress, Reference
 
 __all__ = ["Step", "StepVerdict", "run_steps", "verify_steps"]
@@ -133,9 +135,7 @@ def run_steps(
     Raises InputError where there is none.
     """
     artifacts = list(select_artifacts(request.files, request.export_dir, request.engines_dir, note))
-    halves = [
-        each for each in artifacts if each.manifest.kind == "onnx" and each.manifest.request["precision"] != "fp32"
-    ]
+    halves = [each for each in artifacts if each.manifest.kind == "onnx" and each.manifest.precision.name != "fp32"]
     if request.files and len(halves) < len(artifacts):
         halves = artifacts  # `verify_steps` says what is wrong with the others
     if not halves:
@@ -153,17 +153,17 @@ def run_steps(
 
 
 def _refuse_other(artifact: Artifact) -> None:
-    if artifact.manifest.kind != "onnx" or artifact.manifest.request["precision"] not in HALVES:
+    if not is_onnx(artifact) or not artifact.manifest.precision.has_islands:
         raise InputError(f"{artifact.path.name} is no half-precision ONNX file, which --steps leads to. Name one.")
 
 
 def _batches(artifact: Artifact, reference: Reference) -> list[Tensor]:
     """As many images as the reference has samples, in batches that the file takes."""
-    return first_images(reference.batches_for(artifact), reference.samples, int(artifact.manifest.request["batch"][0]))
+    return first_images(reference.batches_for(artifact), reference.samples, artifact.manifest.batch[0])
 
 
 def _noise_floor(artifact: Artifact, reference: Reference, batches: Sequence[Tensor]) -> tuple[float, int]:
-    spec = deploy_spec_from_request(artifact.manifest.request)
+    spec = artifact.manifest.deploy
     images = torch.cat([image[None] for batch in batches for image in batch][:FLOOR_IMAGES])
     with reference_runner(copy.deepcopy(reference.loaded.model).double(), spec) as runner:
         exact = runner.run(images)
@@ -179,7 +179,7 @@ def _steps(
     stack: ExitStack,
     progress: Progress | None,
 ) -> Iterator[Step]:
-    precision = str(artifact.manifest.request["precision"])
+    precision = artifact.manifest.precision.name
     expected = reference.logits(artifact, batches, progress)
     single = _single_precision(artifact, reference, Path(stack.enter_context(tempfile.TemporaryDirectory())))
     for name, how in (("onnxruntime-plain", "no optimisations"), ("onnxruntime", "all optimisations")):
@@ -198,7 +198,7 @@ def _steps(
 def _engine_step(
     engine: Artifact, source: Artifact, rounded: Tensor, batches: Sequence[Tensor], progress: Progress | None
 ) -> Step:
-    precision = str(source.manifest.request["precision"])
+    precision = source.manifest.precision.name
     try:
         runner = open_runner(engine)
     except MissingRequirementError as error:
@@ -218,12 +218,12 @@ def _recut(batches: Sequence[Tensor], spec: InputSpec) -> list[Tensor]:
 
 def _single_precision(artifact: Artifact, reference: Reference, folder: Path) -> Path:
     """An FP32 file of the same weights, input and layout: what is wrong with the form is no fault of the precision."""
-    deploy = deploy_spec_from_request(artifact.manifest.request)
+    deploy = artifact.manifest.deploy
     spec = ExportSpec(
         deploy=replace(deploy, precision="fp32", keep_fp32=()),
-        batch=tuple(artifact.manifest.request["batch"]),
+        batch=artifact.manifest.batch,
     )
-    return export_onnx(reference.loaded.model, artifact.manifest.model, spec, folder)[0].path
+    return export_onnx(reference.loaded.model, artifact.manifest.model, spec, folder).path
 
 
 def _logits(runner: Runner, batches: Sequence[Tensor], what: str, progress: Progress | None) -> Tensor:

@@ -9,31 +9,27 @@ import json
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
 
-from cnx_deploy.core.artifacts import (
-    Artifact,
-    Manifest,
-    ModelRecord,
-    artifact_stem,
-    reusable_artifact,
-    stage_artifact,
-)
+from cnx_deploy.core.artifacts import artifact_stem, is_onnx, reusable_artifact, stage_artifact
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import ExportError, InputError, OutputExistsError
+from cnx_deploy.core.gates import ParityResult
+from cnx_deploy.core.manifest import Artifact, ModelRecord, OnnxFacts, OnnxManifest, OnnxRequest, TensorSpec
+from cnx_deploy.core.precision import exportable_precisions
+from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.exporters.graph_rules import GraphFacts
-from cnx_deploy.exporters.onnx_checks import check_export, opset_for
+from cnx_deploy.exporters.onnx_checks import check_export
 from cnx_deploy.exporters.tracing_memory import forgotten_sources, release_shapes
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.model.deploy import FORM, DeployedConvNeXtV2, DeploySpec, deploy_form
-from cnx_deploy.runners.base import InputSpec
+from cnx_deploy.model.deploy import FORM, DeployedConvNeXtV2, deploy_form
 
-__all__ = ["ExportSpec", "deploy_spec_from_request", "export_onnx"]
+__all__ = ["ExportSpec", "export_onnx"]
 
 EXTERNAL_DATA_BYTES = 1 << 30
 """Weights above 1 GiB go to one file beside the model: protobuf ends at 2 GiB, and copies are held while writing."""
@@ -56,26 +52,23 @@ class ExportSpec:
             raise InputError(
                 f"A batch range is smallest:typical:largest, each at least 1, not {self.batch}. Give it so."
             )
-        if self.deploy.precision == "fp64":
-            raise InputError("FP64 exists to prove the deploy form; export fp32, fp16 or bf16.")
+        _ = self.opset
 
     @property
-    def request(self) -> dict[str, Any]:
-        """What the manifest keeps of the request; parts kept in FP32 only where there are any."""
-        deploy = asdict(self.deploy)
-        if not deploy["keep_fp32"]:
-            del deploy["keep_fp32"]
-        return {**deploy, "batch": list(self.batch), "opset": opset_for(self.deploy.precision), "form": FORM}
+    def request(self) -> OnnxRequest:
+        """What the manifest keeps of the request."""
+        return OnnxRequest(deploy=self.deploy, batch=self.batch, opset=self.opset, form=FORM)
 
-
-def deploy_spec_from_request(request: Mapping[str, Any]) -> DeploySpec:
-    """The deploy form that a manifest's request asked for."""
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in request.items()
-        if name in DeploySpec.__dataclass_fields__
-    }
-    return DeploySpec(**values)
+    @property
+    def opset(self) -> int:
+        """The opset that the file is written in."""
+        opset = self.deploy.row.opset
+        if opset is None:
+            raise InputError(
+                f"{self.deploy.precision} exists to prove the deploy form and is not exported. Choose one of: "
+                f"{', '.join(exportable_precisions())}."
+            )
+        return opset
 
 
 def export_onnx(
@@ -85,22 +78,22 @@ def export_onnx(
     output_dir: Path,
     *,
     force: bool = False,
-    verify: Callable[[Path], Mapping[str, Any]] | None = None,
-) -> tuple[Artifact, bool]:
+    verify: Callable[[Path], ParityResult] | None = None,
+) -> Artifact[OnnxManifest]:
     """Export `model` to `<output_dir>/<name>-<size>-<precision>.onnx` with its manifest.
 
     `verify` is called with the path of the written file before it is put into place; it raises to stop the export, and
-    what it returns goes into the manifest's facts as "parity". Returns the artifact and whether it was reused.
+    what it returns goes into the manifest's facts. The artifact says whether it was made before and used again.
 
     Raises OutputExistsError when other inputs made what is there, ExportError when torch cannot export,
     GraphCheckError when the graph is not what it should be. `model` is left as it was.
     """
     stem = artifact_stem(spec.name or record.variant, spec.deploy.image_size, spec.deploy.precision)
     with stage_artifact(output_dir, stem) as staging:
-        found = reusable_artifact(output_dir, stem, "onnx", spec.request, record.weights.sha256, force=force)
-        if found is not None:
-            _check_description(found, record, spec)
-            return found, True
+        made = reusable_artifact(output_dir, stem, spec.request, record.weights.sha256, force=force)
+        if made is not None and is_onnx(made):
+            _check_description(made, record, spec)
+            return made
         path = staging.folder / f"{stem}.onnx"
         deployed = deploy_form(model, spec.deploy)
         norm_on_patches = deployed.norm_on_patches
@@ -113,25 +106,24 @@ def export_onnx(
             variant=model.variant,
             layout=str(spec.deploy.layout),
             batch=spec.batch,
-            opset=opset_for(spec.deploy.precision),
+            opset=spec.opset,
             leave_out=spec.deploy.leave_out,
             norm_on_patches=norm_on_patches,
         )
-        parity = dict(verify(path)) if verify is not None else None
-        manifest = Manifest(
-            kind="onnx",
+        parity = verify(path) if verify is not None else None
+        manifest = OnnxManifest(
             stem=stem,
             files=staging.record(*sorted(file.name for file in staging.folder.iterdir())),
             model=record,
             request=spec.request,
             source_name=f"{record.weights.origin}:{record.weights.reference}",
             source_sha256=record.weights.sha256,
-            facts={**_facts_record(facts), "parity": parity},
+            facts=_facts_record(facts, parity),
         )
-        return staging.commit(manifest), False
+        return staging.commit(manifest)
 
 
-def _check_description(found: Artifact, record: ModelRecord, spec: ExportSpec) -> None:
+def _check_description(found: Artifact[OnnxManifest], record: ModelRecord, spec: ExportSpec) -> None:
     """Raise OutputExistsError where the file's metadata is not what it would be now: the weights' hash cannot tell."""
     old, new = _metadata(found.manifest.model, spec), _metadata(record, spec)
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
@@ -156,7 +148,7 @@ def _graph_from_module(module: DeployedConvNeXtV2, spec: ExportSpec) -> ir.Model
                 module,
                 (example,),
                 dynamo=True,
-                opset_version=opset_for(spec.deploy.precision),
+                opset_version=spec.opset,
                 input_names=["images"],
                 output_names=["logits"],
                 dynamic_shapes=({0: batch_axis},) if dynamic else None,
@@ -222,7 +214,7 @@ def _metadata(record: ModelRecord, spec: ExportSpec) -> dict[str, str]:
         "precision": spec.deploy.precision,
         "input": spec.deploy.input_kind,
         "batch": ":".join(str(size) for size in spec.batch),
-        "preprocessing": json.dumps(dict(record.preprocessing), sort_keys=True),
+        "preprocessing": json.dumps(record.preprocessing.to_dict(), sort_keys=True),
         "weights_sha256": record.weights.sha256,
         "weights_origin": record.weights.origin,
         "licence": record.weights.licence,
@@ -232,14 +224,15 @@ def _metadata(record: ModelRecord, spec: ExportSpec) -> dict[str, str]:
     return {f"cnx_deploy.{key}": value for key, value in sorted(entries.items())}
 
 
-def _facts_record(facts: GraphFacts) -> dict[str, Any]:
-    return {
-        "operators": dict(facts.operators),
-        "types": dict(facts.types),
-        "half_share": round(facts.half_share, 4),
-        "inputs": {name: [kind, list(shape)] for name, (kind, shape) in facts.inputs.items()},
-        "outputs": {name: [kind, list(shape)] for name, (kind, shape) in facts.outputs.items()},
-    }
+def _facts_record(facts: GraphFacts, parity: ParityResult | None) -> OnnxFacts:
+    return OnnxFacts(
+        operators=facts.operators,
+        types=facts.types,
+        half_share=round(facts.half_share, 4),
+        inputs={name: TensorSpec(kind, tuple(shape)) for name, (kind, shape) in facts.inputs.items()},
+        outputs={name: TensorSpec(kind, tuple(shape)) for name, (kind, shape) in facts.outputs.items()},
+        parity=parity,
+    )
 
 
 @contextlib.contextmanager

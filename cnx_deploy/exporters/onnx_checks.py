@@ -12,20 +12,9 @@ from cnx_deploy.core.variants import Variant
 from cnx_deploy.exporters.graph_rules import GraphFacts, check_graph
 from cnx_deploy.model.layers import EPS
 
-__all__ = ["check_export", "opset_for"]
-
-OPSET = 20
-"""Lowest opset with one Gelu operator, which ONNX Runtime and TensorRT fuse; exported files use it."""
-
-BF16_OPSET = 22
-"""Lowest opset whose Conv takes BF16."""
+__all__ = ["check_export"]
 
 CHECK_VERSIONS = "Use the versions that constraints.txt names; found were:"
-
-
-def opset_for(precision: str) -> int:
-    """The opset that a file of this precision is exported with."""
-    return BF16_OPSET if precision == "bf16" else OPSET
 
 
 def check_export(
@@ -34,7 +23,7 @@ def check_export(
     variant: Variant,
     layout: str,
     batch: tuple[int, int, int],
-    opset: int = OPSET,
+    opset: int,
     leave_out: Collection[str] = (),
     norm_on_patches: bool = False,
 ) -> GraphFacts:

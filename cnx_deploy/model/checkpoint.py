@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cnx_deploy.core.artifacts import WeightsRecord
 from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, DiskFullError, InputError
 from cnx_deploy.core.files import whole_file
+from cnx_deploy.core.manifest import WeightsRecord
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import ALL_VARIANTS, VARIANTS, Variant, find_variant
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model, random_model
 from cnx_deploy.model.layouts import (
@@ -44,14 +45,14 @@ HEAD_SEED = 0
 class LoadedModel:
     """A model in evaluation mode and what is known of its weights.
 
-    `class_names` and `preprocessing` (`data.Preprocessing` as a dictionary) are None when unknown. `notes` say what
+    `class_names` and `preprocessing` are None when unknown. `notes` say what
     was chosen or made while loading: which entry of the file, a new head.
     """
 
     model: ConvNeXtV2
     weights: WeightsRecord
     class_names: tuple[str, ...] | None = None
-    preprocessing: dict[str, Any] | None = None
+    preprocessing: Preprocessing | None = None
     head_is_new: bool = False
     notes: tuple[str, ...] = ()
 
@@ -89,7 +90,7 @@ def load_checkpoint(
             "checkpoint", path.as_posix(), hash_weights(model), file.metadata.get("licence", FOREIGN_LICENCE)
         ),
         class_names=tuple(names) if names and not reset_head else None,
-        preprocessing=file.metadata.get("preprocessing"),
+        preprocessing=_preprocessing_of(file.metadata, path),
         head_is_new=reset_head,
         notes=tuple(notes),
     )
@@ -151,7 +152,7 @@ def save_checkpoint(
     model: ConvNeXtV2,
     *,
     class_names: Sequence[str] | None = None,
-    preprocessing: Mapping[str, Any] | None = None,
+    preprocessing: Preprocessing | None = None,
     licence: str = "MIT",
     extra: Mapping[str, str] | None = None,
 ) -> Path:
@@ -171,7 +172,7 @@ def save_checkpoint(
         "variant": model.variant.name,
         "num_classes": model.num_classes,
         "class_names": None if class_names is None else list(class_names),
-        "preprocessing": None if preprocessing is None else dict(preprocessing),
+        "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
         "licence": licence,
         "weights_sha256": _hash_tensors(state),
     }
@@ -244,6 +245,14 @@ def _check_header_types(header: Mapping[str, Any], path: Path) -> None:
             raise CorruptArtifactError(
                 f"{path} has {header.get(name)!r:.80} as {name} in its header, expected {what}. Write it again."
             )
+
+
+def _preprocessing_of(header: Mapping[str, Any], path: Path) -> Preprocessing | None:
+    recorded = header.get("preprocessing")
+    try:
+        return None if recorded is None else Preprocessing.from_dict(recorded)
+    except InputError as error:
+        raise CorruptArtifactError(f"{path} has a header that cannot be used. {error}") from error
 
 
 def _class_count(state: Mapping[str, Tensor], num_classes: int | None, *, reset_head: bool, where: str) -> int:

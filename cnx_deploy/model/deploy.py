@@ -11,14 +11,14 @@ make one island. What is exported is what is read here.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.variants import Variant, check_image_size
+from cnx_deploy.core.variants import Variant
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy_blocks import ChannelsFirstBlock, TokenBlock
 from cnx_deploy.model.deploy_layers import (
@@ -35,7 +35,6 @@ from cnx_deploy.model.deploy_layers import (
     widen,
 )
 from cnx_deploy.model.folds import (
-    FOLDS,
     fold_affine_into_conv,
     fold_affine_into_linear,
     fold_input_normalisation,
@@ -47,115 +46,18 @@ from cnx_deploy.model.layers import Block
 __all__ = [
     "BLOCK_PARTS",
     "FORM",
-    "HALVES",
-    "DeploySpec",
     "DeployedConvNeXtV2",
-    "InputKind",
-    "Layout",
-    "Precision",
     "block_parts",
     "check_parts",
     "deploy_form",
     "parts_of",
 ]
 
-Precision = Literal["fp32", "fp16", "bf16", "fp64"]
-Layout = Literal["gpu", "cpu"]
-InputKind = Literal["float", "uint8"]
-
 FORM = 2
 """Raised whenever the same spec gives another graph, so that a file of an earlier form is not taken for a new one."""
 
-DTYPES: dict[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp64": torch.float64,
-}
-HALVES = ("fp16", "bf16")
 BLOCK_PARTS = ("dwconv", "pwconv1", "grn", "pwconv2")
 """Parts of a block that can be kept in FP32 by themselves; its norm is in any case."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeploySpec:
-    """How a model is deployed.
-
-    `image_size` is the side in pixels (it decides, per block, where GRN's gain is applied). `mean` and `std` are the
-    channel statistics of the preprocessing in units of a [0, 1] image; they are folded into the stem, so the deployed
-    input is raw: "float" takes (N, 3, S, S) float32 in [0, 1], "uint8" takes (N, S, S, 3) uint8.
-    `layout` None means tokens ("gpu") for FP16 and channels-first ("cpu") otherwise. "fp64" exists to prove the
-    algebra; it is not exported. `leave_out` names folds (`folds.FOLDS`) that are not to be made; the function stays.
-    `keep_fp32` names modules (`parts_of`) that stay in FP32 in a half-precision deployment.
-    """
-
-    precision: Precision = "fp32"
-    image_size: int = 224
-    input_kind: InputKind = "float"
-    layout: Layout | None = None
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    leave_out: tuple[str, ...] = ()
-    keep_fp32: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_image_size(self.image_size, self.image_size)
-        _check_choice("precision", self.precision, get_args(Precision))
-        _check_choice("input kind", self.input_kind, get_args(InputKind))
-        if self.layout is None:
-            object.__setattr__(self, "layout", "gpu" if self.is_half else "cpu")
-        _check_choice("layout", str(self.layout), get_args(Layout))
-        for fold in self.leave_out:
-            _check_choice("fold", fold, tuple(FOLDS))
-        object.__setattr__(self, "leave_out", tuple(sorted(set(self.leave_out))))
-        object.__setattr__(self, "keep_fp32", tuple(sorted(set(self.keep_fp32))))
-        if self.keep_fp32 and not self.is_half:
-            raise InputError(
-                f"Parts are kept in FP32 in a file of half precision, not in {self.precision}. Leave keep_fp32 out, "
-                "or ask for fp16."
-            )
-        if any(value <= 0.0 for value in self.std):
-            raise InputError(
-                f"Every std of the normalisation must be positive, not {self.std}. Give the deviations of your "
-                "images' channels."
-            )
-
-    @property
-    def is_half(self) -> bool:
-        """Whether tensors are stored in 16 bits."""
-        return self.precision in HALVES
-
-    def keeps(self, module: str) -> bool:
-        """Whether a module of the deploy form stays in FP32: it or what it is part of is named."""
-        return any(f"{module}.".startswith(f"{kept}.") for kept in self.keep_fp32)
-
-    def dtype_of(self, module: str) -> torch.dtype:
-        """The type of a module's parameters, by its name in the deploy form."""
-        return torch.float32 if self.keeps(module) else DTYPES[self.precision]
-
-    @property
-    def scales_input(self) -> bool:
-        """Whether a [0, 1] image is brought to [0, 255] before it is rounded to FP16 or BF16.
-
-        There the levels of an 8-bit image are exact; in [0, 1] FP16 is off by up to 0.06 of a level, and the
-        normalisation, which is folded and so comes later, would magnify it on images of low contrast.
-        """
-        return self.is_half and self.input_kind == "float"
-
-    @property
-    def folds(self) -> frozenset[str]:
-        """The folds that are made."""
-        return frozenset(FOLDS) - frozenset(self.leave_out)
-
-    @property
-    def reads_patches(self) -> bool:
-        """Whether the stem takes the images as they come, in whichever layout."""
-        return self.layout == "gpu" and "patches" in self.folds
-
-    @property
-    def full_scale(self) -> float:
-        """What a white pixel is where the stem reads it."""
-        return 255.0 if self.input_kind == "uint8" or self.scales_input else 1.0
 
 
 class DeployedConvNeXtV2(nn.Module):
@@ -306,8 +208,3 @@ def _input_normalisation(spec: DeploySpec) -> InputNormalisation:
     """In FP32 at least: the inputs are images, not yet rounded."""
     module = InputNormalisation(*_statistics(spec), spec.full_scale, channels_last=spec.input_kind == "uint8")
     return module if spec.precision == "fp64" else module.float()
-
-
-def _check_choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"No {what} is called {value!r}. Choose one of: {', '.join(allowed)}.")

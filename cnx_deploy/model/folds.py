@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "FOLDS",
     "fold_affine_into_conv",
     "fold_affine_into_linear",
     "fold_grn_beta",
@@ -19,21 +18,6 @@ __all__ = [
     "gain_moves_fewer_bytes_in_weight",
     "norm_moves_fewer_bytes_on_patches",
 ]
-
-FOLDS = {
-    "input-normalisation": "mean and std of the preprocessing into the stem's convolution",
-    "norm-affine": "gain and shift of a block's LayerNorm into its first pointwise layer",
-    "downsample-affine": "gain and shift of a downsampling's LayerNorm into its convolution",
-    "head-affine": "gain and shift of the last LayerNorm into the head",
-    "layer-scale": "LayerScale into the second pointwise layer (V1 alone)",
-    "grn-beta": "GRN's beta into the second pointwise bias",
-    "grn-gain": "GRN's gain into the second pointwise weight where that moves fewer bytes (gpu)",
-    "residual": "the second pointwise layer as a 1x1 convolution that adds the residual, elsewhere (gpu)",
-    "patches": "the stem as a 1x1 convolution over 4x4 patches (gpu)",
-    "stem-norm": "the stem's LayerNorm onto the patches, before their convolution, where that moves fewer bytes (gpu)",
-    "blocked": "GRN's mean square by pooling, its gain and the stem's affine by convolutions (cpu)",
-}
-"""What a deploy form folds or rewrites, by the name that leaves it out (`DeploySpec.leave_out`)."""
 
 
 def fold_affine_into_linear(weight: Tensor, bias: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

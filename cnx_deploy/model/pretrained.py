@@ -7,13 +7,12 @@ Source of the names: timm 1.0.31, `timm.models.convnext.default_cfgs`; a test co
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from cnx_deploy.core.artifacts import sha256_of_file
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, MissingRequirementError
+from cnx_deploy.core.files import sha256_of_file
 from cnx_deploy.core.manifest import Count, Positive
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.strict_json import Finite, bounded_content, strict_json, typed
-from cnx_deploy.data import Preprocessing
 
 __all__ = ["PRETRAINED_LICENCE", "PRETRAINED_TAGS", "PretrainedFiles", "fetch_pretrained", "variant_name_of_tag"]
 
@@ -70,12 +69,12 @@ class _Config:
 class PretrainedFiles:
     """Weights on this disk and what the model hub says of them.
 
-    `num_classes` None: pre-trained without a head. `preprocessing`: `data.Preprocessing` as a dictionary.
+    `num_classes` None: pre-trained without a head.
     """
 
     weights: Path
     num_classes: int | None
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
 
 
 def variant_name_of_tag(tag: str) -> str:
@@ -133,7 +132,6 @@ def _check_blob(path: Path) -> None:
         )
 
 
-def _preprocessing_from(config: _DataConfig) -> dict[str, Any]:
-    """As `data.Preprocessing`; InputError for values outside its ranges."""
-    found = Preprocessing(config.input_size[-1], config.crop_pct, config.interpolation, config.mean, config.std)
-    return found.to_dict()
+def _preprocessing_from(config: _DataConfig) -> Preprocessing:
+    """Raises InputError for values outside its ranges."""
+    return Preprocessing(config.input_size[-1], config.crop_pct, config.interpolation, config.mean, config.std)

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cnx_deploy.core.artifacts import Artifact, find_artifacts
+from cnx_deploy.core.artifacts import find_artifacts
 from cnx_deploy.core.errors import InputError, RecordsError
 from cnx_deploy.core.files import write_text
+from cnx_deploy.core.manifest import Artifact, Compiled, EngineFacts, EngineManifest, OnnxFacts
 from cnx_deploy.core.strict_json import MAX_DOCUMENT_BYTES
 from cnx_deploy.core.variants import VARIANTS
 
@@ -47,7 +48,7 @@ def model_table(onnx: Sequence[Artifact], engines: Sequence[Artifact]) -> str:
     for variant in VARIANTS.values():
         single, half = found.get(f"{variant.name}-224-fp32"), found.get(f"{variant.name}-224-fp16")
         engine = found.get(f"{variant.name}-224-fp16-rtx-sm89")
-        compiled: dict[str, Any] = (engine.manifest.facts.get("compiled") if engine else None) or {}
+        compiled = _compiled(engine)
         cells = (
             variant.name,
             f"{variant.parameter_count:,}",
@@ -57,8 +58,8 @@ def model_table(onnx: Sequence[Artifact], engines: Sequence[Artifact]) -> str:
             _relative_l2(single),
             _relative_l2(half),
             _megabytes(engine),
-            str(compiled.get("kernels", "–")),
-            f"{compiled['megabytes_per_image']:.1f}" if compiled else "–",
+            str(compiled.kernels) if compiled else "–",
+            f"{compiled.megabytes_per_image:.1f}" if compiled else "–",
         )
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join((*header, *rows)) + "\n"
@@ -129,32 +130,36 @@ def _with_table(readme: Path, table: str) -> str:
 
 def _index_row(artifact: Artifact) -> dict[str, Any]:
     manifest = artifact.manifest
-    request, facts = manifest.request, manifest.facts
-    compiled = facts.get("compiled") or {}
+    facts, compiled = manifest.facts, _compiled(artifact)
     return {
         "stem": manifest.stem,
         "kind": manifest.kind,
         "variant": manifest.model.variant,
         "image_size": manifest.model.image_size,
-        "precision": request["precision"],
-        "input": request["input_kind"],
+        "precision": manifest.precision.name,
+        "input": manifest.deploy.input_kind,
         "weights": f"{manifest.model.weights.origin}:{manifest.model.weights.reference}",
-        "target": request.get("target", ""),
-        "runtime_version": facts.get("runtime_version", ""),
-        "size_bytes": sum(file.size_bytes for file in manifest.files),
+        "target": manifest.request.target if isinstance(manifest, EngineManifest) else "",
+        "runtime_version": getattr(facts, "runtime_version", ""),
+        "size_bytes": artifact.size_bytes,
         "sha256": artifact.sha256,
         "source": manifest.source_name,
         "relative_l2": _parity(artifact),
-        "half_share": facts.get("half_share", facts.get("half_share_of_products", "")),
-        "kernels": compiled.get("kernels", ""),
-        "megabytes_per_image": compiled.get("megabytes_per_image", ""),
-        "measured_at_batch": compiled.get("batch", ""),
+        "half_share": facts.half_share_of_products if isinstance(facts, EngineFacts) else facts.half_share,
+        "kernels": compiled.kernels if compiled else "",
+        "megabytes_per_image": compiled.megabytes_per_image if compiled else "",
+        "measured_at_batch": compiled.batch if compiled else "",
     }
 
 
 def _parity(artifact: Artifact) -> str:
-    parity = artifact.manifest.facts.get("parity")
-    return f"{parity['found']['relative_l2_max']:.2e}" if parity else ""
+    facts = artifact.manifest.facts
+    return f"{facts.parity.differences.relative_l2_max:.2e}" if isinstance(facts, OnnxFacts) and facts.parity else ""
+
+
+def _compiled(artifact: Artifact | None) -> Compiled | None:
+    facts = artifact.manifest.facts if artifact else None
+    return facts.compiled if isinstance(facts, EngineFacts) else None
 
 
 def _relative_l2(artifact: Artifact | None) -> str:

@@ -1,6 +1,5 @@
 """What comparison and timing know of a model: its input, and one call."""
 
-import math
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
@@ -8,34 +7,9 @@ from typing import Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
-from cnx_deploy.core.errors import InputError
+from cnx_deploy.data.input_spec import InputSpec
 
-__all__ = ["HoldsNothing", "InputSpec", "Runner", "RunnerInfo", "Split", "SplitRunner", "check_input"]
-
-
-@dataclass(frozen=True, slots=True)
-class InputSpec:
-    """The image batch a runner takes.
-
-    "float": (N, 3, S, S) float32 in [0, 1]; "uint8": (N, S, S, 3) uint8. `max_batch` None means any.
-    `takes_nonfinite`: NaN and infinity go into the network, and through it; else they are refused.
-    """
-
-    kind: str
-    image_size: int
-    min_batch: int = 1
-    max_batch: int | None = None
-    takes_nonfinite: bool = False
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Element type of the batch."""
-        return torch.uint8 if self.kind == "uint8" else torch.float32
-
-    def shape(self, batch: int) -> tuple[int, ...]:
-        """Shape of a batch of `batch` images."""
-        side = self.image_size
-        return (batch, side, side, 3) if self.kind == "uint8" else (batch, 3, side, side)
+__all__ = ["HoldsNothing", "Runner", "RunnerInfo", "Split", "SplitRunner"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,40 +82,3 @@ class HoldsNothing:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         return None
-
-
-def check_input(images: Tensor, spec: InputSpec) -> None:
-    """Raise InputError unless `images` fits `spec`: dtype, layout, size, batch range, finite pixels.
-
-    Nothing is cast silently. Pixels on a GPU are not looked at, for reading the answer back would hold the GPU up.
-    """
-    batch = images.shape[0] if images.ndim else 0
-    found = f"{tuple(images.shape)} {str(images.dtype).removeprefix('torch.')}"
-    expected = f"{('N', *spec.shape(0)[1:])} {str(spec.dtype).removeprefix('torch.')}".replace("'", "")
-    if images.dtype != spec.dtype or tuple(images.shape) != spec.shape(batch):
-        hint = ""
-        if images.ndim == 4 and (3 in (images.shape[1], images.shape[-1])) and images.dtype == spec.dtype:
-            hint = " The channel axis may be in the wrong place: permute the images."
-        raise InputError(
-            f"The model takes images of shape {expected}, not {found}.{hint or ' Convert them; nothing is cast.'}"
-        )
-    if batch < max(1, spec.min_batch) or (spec.max_batch is not None and batch > spec.max_batch):
-        limit = "any" if spec.max_batch is None else spec.max_batch
-        raise InputError(
-            f"A batch of {batch} is outside the model's range of {max(1, spec.min_batch)} to {limit}. Give fewer or "
-            "more."
-        )
-    if not spec.takes_nonfinite and images.is_floating_point() and images.device.type == "cpu":
-        _check_finite(images)
-
-
-def _check_finite(images: Tensor) -> None:
-    """Both ends of the range tell: one pass of 0.02 ms for an image of 224 px, where `isfinite` takes 0.4 ms."""
-    low, high = images.aminmax()
-    if math.isfinite(low) and math.isfinite(high):
-        return
-    broken = (~torch.isfinite(images).flatten(1).all(dim=1)).nonzero().flatten().tolist()
-    raise InputError(
-        f"Image {broken[0]} of a batch of {len(images)} holds NaN or infinity ({len(broken)} of them do); a pixel is a "
-        "finite number. Leave it out, or set takes_nonfinite in the runner's input_spec to see what comes of it."
-    )

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.system import cpu_name
-from cnx_deploy.runners.base import HoldsNothing, InputSpec, RunnerInfo, check_input
+from cnx_deploy.data.input_spec import InputSpec, check_input
+from cnx_deploy.runners.base import HoldsNothing, RunnerInfo
 from cnx_deploy.runners.emulator.graph import Evaluation, Graph
 
 __all__ = ["EmulatedRunner"]

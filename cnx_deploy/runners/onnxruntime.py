@@ -14,7 +14,8 @@ from torch import Tensor
 
 from cnx_deploy.core.errors import CnxDeployError, CorruptArtifactError
 from cnx_deploy.core.system import cpu_count, cpu_name
-from cnx_deploy.runners.base import InputSpec, RunnerInfo, check_input
+from cnx_deploy.data.input_spec import InputSpec, check_input
+from cnx_deploy.runners.base import RunnerInfo
 from cnx_deploy.runners.ort_session import LOAD_ERRORS, ends_of, open_session
 
 __all__ = ["OrtRunner"]

@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.system import cpu_name
+from cnx_deploy.data.input_spec import InputSpec, check_input
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.model.deploy import DeploySpec, deploy_form
-from cnx_deploy.runners.base import HoldsNothing, InputSpec, RunnerInfo, check_input
+from cnx_deploy.model.deploy import deploy_form
+from cnx_deploy.runners.base import HoldsNothing, RunnerInfo
 
 __all__ = ["TorchRunner", "deployed_runner", "reference_runner"]
 

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from cnx_deploy.core.artifacts import Artifact, open_artifact
+from cnx_deploy.core.artifacts import is_engine, is_onnx, open_artifact
 from cnx_deploy.core.errors import InputError, MissingRequirementError
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.exporters.onnx_external import check_recorded
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.emulated import EmulatedRunner
@@ -74,9 +75,10 @@ def open_runner(
     MissingRequirementError where this machine cannot run the artifact.
     """
     artifact = open_artifact(artifact.path)
-    if artifact.manifest.kind == "engine":
+    if not is_onnx(artifact):
+        assert is_engine(artifact)
         return TensorRTRunner(artifact, cuda_graph=cuda_graph, in_child_first=in_child_first)
     check_recorded(artifact)
-    if device == "cpu" and artifact.manifest.request["precision"] == "bf16":
+    if device == "cpu" and artifact.manifest.precision.name == "bf16":
         raise MissingRequirementError(NO_BF16.format(name=artifact.path.name))
     return OrtRunner(artifact.path, device=device, threads=threads, spin=spin, thread_per_image=thread_per_image)

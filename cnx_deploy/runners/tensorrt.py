@@ -14,11 +14,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from cnx_deploy.core.artifacts import Artifact, open_artifact
 from cnx_deploy.core.errors import BuildError, CorruptArtifactError, InputError, MissingRequirementError
+from cnx_deploy.core.manifest import Artifact, EngineManifest
+from cnx_deploy.data.input_spec import InputSpec, check_input
 from cnx_deploy.exporters.trt.backend import Backend, load_backend, require_gpu
 from cnx_deploy.exporters.trt.deserialising import describe_engine
-from cnx_deploy.runners.base import InputSpec, RunnerInfo, Split, check_input
+from cnx_deploy.runners.base import RunnerInfo, Split
 from cnx_deploy.runners.cuda import CudaStream
 
 __all__ = ["TensorRTRunner"]
@@ -48,10 +49,11 @@ class TensorRTRunner:
     GPU; CorruptArtifactError when the runtime refuses it all the same or it takes other types than its manifest says.
     """
 
-    def __init__(self, artifact: Artifact, *, cuda_graph: bool = False, in_child_first: bool = False) -> None:
+    def __init__(
+        self, artifact: Artifact[EngineManifest], *, cuda_graph: bool = False, in_child_first: bool = False
+    ) -> None:
         require_gpu()
-        artifact = open_artifact(artifact.path)
-        backend = load_backend(str(artifact.manifest.request["runtime"]))
+        backend = load_backend(artifact.manifest.request.runtime)
         _check_release(artifact, backend)
         _check_gpu(artifact, _current_target())
         if in_child_first:
@@ -59,7 +61,9 @@ class TensorRTRunner:
         # TensorRT deserialises onto the current device, so that is the one to name.
         self._start(artifact, backend, torch.device("cuda", torch.cuda.current_device()), cuda_graph)
 
-    def _start(self, artifact: Artifact, backend: Backend, device: torch.device, cuda_graph: bool) -> None:
+    def _start(
+        self, artifact: Artifact[EngineManifest], backend: Backend, device: torch.device, cuda_graph: bool
+    ) -> None:
         """Deserialise and make the execution context; apart from the checks so that a double can stand in."""
         request = artifact.manifest.request
         self.device = device
@@ -79,14 +83,14 @@ class TensorRTRunner:
                 f"{backend.name} made no execution context: {self._last_message()} Free GPU memory, or run a smaller "
                 "batch."
             )
-        self._profiles = [tuple(sizes) for sizes in request["batches"]]
+        self._profiles = list(request.batches)
         self._classes = artifact.manifest.model.num_classes
         self._stream = CudaStream(device)
         self._cuda_graph = cuda_graph
         self._buffers: _Buffers | None = None
         self._one_call = threading.Lock()
         self.input_spec = InputSpec(
-            str(request["input_kind"]),
+            request.onnx.deploy.input_kind,
             artifact.manifest.model.image_size,
             min(low for low, _, _ in self._profiles),
             max(high for _, _, high in self._profiles),
@@ -95,11 +99,11 @@ class TensorRTRunner:
             backend=backend.name,
             version=backend.version,
             device=self._stream.device_name,
-            precision=str(request["precision"]),
-            arithmetic=str(request["precision"]),
+            precision=request.onnx.deploy.precision,
+            arithmetic=request.onnx.deploy.precision,
             details=(
                 ("kernel specialisation", specialisation),
-                ("tf32", "on" if request["allow_tf32"] else "off"),
+                ("tf32", "on" if request.allow_tf32 else "off"),
                 ("cuda graph", "on" if cuda_graph else "off"),
             ),
         )
@@ -236,8 +240,8 @@ class TensorRTRunner:
         return " ".join(messages[-1].split()) if messages else "it gave no reason. Build the engine again."
 
 
-def _check_release(artifact: Artifact, backend: Backend) -> None:
-    built_with = artifact.manifest.facts.get("runtime_version", "an unknown release")
+def _check_release(artifact: Artifact[EngineManifest], backend: Backend) -> None:
+    built_with = artifact.manifest.facts.runtime_version
     if built_with != backend.version:
         raise MissingRequirementError(
             f"{artifact.path.name} was built with {backend.name} {built_with}; {backend.version} is installed, and "
@@ -257,11 +261,11 @@ def _current_target() -> str:
     return f"sm{major}{minor}"
 
 
-def _check_types(engine: Any, artifact: Artifact) -> None:
+def _check_types(engine: Any, artifact: Artifact[EngineManifest]) -> None:
     """TensorRT reads a buffer as the type it was built for, whatever is in it: wrong logits, no error."""
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     found = {name: engine.get_tensor_dtype(name).name for name in names}
-    images = "UINT8" if artifact.manifest.request["input_kind"] == "uint8" else "FLOAT"
+    images = "UINT8" if artifact.manifest.deploy.input_kind == "uint8" else "FLOAT"
     expected = {"images": images, "logits": "FLOAT"}
     if found != expected:
         raise CorruptArtifactError(
@@ -270,9 +274,8 @@ def _check_types(engine: Any, artifact: Artifact) -> None:
         )
 
 
-def _check_gpu(artifact: Artifact, found: str) -> None:
-    target = str(artifact.manifest.request["target"])
-    built_for = artifact.manifest.facts.get("gpu", target) if target == "current" else target
+def _check_gpu(artifact: Artifact[EngineManifest], found: str) -> None:
+    built_for = artifact.manifest.target
     if built_for not in ("current", found):
         raise MissingRequirementError(
             f"{artifact.path.name} is for {built_for}; this GPU is {found}. "

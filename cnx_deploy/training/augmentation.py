@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from cnx_deploy.data import Preprocessing
+from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.data.preprocessing import to_pixels
 from cnx_deploy.training.spec import TrainingSpec
 
 __all__ = ["BatchMix", "ImageAugmentation"]
@@ -40,7 +41,7 @@ class ImageAugmentation:
                 v2.RandomResizedCrop(preprocessing.image_size, (spec.min_crop_area, 1.0), interpolation=bicubic)
             )
         else:
-            steps.append(lambda image: preprocessing.pixels(_pillow(image)).permute(2, 0, 1))
+            steps.append(lambda image: to_pixels(_pillow(image), preprocessing).permute(2, 0, 1))
         if spec.flip:
             steps.append(v2.RandomHorizontalFlip())
         if spec.randaugment_magnitude > 0:

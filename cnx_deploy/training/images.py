@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import cpu_count
-from cnx_deploy.data import Preprocessing, Split, load_image, upright_rgb
+from cnx_deploy.data import Split, load_image, upright_rgb
+from cnx_deploy.data.preprocessing import to_pixels
 from cnx_deploy.training.launch import Launch
 from cnx_deploy.training.sampling import ONE_PROCESS, EpochBatches
 
@@ -70,7 +72,7 @@ class ValidationImages(TorchDataset[Item]):
         return pixels, self.split.labels[index]
 
     def _pixels(self, split: Split, index: int) -> Tensor:
-        return self.preprocessing.pixels(load_image(split.paths[index]))
+        return to_pixels(load_image(split.paths[index]), self.preprocessing)
 
 
 def make_loader(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torchmetrics.classification import MulticlassAccuracy
 
+from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.training.augmentation import BatchMix
 from cnx_deploy.training.optimisation import make_optimizer, make_schedule
@@ -131,7 +132,7 @@ class Classifier(lightning.LightningModule):
         return found
 
     def _images(self, pixels: Tensor) -> Tensor:
-        images = self.spec.preprocessing.normalise(pixels)
+        images = normalise(pixels, self.spec.preprocessing)
         return images.contiguous(
             memory_format=torch.channels_last if self.spec.channels_last else torch.contiguous_format
         )

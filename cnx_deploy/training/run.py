@@ -207,7 +207,7 @@ def _epoch_writer(
             run_dir / f"{name}.safetensors",
             model,  # type: ignore[arg-type]
             class_names=dataset.class_names,
-            preprocessing=spec.preprocessing.to_dict(),
+            preprocessing=spec.preprocessing,
             licence=licence,
             extra={"epoch": str(epoch)},
         )

@@ -17,7 +17,7 @@ from typing import Any
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, OutputExistsError
 from cnx_deploy.core.files import make_folder, room_errors, write_text
 from cnx_deploy.core.manifest import Count
-from cnx_deploy.core.manifest_reading import Preprocessing
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.strict_json import Finite, bounded_content, shortened, strict_json, typed
 from cnx_deploy.model.weight_files import UNREADABLE
 from cnx_deploy.model.weight_guards import check_archive

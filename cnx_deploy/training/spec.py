@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import Variant, find_variant
-from cnx_deploy.data import Preprocessing
 from cnx_deploy.training.launch import Launch
 
 __all__ = ["CHOICES", "TrainingSpec"]

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnx_deploy.verification.parity import NOISE_MARGIN, Differences, Gate, ParityResult, differences
+from cnx_deploy.core.gates import Differences, Gate, ParityResult
+from cnx_deploy.verification.parity import NOISE_MARGIN, differences
 
 __all__ = ["Agreement", "BrokenImage", "Flip", "LabelledResult", "Tally"]
 

@@ -4,20 +4,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from cnx_deploy.core.artifacts import ModelRecord
 from cnx_deploy.core.errors import ParityError
+from cnx_deploy.core.gates import GATES, Gate, ParityResult
 from cnx_deploy.data import image_like_batches, runner_input
-from cnx_deploy.exporters.onnx import deploy_spec_from_request
+from cnx_deploy.exporters.onnx import ExportSpec
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.deploy import parts_of
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
-from cnx_deploy.runners.registry import checked_by, open_onnx
-from cnx_deploy.verification.parity import GATES, ParityResult, compare, logits_of
+from cnx_deploy.runners.registry import open_onnx
+from cnx_deploy.verification.parity import compare, logits_of
 from cnx_deploy.verification.verify import rebatched
 
 __all__ = ["check_exported"]
@@ -26,9 +25,7 @@ REFERENCE = "torch float32"
 KEEP = "--keep-fp32"
 
 
-def check_exported(
-    loaded: LoadedModel, request: dict[str, Any], record: ModelRecord
-) -> Callable[[Path], dict[str, Any]]:
+def check_exported(loaded: LoadedModel, export: ExportSpec) -> Callable[[Path], ParityResult]:
     """The check an export runs on the file before it is put into place: batches of 1 and 2, here and now.
 
     A half-precision file's deploy form is judged with every part in FP32 first, on images that rounding leaves as they
@@ -38,9 +35,9 @@ def check_exported(
     The returned function raises ParityError; otherwise it gives the verdict for the manifest.
     """
 
-    def check(path: Path) -> dict[str, Any]:
-        spec = deploy_spec_from_request(request)
-        smallest, _, largest = request["batch"]
+    def check(path: Path) -> ParityResult:
+        spec = export.deploy
+        smallest, _, largest = export.batch
         sizes = [size for size in (1, 2) if smallest <= size <= largest] or [smallest]
         source = image_like_batches(sum(sizes), spec.image_size, batch_size=1)
         batches = [runner_input(batch, spec.input_kind) for batch in rebatched(source, sizes)]
@@ -48,25 +45,25 @@ def check_exported(
             expected = logits_of(runner, batches)
         if spec.is_half:
             form = partial(deployed_runner, loaded.model, replace(spec, keep_fp32=parts_of(loaded.model.variant)))
-            _compared(form, expected, batches, "fp32", f"The form of {path.name}")
+            _compared(form, expected, batches, GATES["fp32"], f"The form of {path.name}")
         remedy = f" `cnx-deploy bisect` names what has to stay in FP32 ({KEEP})." if spec.is_half else ""
         results = [
             _compared(
-                partial(open_onnx, name, path, spec.precision), expected, batches, spec.precision, path.name, remedy
+                partial(open_onnx, name, path, spec.precision), expected, batches, spec.row.gate, path.name, remedy
             )
-            for name in checked_by(spec.precision)
+            for name in spec.row.proven_by
         ]
-        return {key: value for key, value in results[-1].to_dict().items() if key not in ("failures", "gate")}
+        return results[-1]
 
     return check
 
 
 def _compared(
-    make: Callable[[], Runner], expected: Tensor, batches: Sequence[Tensor], gate: str, what: str, remedy: str = ""
+    make: Callable[[], Runner], expected: Tensor, batches: Sequence[Tensor], gate: Gate, what: str, remedy: str = ""
 ) -> ParityResult:
     """Make a runner, judge it and let it go before the next one is made: each holds the weights of huge once more."""
     with make() as runner:
-        result = compare(runner, expected, batches, GATES[gate], reference_name=REFERENCE)
+        result = compare(runner, expected, batches, gate, reference_name=REFERENCE)
     if not result.passed:
         raise ParityError(
             f"{what} ({result.candidate}) differs from PyTorch: {'; '.join(result.failures)}. Nothing was written. "

@@ -6,17 +6,17 @@ where somebody answers for it, `trusted_engine` reads it in a process of its own
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from cnx_deploy.core.artifacts import Artifact, open_artifact, sha256_of_file
+from cnx_deploy.core.artifacts import is_engine, is_onnx, open_artifact, sha256_of_file
 from cnx_deploy.core.child_process import run_isolated
 from cnx_deploy.core.errors import BuildError, InputError
-from cnx_deploy.core.manifest_reading import MAX_MANIFEST_BYTES
-from cnx_deploy.core.strict_json import bounded_content, strict_json
+from cnx_deploy.core.manifest import MAX_MANIFEST_BYTES, Artifact, Compiled, EngineManifest, Grouping, OnnxManifest
+from cnx_deploy.core.strict_json import bounded_content, strict_json, typed
 from cnx_deploy.exporters.onnx_wire import looks_like_onnx, open_regular
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Inspection:
     sha256: str
     facts: Mapping[str, Any]
     notes: tuple[str, ...] = field(default=())
+    compiled: Compiled | None = None
 
     @property
     def description(self) -> str:
@@ -83,6 +84,7 @@ class Inspection:
             "size_bytes": self.size_bytes,
             "sha256": self.sha256,
             "facts": dict(self.facts),
+            "compiled": None if self.compiled is None else _compiled_document(self.compiled),
             "notes": list(self.notes),
         }
 
@@ -98,7 +100,7 @@ def inspect_file(path: Path) -> Inspection:
         path = open_artifact(path).path
     kind = kind_of_file(path)
     artifact = recorded_artifact(path)
-    if kind == "unknown" and artifact is not None and artifact.manifest.kind != "checkpoint":
+    if kind == "unknown" and artifact is not None:
         kind = artifact.manifest.kind  # an engine of a release that begins otherwise
     if kind == "unknown":
         raise InputError(
@@ -107,13 +109,14 @@ def inspect_file(path: Path) -> Inspection:
         )
     facts, notes = _describe(path, kind, artifact)
     digest = artifact.sha256 if artifact and artifact.path.name == path.name else sha256_of_file(path)
-    return Inspection(path, kind, path.stat().st_size, digest, facts, notes)
+    compiled = artifact.manifest.facts.compiled if artifact is not None and is_engine(artifact) else None
+    return Inspection(path, kind, path.stat().st_size, digest, facts, notes, compiled)
 
 
 def with_compiled(
     found: Inspection, *, target: str, batch: int, progress: Callable[[str, float], None] | None = None
 ) -> Inspection:
-    """The inspection of an ONNX file and, in `facts["compiled"]`, what TensorRT-RTX makes of it now; nothing is run.
+    """The inspection of an ONNX file and, in `compiled`, what TensorRT-RTX makes of it now; nothing is run.
 
     The file is written for the target as `build-trt` writes it, and compiled in a child process: it may be anybody's.
     `target` as in "sm89"; `progress` is told a text while the compiler works. Raises InputError for another kind of
@@ -127,7 +130,7 @@ def with_compiled(
 
     backend = load_backend("tensorrt-rtx")
     backend.check_target(target)
-    compiled = run_isolated(
+    answer = run_isolated(
         "cnx_deploy.exporters.trt.compiling:measure_task",
         {"onnx": str(found.path.resolve()), "target": target, "batch": batch},
         limits_for(found.size_bytes),
@@ -135,8 +138,9 @@ def with_compiled(
         failure=BuildError,
         tick=None if progress is None else lambda seconds: progress(f"{found.path.name} {seconds:.0f} s", 0.0),
     )
-    facts = {**found.facts, "runtime": backend.name, "runtime_version": backend.version, "compiled": compiled}
-    return replace(found, facts=facts, notes=(*found.notes, "Compiled now and not run: the figures are no latency."))
+    facts = {**found.facts, "runtime": backend.name, "runtime_version": backend.version}
+    notes = (*found.notes, "Compiled now and not run: the figures are no latency.")
+    return replace(found, facts=facts, notes=notes, compiled=typed(answer, Compiled))
 
 
 def trusted_engine(found: Inspection) -> Inspection:
@@ -209,9 +213,9 @@ def check_suffix(path: Path, kind: FileKind) -> None:
 
 def _describe(path: Path, kind: FileKind, artifact: Artifact | None) -> tuple[dict[str, Any], tuple[str, ...]]:
     if kind == "engine":
-        return _engine_facts(artifact)
+        return _engine_facts(artifact if artifact is not None and is_engine(artifact) else None)
     if kind == "onnx":
-        return _onnx_facts(path, artifact)
+        return _onnx_facts(path, artifact if artifact is not None and is_onnx(artifact) else None)
     check_suffix(path, kind)
     return _checkpoint_facts(path)
 
@@ -243,7 +247,7 @@ def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     return {**facts, "weights_sha256": load_checkpoint(path, variant).weights.sha256}, ()
 
 
-def _onnx_facts(path: Path, artifact: Artifact | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _onnx_facts(path: Path, artifact: Artifact[OnnxManifest] | None) -> tuple[dict[str, Any], tuple[str, ...]]:
     from cnx_deploy.exporters.graph_rules import check_graph
     from cnx_deploy.exporters.onnx_admission import admit_onnx
 
@@ -252,7 +256,8 @@ def _onnx_facts(path: Path, artifact: Artifact | None) -> tuple[dict[str, Any], 
         note = "No manifest beside it names it, so neither its hash nor its origin can be checked."
         return {**_graph_facts(admission.facts), "checked": list(admission.checks)}, (note,)
     graph = check_graph(path, artifact.file_names)
-    return {**_graph_facts(graph), **_manifest_facts(artifact), "parity": artifact.manifest.facts.get("parity")}, ()
+    parity = artifact.manifest.facts.parity
+    return {**_graph_facts(graph), **_manifest_facts(artifact), "parity": parity.to_dict() if parity else None}, ()
 
 
 def _graph_facts(graph: "GraphFacts") -> dict[str, Any]:
@@ -267,7 +272,7 @@ def _graph_facts(graph: "GraphFacts") -> dict[str, Any]:
     }
 
 
-def _engine_facts(artifact: Artifact | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _engine_facts(artifact: Artifact[EngineManifest] | None) -> tuple[dict[str, Any], tuple[str, ...]]:
     if artifact is None:
         return {}, (
             "No manifest beside it names it, so nothing is known of it. An engine is native code: do not run one "
@@ -275,19 +280,22 @@ def _engine_facts(artifact: Artifact | None) -> tuple[dict[str, Any], tuple[str,
         )
     manifest = artifact.manifest
     facts: dict[str, Any] = {
-        "runtime": manifest.request["runtime"],
-        "runtime_version": manifest.facts["runtime_version"],
-        "target": manifest.facts.get("gpu", manifest.request["target"]),
-        "profiles": manifest.request["batches"],
-        "census": manifest.facts.get("census"),
-        "compiled": manifest.facts.get("compiled"),
+        "runtime": manifest.request.runtime,
+        "runtime_version": manifest.facts.runtime_version,
+        "target": manifest.target,
+        "profiles": [list(sizes) for sizes in manifest.request.batches],
+        "census": msgspec.to_builtins(manifest.facts.census),
         "source": {"onnx": manifest.source_name, "sha256": manifest.source_sha256},
-        "run": manifest.facts.get("run"),
+        "run": manifest.facts.run,
     }
-    notes = ["An engine cannot be read without a GPU: this is its manifest."]
-    if facts["compiled"] and "kernel_list" not in facts["compiled"]:
-        notes.append("It was recorded without a list of kernels: build it again with cnx-deploy build-trt --force.")
-    return {**facts, **_manifest_facts(artifact)}, tuple(notes)
+    return {**facts, **_manifest_facts(artifact)}, ("An engine cannot be read without a GPU: this is its manifest.",)
+
+
+def _compiled_document(compiled: Compiled) -> dict[str, Any]:
+    """The record, and what it sums up to by stage, operation and kind of kernel."""
+    groupings: tuple[Grouping, ...] = ("stage", "operation", "kind")
+    totals = {f"by_{grouping}": [asdict(total) for total in compiled.totals(grouping)] for grouping in groupings}
+    return {**msgspec.to_builtins(compiled), **totals}
 
 
 def _manifest_facts(artifact: Artifact) -> dict[str, Any]:
@@ -297,7 +305,7 @@ def _manifest_facts(artifact: Artifact) -> dict[str, Any]:
         "variant": model.variant,
         "classes": model.num_classes,
         "image_size": model.image_size,
-        "precision": artifact.manifest.request["precision"],
+        "precision": artifact.manifest.precision.name,
         "weights": {
             "origin": model.weights.origin,
             "reference": model.weights.reference,

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.gates import GATES, Gate, ParityResult
 from cnx_deploy.verification.agreement import Tally
-from cnx_deploy.verification.parity import GATES, Gate, ParityResult, differences
+from cnx_deploy.verification.parity import differences
 from cnx_deploy.verification.saved_results import SavedRun, read_saved
 from cnx_deploy.verification.verify import Verification
 

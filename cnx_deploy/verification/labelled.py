@@ -13,15 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnx_deploy.core.artifacts import Artifact, ModelRecord
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.data import Preprocessing, find_images, load_image, runner_input, validation_folder
-from cnx_deploy.exporters.onnx import deploy_spec_from_request
-from cnx_deploy.runners.base import InputSpec, Runner
+from cnx_deploy.core.gates import ParityResult
+from cnx_deploy.core.manifest import Artifact, ModelRecord
+from cnx_deploy.data import find_images, load_image, runner_input, validation_folder
+from cnx_deploy.data.input_spec import InputSpec
+from cnx_deploy.data.preprocessing import to_pixels
+from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.verification.agreement import BrokenImage, Tally
 from cnx_deploy.verification.batch_plan import cut_in_batches
-from cnx_deploy.verification.parity import ParityResult
 from cnx_deploy.verification.saved_results import Labelling, OutputWriter
 from cnx_deploy.verification.verify import TORCH_REFERENCE, Candidate, Progress, Reference
 
@@ -110,7 +111,7 @@ class LabelledReference(Reference):
 
     def _reference_logits(self, artifact: Artifact, progress: Progress | None) -> _LogitsFile:
         """Logits of the chosen images, in their order; the first time, files that cannot be read leave the choice."""
-        spec = deploy_spec_from_request(artifact.manifest.request)
+        spec = artifact.manifest.deploy
         key = (spec.input_kind, spec.mean, spec.std)
         if key in self._files:
             return self._files[key]
@@ -148,7 +149,7 @@ class LabelledReference(Reference):
 
     def _pixels(self, index: int) -> Tensor:
         path = self.labelled.paths[index]
-        return Preprocessing.from_dict(dict(self.record.preprocessing)).pixels(load_image(path))
+        return to_pixels(load_image(path), self.record.preprocessing)
 
 
 def reference_for(artifact: Artifact, data: Path | None, samples: int | None) -> Reference:

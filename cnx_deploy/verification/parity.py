@@ -6,118 +6,21 @@ reference's spread and not gated, for it grows with the number of classes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.gates import Differences, Gate, ParityResult
 from cnx_deploy.runners.base import Runner
 
-__all__ = ["GATES", "Differences", "Gate", "ParityResult", "compare", "differences", "logits_of"]
+__all__ = ["compare", "differences", "logits_of"]
 
 
 NOISE_MARGIN = 4.0
 """A flip is noise where the reference's margin is below this many RMS errors (over all samples and logits): the
 difference of two noisy logits has sqrt(2) of them, so 2.8 of its standard deviations. The sample's own largest error
 would excuse every flip, for two logits cannot change places without moving by the margin together."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """What a pair must satisfy. Limits on the worst sample (relative L2, cosine) and over all (top-1, KL)."""
-
-    name: str
-    relative_l2_max: float
-    centred_cosine_min: float
-    top1_agreement_min: float
-    mean_kl_max: float
-
-    def failures(self, found: "Differences") -> tuple[str, ...]:
-        """The limits that `found` breaks, in words; empty when it passes. NaN and Inf never pass."""
-        if not found.all_finite:
-            return (f"{found.nonfinite_count} logits are NaN or infinite",)
-        checks = (
-            ("relative L2", found.relative_l2_max, self.relative_l2_max, found.relative_l2_max <= self.relative_l2_max),
-            (
-                "centred cosine",
-                found.centred_cosine_min,
-                self.centred_cosine_min,
-                found.centred_cosine_min >= self.centred_cosine_min,
-            ),
-            (
-                "top-1 agreement",
-                found.top1_agreement,
-                self.top1_agreement_min,
-                found.top1_agreement >= self.top1_agreement_min,
-            ),
-            ("mean KL", found.mean_kl, self.mean_kl_max, found.mean_kl <= self.mean_kl_max),
-        )
-        return tuple(f"{name} {value:.3g}, gate {limit:g}" for name, value, limit, passes in checks if not passes)
-
-
-GATES: dict[str, Gate] = {
-    gate.name: gate
-    for gate in (
-        # Two FP32 implementations of one network: rounding alone. Seen 5e-7 (atto) to 3e-6.
-        Gate("fp32", 1e-5, 0.999999, 1.0, 1e-8),
-        # An FP32 engine sums in another order and may use other algorithms.
-        Gate("fp32-engine", 1e-4, 0.99999, 1.0, 1e-7),
-        # TF32 keeps ten bits of the mantissa, like FP16.
-        Gate("tf32-engine", 5e-3, 0.9999, 0.999, 1e-5),
-        # FP16 arithmetic: NVIDIA's own ConvNeXt port gates at a relative norm of 0.015 and cosine 0.999.
-        Gate("fp16", 1.5e-2, 0.999, 0.995, 1e-3),
-        # BF16 keeps eight bits where FP16 keeps eleven.
-        Gate("bf16", 4e-2, 0.998, 0.99, 5e-3),
-    )
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Differences:
-    """Candidate against reference over all samples.
-
-    `excused_flips`: top-1 differs, but the reference's margin is below `NOISE_MARGIN` times the RMS error of the run.
-    `max_abs_in_std` is in units of the standard deviation of the reference's logits.
-    """
-
-    samples: int
-    nonfinite_count: int
-    relative_l2_median: float
-    relative_l2_max: float
-    centred_cosine_min: float
-    top1_agreement: float
-    flips: int
-    excused_flips: int
-    mean_kl: float
-    max_abs_in_std: float
-
-    @property
-    def all_finite(self) -> bool:
-        """Whether both sides hold numbers only."""
-        return self.nonfinite_count == 0
-
-
-@dataclass(frozen=True, slots=True)
-class ParityResult:
-    """The verdict over one pair. `batches` are the batch sizes that the candidate was run at."""
-
-    candidate: str
-    reference: str
-    gate: Gate
-    batches: tuple[int, ...]
-    found: Differences
-    failures: tuple[str, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every limit of the gate holds."""
-        return not self.failures
-
-    def to_dict(self) -> dict[str, Any]:
-        """The verdict as JSON has it."""
-        return {**asdict(self), "batches": list(self.batches), "failures": list(self.failures), "passed": self.passed}
 
 
 def differences(candidate: Tensor, reference: Tensor) -> Differences:

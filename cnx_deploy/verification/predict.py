@@ -1,7 +1,7 @@
 """From an artifact and image files to class names and probabilities: one loader for checkpoint, ONNX and engine."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -10,18 +10,21 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from cnx_deploy.core.artifacts import Artifact, refused_engine
+from cnx_deploy.core.artifacts import refused_engine
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import (
     CheckFailedError,
     CorruptArtifactError,
     InputError,
     MissingRequirementError,
 )
+from cnx_deploy.core.manifest import Artifact
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.strict_json import strict_json, typed
-from cnx_deploy.data import SUFFIXES, Preprocessing, load_image, runner_input
+from cnx_deploy.data import SUFFIXES, load_image, runner_input
+from cnx_deploy.data.preprocessing import to_pixels
 from cnx_deploy.exporters.onnx_admission import admit_onnx
 from cnx_deploy.model.checkpoint import load_checkpoint
-from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.pytorch import reference_runner
@@ -90,7 +93,7 @@ def open_classifier(path: Path, *, many: bool = False, device: str = "cpu") -> C
     """
     kind = kind_of_file(path)
     artifact = recorded_artifact(path)
-    if artifact is not None and artifact.manifest.kind != "checkpoint":
+    if artifact is not None:
         return _recorded_classifier(artifact, many, device)
     if kind == "engine":
         raise refused_engine(path)
@@ -151,7 +154,7 @@ def _recorded_classifier(artifact: Artifact, many: bool, device: str) -> Classif
         (f"The weights are random (seed {model.weights.reference}): the answers mean nothing.",) if is_random else ()
     )
     runner = open_runner(artifact, device=device, thread_per_image=many)
-    return Classifier(runner, Preprocessing.from_dict(dict(model.preprocessing)), model.class_names, notes)
+    return Classifier(runner, model.preprocessing, model.class_names, notes)
 
 
 def _unrecorded_onnx(path: Path, many: bool, device: str) -> Classifier:
@@ -184,15 +187,14 @@ def _checkpoint_classifier(path: Path, device: str) -> Classifier:
     if device == "cuda" and not torch.cuda.is_available():
         raise MissingRequirementError("PyTorch finds no GPU here: expected one for the device cuda. Leave it out.")
     loaded = load_checkpoint(path)
-    recorded: Mapping[str, Any] = loaded.preprocessing or {}
-    preprocessing = Preprocessing.from_dict(recorded)
+    preprocessing = loaded.preprocessing or Preprocessing()
     spec = DeploySpec(image_size=preprocessing.image_size, mean=preprocessing.mean, std=preprocessing.std)
     assumed = f"The checkpoint says nothing of its images: {preprocessing.image_size} px and ImageNet's mean and std."
     return Classifier(
         reference_runner(loaded.model.to(device), spec),
         preprocessing,
         loaded.class_names,
-        () if recorded else (assumed,),
+        () if loaded.preprocessing else (assumed,),
     )
 
 
@@ -204,7 +206,7 @@ def _is_visible_image(file: Path, root: Path) -> bool:
 def _read(path: Path, preprocessing: Preprocessing) -> Tensor | str:
     """(S, S, 3) uint8 pixels, or why there are none."""
     try:
-        return preprocessing.pixels(load_image(path))
+        return to_pixels(load_image(path), preprocessing)
     except InputError as error:
         return str(error)
 

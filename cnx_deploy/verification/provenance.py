@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cnx_deploy.core.artifacts import Artifact, FileRecord, check_file, find_artifacts, read_artifact
+from cnx_deploy.core.artifacts import check_file, find_artifacts, is_engine, read_artifact
 from cnx_deploy.core.errors import CnxDeployError, CorruptArtifactError
+from cnx_deploy.core.manifest import Artifact, EngineManifest, FileRecord
 from cnx_deploy.core.system import find_gpus, tool_versions
 from cnx_deploy.exporters.onnx_external import check_recorded
 
@@ -55,8 +56,7 @@ def check_custody(files: Sequence[Path], export_dir: Path, engines_dir: Path) ->
     known = {artifact.path.name: artifact for artifact in (*onnx, *(a for a in chosen if a.manifest.kind == "onnx"))}
     findings = [finding for artifact in chosen for finding in _of_artifact(artifact, known, named=bool(files))]
     if not files:
-        folders = {export_dir: onnx, engines_dir: engines}
-        findings += [finding for folder, recorded in folders.items() for finding in _unrecorded(folder, recorded)]
+        findings += [*_unrecorded(export_dir, onnx), *_unrecorded(engines_dir, engines)]
     return Custody(tuple(findings))
 
 
@@ -73,7 +73,7 @@ def _of_artifact(artifact: Artifact, known: dict[str, Artifact], *, named: bool)
     if not licence.strip():
         found.append(ChainFinding(name, "fault", "no licence is recorded for its weights"))
     found.append(ChainFinding(name, verdict, text))
-    if artifact.manifest.kind == "engine":
+    if is_engine(artifact):
         found += [ChainFinding(name, "note", text) for text in _misfits(artifact)]
     return found
 
@@ -138,17 +138,17 @@ def _of_engine(engine: Artifact, known: dict[str, Artifact]) -> tuple[Verdict, s
     return "ok", f"built from {source.path.name}, SHA-256 {source.sha256[:12]}…; {ours.licence}"
 
 
-def _misfits(engine: Artifact) -> list[str]:
+def _misfits(engine: Artifact[EngineManifest]) -> list[str]:
     """What keeps an engine from running on this machine."""
     request, facts = engine.manifest.request, engine.manifest.facts
-    installed = tool_versions().get(str(request["runtime"]))
+    installed = tool_versions().get(request.runtime)
     reasons = []
-    if installed is not None and installed != facts["runtime_version"]:
+    if installed is not None and installed != facts.runtime_version:
         reasons.append(
-            f"built with {request['runtime']} {facts['runtime_version']}, {installed} is installed: it runs on its own "
+            f"built with {request.runtime} {facts.runtime_version}, {installed} is installed: it runs on its own "
             "release only"
         )
-    target = str(facts.get("gpu", request["target"]))
+    target = engine.manifest.target
     gpus = find_gpus()
     if gpus and target not in ("current", gpus[0].target):
         reasons.append(f"built for {target}, this machine's GPU is {gpus[0].target}")

@@ -17,15 +17,15 @@ from typing import Annotated, Any
 import msgspec
 from torch import Tensor
 
-from cnx_deploy.core.artifacts import Artifact, sha256_of_file
+from cnx_deploy.core.artifacts import sha256_of_file
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, OutputExistsError
 from cnx_deploy.core.files import make_folder, write_text
-from cnx_deploy.core.manifest import ArtifactKind, Count, Positive, Sha256, Timestamp
+from cnx_deploy.core.gates import Gate, ParityResult
+from cnx_deploy.core.manifest import Artifact, ArtifactKind, Count, Positive, Sha256, Timestamp
 from cnx_deploy.core.strict_json import bounded_content, kind_of, shortened, strict_json, typed
 from cnx_deploy.core.system import tool_versions
 from cnx_deploy.runners.base import RunnerInfo
 from cnx_deploy.verification.agreement import BrokenImage
-from cnx_deploy.verification.parity import Gate, ParityResult
 from cnx_deploy.verification.polygraphy_io import MAX_OUTPUTS_BYTES, outputs_from_json, save_outputs
 
 __all__ = [

@@ -13,12 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnx_deploy.core.artifacts import Artifact, ModelRecord, WeightsRecord, open_artifact, relative_reference
+from cnx_deploy.core.artifacts import is_onnx, open_artifact
 from cnx_deploy.core.errors import CorruptArtifactError, GraphCheckError, InputError, MissingRequirementError
+from cnx_deploy.core.gates import Gate, ParityResult
+from cnx_deploy.core.manifest import (
+    Artifact,
+    EngineManifest,
+    ModelRecord,
+    OnnxManifest,
+    TensorSpec,
+    WeightsRecord,
+    relative_reference,
+)
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import find_variant
 from cnx_deploy.data import (
     BrokenImage,
-    Preprocessing,
     find_images,
     image_like_batches,
     readable_batches,
@@ -27,15 +37,15 @@ from cnx_deploy.data import (
 )
 from cnx_deploy.data.batches import Batch
 from cnx_deploy.data.dataset import evenly
+from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.exporters.graph_rules import GraphFacts, check_graph
-from cnx_deploy.exporters.onnx import deploy_spec_from_request
 from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, load_checkpoint, load_pretrained
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.runners.base import InputSpec, Runner
+from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.runners.registry import checked_by, open_onnx, open_runner
+from cnx_deploy.runners.registry import open_onnx, open_runner
 from cnx_deploy.verification.batch_plan import batch_sizes, first_images, rebatched
-from cnx_deploy.verification.parity import GATES, Gate, ParityResult, differences, logits_of
+from cnx_deploy.verification.parity import differences, logits_of
 from cnx_deploy.verification.saved_results import OutputWriter, SavedOutputs
 
 __all__ = [
@@ -134,7 +144,7 @@ class Reference:
 
     def batches(self, spec: InputSpec) -> list[Tensor]:
         """Raw images in batches of 1, 2, 7, the largest, and as many more as `samples` asks for."""
-        preprocessing = Preprocessing.from_dict(dict(self.record.preprocessing))
+        preprocessing = self.record.preprocessing
         sizes = batch_sizes(spec.min_batch, spec.max_batch or 64, self.samples)
         total = sum(sizes)
         if self.images is None:
@@ -161,12 +171,12 @@ class Reference:
 
     def batches_for(self, artifact: Artifact) -> list[Tensor]:
         """The batches that `artifact` is verified on."""
-        deploy = deploy_spec_from_request(artifact.manifest.request)
+        deploy = artifact.manifest.deploy
         return self.batches(_profile_spec(artifact, InputSpec(deploy.input_kind, deploy.image_size)))
 
     def logits(self, artifact: Artifact, batches: Sequence[Tensor], progress: Progress | None = None) -> Tensor:
         """FP32 logits of the training form for `batches`; the same images are run once only."""
-        spec = deploy_spec_from_request(artifact.manifest.request)
+        spec = artifact.manifest.deploy
         key = (spec.input_kind, spec.mean, spec.std, sum(len(batch) for batch in batches))
         if key not in self._logits:
             with reference_runner(self.loaded.model, spec) as runner:
@@ -213,32 +223,30 @@ def verify_artifact(
     hardware for is reported, not raised.
     """
     artifact = open_artifact(artifact.path)
-    if artifact.manifest.kind == "engine":
+    if not is_onnx(artifact):
         return _verify_engine(artifact, reference, progress, outputs)
     _check_promised(artifact, check_graph(artifact.path, artifact.file_names))
-    precision = str(artifact.manifest.request["precision"])
+    row = artifact.manifest.precision
     results = []
-    for name in runners or checked_by(precision):
-        with open_onnx(name, artifact.path, precision) as runner:
+    for name in runners or row.proven_by:
+        with open_onnx(name, artifact.path, row.name) as runner:
             few = name.startswith("emulate-") and not runners
             limit = max(EMULATED_IMAGES, reference.asked or 0) if few else None
             spec = _profile_spec(artifact, runner.input_spec)
-            results.append(
-                _judge(Candidate(artifact, runner, spec, GATES[precision], limit), reference, progress, outputs)
-            )
-    computed_in_fp32 = precision == "fp16" and any(not name.startswith("emulate-") for name in runners or ("",))
+            results.append(_judge(Candidate(artifact, runner, spec, row.gate, limit), reference, progress, outputs))
+    computed_in_fp32 = row.dtype == "float16" and any(not name.startswith("emulate-") for name in runners or ("",))
     notes = (HIDES_OVERFLOW,) if computed_in_fp32 else ()
     return Verification(artifact.path.name, "onnx", tuple(results), notes=notes)
 
 
-def _check_promised(artifact: Artifact, graph: GraphFacts) -> None:
+def _check_promised(artifact: Artifact[OnnxManifest], graph: GraphFacts) -> None:
     """Raise GraphCheckError where the graph's inputs or outputs are not the recorded ones.
 
     ONNX Runtime is given one tensor and gives one, whatever they are called; an engine built from the file would not.
     """
-    for kind, found in (("inputs", graph.inputs), ("outputs", graph.outputs)):
-        now = {name: [element, list(shape)] for name, (element, shape) in found.items()}
-        recorded = artifact.manifest.facts.get(kind, now)
+    facts = artifact.manifest.facts
+    for kind, found, recorded in (("inputs", graph.inputs, facts.inputs), ("outputs", graph.outputs, facts.outputs)):
+        now = {name: TensorSpec(element, tuple(shape)) for name, (element, shape) in found.items()}
         if recorded == now:
             continue
         what = "called" if list(recorded) != list(now) else "of the type and shape"
@@ -251,11 +259,10 @@ def _check_promised(artifact: Artifact, graph: GraphFacts) -> None:
 
 def gate_of(artifact: Artifact) -> Gate:
     """What an artifact's results are judged by: its precision's gate, and for FP32 engines one for TF32 on or off."""
-    request = artifact.manifest.request
-    name = str(request["precision"])
-    if artifact.manifest.kind == "engine" and name == "fp32":
-        name = "tf32-engine" if request["allow_tf32"] else "fp32-engine"
-    return GATES[name]
+    manifest = artifact.manifest
+    if isinstance(manifest, EngineManifest):
+        return manifest.precision.gate_of_engine(allow_tf32=manifest.request.allow_tf32)
+    return manifest.precision.gate
 
 
 def model_record(
@@ -271,7 +278,7 @@ def model_record(
         num_classes=loaded.model.num_classes,
         image_size=preprocessing.image_size,
         weights=weights,
-        preprocessing=preprocessing.to_dict(),
+        preprocessing=preprocessing,
         class_names=loaded.class_names,
         head_is_new=loaded.head_is_new,
     )
@@ -286,7 +293,7 @@ def recorded_model(artifact: Artifact) -> LoadedModel:
     weights = record.weights
     if weights.origin == "random":
         model = random_model(find_variant(record.variant), record.num_classes, seed=int(weights.reference))
-        loaded = LoadedModel(model, weights, record.class_names, dict(record.preprocessing))
+        loaded = LoadedModel(model, weights, record.class_names, record.preprocessing)
     elif weights.origin == "checkpoint":
         path = artifact.path.parent / weights.reference
         if not os.path.isfile(path):  # noqa: PTH113 - Path's own raises for a name that no system takes
@@ -333,7 +340,7 @@ def _judge(
 
 
 def _profile_spec(artifact: Artifact, spec: InputSpec) -> InputSpec:
-    smallest, _, largest = artifact.manifest.request["batch"]
+    smallest, _, largest = artifact.manifest.batch
     return InputSpec(spec.kind, spec.image_size, smallest, largest)
 
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from cnx_deploy.bench.peers import PEERS, CompiledRunner, OrtSettings, PeerSetup, place_of_peers, timm_twin
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import MissingRequirementError
+from cnx_deploy.core.gates import GATES
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.verification.parity import GATES, differences
+from cnx_deploy.verification.parity import differences
 
 SPEC = DeploySpec(image_size=32)
 QUIET = OrtSettings(threads=1, spin=False)

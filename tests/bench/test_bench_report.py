@@ -19,7 +19,7 @@ from cnx_deploy.bench.report import as_csv, baseline_of, document, gate_lines, p
 from cnx_deploy.bench.roofline import bound_of, work_of
 from cnx_deploy.bench.statistics import Ratio
 from cnx_deploy.bench.sweep import knees
-from cnx_deploy.core.artifacts import Artifact
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.variants import find_variant
 from tests.support.bench_rows import row
 

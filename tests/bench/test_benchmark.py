@@ -16,8 +16,8 @@ from cnx_deploy.bench.candidate import Candidate, create, peak_memory_mib, reset
 from cnx_deploy.bench.statistics import Ratio
 from cnx_deploy.bench.timing import BenchSpec, Timing, measure_together
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.gates import GATES
 from cnx_deploy.runners.base import HoldsNothing, RunnerInfo, Split
-from cnx_deploy.verification.parity import GATES
 from tests.support.known_speed import IMAGES, LOGITS, Clock, KnownSpeed
 
 

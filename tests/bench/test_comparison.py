@@ -17,8 +17,9 @@ from cnx_deploy.bench import timing as benchmark
 from cnx_deploy.bench.comparison import BenchRequest, bench_artifacts
 from cnx_deploy.bench.sweep import knees
 from cnx_deploy.cli.bench import bench
-from cnx_deploy.core.artifacts import Artifact, open_artifact, sha256_of_file
+from cnx_deploy.core.artifacts import open_artifact, sha256_of_file
 from cnx_deploy.core.errors import CheckFailedError, InputError, MissingRequirementError
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.system import find_gpus
 
 ROOT = Path(__file__).parents[2]

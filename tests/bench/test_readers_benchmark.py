@@ -20,9 +20,8 @@ from cnx_deploy.bench.report import plan_document
 from cnx_deploy.bench.statistics import Ratio
 from cnx_deploy.cli.options import _finite
 from cnx_deploy.core import artifacts as recorded
-from cnx_deploy.core.artifacts import Artifact
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.manifest_reading import manifest_from_json
+from cnx_deploy.core.manifest import Artifact, manifest_from_json
 from tests.support.bench_rows import row
 from tests.support.html_documents import PEER, benchmark
 from tests.support.lies import (

@@ -11,19 +11,15 @@ from pathlib import Path
 import pytest
 
 from cnx_deploy.core.artifacts import (
-    Artifact,
-    Manifest,
-    ModelRecord,
-    WeightsRecord,
     artifact_stem,
     find_artifacts,
     open_artifact,
-    relative_reference,
     reusable_artifact,
     sha256_of_file,
     stage_artifact,
 )
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, OutputExistsError
+from cnx_deploy.core.manifest import Artifact, Manifest, ModelRecord, WeightsRecord, relative_reference
 
 SOURCE = "a" * 64
 REQUEST = {

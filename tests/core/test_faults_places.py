@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from cnx_deploy.core import artifacts
-from cnx_deploy.core.artifacts import FileRecord, check_file, open_artifact
+from cnx_deploy.core.artifacts import check_file, open_artifact
 from cnx_deploy.core.errors import CorruptArtifactError, InputError
 from cnx_deploy.core.files import whole_file, write_text
+from cnx_deploy.core.manifest import FileRecord
 from tests.core.test_artifacts import make, visible
 from tests.core.test_faults_writing import ENVIRONMENT, ROOT, leftovers
 

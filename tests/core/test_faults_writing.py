@@ -19,9 +19,10 @@ from pathlib import Path
 import pytest
 
 from cnx_deploy.cli import main
-from cnx_deploy.core.artifacts import Artifact, open_artifact, stage_artifact
+from cnx_deploy.core.artifacts import open_artifact, stage_artifact
 from cnx_deploy.core.errors import CorruptArtifactError, DiskFullError, InputError
 from cnx_deploy.core.files import require_room, write_text
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.model.checkpoint import save_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.training.run_folder import keep_state

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cnx_deploy.core.artifacts import Artifact
 from cnx_deploy.core.child_process import Limits, run_isolated
 from cnx_deploy.core.errors import BuildError, InputError
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.data import Preprocessing, batches_from_folder, find_dataset, find_images
+from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.data import batches_from_folder, find_dataset, find_images
 
 
 @pytest.fixture

@@ -13,10 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cnx_deploy.cli import main
-from cnx_deploy.core.artifacts import Artifact, read_artifact
+from cnx_deploy.core.artifacts import read_artifact
 from cnx_deploy.core.errors import CorruptArtifactError
-from cnx_deploy.core.manifest import Manifest
-from cnx_deploy.core.manifest_reading import MAX_MANIFEST_BYTES, json_schema, manifest_from_json
+from cnx_deploy.core.manifest import MAX_MANIFEST_BYTES, Artifact, Manifest, json_schema, manifest_from_json
 
 ROOT = Path(__file__).parents[2]
 RECORDS = sorted([*(ROOT / "export").glob("*.json"), *(ROOT / "engines").glob("*.json")])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cnx_deploy.core.artifacts import read_artifact
 from cnx_deploy.core.errors import CorruptArtifactError, InputError
-from cnx_deploy.core.manifest_reading import manifest_from_json
+from cnx_deploy.core.manifest import manifest_from_json
 from cnx_deploy.core.strict_json import (
     LARGEST,
     MAX_DEPTH,

@@ -10,9 +10,9 @@ from PIL import Image
 from timm.data import create_transform
 
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.data import (
     MAX_PIXELS,
-    Preprocessing,
     batches_from_folder,
     find_dataset,
     find_images,
@@ -20,6 +20,7 @@ from cnx_deploy.data import (
     load_image,
     runner_input,
 )
+from cnx_deploy.data.preprocessing import normalise, to_pixels
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -41,7 +42,7 @@ def write_classes(root: Path, counts: dict[str, int]) -> Path:
 def test_preprocess_parity_pixels_are_timms(size, image_size, crop_ratio):
     image = picture(*size)
     reference = create_transform(image_size, interpolation="bicubic", crop_pct=crop_ratio, normalize=False)(image)
-    pixels = Preprocessing(image_size, crop_ratio).pixels(image)
+    pixels = to_pixels(image, Preprocessing(image_size, crop_ratio))
     difference = pixels.permute(2, 0, 1).int() - reference.int()
     assert difference.abs().max() <= 1
 
@@ -49,35 +50,35 @@ def test_preprocess_parity_pixels_are_timms(size, image_size, crop_ratio):
 def test_preprocess_parity_normalised_pixels_are_timms():
     image, preprocessing = picture(320, 240), Preprocessing()
     reference = create_transform(224, interpolation="bicubic", crop_pct=0.875)(image)
-    normalised = preprocessing.normalise(preprocessing.pixels(image)[None])[0]
+    normalised = normalise(to_pixels(image, preprocessing)[None], preprocessing)[0]
     torch.testing.assert_close(normalised, reference, atol=1.01 / 255 / min(preprocessing.std), rtol=0)
 
 
 def test_normalise_gives_the_same_for_uint8_and_float_batches():
     pixels = next(image_like_batches(2, 32, batch_size=2))
     preprocessing = Preprocessing(32)
-    from_float = preprocessing.normalise(runner_input(pixels, "float"))
-    torch.testing.assert_close(preprocessing.normalise(pixels), from_float, atol=1e-6, rtol=0)
+    from_float = normalise(runner_input(pixels, "float"), preprocessing)
+    torch.testing.assert_close(normalise(pixels, preprocessing), from_float, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "RGBA", "LA", "1", "P"])
 def test_odd_images_of_every_mode_become_pillows_rgb(mode):
     image = picture(32, 32).convert(mode)
-    pixels = Preprocessing(32, 1.0).pixels(image)
+    pixels = to_pixels(image, Preprocessing(32, 1.0))
     assert np.array_equal(pixels.numpy(), np.asarray(image.convert("RGB")))
 
 
 def test_odd_images_with_palette_and_transparency_keep_their_colours(tmp_path):
     image = picture(64, 64).convert("P")
     image.save(tmp_path / "palette.png", transparency=bytes([0] * 128 + [255] * 128))
-    pixels = Preprocessing(64, 1.0).pixels(load_image(tmp_path / "palette.png"))
+    pixels = to_pixels(load_image(tmp_path / "palette.png"), Preprocessing(64, 1.0))
     assert np.array_equal(pixels.numpy(), np.asarray(image.convert("RGB")))
 
 
 def test_odd_images_of_16_bit_grey_keep_their_upper_byte(tmp_path):
     values = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
     Image.fromarray(values).save(tmp_path / "deep.png")
-    pixels = Preprocessing(32, 1.0).pixels(load_image(tmp_path / "deep.png"))
+    pixels = to_pixels(load_image(tmp_path / "deep.png"), Preprocessing(32, 1.0))
     assert np.array_equal(pixels[..., 1].numpy(), values >> 8)
 
 
@@ -86,18 +87,18 @@ def test_odd_images_are_turned_by_their_exif(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: show it rotated by 270 degrees
     image.save(tmp_path / "turned.png", exif=exif)
-    pixels = Preprocessing(32).pixels(load_image(tmp_path / "turned.png"))
-    assert torch.equal(pixels, Preprocessing(32).pixels(image.transpose(Image.Transpose.ROTATE_270)))
+    pixels = to_pixels(load_image(tmp_path / "turned.png"), Preprocessing(32))
+    assert torch.equal(pixels, to_pixels(image.transpose(Image.Transpose.ROTATE_270), Preprocessing(32)))
 
 
 def test_odd_images_of_one_pixel():
-    pixels = Preprocessing(32).pixels(Image.new("RGB", (1, 1), (10, 20, 30)))
+    pixels = to_pixels(Image.new("RGB", (1, 1), (10, 20, 30)), Preprocessing(32))
     assert torch.equal(pixels, torch.tensor([10, 20, 30], dtype=torch.uint8).expand(32, 32, 3))
 
 
 def test_odd_images_too_long_and_thin_to_resize_are_refused():
     with pytest.raises(InputError, match="resized to 2560000x256"):
-        Preprocessing(224).pixels(Image.new("L", (10_000, 1)))
+        to_pixels(Image.new("L", (10_000, 1)), Preprocessing(224))
 
 
 def test_preprocessing_survives_its_dictionary():
@@ -286,7 +287,7 @@ def test_folder_batches_come_with_their_labels_and_paths(tmp_path):
     assert [pixels.shape for pixels, _, _ in batches] == [(2, 32, 32, 3), (2, 32, 32, 3), (1, 32, 32, 3)]
     assert torch.cat([labels for _, labels, _ in batches]).tolist() == [0, 0, 0, 1, 1]
     pixels, _, paths = batches[-1]
-    assert torch.equal(pixels[0], Preprocessing(32).pixels(load_image(paths[0])))
+    assert torch.equal(pixels[0], to_pixels(load_image(paths[0]), Preprocessing(32)))
 
 
 def test_a_limit_takes_images_of_every_class(tmp_path):

@@ -5,9 +5,9 @@ import torch
 from PIL import Image
 
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.data import (
     Dataset,
-    Preprocessing,
     Split,
     check_images,
     class_balance,
@@ -17,6 +17,7 @@ from cnx_deploy.data import (
     readable_batches,
     without_broken,
 )
+from cnx_deploy.data.preprocessing import to_pixels
 
 
 def write_images(root, counts, split="train"):
@@ -128,7 +129,7 @@ def test_batches_of_readable_images_are_full_but_for_the_last(root, batch_size):
     labels = [label for _, labels, _ in batches for label in labels.tolist()]
     assert labels == [0] * 15 + [1] * 20
     pixels, _, paths = batches[-1]
-    assert torch.equal(pixels[-1], Preprocessing(32).pixels(load_image(paths[-1])))
+    assert torch.equal(pixels[-1], to_pixels(load_image(paths[-1]), Preprocessing(32)))
 
 
 def test_class_balance_counts_both_sides():

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from cnx_deploy.core.artifacts import Artifact
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.data import Preprocessing
+from cnx_deploy.core.gates import GATES
+from cnx_deploy.core.manifest import Artifact
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.diagnosis.bisect.case import Case, case_of
 from cnx_deploy.diagnosis.bisect.find import Tried, find_kept
 from cnx_deploy.diagnosis.bisect.probe import MixedForm, _rounded_operators
@@ -21,8 +23,7 @@ from cnx_deploy.diagnosis.bisect.search import minimal_set, smallest_subset
 from cnx_deploy.diagnosis.bisect.units import in_order, islands_of, spelled, units_of
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.model.deploy import BLOCK_PARTS, DeploySpec, parts_of
-from cnx_deploy.verification.parity import GATES
+from cnx_deploy.model.deploy import BLOCK_PARTS, parts_of
 from tests.support.faulty_networks import DEEP, FAULTS, HIDDEN_2_3, NO_WEIGHTS, RUN, SIZE, case_with, faulty
 
 UNITS = units_of(DEEP)

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from cnx_deploy.cli import cli, main
-from cnx_deploy.core.artifacts import Artifact, ModelRecord, WeightsRecord, open_artifact
+from cnx_deploy.core.artifacts import open_artifact
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.gates import GATES, Gate
+from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
 from cnx_deploy.core.variants import VARIANTS, Variant
 from cnx_deploy.diagnosis.bisect import find as bisection
 from cnx_deploy.diagnosis.bisect.case import Case, Exported, Probe, Recorded, case_of, recorded_as_it_is
@@ -22,7 +24,7 @@ from cnx_deploy.diagnosis.bisect.report import command_of, document_of, failure,
 from cnx_deploy.model.checkpoint import LoadedModel, save_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.model.deploy import FORM
-from cnx_deploy.verification.parity import GATES, Gate, differences
+from cnx_deploy.verification.parity import differences
 from tests.support.faulty_networks import NO_WEIGHTS, hot_hidden, parts
 
 FILE_SIZE = 64

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from cnx_deploy.core.artifacts import ModelRecord, WeightsRecord
+from cnx_deploy.core.deploy_spec import DeploySpec
+from cnx_deploy.core.gates import GATES, Differences
+from cnx_deploy.core.manifest import ModelRecord, WeightsRecord
 from cnx_deploy.core.variants import VARIANTS, Variant
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.runners.emulated import EmulatedRunner
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.verification.parity import GATES, Differences, differences
+from cnx_deploy.verification.parity import differences
 from tests.support.hot_networks import (
     HALF_MAX,
     images_for,

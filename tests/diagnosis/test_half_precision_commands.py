@@ -9,8 +9,9 @@ from click.testing import CliRunner, Result
 
 from cnx_deploy.bench.peers import place_of_peers
 from cnx_deploy.cli import cli
-from cnx_deploy.core.artifacts import Artifact, open_artifact
+from cnx_deploy.core.artifacts import open_artifact
 from cnx_deploy.core.errors import BuildError, InputError, MissingRequirementError
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.diagnosis.chain import verify_steps
 from cnx_deploy.exporters.trt.backend import load_backend
 from cnx_deploy.exporters.trt.compiling import _check_half_share
@@ -132,8 +133,8 @@ def test_bf16_engines_are_compared_with_pytorch_in_bf16(monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_an_fp16_file_that_hides_its_float_parts_is_not_built(tmp_path, tiny_variant) -> None:
+    from cnx_deploy.core.deploy_spec import DeploySpec
     from cnx_deploy.model.convnextv2 import random_model
-    from cnx_deploy.model.deploy import DeploySpec
     from tests.model.test_half_precision import exported
 
     kept = exported(random_model(tiny_variant, 10), DeploySpec("fp16", 32, keep_fp32=("stages.2.0",)), tmp_path)

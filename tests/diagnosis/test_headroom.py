@@ -15,10 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cnx_deploy.cli import main
-from cnx_deploy.core.artifacts import ModelRecord, WeightsRecord
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.manifest import ModelRecord, WeightsRecord
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import Variant
-from cnx_deploy.data import Preprocessing, image_like_batches, runner_input
+from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.diagnosis.headroom.analysis import (
     Headroom,
     HeadroomRequest,
@@ -33,7 +35,7 @@ from cnx_deploy.diagnosis.headroom.report import failure, lines_of
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.checkpoint import LoadedModel, save_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
-from cnx_deploy.model.deploy import DeploySpec, deploy_form, parts_of
+from cnx_deploy.model.deploy import deploy_form, parts_of
 from cnx_deploy.runners.emulator.graph import Graph
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
 

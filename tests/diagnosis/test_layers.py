@@ -9,8 +9,10 @@ import onnx
 import pytest
 import torch
 
-from cnx_deploy.core.artifacts import Artifact, open_artifact, sha256_of_file
+from cnx_deploy.core.artifacts import open_artifact, sha256_of_file
 from cnx_deploy.core.errors import CorruptArtifactError, InputError
+from cnx_deploy.core.gates import GATES
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.diagnosis.layerwise import sides as layers_sides
 from cnx_deploy.diagnosis.layerwise.comparison import (
     JUMP,
@@ -26,7 +28,6 @@ from cnx_deploy.diagnosis.layerwise.report import document, table
 from cnx_deploy.diagnosis.layerwise.sides import SIDES, Subject, reference_form, torch_outputs
 from cnx_deploy.diagnosis.layerwise.taps import LOGITS, canonical, module_names, tapped_copy, taps_in_file
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
-from cnx_deploy.verification.parity import GATES
 from tests.conftest import TINY_TEST
 from tests.support.layer_faults import (
     IMAGES,

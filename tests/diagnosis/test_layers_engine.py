@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cnx_deploy.core.artifacts import Artifact
 from cnx_deploy.core.errors import BuildError, InputError, MissingRequirementError
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.diagnosis.layerwise import engine as layers_engine
 from cnx_deploy.diagnosis.layerwise import sides as layers_sides
 from cnx_deploy.diagnosis.layerwise.engine import Engine, compiled_plan

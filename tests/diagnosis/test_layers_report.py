@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from cnx_deploy.cli import main
-from cnx_deploy.core.artifacts import Artifact, open_artifact, sha256_of_file
+from cnx_deploy.core.artifacts import open_artifact, sha256_of_file
 from cnx_deploy.core.errors import CorruptArtifactError, MissingRequirementError
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.plotting import check_plot
 from cnx_deploy.core.variants import VARIANTS
 from cnx_deploy.diagnosis.layerwise.comparison import (

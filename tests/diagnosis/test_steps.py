@@ -10,15 +10,15 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 
 from cnx_deploy.cli import cli
-from cnx_deploy.core.artifacts import Artifact, ModelRecord, WeightsRecord
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError, ParityError
-from cnx_deploy.data import Preprocessing
+from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.diagnosis import chain as steps
 from cnx_deploy.diagnosis.chain import StepVerdict, verify_steps
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.checkpoint import LoadedModel, hash_weights
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.verification.verify import Reference
 from tests.support.hot_networks import with_hot_responses
 

@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnx_deploy.core.artifacts import ModelRecord, WeightsRecord
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import GraphCheckError, ParityError
+from cnx_deploy.core.manifest import ModelRecord, WeightsRecord
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import Variant
-from cnx_deploy.data import Preprocessing
 from cnx_deploy.exporters.graph_rules import check_graph
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model import deploy, deploy_blocks, deploy_layers
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.model.deploy_layers import ChannelsFirstNorm, PooledResponseGain, ResponseGain, TokenNorm, widen
 from cnx_deploy.model.layers import EPS
 from cnx_deploy.verification.export_check import check_exported

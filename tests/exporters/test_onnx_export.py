@@ -11,16 +11,20 @@ import onnx
 import pytest
 import torch
 
-from cnx_deploy.core.artifacts import Artifact, ModelRecord, WeightsRecord, open_artifact, sha256_of_file
+from cnx_deploy.core.artifacts import open_artifact, sha256_of_file
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import CorruptArtifactError, ExportError, InputError, OutputExistsError, ParityError
-from cnx_deploy.data import Preprocessing, image_like_batches, runner_input
+from cnx_deploy.core.gates import GATES
+from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
+from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.exporters.onnx import ExportSpec, deploy_spec_from_request, export_onnx
 from cnx_deploy.model.checkpoint import hash_weights
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
-from cnx_deploy.model.deploy import FORM, DeploySpec
+from cnx_deploy.model.deploy import FORM
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.verification.parity import GATES, differences
+from cnx_deploy.verification.parity import differences
 
 FP32 = ExportSpec(DeploySpec("fp32", 32), batch=(1, 4, 8))
 FP16 = ExportSpec(DeploySpec("fp16", 32), batch=(1, 4, 8))

@@ -18,9 +18,9 @@ import gc, linecache, sys, tempfile
 from pathlib import Path
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from cnx_deploy import onnx_export
-from cnx_deploy.core.artifacts import ModelRecord, WeightsRecord
+from cnx_deploy.core.manifest import ModelRecord, WeightsRecord
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.model.deploy import DeploySpec
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.exporters.tracing_memory import GENERATED
 from cnx_deploy.core.variants import Variant
 

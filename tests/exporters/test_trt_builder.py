@@ -10,8 +10,9 @@ import onnx
 import pytest
 import torch
 
-from cnx_deploy.core.artifacts import Artifact, open_artifact, sha256_of_file
+from cnx_deploy.core.artifacts import open_artifact, sha256_of_file
 from cnx_deploy.core.errors import BuildError, CorruptArtifactError, InputError, MissingRequirementError
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.exporters.trt import backend as backend_module
 from cnx_deploy.exporters.trt import network
 from cnx_deploy.exporters.trt.backend import DEFAULT_TARGETS, default_targets, load_backend, require_gpu

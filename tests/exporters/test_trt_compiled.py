@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from cnx_deploy.core.artifacts import Artifact, ModelRecord, WeightsRecord
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import BuildError, InputError
+from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.backend import load_backend
 from cnx_deploy.exporters.trt.compiled import CompiledEngine, Grouping, measure_compiled
@@ -17,7 +18,6 @@ from cnx_deploy.exporters.trt.kernel_log import CompiledKernel, KernelTensor, ke
 from cnx_deploy.exporters.trt.kernel_names import block_of, operation_of, stage_of
 from cnx_deploy.exporters.trt.network import NetworkBuild
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.model.deploy import DeploySpec
 
 RTX = load_backend("tensorrt-rtx")
 

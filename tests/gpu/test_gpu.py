@@ -5,16 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from cnx_deploy.core.artifacts import Artifact, ModelRecord, WeightsRecord
+from cnx_deploy.core.deploy_spec import DeploySpec
+from cnx_deploy.core.gates import GATES
+from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
 from cnx_deploy.core.system import find_gpus
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.backend import default_targets, load_backend
 from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.runners.tensorrt import TensorRTRunner
-from cnx_deploy.verification.parity import GATES, differences
+from cnx_deploy.verification.parity import differences
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not find_gpus(), reason="no NVIDIA GPU: not run")]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from cnx_deploy.core.artifacts import sha256_of_file
 from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, InputError
-from cnx_deploy.data import Preprocessing
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.model.checkpoint import hash_weights, load_checkpoint, resolve_model, save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.model.pretrained import PRETRAINED_TAGS

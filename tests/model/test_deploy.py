@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from cnx_deploy.core.deploy_spec import FOLDS, DeploySpec
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.gates import GATES
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.model import deploy, deploy_blocks, deploy_layers, folds
 from cnx_deploy.model.checkpoint import hash_weights
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.model.deploy import DeployedConvNeXtV2, DeploySpec, deploy_form
+from cnx_deploy.model.deploy import DeployedConvNeXtV2, deploy_form
 from cnx_deploy.model.deploy_blocks import TokenBlock
 from cnx_deploy.model.deploy_layers import (
     ChannelsFirstNorm,
@@ -21,8 +23,8 @@ from cnx_deploy.model.deploy_layers import (
     ResponseGain,
     TokenNorm,
 )
-from cnx_deploy.model.folds import FOLDS, gain_moves_fewer_bytes_in_weight
-from cnx_deploy.verification.parity import GATES, differences
+from cnx_deploy.model.folds import gain_moves_fewer_bytes_in_weight
+from cnx_deploy.verification.parity import differences
 
 EXACT = 1e-12
 """Largest difference over largest logit in float64; seen 4e-15. A wrong fold gives 1e-3 and more."""

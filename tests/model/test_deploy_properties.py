@@ -4,13 +4,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cnx_deploy.core.deploy_spec import FOLDS, DeploySpec
+from cnx_deploy.core.gates import GATES
 from cnx_deploy.core.variants import Variant
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.model.deploy import DeploySpec, parts_of
-from cnx_deploy.model.folds import FOLDS
+from cnx_deploy.model.deploy import parts_of
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
-from cnx_deploy.verification.parity import GATES, differences
+from cnx_deploy.verification.parity import differences
 
 variants = st.builds(
     lambda depths, widths: Variant("drawn", tuple(depths), tuple(8 * width for width in widths), 0, 0.0),

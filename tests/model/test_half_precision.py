@@ -8,17 +8,19 @@ import torch
 from click.testing import CliRunner
 
 from cnx_deploy.cli import cli
-from cnx_deploy.core.artifacts import Artifact, ModelRecord, WeightsRecord
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.gates import GATES
+from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
 from cnx_deploy.exporters.graph_rules import half_reductions
 from cnx_deploy.exporters.onnx import ExportSpec, deploy_spec_from_request, export_onnx
 from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
-from cnx_deploy.model.deploy import DeploySpec, deploy_form, parts_of
+from cnx_deploy.model.deploy import deploy_form, parts_of
 from cnx_deploy.runners.emulated import EmulatedRunner
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
 from cnx_deploy.runners.registry import open_onnx
-from cnx_deploy.verification.parity import GATES, differences
+from cnx_deploy.verification.parity import differences
 from tests.support.hot_networks import images_for, with_hot_responses
 
 SIZE = 32

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cnx_deploy.core.artifacts import sha256_of_file
 from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, InputError, MissingRequirementError
-from cnx_deploy.data import Preprocessing
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.model.checkpoint import hash_weights, load_pretrained
 from cnx_deploy.model.pretrained import PRETRAINED_TAGS
 from tests.support.foreign_models import randomise

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from cnx_deploy.bench.peers import timm_twin
 from cnx_deploy.bench.roofline import work_of
-from cnx_deploy.core.artifacts import ModelRecord, WeightsRecord
+from cnx_deploy.core.deploy_spec import FOLDS, DeploySpec
 from cnx_deploy.core.errors import CheckpointError, GraphCheckError, InputError, ParityError
+from cnx_deploy.core.gates import GATES
+from cnx_deploy.core.manifest import ModelRecord, WeightsRecord
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import ALL_VARIANTS, V1_VARIANTS, VARIANTS, Variant, find_variant
-from cnx_deploy.data import Preprocessing, image_like_batches, runner_input
+from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.diagnosis.bisect.search import smallest_subset
 from cnx_deploy.diagnosis.bisect.units import parts_of_unit
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
@@ -22,8 +25,7 @@ from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
 from cnx_deploy.model import deploy_blocks
 from cnx_deploy.model.checkpoint import LoadedModel, load_checkpoint, save_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model, random_model
-from cnx_deploy.model.deploy import DeploySpec, block_parts, deploy_form, parts_of
-from cnx_deploy.model.folds import FOLDS
+from cnx_deploy.model.deploy import block_parts, deploy_form, parts_of
 from cnx_deploy.runners.emulated import EmulatedRunner
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.pytorch import reference_runner
@@ -31,7 +33,7 @@ from cnx_deploy.training import TrainingSpec, initial_model, train
 from cnx_deploy.training.fcmae import PretrainingSpec, pretrain
 from cnx_deploy.training.optimisation import parameter_groups
 from cnx_deploy.verification.export_check import check_exported
-from cnx_deploy.verification.parity import GATES, differences
+from cnx_deploy.verification.parity import differences
 from tests.support.foreign_models import assert_same_weights, randomise, saved
 from tests.support.training_data import write_colours
 

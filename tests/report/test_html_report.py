@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from cnx_deploy.core.gates import GATES
 from cnx_deploy.core.variants import find_variant
-from cnx_deploy.verification.parity import GATES
 from tests.support.html_page import CREATED, ROOT, Node, manifest, page_of, parsed, put, rows, section
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cnx_deploy.core.artifacts import Artifact
 from cnx_deploy.core.errors import InputError, RecordsError
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.variants import VARIANTS
 from cnx_deploy.report.records import BEGIN, END, check_records, index_csv, model_table, write_records
 

@@ -10,12 +10,13 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from cnx_deploy.core.errors import CorruptArtifactError, InputError
+from cnx_deploy.core.gates import GATES
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.runners.emulated import EmulatedRunner
 from cnx_deploy.runners.emulator.graph import Graph
 from cnx_deploy.runners.emulator.operators import OPERATORS
 from cnx_deploy.runners.onnxruntime import OrtRunner
-from cnx_deploy.verification.parity import GATES, differences
+from cnx_deploy.verification.parity import differences
 
 IMAGES = runner_input(next(image_like_batches(3, 32, batch_size=3)), "float")
 RANDOM = np.random.default_rng(0)

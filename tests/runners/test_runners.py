@@ -5,13 +5,14 @@ import onnxruntime
 import pytest
 import torch
 
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, MissingRequirementError
+from cnx_deploy.core.gates import GATES
 from cnx_deploy.data import image_like_batches, runner_input
-from cnx_deploy.model.deploy import DeploySpec
-from cnx_deploy.runners.base import InputSpec, check_input
+from cnx_deploy.data.input_spec import InputSpec, check_input
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
-from cnx_deploy.verification.parity import GATES, differences
+from cnx_deploy.verification.parity import differences
 
 SPEC = DeploySpec("fp32", 32)
 

@@ -12,8 +12,8 @@ import torch
 
 from cnx_deploy.bench.candidate import Candidate
 from cnx_deploy.bench.timing import BenchSpec, measure_together
-from cnx_deploy.core.artifacts import Artifact
 from cnx_deploy.core.errors import BuildError, CnxDeployError, CorruptArtifactError, InputError, MissingRequirementError
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.system import Gpu
 from cnx_deploy.exporters.trt import backend as backend_module
 from cnx_deploy.exporters.trt.backend import Backend, load_backend

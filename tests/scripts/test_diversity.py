@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from cnx_deploy.core.errors import CheckFailedError, InputError
-from cnx_deploy.data import Preprocessing, image_like_batches
+from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.data import image_like_batches
+from cnx_deploy.data.preprocessing import normalise
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "diversity.py"
 IMAGES = Preprocessing(image_size=64)
@@ -64,7 +66,7 @@ def test_a_blocks_tensors_are_those_that_a_pass_by_hand_gives(script, tiny_model
     pixels = torch.cat(list(image_like_batches(3, 64, batch_size=2)))
     with torch.inference_mode():
         double = tiny_model.double()
-        images = double.downsample_layers[0](IMAGES.normalise(pixels).double())
+        images = double.downsample_layers[0](normalise(pixels, IMAGES).double())
         block = double.stages[0][0]
         hidden = nn.functional.gelu(block.pwconv1(block.norm(block.dwconv(images).permute(0, 2, 3, 1))))
         after = block.grn(hidden)

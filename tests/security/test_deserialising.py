@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from cnx_deploy.cli import main
-from cnx_deploy.core.artifacts import Artifact
 from cnx_deploy.core.child_process import Limits, run_isolated
 from cnx_deploy.core.errors import BuildError, CorruptArtifactError, InputError, MissingRequirementError
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.system import find_gpus
 from cnx_deploy.exporters.trt import deserialising
 from cnx_deploy.exporters.trt.backend import Backend, load_backend

@@ -10,16 +10,18 @@ from pathlib import Path
 import onnx
 import pytest
 
-from cnx_deploy.core.artifacts import Artifact, ModelRecord, WeightsRecord, open_artifact
+from cnx_deploy.core.artifacts import open_artifact
+from cnx_deploy.core.deploy_spec import DeploySpec
+from cnx_deploy.core.gates import GATES
+from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
 from cnx_deploy.core.variants import VARIANTS, Variant
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.backend import load_backend
 from cnx_deploy.exporters.trt.network import NetworkBuild
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.verification.parity import GATES, differences
+from cnx_deploy.verification.parity import differences
 from tests.support.hot_networks import images_for
 
 PACKAGE = Path(__file__).parents[2] / "cnx_deploy"

@@ -13,9 +13,10 @@ import pytest
 
 from cnx_deploy.api import _outdated
 from cnx_deploy.cli import main
-from cnx_deploy.core.artifacts import Artifact, find_artifacts, open_artifact
+from cnx_deploy.core.artifacts import find_artifacts, open_artifact
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, RefusedArtifactError
 from cnx_deploy.core.files import write_text
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.model.weight_files import read_weight_file
 from cnx_deploy.verification.provenance import check_custody
 from tests.core.test_artifacts import REQUEST, make, rewritten, visible

@@ -13,17 +13,19 @@ from onnx import TensorProto, helper
 from PIL import Image, ImageFile
 
 from cnx_deploy.cli import main, options
-from cnx_deploy.core.artifacts import Artifact
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import CnxDeployError, CorruptArtifactError, InputError, RefusedArtifactError
-from cnx_deploy.data import Preprocessing, load_image
+from cnx_deploy.core.gates import GATES
+from cnx_deploy.core.manifest import Artifact
+from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.data import load_image
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.model.weight_files import read_weight_file
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.emulated import EmulatedRunner
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.verification.parity import GATES, differences
+from cnx_deploy.verification.parity import differences
 from tests.runners.test_tensorrt_runner import make_runner
 from tests.support.hot_networks import images_for
 

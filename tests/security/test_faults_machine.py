@@ -14,11 +14,11 @@ from typing import Any
 import onnxruntime
 import pytest
 
-from cnx_deploy.core.artifacts import Artifact
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import MissingRequirementError
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.system import find_gpus
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.emulated import EmulatedRunner
 from cnx_deploy.runners.onnxruntime import OrtRunner

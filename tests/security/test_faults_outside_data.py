@@ -9,8 +9,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from cnx_deploy.core.artifacts import Artifact, FileRecord, sha256_of_file
+from cnx_deploy.core.artifacts import sha256_of_file
 from cnx_deploy.core.errors import CorruptArtifactError
+from cnx_deploy.core.manifest import Artifact, FileRecord
 from cnx_deploy.diagnosis.bisect.find import run_bisection
 from cnx_deploy.diagnosis.layerwise.comparison import layers_of_artifact
 from cnx_deploy.runners.registry import open_runner

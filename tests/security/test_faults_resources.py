@@ -16,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cnx_deploy.core.artifacts import Artifact, open_artifact
+from cnx_deploy.core.artifacts import open_artifact
 from cnx_deploy.core.errors import CorruptArtifactError, DiskFullError, MissingRequirementError, OutOfMemoryError
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.out_of_memory import memory_shortage
 from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
 from cnx_deploy.model.checkpoint import load_checkpoint, save_checkpoint

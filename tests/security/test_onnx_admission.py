@@ -13,7 +13,6 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from cnx_deploy.cli import main
-from cnx_deploy.core.artifacts import Artifact
 from cnx_deploy.core.child_process import Limits
 from cnx_deploy.core.errors import (
     CorruptArtifactError,
@@ -22,6 +21,7 @@ from cnx_deploy.core.errors import (
     OutOfMemoryError,
     RefusedArtifactError,
 )
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.data import image_like_batches
 from cnx_deploy.exporters import onnx_admission
 from cnx_deploy.exporters.graph_rules import check_graph

@@ -10,8 +10,8 @@ from google.protobuf.message import DecodeError, Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cnx_deploy.core.artifacts import Artifact
 from cnx_deploy.core.errors import ArtifactError, CorruptArtifactError, InputError, RefusedArtifactError
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.exporters.onnx_wire import OnnxLimits, scan_onnx
 from tests.support.hostile_onnx import field, varint, written
 

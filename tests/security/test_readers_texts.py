@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, InputError, RefusedArtifactError
-from cnx_deploy.data import Preprocessing
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.model import pretrained
 from cnx_deploy.model.pretrained import fetch_pretrained
 from cnx_deploy.model.weight_files import read_weight_file

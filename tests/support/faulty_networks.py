@@ -4,16 +4,17 @@ from collections.abc import Callable
 
 import torch
 
-from cnx_deploy.core.artifacts import ModelRecord, WeightsRecord
+from cnx_deploy.core.deploy_spec import DeploySpec, Layout
+from cnx_deploy.core.gates import GATES
+from cnx_deploy.core.manifest import ModelRecord, WeightsRecord
 from cnx_deploy.core.variants import Variant
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.diagnosis.bisect.case import Case
 from cnx_deploy.exporters.onnx import ExportSpec
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
-from cnx_deploy.model.deploy import DeploySpec, Layout, Precision
+from cnx_deploy.model.deploy import Precision
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.verification.parity import GATES
 
 DEEP = Variant("deep-test", (1, 1, 6, 1), (8, 16, 32, 64), 0, 0.0)
 SIZE = 32

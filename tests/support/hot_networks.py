@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.variants import Variant
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
-from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.model.layers import EPS, Block, GlobalResponseNorm, LayerNormChannelsFirst
 from cnx_deploy.runners.pytorch import reference_runner
 

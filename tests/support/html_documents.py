@@ -13,12 +13,12 @@ from cnx_deploy.bench.gate import Verdict
 from cnx_deploy.bench.report import document
 from cnx_deploy.bench.statistics import Ratio
 from cnx_deploy.cli.options import _finite
+from cnx_deploy.core.gates import GATES
 from cnx_deploy.diagnosis.headroom.analysis import Headroom
 from cnx_deploy.diagnosis.headroom.ranges import NormRange, ParameterRange, ResponseRange, TensorRange
 from cnx_deploy.diagnosis.layerwise.comparison import Figures, LayerComparison, SideResult, TapResult
 from cnx_deploy.diagnosis.layerwise.comparison import Verdict as LayerVerdict
 from cnx_deploy.diagnosis.layerwise.report import document as layers_document
-from cnx_deploy.verification.parity import GATES
 from tests.support.bench_rows import row
 
 PEER = "timm.onnx fp32"

@@ -165,10 +165,10 @@ def artifact_case(root: Path) -> Case:
 
 
 def export_case(root: Path) -> Case:
+    from cnx_deploy.core.deploy_spec import DeploySpec
     from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
     from cnx_deploy.model.checkpoint import LoadedModel
     from cnx_deploy.model.convnextv2 import random_model
-    from cnx_deploy.model.deploy import DeploySpec
     from cnx_deploy.verification.export_check import check_exported
     from tests.conftest import TINY_TEST
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cnx_deploy.runners.base import InputSpec, RunnerInfo
+from cnx_deploy.data.input_spec import InputSpec
+from cnx_deploy.runners.base import RunnerInfo
 
 CPU = torch.device("cpu")
 INFO = RunnerInfo("double", "1", "clock", "fp32", "fp32")

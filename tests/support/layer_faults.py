@@ -9,7 +9,8 @@ import onnx
 from onnx import numpy_helper
 from torch import nn
 
-from cnx_deploy.core.artifacts import Artifact
+from cnx_deploy.core.deploy_spec import DeploySpec
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.diagnosis.layerwise.comparison import (
     LayerComparison,
@@ -17,7 +18,6 @@ from cnx_deploy.diagnosis.layerwise.comparison import (
 )
 from cnx_deploy.exporters.onnx import deploy_spec_from_request
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
-from cnx_deploy.model.deploy import DeploySpec
 from tests.conftest import TINY_TEST
 
 Values = np.ndarray[Any, Any]

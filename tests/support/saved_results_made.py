@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from cnx_deploy.core.artifacts import Artifact
-from cnx_deploy.core.manifest_reading import manifest_from_json
+from cnx_deploy.core.gates import GATES, ParityResult
+from cnx_deploy.core.manifest import Artifact, manifest_from_json
 from cnx_deploy.runners.base import RunnerInfo
 from cnx_deploy.verification import saved_results
 from cnx_deploy.verification.agreement import BrokenImage, Tally
-from cnx_deploy.verification.parity import GATES, ParityResult, differences
+from cnx_deploy.verification.parity import differences
 from cnx_deploy.verification.saved_results import INDEX_NAME, Labelling, SavedOutputs
 
 __all__ = ["CANDIDATE", "REFERENCE", "save_results", "sealed", "with_outputs"]

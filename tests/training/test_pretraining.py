@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from cnx_deploy.core.errors import CheckpointError
-from cnx_deploy.data import Preprocessing
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.training.fcmae import MaskedAutoencoder, create_autoencoder, load_autoencoder
 from cnx_deploy.training.fcmae.masking import enlarged, random_masks

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from cnx_deploy.cli.train import train as train_command
 from cnx_deploy.core.errors import CheckpointError, InputError, MissingRequirementError
+from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from cnx_deploy.model.convnextv2 import create_model, random_model
 from cnx_deploy.training import Silence, TrainingSpec, initial_model, train
@@ -80,7 +81,7 @@ def test_accumulated_batches_learn_what_one_large_batch_does(spec, batch_size, a
 def test_label_smoothing_is_in_the_training_loss(spec):
     smoothed = classifier(dataclasses.replace(spec, label_smoothing=0.2))
     pixels, labels = one_batch(spec)
-    logits = smoothed.model(spec.preprocessing.normalise(pixels)).detach()
+    logits = smoothed.model(normalise(pixels, spec.preprocessing)).detach()
     shares = F.one_hot(labels, 2) * 0.8 + 0.1
     expected = -(shares * logits.log_softmax(dim=1)).sum(dim=1).mean()
     assert float(smoothed.training_step((pixels, labels), 0).detach()) == pytest.approx(float(expected), rel=1e-5)

@@ -14,21 +14,25 @@ from PIL import Image
 from torch import Tensor
 
 from cnx_deploy.cli import main
-from cnx_deploy.core.artifacts import Artifact, ModelRecord, WeightsRecord
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.gates import GATES
+from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import Variant
-from cnx_deploy.data import Preprocessing, image_like_batches, runner_input
+from cnx_deploy.data import image_like_batches, runner_input
+from cnx_deploy.data.input_spec import InputSpec
+from cnx_deploy.data.preprocessing import to_pixels
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.checkpoint import LoadedModel, hash_weights
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.model.deploy import DeploySpec
-from cnx_deploy.runners.base import HoldsNothing, InputSpec, Runner
+from cnx_deploy.runners.base import HoldsNothing, Runner
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.runners.registry import open_onnx
 from cnx_deploy.verification.agreement import LabelledResult, Tally
 from cnx_deploy.verification.labelled import LabelledReference, find_labelled, reference_for
-from cnx_deploy.verification.parity import GATES, NOISE_MARGIN, differences
+from cnx_deploy.verification.parity import NOISE_MARGIN, differences
 from cnx_deploy.verification.saved_results import SavedOutputs, read_saved
 from cnx_deploy.verification.verify import Candidate, Reference, verify_artifact
 
@@ -112,7 +116,7 @@ def cnx(capsys: pytest.CaptureFixture[str], recorded: Recorded, tmp_path: Path, 
 
 def altered(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor], *paths: Path) -> None:
     """Have every ONNX runner change its logits of the images in `paths`."""
-    pixels = torch.stack([Preprocessing(image_size=32).pixels(Image.open(path)) for path in paths])
+    pixels = torch.stack([to_pixels(Image.open(path), Preprocessing(image_size=32)) for path in paths])
     chosen = runner_input(pixels, "float")
     monkeypatch.setattr(
         "cnx_deploy.verification.verify.open_onnx", lambda *words: Altered(open_onnx(*words), change, chosen)
@@ -241,7 +245,7 @@ def test_both_precisions_agree_with_pytorch_on_all_images_and_count_the_right_an
     assert isinstance(reference, LabelledReference)
     pixels, labels = [], []
     for path in sorted(images.rglob("*.png")):
-        pixels.append(Preprocessing(image_size=32).pixels(Image.open(path)))
+        pixels.append(to_pixels(Image.open(path), Preprocessing(image_size=32)))
         labels.append(NAMES.index(path.parent.name))
     runner = reference_runner(loaded.model, DeploySpec(image_size=32))
     classes = runner.run(runner_input(torch.stack(pixels), "float")).argmax(dim=1)

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from cnx_deploy.cli import main
-from cnx_deploy.core.artifacts import Artifact, open_artifact, read_artifact
+from cnx_deploy.core.artifacts import open_artifact, read_artifact
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import CorruptArtifactError, MissingRequirementError, RefusedArtifactError
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.system import Gpu
 from cnx_deploy.core.variants import VARIANTS
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
@@ -20,7 +22,6 @@ from cnx_deploy.exporters.trt.backend import load_backend
 from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
 from cnx_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.runners.tensorrt import _check_gpu, _check_release
 from cnx_deploy.verification.provenance import Custody, check_custody
 
@@ -28,7 +29,7 @@ from cnx_deploy.verification.provenance import Custody, check_custody
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint under a licence, its ONNX file with weights in a file of their own, an engine. Do not change."""
-    from cnx_deploy.data import Preprocessing
+    from cnx_deploy.core.preprocessing import Preprocessing
     from cnx_deploy.verification.verify import model_record
 
     root = tmp_path_factory.mktemp("chain")

@@ -6,9 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import CheckFailedError, InputError
-from cnx_deploy.data import Preprocessing, batches_from_folder, image_like_batches
-from cnx_deploy.model.deploy import DeploySpec
+from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.data import batches_from_folder, image_like_batches
+from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
 from cnx_deploy.verification.evaluation import Evaluation, PredictionWriter, evaluate
 
@@ -41,7 +43,7 @@ def expected_ranks(model, folder) -> torch.Tensor:
     """Place of the label among the sorted logits, counted without the code under test."""
     pixels, labels, _ = next(batches_from_folder(folder, Preprocessing(32), 20))
     with torch.inference_mode():
-        order = model(Preprocessing(32).normalise(pixels)).argsort(dim=1, descending=True)
+        order = model(normalise(pixels, Preprocessing(32))).argsort(dim=1, descending=True)
     return (order == labels[:, None]).int().argmax(dim=1)
 
 

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from cnx_deploy.cli import main
-from cnx_deploy.data import Preprocessing, image_like_batches
+from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.data import image_like_batches
 from cnx_deploy.model.checkpoint import save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.verification.evaluation.plot import MOST_CLASSES, write_plot

@@ -13,16 +13,18 @@ from torch import Tensor, nn
 
 from cnx_deploy.api import ExportRequest, run_exports
 from cnx_deploy.cli import main
-from cnx_deploy.core.artifacts import Artifact, sha256_of_file
+from cnx_deploy.core.artifacts import sha256_of_file
+from cnx_deploy.core.deploy_spec import DeploySpec
+from cnx_deploy.core.gates import GATES
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.variants import VARIANTS
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.model.checkpoint import LoadedModel, load_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
-from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.runners.emulated import EmulatedRunner
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
-from cnx_deploy.verification.parity import GATES, differences
+from cnx_deploy.verification.parity import differences
 from cnx_deploy.verification.verify import recorded_model
 from tests.support.foreign_models import randomise
 from tests.support.hot_networks import images_for

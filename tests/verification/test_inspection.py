@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from cnx_deploy.cli import main
-from cnx_deploy.core.artifacts import WeightsRecord
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, InputError
+from cnx_deploy.core.manifest import WeightsRecord
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import package_version
-from cnx_deploy.data import Preprocessing
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, resolve_model, save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.verification.inspect import inspect_file, kind_of_file, recorded_artifact, with_compiled
 from cnx_deploy.verification.verify import model_record
 

@@ -16,10 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from cnx_deploy.cli import main
-from cnx_deploy.core.artifacts import Artifact, sha256_of_file
+from cnx_deploy.core.artifacts import sha256_of_file
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, OutputExistsError
+from cnx_deploy.core.manifest import Artifact
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import Variant
-from cnx_deploy.data import Preprocessing, image_like_batches
+from cnx_deploy.data import image_like_batches
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.runners.onnxruntime import OrtRunner

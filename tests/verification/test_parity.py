@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.gates import GATES, Gate
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.model.layers import GlobalResponseNorm
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.verification.parity import GATES, Gate, compare, differences, logits_of
+from cnx_deploy.verification.parity import compare, differences, logits_of
 
 SPEC = DeploySpec("fp32", 64)
 

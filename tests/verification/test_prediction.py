@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import (
     CheckFailedError,
     CorruptArtifactError,
@@ -16,12 +17,13 @@ from cnx_deploy.core.errors import (
     MissingRequirementError,
     RefusedArtifactError,
 )
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import find_gpus, package_version
-from cnx_deploy.data import Preprocessing, image_like_batches, load_image
+from cnx_deploy.data import image_like_batches, load_image
+from cnx_deploy.data.preprocessing import normalise, to_pixels
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.checkpoint import LoadedModel, WeightsRecord, hash_weights, save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.model.deploy import DeploySpec
 from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.verification.predict import Classifier, classify_files, find_image_files, open_classifier
 from cnx_deploy.verification.verify import model_record
@@ -89,9 +91,9 @@ def probabilities(predictions) -> torch.Tensor:
 
 def expected_probabilities(model, photos) -> torch.Tensor:
     """The training form on pixels normalised by the recorded preprocessing, without the code under test."""
-    pixels = torch.stack([PREPROCESSING.pixels(load_image(path)) for path in sorted(photos.iterdir())])
+    pixels = torch.stack([to_pixels(load_image(path), PREPROCESSING) for path in sorted(photos.iterdir())])
     with torch.inference_mode():
-        return model(PREPROCESSING.normalise(pixels)).double().softmax(dim=1)
+        return model(normalise(pixels, PREPROCESSING)).double().softmax(dim=1)
 
 
 def test_a_checkpoint_is_run_with_its_own_preprocessing_and_class_names(atto, checkpoint, photos):

@@ -19,12 +19,13 @@ from cnx_deploy.api import (
     run_exports,
     run_verifications,
 )
-from cnx_deploy.core.artifacts import Artifact, open_artifact, sha256_of_file
+from cnx_deploy.core.artifacts import open_artifact, sha256_of_file
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, OutputExistsError, ParityError
-from cnx_deploy.data import Preprocessing
+from cnx_deploy.core.manifest import Artifact
+from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.model.checkpoint import hash_weights, save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.runners.base import InputSpec
 from cnx_deploy.runners.registry import open_runner
 from cnx_deploy.verification.export_check import check_exported
 from cnx_deploy.verification.verify import (

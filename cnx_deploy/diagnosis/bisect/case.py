@@ -11,16 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cnx_deploy.core.artifacts import Artifact, ModelRecord
 from cnx_deploy.core.errors import InputError, ParityError
-from cnx_deploy.data import Preprocessing, batches_from_folder, image_like_batches, runner_input
+from cnx_deploy.core.gates import Differences, Gate
+from cnx_deploy.core.manifest import Artifact, ModelRecord, OnnxManifest
+from cnx_deploy.data import batches_from_folder, image_like_batches, runner_input
 from cnx_deploy.diagnosis.bisect.units import in_order, units_of
-from cnx_deploy.exporters.onnx import ExportSpec, deploy_spec_from_request, export_onnx
+from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.runners.emulator.graph import Graph
 from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.verification.export_check import check_exported
-from cnx_deploy.verification.parity import Differences, Gate, differences
+from cnx_deploy.verification.parity import differences
 
 __all__ = ["Case", "Exported", "Probe", "Recorded", "case_of", "exported_with", "recorded_as_it_is"]
 
@@ -99,13 +100,13 @@ class Case:
         return Probe(in_order(kept, self.units), found, self.gate.failures(found), exported)
 
 
-def case_of(artifact: Artifact, loaded: LoadedModel, gate: Gate, data: Path | None, samples: int) -> Case:
+def case_of(artifact: Artifact[OnnxManifest], loaded: LoadedModel, gate: Gate, data: Path | None, samples: int) -> Case:
     """What a recorded file is judged by: images of the folder `data`, or seeded ones, and PyTorch in FP32.
 
     Raises InputError when the folder holds fewer images than the file takes at once.
     """
-    batch = tuple(artifact.manifest.request["batch"])
-    deploy = replace(deploy_spec_from_request(artifact.manifest.request), keep_fp32=())
+    batch = artifact.manifest.batch
+    deploy = replace(artifact.manifest.deploy, keep_fp32=())
     spec, record = ExportSpec(deploy=deploy, batch=batch), artifact.manifest.model
     batches = _batches(record, spec, data, samples)
     with reference_runner(loaded.model, deploy) as runner:
@@ -113,14 +114,14 @@ def case_of(artifact: Artifact, loaded: LoadedModel, gate: Gate, data: Path | No
     return Case(loaded, record, spec, batches, expected, gate)
 
 
-def recorded_as_it_is(artifact: Artifact, case: Case) -> Recorded:
+def recorded_as_it_is(artifact: Artifact[OnnxManifest], case: Case) -> Recorded:
     """Run the file and judge it."""
     graph = Graph(artifact.path)
     with torch.inference_mode():
         passes = [graph.evaluate(images) for images in case.batches]
     logits = torch.cat([each.tensors[graph.outputs[0]] for each in passes])
     first = next((each.first_nonfinite for each in passes if each.first_nonfinite is not None), None)
-    kept = deploy_spec_from_request(artifact.manifest.request).keep_fp32
+    kept = artifact.manifest.deploy.keep_fp32
     return Recorded(case.judged(kept, logits, exported=True), first, _infinite_weights(graph))
 
 
@@ -128,7 +129,7 @@ def exported_with(kept: Collection[str], case: Case) -> Exported:
     """Export with `kept` into a temporary folder, as `export --keep-fp32` does, run the file and judge it."""
     spec = replace(case.spec, deploy=replace(case.spec.deploy, keep_fp32=tuple(kept)))
     with tempfile.TemporaryDirectory() as folder:
-        artifact, _ = export_onnx(case.loaded.model, case.record, spec, Path(folder))
+        artifact = export_onnx(case.loaded.model, case.record, spec, Path(folder))
         graph, verifies = Graph(artifact.path), _verifies(artifact, spec, case)
     with torch.inference_mode():
         logits = torch.cat([graph.evaluate(images).tensors[graph.outputs[0]] for images in case.batches])
@@ -137,7 +138,7 @@ def exported_with(kept: Collection[str], case: Case) -> Exported:
     return Exported(
         case.judged(kept, logits, exported=True),
         single / sum(value.numel() for value in weights),
-        1.0 - float(artifact.manifest.facts["half_share"]),
+        1.0 - float(artifact.manifest.facts.half_share),
         verifies,
     )
 
@@ -151,7 +152,7 @@ def _batches(record: ModelRecord, spec: ExportSpec, data: Path | None, samples: 
     if data is None:
         pixels = list(image_like_batches(total, spec.deploy.image_size, batch_size=size))
     else:
-        preprocessing = Preprocessing.from_dict(dict(record.preprocessing))
+        preprocessing = record.preprocessing
         pixels = [batch for batch, _, _ in batches_from_folder(data, preprocessing, size, limit=total)]
     fitting = [runner_input(batch, spec.deploy.input_kind) for batch in pixels if len(batch) >= smallest]
     if not fitting:
@@ -159,9 +160,9 @@ def _batches(record: ModelRecord, spec: ExportSpec, data: Path | None, samples: 
     return tuple(fitting)
 
 
-def _verifies(artifact: Artifact, spec: ExportSpec, case: Case) -> bool:
+def _verifies(artifact: Artifact[OnnxManifest], spec: ExportSpec, case: Case) -> bool:
     try:
-        check_exported(case.loaded, spec.request, case.record)(artifact.path)
+        check_exported(case.loaded, spec)(artifact.path)
     except (ParityError, InputError):  # the latter where all is kept, and nothing is left for the emulator to round
         return False
     return True

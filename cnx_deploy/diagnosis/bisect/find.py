@@ -9,16 +9,17 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cnx_deploy.core.artifacts import Artifact, open_artifact
+from cnx_deploy.core.artifacts import is_onnx, open_artifact
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.gates import GATES, Gate
+from cnx_deploy.core.manifest import Artifact, OnnxManifest
 from cnx_deploy.diagnosis.bisect.case import Case, Exported, Probe, Recorded, case_of, exported_with, recorded_as_it_is
 from cnx_deploy.diagnosis.bisect.probe import MixedForm
 from cnx_deploy.diagnosis.bisect.search import Passes, minimal_set, smallest_subset
 from cnx_deploy.diagnosis.bisect.units import in_order, islands_of, parts_of_unit, spelled
 from cnx_deploy.exporters.onnx_external import check_recorded
 from cnx_deploy.model.checkpoint import LoadedModel
-from cnx_deploy.model.deploy import BLOCK_PARTS, FORM, HALVES, block_parts
-from cnx_deploy.verification.parity import GATES, Gate
+from cnx_deploy.model.deploy import BLOCK_PARTS, FORM, block_parts
 from cnx_deploy.verification.verify import recorded_model
 
 __all__ = ["Bisection", "Tried", "bisect_artifact", "find_kept", "run_bisection"]
@@ -35,7 +36,7 @@ class Bisection:
     counts PyTorch's own logits that are no numbers.
     """
 
-    artifact: Artifact
+    artifact: Artifact[OnnxManifest]
     gate: Gate
     images: int
     units: tuple[str, ...]
@@ -93,20 +94,25 @@ def run_bisection(
     artifact, and whatever `artifacts.open_artifact` and `verification.recorded_model` raise.
     """
     artifact = open_artifact(file)
-    request = artifact.manifest.request
-    if artifact.manifest.kind != "onnx" or request["precision"] not in HALVES:
+    if not is_onnx(artifact) or not artifact.manifest.precision.has_islands:
         raise InputError(f"{artifact.path.name} is no ONNX file of half precision. Name one that is FP16 or BF16.")
     check_recorded(artifact)
-    if request.get("form") != FORM:
+    if artifact.manifest.request.form != FORM:
         raise InputError(f"{artifact.path.name} has an earlier deploy form. Export it again with --force.")
     if samples < 1:
         raise InputError(f"A file is judged on at least one image, not on {samples}. Give --samples 1 or more.")
-    judged_by = GATES[gate or request["precision"]]
+    judged_by = GATES[gate] if gate else artifact.manifest.precision.gate
     return bisect_artifact(artifact, recorded_model(artifact), note, gate=judged_by, data=data, samples=samples)
 
 
 def bisect_artifact(
-    artifact: Artifact, loaded: LoadedModel, note: Note, *, gate: Gate, data: Path | None = None, samples: int = 4
+    artifact: Artifact[OnnxManifest],
+    loaded: LoadedModel,
+    note: Note,
+    *,
+    gate: Gate,
+    data: Path | None = None,
+    samples: int = 4,
 ) -> Bisection:
     """Bisect a file made from `loaded`; see `run_bisection`."""
     case = case_of(artifact, loaded, gate, data, samples)

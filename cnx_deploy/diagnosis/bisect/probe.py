@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.diagnosis.bisect.units import units_of
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.model.deploy import DeploySpec, deploy_form
+from cnx_deploy.model.deploy import deploy_form
 from cnx_deploy.runners.emulator.operators import OPERATORS
 
 __all__ = ["MixedForm"]

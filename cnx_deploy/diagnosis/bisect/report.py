@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from cnx_deploy.core.artifacts import Artifact
 from cnx_deploy.core.errors import CheckFailedError
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.diagnosis.bisect.case import Exported, Probe
 from cnx_deploy.diagnosis.bisect.find import Bisection
-from cnx_deploy.exporters.onnx import ExportSpec, deploy_spec_from_request
+from cnx_deploy.exporters.onnx import ExportSpec
 
 __all__ = ["command_of", "document_of", "failure", "lines_of"]
 
@@ -61,7 +61,7 @@ def command_of(artifact: Artifact, kept: tuple[str, ...], final: Exported) -> st
     """The `cnx-deploy export` that writes the file again with `kept` in FP32, from the weights its manifest names."""
     words = ["cnx-deploy", "export", "--variant", artifact.manifest.model.variant, *_weights(artifact)]
     words += ["--image-size", str(artifact.manifest.model.image_size)]
-    words += ["--precision", str(artifact.manifest.request["precision"]), *_form(artifact)]
+    words += ["--precision", artifact.manifest.precision.name, *_form(artifact)]
     for name in kept:
         words += ["--keep-fp32", name]
     words += ["--force"] if final.verifies else ["--force", "--no-verify"]
@@ -77,7 +77,7 @@ def document_of(found: Bisection) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "artifact": found.artifact.path.name,
-        "precision": found.artifact.manifest.request["precision"],
+        "precision": found.artifact.manifest.precision.name,
         "gate": asdict(found.gate),
         "images": found.images,
         "outcome": found.outcome,
@@ -97,7 +97,7 @@ def document_of(found: Bisection) -> dict[str, Any]:
 
 def _reasons(found: Bisection) -> Iterator[str]:
     if found.recorded.infinite_weights:
-        precision = str(found.artifact.manifest.request["precision"]).upper()
+        precision = found.artifact.manifest.precision.name.upper()
         yield f"Weights that are infinite in {precision}: {' '.join(found.recorded.infinite_weights)}"
     if found.recorded.first_nonfinite is not None:
         yield f"First operator whose result is NaN or infinite: {found.recorded.first_nonfinite}"
@@ -110,7 +110,7 @@ def _verdict(probe: Probe) -> str:
 
 
 def _shares(found: Bisection, final: Exported) -> str:
-    before = 1.0 - float(found.artifact.manifest.facts["half_share"])
+    before = 1.0 - float(found.artifact.manifest.facts.half_share)
     results = f"{final.result_share:.1%} of the operators' results, {before:.1%} before"
     return f"in FP32: {final.parameter_share:.2%} of the parameters, {results}"
 
@@ -129,10 +129,10 @@ def _weights(artifact: Artifact) -> list[str]:
 def _form(artifact: Artifact) -> list[str]:
     """What is asked for beyond the defaults, so that the same file is written in the same place."""
     manifest = artifact.manifest
-    deploy = deploy_spec_from_request(manifest.request)
+    deploy = manifest.deploy
     name = manifest.stem.removesuffix(f"-{deploy.image_size}-{deploy.precision}")
-    words = ["--batch", ":".join(str(size) for size in manifest.request["batch"])]
-    if tuple(manifest.request["batch"]) == ExportSpec().batch:
+    words = ["--batch", ":".join(str(size) for size in manifest.batch)]
+    if tuple(manifest.batch) == ExportSpec().batch:
         words = []
     words += ["--input", deploy.input_kind] if deploy.input_kind != "float" else []
     words += ["--optimize-for", str(deploy.layout)] if deploy.layout != "gpu" else []

@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import STRIDE
-from cnx_deploy.data import Preprocessing, batches_from_folder, image_like_batches
+from cnx_deploy.data import batches_from_folder, image_like_batches
 from cnx_deploy.diagnosis.headroom.ranges import (
     HALF_MAX,
     NormRange,
@@ -219,7 +220,7 @@ def run_headroom(
         note(f"No checkpoint: weights are random (seed {request.seed}). Their ranges say nothing of trained ones.")
     if loaded.head_is_new:
         note(f"The head for {loaded.model.num_classes} classes is new and random: train it before it is used.")
-    preprocessing = Preprocessing.from_dict(loaded.preprocessing) if loaded.preprocessing else Preprocessing()
+    preprocessing = loaded.preprocessing or Preprocessing()
     if request.image_size is not None:
         preprocessing = replace(preprocessing, image_size=request.image_size)
     source = "seeded image-like" if request.data is None else request.data.as_posix()

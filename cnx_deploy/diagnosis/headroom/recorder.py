@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cnx_deploy.data import Preprocessing
+from cnx_deploy.core.deploy_spec import DeploySpec
+from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.diagnosis.headroom.ranges import NormRange, ParameterRange, ResponseRange, TensorRange, larger
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.model.deploy import DeployedConvNeXtV2, DeploySpec, deploy_form
+from cnx_deploy.model.deploy import DeployedConvNeXtV2, deploy_form
 from cnx_deploy.model.deploy_blocks import TokenBlock
 from cnx_deploy.model.deploy_layers import (
     ChannelsFirstNorm,
@@ -103,7 +105,7 @@ class Recorder:
         with self._hooked(), torch.inference_mode():
             for pixels in batches:
                 if self._stem is not None:  # computed nowhere in this form, where the norm is on the patches
-                    self._norm(STEM_NORM, self._stem(self._preprocessing.normalise(pixels)), axis=1)
+                    self._norm(STEM_NORM, self._stem(normalise(pixels, self._preprocessing)), axis=1)
                 self.form(pixels)
                 self.images += len(pixels)
                 if progress is not None:

@@ -16,16 +16,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cnx_deploy.core.artifacts import Artifact, open_artifact
+from cnx_deploy.core.artifacts import open_artifact
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError, MissingRequirementError
-from cnx_deploy.data import Preprocessing, batches_from_folder, image_like_batches, runner_input
+from cnx_deploy.core.gates import Gate
+from cnx_deploy.core.manifest import Artifact
+from cnx_deploy.data import batches_from_folder, image_like_batches, runner_input
 from cnx_deploy.diagnosis.layerwise.sides import SIDES, Side, Subject, reference_form, torch_outputs
 from cnx_deploy.diagnosis.layerwise.taps import canonical, module_names, taps_in_file
-from cnx_deploy.exporters.onnx import deploy_spec_from_request
 from cnx_deploy.exporters.onnx_external import check_recorded
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.model.deploy import DeploySpec
-from cnx_deploy.verification.parity import Gate
 from cnx_deploy.verification.verify import recorded_model
 
 __all__ = [
@@ -147,7 +147,7 @@ def layers_of_artifact(
             f"{artifact.manifest.source_name}: where a GPU is, a copy of that is compiled with its layers as outputs."
         )
     check_recorded(artifact)
-    spec = deploy_spec_from_request(artifact.manifest.request)
+    spec = artifact.manifest.deploy
     batches = _batches(artifact, spec, samples, images)
     return compare_layers(artifact.path, recorded_model(artifact).model, spec, batches, progress=progress)
 
@@ -271,13 +271,13 @@ def _batches(artifact: Artifact, spec: DeploySpec, samples: int, images: Path | 
         raise InputError(
             f"Layers are compared on 1 to {MAX_IMAGES} images, not {samples}: each keeps all its outputs. Give so many."
         )
-    smallest, _, largest = artifact.manifest.request["batch"]
+    smallest, _, largest = artifact.manifest.batch
     size = max(smallest, min(samples, largest))
     count = ceil(samples / size) * size
     if images is None:
         source = image_like_batches(count, spec.image_size, batch_size=size)
     else:
-        preprocessing = Preprocessing.from_dict(dict(artifact.manifest.model.preprocessing))
+        preprocessing = artifact.manifest.model.preprocessing
         source = (pixels for pixels, _, _ in batches_from_folder(images, preprocessing, size, limit=count))
     batches = [runner_input(batch, spec.input_kind) for batch in source if len(batch) >= smallest]
     if not batches:

@@ -15,16 +15,17 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import CorruptArtifactError
+from cnx_deploy.core.gates import GATES, Gate
 from cnx_deploy.core.system import cpu_count
 from cnx_deploy.diagnosis.layerwise.engine import compiled_engine
 from cnx_deploy.diagnosis.layerwise.taps import LOGITS, Taps, tapped_copy
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.model.deploy import DeployedConvNeXtV2, DeploySpec, deploy_form
+from cnx_deploy.model.deploy import DeployedConvNeXtV2, deploy_form
 from cnx_deploy.runners.emulated import EmulatedRunner
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.ort_session import LOAD_ERRORS
-from cnx_deploy.verification.parity import GATES, Gate
 
 __all__ = ["SIDES", "Read", "Side", "Subject", "reference_form", "torch_outputs"]
 

@@ -1,11 +1,12 @@
 """A recorded ONNX file to an engine: profiles, checks, and what was found on the way in the manifest."""
 
 from pathlib import Path
-from typing import Any
 
-from cnx_deploy.core.artifacts import Artifact, Manifest, open_artifact, reusable_artifact, stage_artifact
+from cnx_deploy.core.artifacts import is_engine, is_onnx, open_artifact, reusable_artifact, stage_artifact
 from cnx_deploy.core.child_process import Limits, run_isolated
 from cnx_deploy.core.errors import BuildError, InputError
+from cnx_deploy.core.manifest import Artifact, EngineFacts, EngineManifest, EngineRequest, OnnxManifest
+from cnx_deploy.core.strict_json import typed
 from cnx_deploy.core.system import find_gpus
 from cnx_deploy.exporters.graph_rules import check_graph
 from cnx_deploy.exporters.trt.backend import Backend, load_backend
@@ -13,9 +14,6 @@ from cnx_deploy.exporters.trt.compiling import BuildSpec, compiled_engine, task_
 from cnx_deploy.exporters.trt.network import Progress
 
 __all__ = ["BuildSpec", "build_engine"]
-
-FIRST_WITH_BF16 = 80
-"""Compute capability 8.0, Ampere: the first with BF16 in its tensor cores (NVIDIA, CUDA programming guide)."""
 
 
 def build_engine(
@@ -26,7 +24,7 @@ def build_engine(
     force: bool = False,
     progress: Progress | None = None,
     limits: Limits | None = None,
-) -> Artifact:
+) -> Artifact[EngineManifest]:
     """Build `<output_dir>/<onnx name>-<rtx|trt>-<target>.engine` with its manifest.
 
     The ONNX file's hash is checked before it is parsed. `progress` is told a text while the compiler works. With
@@ -36,30 +34,29 @@ def build_engine(
     precision; InputError for a target or batch that does not fit; what `artifacts` raises for altered files.
     """
     source = open_artifact(onnx.path if isinstance(onnx, Artifact) else onnx)
-    if source.manifest.kind != "onnx":
+    if not is_onnx(source):
         raise InputError(
             f"{source.path} is of kind {source.manifest.kind}; an engine is built from an ONNX file. Name one."
         )
     backend = load_backend(spec.runtime)
     backend.check_target(spec.target)
     _check_batches(source, spec)
-    _check_has_bf16(source, spec.target)
-    request = {
-        **source.manifest.request,
-        "runtime": backend.name,
-        "target": spec.target,
-        "batches": [list(sizes) for sizes in spec.batches],
-        "allow_tf32": spec.allow_tf32,
-    }
+    _check_precision(source, spec.target)
+    request = EngineRequest(
+        onnx=source.manifest.request,
+        runtime=backend.name,
+        target=spec.target,
+        batches=spec.batches,
+        allow_tf32=spec.allow_tf32,
+    )
     stem = f"{source.manifest.stem}-{backend.short_name}-{spec.target}"
-    with stage_artifact(output_dir, stem, needed_bytes=_needed_bytes(source)) as staging:
-        found = reusable_artifact(output_dir, stem, "engine", request, source.sha256, force=force)
-        if found is not None:
-            return found
+    with stage_artifact(output_dir, stem, needed_bytes=source.size_bytes) as staging:
+        made = reusable_artifact(output_dir, stem, request, source.sha256, force=force)
+        if made is not None and is_engine(made):
+            return made
         check_graph(source.path, source.file_names)
         facts = _compiled(backend, source, spec, staging.folder / f"{stem}.engine", progress, limits)
-        manifest = Manifest(
-            kind="engine",
+        manifest = EngineManifest(
             stem=stem,
             files=staging.record(f"{stem}.engine"),
             model=source.manifest.model_seen_from(output_dir, source.path.parent),
@@ -71,8 +68,8 @@ def build_engine(
         return staging.commit(manifest)
 
 
-def _check_batches(source: Artifact, spec: BuildSpec) -> None:
-    smallest, _, largest = source.manifest.request["batch"]
+def _check_batches(source: Artifact[OnnxManifest], spec: BuildSpec) -> None:
+    smallest, _, largest = source.manifest.batch
     for low, _, high in spec.batches:
         if low < smallest or high > largest:
             raise InputError(
@@ -81,36 +78,38 @@ def _check_batches(source: Artifact, spec: BuildSpec) -> None:
             )
 
 
-def _check_has_bf16(source: Artifact, target: str) -> None:
+def _check_precision(source: Artifact[OnnxManifest], target: str) -> None:
     gpu = find_gpus()[0].target if target == "current" else target
-    if source.manifest.request["precision"] == "bf16" and int(gpu.removeprefix("sm")) < FIRST_WITH_BF16:
+    precision = source.manifest.precision
+    if not precision.runs_on(gpu):
+        name = precision.name.upper()
         raise InputError(
-            f"{source.path.name} is BF16, and {gpu} has no BF16 arithmetic; sm{FIRST_WITH_BF16} is the first that has. "
-            "Export it with --precision fp16 for this GPU."
+            f"{source.path.name} is {name}, and {gpu} has no {name} arithmetic; sm{precision.smallest_capability} is "
+            "the first that has. Export it with --precision fp16 for this GPU."
         )
 
 
 def _compiled(
-    backend: Backend, source: Artifact, spec: BuildSpec, plan: Path, progress: Progress | None, limits: Limits | None
-) -> dict[str, Any]:
+    backend: Backend,
+    source: Artifact[OnnxManifest],
+    spec: BuildSpec,
+    plan: Path,
+    progress: Progress | None,
+    limits: Limits | None,
+) -> EngineFacts:
     """Have the engine written to `plan`, here or in a child; what was found on the way."""
-    request = source.manifest.request
+    deploy = source.manifest.deploy
     if limits is None:
-        content, facts = compiled_engine(backend, source.path, request, spec, progress)
+        content, facts = compiled_engine(backend, source.path, deploy, spec, progress)
         plan.write_bytes(content)
         return facts
     name = source.path.name
-    found: dict[str, Any] = run_isolated(
+    answer = run_isolated(
         "cnx_deploy.exporters.trt.compiling:compile_task",
-        task_of(source.path, request, spec, plan),
+        task_of(source.path, deploy, spec, plan),
         limits,
         what=f"Building {name}",
         failure=BuildError,
         tick=None if progress is None else lambda seconds: progress(f"{name} {seconds:.0f} s", 0.0),
     )
-    return found
-
-
-def _needed_bytes(source: Artifact) -> int:
-    """What an engine takes at least: its weights."""
-    return sum(file.size_bytes for file in source.manifest.files)
+    return typed(answer, EngineFacts)

@@ -6,13 +6,18 @@ This module loads neither torch nor onnx: a child that starts with it is ready i
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from cnx_deploy.core.child_process import Limits
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import BuildError, InputError
+from cnx_deploy.core.manifest import EngineFacts
+from cnx_deploy.core.strict_json import typed
 from cnx_deploy.core.system import find_gpus
 from cnx_deploy.exporters.trt.backend import Backend, load_backend
 from cnx_deploy.exporters.trt.compiled import measure_compiled
@@ -41,7 +46,7 @@ class BuildSpec:
     `measure` compiles the graph a second time for a fixed batch to record kernels and traffic.
     """
 
-    runtime: str = "auto"
+    runtime: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
     target: str = "sm89"
     batches: tuple[tuple[int, int, int], ...] = ((1, 8, 64),)
     allow_tf32: bool = False
@@ -55,19 +60,20 @@ class BuildSpec:
             )
 
 
-def compile_task(onnx: str, request: dict[str, Any], spec: dict[str, Any], plan: str) -> dict[str, Any]:
-    """`compiled_engine` for a child process: the engine goes to the file `plan`, what was found is returned."""
-    batches = tuple((low, typical, high) for low, typical, high in spec["batches"])
-    asked = BuildSpec(**{**spec, "batches": batches})
-    content, facts = compiled_engine(load_backend(asked.runtime), Path(onnx), request, asked, None)
+def compile_task(onnx: str, deploy: dict[str, Any], spec: dict[str, Any], plan: str) -> Any:
+    """`compiled_engine` for a child process: the engine goes to the file `plan`, the facts are the answer."""
+    asked = typed(spec, BuildSpec)
+    backend = load_backend(asked.runtime)
+    content, facts = compiled_engine(backend, Path(onnx), typed(deploy, DeploySpec), asked, None)
     Path(plan).write_bytes(content)
-    return facts
+    return msgspec.to_builtins(facts)
 
 
-def measure_task(onnx: str, target: str, batch: int) -> dict[str, Any]:
-    """What TensorRT-RTX makes of any ONNX file for a fixed batch, for a child process: `CompiledEngine.to_dict`."""
+def measure_task(onnx: str, target: str, batch: int) -> Any:
+    """What TensorRT-RTX makes of any ONNX file for a fixed batch, for a child process: a `Compiled` record."""
     with _written_for(Path(onnx), target) as path:
-        return measure_compiled(path, batch=batch, target=target, backend=load_backend(LISTS_KERNELS)).to_dict()
+        backend = load_backend(LISTS_KERNELS)
+        return msgspec.to_builtins(measure_compiled(path, batch=batch, target=target, backend=backend))
 
 
 def limits_for(onnx_bytes: int) -> Limits:
@@ -75,37 +81,39 @@ def limits_for(onnx_bytes: int) -> Limits:
     return Limits(LONGEST_SECONDS, MEMORY_BYTES + MEMORY_PER_BYTE * onnx_bytes)
 
 
-def task_of(onnx: Path, request: Mapping[str, Any], spec: BuildSpec, plan: Path) -> dict[str, Any]:
+def task_of(onnx: Path, deploy: DeploySpec, spec: BuildSpec, plan: Path) -> dict[str, Any]:
     """The arguments of `compile_task`, as JSON can hold them."""
-    return {"onnx": str(onnx.resolve()), "request": dict(request), "spec": asdict(spec), "plan": str(plan.resolve())}
+    records = {"deploy": msgspec.to_builtins(deploy), "spec": msgspec.to_builtins(spec)}
+    return {"onnx": str(onnx.resolve()), "plan": str(plan.resolve()), **records}
 
 
 def compiled_engine(
-    backend: Backend, source: Path, request: Mapping[str, Any], spec: BuildSpec, progress: Progress | None
-) -> tuple[bytes, dict[str, Any]]:
-    """The engine's bytes, and what was found on the way. `request`: of the ONNX file's manifest."""
+    backend: Backend, source: Path, deploy: DeploySpec, spec: BuildSpec, progress: Progress | None
+) -> tuple[bytes, EngineFacts]:
+    """The engine's bytes, and what was found on the way. `deploy`: the form in the ONNX file."""
     gpu = find_gpus()[0].target if spec.target == "current" else spec.target
     rewrites = backend.name == LISTS_KERNELS  # how the other one compiles depthwise convolutions is not known here
     with _written_for(source, gpu) if rewrites else contextlib.nullcontext(source) as path:
         start = time.monotonic()
-        build, plan, fallback = _serialised(backend, path, request, spec, progress)
-        facts: dict[str, Any] = {
-            "runtime_version": backend.version,
-            "build_seconds": round(time.monotonic() - start, 2),
-            "census": type_census(build.network),
-            "half_share_of_products": round(half_share(build.network), 4),
-            "depthwise_fp32_fallback": fallback,
-            "depthwise_in_groups_of": 1 if path == source else _channels_per_group(),
-            "range_warnings": list(build.range_warnings()),
-            "kernels_by_profile": _kernels_by_profile(build, spec),
-            "run": "not run: built ahead of time" if spec.target != "current" else "not run yet: see verify",
-        }
-        if spec.target == "current":
-            facts["gpu"] = gpu
+        build, plan, fallback = _serialised(backend, path, deploy, spec, progress)
+        seconds = round(time.monotonic() - start, 2)
+        compiled = None
         if spec.measure and backend.name == LISTS_KERNELS and not fallback:
             batch = spec.batches[-1][2]
             compiled = measure_compiled(path, batch=batch, target=spec.target, backend=backend, progress=progress)
-            facts["compiled"] = compiled.to_dict()
+        facts = EngineFacts(
+            runtime_version=backend.version,
+            build_seconds=seconds,
+            census=type_census(build.network),
+            half_share_of_products=round(half_share(build.network), 4),
+            depthwise_fp32_fallback=fallback,
+            depthwise_in_groups_of=1 if path == source else _channels_per_group(),
+            range_warnings=tuple(build.range_warnings()),
+            kernels_by_profile=_kernels_by_profile(build, spec),
+            run="not run: built ahead of time" if spec.target != "current" else "not run yet: see verify",
+            gpu=gpu if spec.target == "current" else None,
+            compiled=compiled,
+        )
     return plan, facts
 
 
@@ -118,7 +126,7 @@ def _kernels_by_profile(build: NetworkBuild, spec: BuildSpec) -> dict[str, int]:
 
 
 def _serialised(
-    backend: Backend, path: Path, request: Mapping[str, Any], spec: BuildSpec, progress: Progress | None
+    backend: Backend, path: Path, deploy: DeploySpec, spec: BuildSpec, progress: Progress | None
 ) -> tuple[NetworkBuild, bytes, bool]:
     """Build as the file says; where TensorRT has no FP16 depthwise kernel, once more with those layers in FP32.
 
@@ -126,10 +134,10 @@ def _serialised(
     """
     try:
         build = NetworkBuild(backend, path)
-        _check_half_share(build, request)
+        _check_half_share(build, deploy)
         return build, build.serialise(_config(build, spec), progress), False
     except BuildError as error:
-        if request["precision"] != "fp16" or not any(text in str(error) for text in NO_HALF_DEPTHWISE):
+        if deploy.row.dtype != "float16" or not any(text in str(error) for text in NO_HALF_DEPTHWISE):
             raise
     from cnx_deploy.exporters.trt.depthwise import with_depthwise_in_fp32
 
@@ -142,15 +150,14 @@ def _config(build: NetworkBuild, spec: BuildSpec) -> Any:
     return build.config(spec.target, allow_tf32=spec.allow_tf32, batches=spec.batches)
 
 
-def _check_half_share(build: NetworkBuild, request: Mapping[str, Any]) -> None:
+def _check_half_share(build: NetworkBuild, deploy: DeploySpec) -> None:
     """Raise BuildError for a file that computes in FP32 what it says it computes in half, parts it keeps left out."""
-    precision = request["precision"]
-    share = half_share(build.network, request.get("keep_fp32", ()))
-    if precision != "fp32" and share < MIN_HALF_SHARE:
+    share = half_share(build.network, deploy.keep_fp32)
+    if deploy.is_half and share < MIN_HALF_SHARE:
         raise BuildError(
-            f"{build.onnx_path.name} calls itself {precision.upper()}, but only {share:.0%} of its matrix products and "
-            f"convolutions are (at least {MIN_HALF_SHARE:.0%} expected). Export it again with --precision {precision} "
-            "--force."
+            f"{build.onnx_path.name} calls itself {deploy.precision.upper()}, but only {share:.0%} of its matrix "
+            f"products and convolutions are (at least {MIN_HALF_SHARE:.0%} expected). Export it again with --precision "
+            f"{deploy.precision} --force."
         )
 
 

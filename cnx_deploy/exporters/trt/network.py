@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cnx_deploy.core.errors import BuildError
+from cnx_deploy.core.manifest import TypeCensus
 from cnx_deploy.exporters.trt.backend import Backend
 
 __all__ = ["NetworkBuild", "Progress", "half_share", "type_census"]
@@ -98,7 +99,7 @@ class NetworkBuild:
         return BuildError(f"{name} {what} ({self.onnx_path.name}). {advice}{log}")
 
 
-def type_census(network: Any) -> dict[str, dict[str, int]]:
+def type_census(network: Any) -> TypeCensus:
     """Layers of a parsed network by the type of their first output, and for FLOAT by kind of layer.
 
     Precision is read here and not from an option: with strong typing these are the types the engine computes in.
@@ -113,7 +114,7 @@ def type_census(network: Any) -> dict[str, dict[str, int]]:
         types[kind] += 1
         if kind == "FLOAT":
             float_layers[layer.type.name] += 1
-    return {"types": dict(sorted(types.items())), "float_layers": dict(sorted(float_layers.items()))}
+    return TypeCensus(dict(sorted(types.items())), dict(sorted(float_layers.items())))
 
 
 def half_share(network: Any, kept: Sequence[str] = ()) -> float:

@@ -5,16 +5,15 @@ A page over many records must not vanish because one of them is broken, and must
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
-from cnx_deploy.core.artifacts import WeightsRecord, read_artifact
+from cnx_deploy.core import manifest as manifests
+from cnx_deploy.core.artifacts import read_artifact
 from cnx_deploy.core.errors import CorruptArtifactError, InputError
-from cnx_deploy.report.html.fields import Fields
-
-if TYPE_CHECKING:
-    from cnx_deploy.verification.parity import Gate
+from cnx_deploy.core.gates import Differences, Gate, ParityResult
+from cnx_deploy.core.manifest import EngineManifest, OnnxManifest, WeightsRecord
 
 __all__ = ["Compiled", "Corrupt", "Entry", "Limit", "Parity", "Part", "Records", "read_records"]
 
@@ -148,91 +147,69 @@ def read_records(export_dir: Path, engines_dir: Path) -> Records:
 
 
 def _entry(path: Path) -> Entry:
-    manifest = Fields.of(asdict(read_artifact(path).manifest), "")
-    model, request, facts = (manifest.child(key) for key in ("model", "request", "facts"))
-    files = manifest.children("files")
-    weights = model.child("weights")
-    precision = request.text("precision") if request.has("precision") else ""
-    parity, compiled = facts.maybe_child("parity"), facts.maybe_child("compiled")
+    artifact = read_artifact(path)
+    manifest, model = artifact.manifest, artifact.manifest.model
+    engine = manifest if isinstance(manifest, EngineManifest) else None
+    parity = manifest.facts.parity if isinstance(manifest, OnnxManifest) else None
+    compiled = engine.facts.compiled if engine else None
     return Entry(
-        kind=manifest.text("kind"),
-        stem=manifest.text("stem"),
-        file=files[0].text("name"),
-        file_count=len(files),
-        size_bytes=sum(file.integer("size_bytes") for file in files),
-        sha256=files[0].text("sha256"),
-        created=manifest.text("created"),
-        tools=manifest.text_items("tools"),
-        source_name=manifest.text("source_name"),
-        source_sha256=manifest.text("source_sha256"),
-        variant=model.text("variant"),
-        num_classes=model.integer("num_classes"),
-        image_size=model.integer("image_size"),
-        head_is_new=model.flag("head_is_new"),
-        weights=WeightsRecord(
-            weights.text("origin"),  # type: ignore[arg-type]  # shown, never acted on
-            *(weights.text(key) for key in ("reference", "sha256", "licence")),
-        ),
-        precision=precision,
-        keep_fp32=request.texts("keep_fp32") if request.has("keep_fp32") else (),
-        target=_target(request, facts),
-        runtime=_runtime(request, facts),
-        run=facts.text("run") if facts.has("run") else "",
-        parity=_parity(parity, precision) if parity else None,
+        kind=manifest.kind,
+        stem=manifest.stem,
+        file=manifest.files[0].name,
+        file_count=len(manifest.files),
+        size_bytes=artifact.size_bytes,
+        sha256=artifact.sha256,
+        created=manifest.created,
+        tools=tuple(manifest.tools.items()),
+        source_name=manifest.source_name,
+        source_sha256=manifest.source_sha256,
+        variant=model.variant,
+        num_classes=model.num_classes,
+        image_size=model.image_size,
+        head_is_new=model.head_is_new,
+        weights=model.weights,
+        precision=manifest.precision.name,
+        keep_fp32=manifest.deploy.keep_fp32,
+        target=engine.target if engine else "",
+        runtime=f"{engine.request.runtime} {engine.facts.runtime_version}" if engine else "",
+        run=engine.facts.run if engine else "",
+        parity=_parity(parity) if parity else None,
         compiled=_compiled(compiled) if compiled else None,
     )
 
 
-def _parity(parity: Fields, precision: str) -> Parity:
-    from cnx_deploy.verification.parity import GATES  # loads torch: only where there is something to judge
-
-    found, gate = parity.child("found"), GATES.get(precision)
+def _parity(parity: ParityResult) -> Parity:
+    found = parity.differences
     return Parity(
-        candidate=parity.text("candidate"),
-        reference=parity.text("reference"),
-        samples=found.integer("samples"),
-        relative_l2=found.number("relative_l2_max"),
-        cosine=found.number("centred_cosine_min"),
-        top1_agreement=found.number("top1_agreement"),
-        mean_kl=found.number("mean_kl"),
-        nonfinite=found.integer("nonfinite_count"),
-        recorded_pass=parity.flag("passed"),
-        limits=tuple(_limits(found, gate)) if gate else (),
+        candidate=parity.candidate,
+        reference=parity.reference,
+        samples=found.samples,
+        relative_l2=found.relative_l2_max,
+        cosine=found.centred_cosine_min,
+        top1_agreement=found.top1_agreement,
+        mean_kl=found.mean_kl,
+        nonfinite=found.nonfinite_count,
+        recorded_pass=parity.passed,
+        limits=tuple(_limits(found, parity.gate)),
     )
 
 
-def _limits(found: Fields, gate: "Gate") -> Iterator[Limit]:
+def _limits(found: Differences, gate: Gate) -> Iterator[Limit]:
     """The four limits. Of a limit from below the distance to 1 counts: cosine 0.9995 uses half of what 0.999 allows."""
     for name, key, limit_key in MEASURES:
-        value, limit = found.number(key), float(getattr(gate, limit_key))
+        value, limit = float(getattr(found, key)), float(getattr(gate, limit_key))
         used, allowed = (1.0 - value, 1.0 - limit) if limit_key.endswith("_min") else (value, limit)
         share = used / allowed if allowed > 0.0 else (math.inf if used > 0.0 else 0.0)
         yield Limit(name, value, limit, math.inf if math.isnan(share) else share)
 
 
-def _compiled(compiled: Fields) -> Compiled:
-    parts = {key: tuple(map(_part, compiled.children(key))) for key in ("by_stage", "by_operation")}
-    return Compiled(
-        compiled.integer("batch"), compiled.integer("kernels"), compiled.number("megabytes_per_image"), **parts
+def _compiled(compiled: manifests.Compiled) -> Compiled:
+    groupings: tuple[Literal["stage"], Literal["operation"]] = ("stage", "operation")
+    by_stage, by_operation = (
+        tuple(Part(total.name, total.kernels, total.megabytes, total.share) for total in compiled.totals(grouping))
+        for grouping in groupings
     )
-
-
-def _part(part: Fields) -> Part:
-    return Part(part.text("name"), part.integer("kernels"), part.number("megabytes"), part.number("share"))
-
-
-def _target(request: Fields, facts: Fields) -> str:
-    """The compute capability an engine is for; of one built for this machine's GPU the manifest says which it was."""
-    found = next((fields for fields, key in ((facts, "gpu"), (request, "target")) if fields.has(key)), None)
-    return "" if found is None else found.text("gpu" if found is facts else "target")
-
-
-def _runtime(request: Fields, facts: Fields) -> str:
-    """`tensorrt-rtx 1.7.1.116`."""
-    if not request.has("runtime"):
-        return ""
-    version = f" {facts.text('runtime_version')}" if facts.has("runtime_version") else ""
-    return f"{request.text('runtime')}{version}"
+    return Compiled(compiled.batch, compiled.kernels, compiled.megabytes_per_image, by_stage, by_operation)
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cnx_deploy.core.artifacts import WeightsRecord
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.manifest import WeightsRecord
 from cnx_deploy.core.variants import find_variant
 from cnx_deploy.report.html.manifests import Entry, Records
 

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from cnx_deploy.core.errors import TrainingError
+from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.training.fcmae.autoencoder import MaskedAutoencoder
 from cnx_deploy.training.fcmae.masking import random_masks
 from cnx_deploy.training.fcmae.patches import masked_losses
@@ -96,7 +97,7 @@ class Pretrainer(lightning.LightningModule):
         return train, held
 
     def _losses(self, pixels: Tensor, masks: Tensor) -> Tensor:
-        images = self.spec.preprocessing.normalise(pixels)
+        images = normalise(pixels, self.spec.preprocessing)
         masks = masks.to(images.device)
         return masked_losses(self.model(images, masks), images, masks)
 

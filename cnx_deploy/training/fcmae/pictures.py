@@ -8,7 +8,8 @@ from PIL import Image
 from torch import Tensor
 
 from cnx_deploy.core.files import whole_file
-from cnx_deploy.data import Preprocessing
+from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.training.fcmae.autoencoder import MaskedAutoencoder
 from cnx_deploy.training.fcmae.masking import enlarged
 from cnx_deploy.training.fcmae.patches import images_of_patches, patch_statistics, patches_of
@@ -42,7 +43,7 @@ def reconstruction_cells(
     predicts normalised patches, so each is given back the mean and deviation of the true one.
     """
     device = model.mask_token.device
-    images = preprocessing.normalise(pixels.to(device))
+    images = normalise(pixels.to(device), preprocessing)
     was_training = model.training
     model.eval()
     with torch.no_grad():

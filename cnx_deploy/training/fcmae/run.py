@@ -146,7 +146,7 @@ def _epoch_writer(
             save_checkpoint(
                 run_dir / f"{name}.safetensors",
                 model.encoder,
-                preprocessing=spec.preprocessing.to_dict(),
+                preprocessing=spec.preprocessing,
                 licence=licence,
                 extra={"epoch": str(record.epoch), "pretraining": "fcmae"},
             )

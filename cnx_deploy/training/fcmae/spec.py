@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import STRIDE, Variant
-from cnx_deploy.data import Preprocessing
 from cnx_deploy.training.fcmae.masking import masked_count
 from cnx_deploy.training.launch import Launch
 from cnx_deploy.training.spec import ONE_PROCESS, TrainingPrecision, TrainingSpec

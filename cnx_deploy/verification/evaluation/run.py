@@ -7,16 +7,11 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.core.errors import CheckFailedError, InputError
-from cnx_deploy.data import (
-    BrokenImage,
-    Preprocessing,
-    find_images,
-    readable_batches,
-    runner_input,
-    validation_folder,
-)
+from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.data import BrokenImage, find_images, readable_batches, runner_input, validation_folder
 from cnx_deploy.data.dataset import evenly
-from cnx_deploy.runners.base import InputSpec, Runner
+from cnx_deploy.data.input_spec import InputSpec
+from cnx_deploy.runners.base import Runner
 from cnx_deploy.verification.evaluation.outcomes import Outcome
 from cnx_deploy.verification.evaluation.results import Evaluation
 from cnx_deploy.verification.evaluation.tally import Tally

@@ -1,0 +1,124 @@
+"""How a model is deployed: precision, layout, input and folds, as a record without torch; `model.deploy` obeys it."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.precision import Precision, find_precision
+from cnx_deploy.core.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Positive, Triple
+from cnx_deploy.core.variants import check_image_size
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FOLDS", "DeploySpec", "InputKind", "Layout"]
+
+Layout = Literal["gpu", "cpu"]
+InputKind = Literal["float", "uint8"]
+
+FOLDS = {
+    "input-normalisation": "mean and std of the preprocessing into the stem's convolution",
+    "norm-affine": "gain and shift of a block's LayerNorm into its first pointwise layer",
+    "downsample-affine": "gain and shift of a downsampling's LayerNorm into its convolution",
+    "head-affine": "gain and shift of the last LayerNorm into the head",
+    "layer-scale": "LayerScale into the second pointwise layer (V1 alone)",
+    "grn-beta": "GRN's beta into the second pointwise bias",
+    "grn-gain": "GRN's gain into the second pointwise weight where that moves fewer bytes (gpu)",
+    "residual": "the second pointwise layer as a 1x1 convolution that adds the residual, elsewhere (gpu)",
+    "patches": "the stem as a 1x1 convolution over 4x4 patches (gpu)",
+    "stem-norm": "the stem's LayerNorm onto the patches, before their convolution, where that moves fewer bytes (gpu)",
+    "blocked": "GRN's mean square by pooling, its gain and the stem's affine by convolutions (cpu)",
+}
+"""What a deploy form folds or rewrites, by the name that leaves it out (`DeploySpec.leave_out`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeploySpec:
+    """How a model is deployed.
+
+    `image_size` is the side in pixels (it decides, per block, where GRN's gain is applied). `mean` and `std` are the
+    channel statistics of the preprocessing in units of a [0, 1] image; they are folded into the stem, so the deployed
+    input is raw: "float" takes (N, 3, S, S) float32 in [0, 1], "uint8" takes (N, S, S, 3) uint8.
+    `precision` names a row of `precision.PRECISIONS`. `layout` None means tokens ("gpu") for a precision with FP32
+    islands and channels-first ("cpu") otherwise. `leave_out` names folds (`FOLDS`) that are not to be made; the
+    function stays. `keep_fp32` names modules (`model.deploy.parts_of`) that stay in FP32 in half precision.
+    """
+
+    precision: str = "fp32"
+    image_size: Positive = 224
+    input_kind: InputKind = "float"
+    layout: Layout | None = None
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
+    leave_out: tuple[str, ...] = ()
+    keep_fp32: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_image_size(self.image_size, self.image_size)
+        find_precision(self.precision)
+        _check_choice("input kind", self.input_kind, get_args(InputKind))
+        if self.layout is None:
+            object.__setattr__(self, "layout", "gpu" if self.is_half else "cpu")
+        _check_choice("layout", str(self.layout), get_args(Layout))
+        for fold in self.leave_out:
+            _check_choice("fold", fold, tuple(FOLDS))
+        object.__setattr__(self, "leave_out", tuple(sorted(set(self.leave_out))))
+        object.__setattr__(self, "keep_fp32", tuple(sorted(set(self.keep_fp32))))
+        if self.keep_fp32 and not self.is_half:
+            raise InputError(
+                f"Parts are kept in FP32 in a file of half precision, not in {self.precision}. Leave keep_fp32 out, "
+                "or ask for fp16."
+            )
+        if any(value <= 0.0 for value in self.std):
+            raise InputError(f"Every std of the normalisation must be positive, got {self.std}.")
+
+    @property
+    def row(self) -> Precision:
+        """What the precision means to every stage."""
+        return find_precision(self.precision)
+
+    @property
+    def is_half(self) -> bool:
+        """Whether tensors are stored in a half precision, with FP32 islands."""
+        return self.row.has_islands
+
+    def keeps(self, module: str) -> bool:
+        """Whether a module of the deploy form stays in FP32: it or what it is part of is named."""
+        return any(f"{module}.".startswith(f"{kept}.") for kept in self.keep_fp32)
+
+    def dtype_of(self, module: str) -> "torch.dtype":
+        """The type of a module's parameters, by its name in the deploy form."""
+        import torch  # the commands that read manifests alone do not pay for it
+
+        dtype = torch.float32 if self.keeps(module) else getattr(torch, self.row.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def scales_input(self) -> bool:
+        """Whether a [0, 1] image is brought to [0, 255] before it is rounded to FP16 or BF16.
+
+        There the levels of an 8-bit image are exact; in [0, 1] FP16 is off by up to 0.06 of a level, and the
+        normalisation, which is folded and so comes later, would magnify it on images of low contrast.
+        """
+        return self.is_half and self.input_kind == "float"
+
+    @property
+    def folds(self) -> frozenset[str]:
+        """The folds that are made."""
+        return frozenset(FOLDS) - frozenset(self.leave_out)
+
+    @property
+    def reads_patches(self) -> bool:
+        """Whether the stem takes the images as they come, in whichever layout."""
+        return self.layout == "gpu" and "patches" in self.folds
+
+    @property
+    def full_scale(self) -> float:
+        """What a white pixel is where the stem reads it."""
+        return 255.0 if self.input_kind == "uint8" or self.scales_input else 1.0
+
+
+def _check_choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"No {what} is called {value!r}. Choose one of: {', '.join(allowed)}.")
