@@ -23,6 +23,7 @@ import torch
 
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.manifest import ModelRecord, WeightsRecord
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import package_version, tool_versions
 from cnx_deploy.core.variants import VARIANTS, find_variant
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
@@ -103,9 +104,9 @@ def measured(name: str, size: int, options: argparse.Namespace) -> Iterator[dict
 
 def own_file(name: str, size: int, folder: Path) -> Path:
     """Our deploy form."""
-    record = ModelRecord(name, 1000, size, WeightsRecord("random", "0", "0" * 64, "none"), {})
+    record = ModelRecord(name, 1000, size, WeightsRecord("random", "0", "0" * 64, "none"), Preprocessing())
     spec = ExportSpec(deploy=DeploySpec(precision="fp16", image_size=size))
-    return export_onnx(random_model(name), record, spec, folder)[0].path
+    return export_onnx(random_model(name), record, spec, folder).path
 
 
 def timm_file(name: str, size: int, folder: Path) -> Path:

@@ -123,7 +123,7 @@ def measured(path: Path, asked: argparse.Namespace) -> tuple[str, tuple[TensorDi
     loaded = load_checkpoint(path, num_classes=1, reset_head=True)
     if not loaded.preprocessing:
         print(f"{name} says nothing of its images: ImageNet's mean and std are taken.", file=sys.stderr)
-    preprocessing = Preprocessing.from_dict(loaded.preprocessing or {})
+    preprocessing = loaded.preprocessing or Preprocessing()
     if asked.image_size is not None:
         preprocessing = replace(preprocessing, image_size=asked.image_size)
     broken: list[BrokenImage] = []

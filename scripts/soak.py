@@ -127,10 +127,10 @@ def predictions(folder: Path) -> Callable[[int], None]:
 def exported(folder: Path, precision: str) -> Artifact:
     """What the command does: export, graph check, comparison with PyTorch."""
     model = random_model(SMALLEST, 10, seed=0)
-    record = ModelRecord(SMALLEST.name, 10, SIZE, WEIGHTS, Preprocessing(image_size=SIZE).to_dict())
+    record = ModelRecord(SMALLEST.name, 10, SIZE, WEIGHTS, Preprocessing(image_size=SIZE))
     spec = ExportSpec(deploy=DeploySpec(precision, SIZE), batch=(1, 2, 4))  # type: ignore[arg-type]
-    check = check_exported(LoadedModel(model, WEIGHTS), spec.request, record)
-    return export_onnx(model, record, spec, folder, verify=check)[0]
+    check = check_exported(LoadedModel(model, WEIGHTS), spec)
+    return export_onnx(model, record, spec, folder, verify=check)
 
 
 def resident_kb() -> float:

@@ -5,6 +5,7 @@ from hypothesis import settings
 
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import Variant
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
@@ -79,6 +80,8 @@ def tiny_engine(tiny_onnx_fp16: Artifact, tmp_path_factory: pytest.TempPathFacto
 
 
 def _exported(variant: Variant, deploy: DeploySpec, folders: pytest.TempPathFactory) -> Artifact:
-    record = ModelRecord(variant.name, 10, 32, WeightsRecord("random", "0", "0" * 64, "none (random weights)"), {})
+    record = ModelRecord(
+        variant.name, 10, 32, WeightsRecord("random", "0", "0" * 64, "none (random weights)"), Preprocessing()
+    )
     spec = ExportSpec(deploy=deploy, batch=(1, 4, 8))
-    return export_onnx(random_model(variant, 10, seed=0), record, spec, folders.mktemp("onnx"))[0]
+    return export_onnx(random_model(variant, 10, seed=0), record, spec, folders.mktemp("onnx"))

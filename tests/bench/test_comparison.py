@@ -99,7 +99,7 @@ def test_a_batch_outside_the_exported_range_is_said_and_not_timed(artifacts: lis
 
 @pytest.mark.skipif(bool(find_gpus()), reason="a GPU is here: engines run")
 def test_no_gpu_behaviour_bench_says_that_an_engine_was_not_run(folder: Path, artifacts: list[Artifact]) -> None:
-    compiled = next(a for a in artifacts if a.manifest.kind == "engine").manifest.facts["compiled"]
+    compiled = next(a for a in artifacts if a.manifest.kind == "engine").manifest.facts.compiled
     (missing,) = bench_artifacts(artifacts, BenchRequest(batches=(1,), duration=DURATION)).not_run
     assert (missing.kernels, missing.batch) == (compiled["kernels"], 4)
     printed = CliRunner().invoke(bench, words(folder)).output

@@ -18,16 +18,24 @@ from cnx_deploy.core.artifacts import (
     sha256_of_file,
     stage_artifact,
 )
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, OutputExistsError
-from cnx_deploy.core.manifest import Artifact, Manifest, ModelRecord, WeightsRecord, relative_reference
+from cnx_deploy.core.manifest import (
+    Artifact,
+    ModelRecord,
+    OnnxFacts,
+    OnnxManifest,
+    OnnxRequest,
+    WeightsRecord,
+    relative_reference,
+)
+from cnx_deploy.core.preprocessing import Preprocessing
 
 SOURCE = "a" * 64
-REQUEST = {
-    "precision": "fp32", "batch": [1, 4, 8], "image_size": 32, "input_kind": "float",
-    "mean": [0.0] * 3, "std": [1.0] * 3,
-}  # fmt: skip
+REQUEST = OnnxRequest(deploy=DeploySpec("fp32", 32), batch=(1, 4, 8), opset=20, form=1)
+FACTS = OnnxFacts(operators={"Gelu": 5}, types={}, half_share=0.0, inputs={}, outputs={})
 MODEL = ModelRecord(
-    "tiny-test", 2, 32, WeightsRecord("random", "0", SOURCE, "none"), {"mean": [0.5, 0.5, 0.5]}, ("cat", "Bär")
+    "tiny-test", 2, 32, WeightsRecord("random", "0", SOURCE, "none"), Preprocessing(image_size=32), ("cat", "Bär")
 )
 
 
@@ -37,19 +45,21 @@ def make(
     with stage_artifact(folder, stem) as staging:
         (staging.folder / f"{stem}{suffix}").write_bytes(content)
         values = {
-            "kind": "onnx",
             "stem": stem,
             "files": staging.record(f"{stem}{suffix}"),
             "model": MODEL,
             "request": REQUEST,
             "source_name": "random:0",
             "source_sha256": SOURCE,
+            "facts": FACTS,
         }
-        return staging.commit(Manifest(**{**values, **changes}))
+        return staging.commit(OnnxManifest(**{**values, **changes}))
 
 
-def reusable(folder: Path, *, stem: str = "small", source: str = SOURCE, force: bool = False, **request: object):
-    return reusable_artifact(folder, stem, "onnx", {**REQUEST, **request}, source, force=force)
+def reusable(
+    folder: Path, *, stem: str = "small", source: str = SOURCE, force: bool = False, request: OnnxRequest = REQUEST
+):
+    return reusable_artifact(folder, stem, request, source, force=force)
 
 
 def rewritten(artifact: Artifact, **changes: object) -> Path:
@@ -66,7 +76,7 @@ def visible(folder: Path) -> list[str]:
 
 
 def test_a_manifest_comes_back_as_it_was_written(tmp_path):
-    made = make(tmp_path, facts={"operators": {"Gelu": 5}})
+    made = make(tmp_path)
     assert open_artifact(made.path) == made
 
 
@@ -160,8 +170,8 @@ def test_a_path_that_is_not_there_says_so(tmp_path):
 def test_artifacts_of_a_folder_are_found_by_name_and_kind(tmp_path):
     make(tmp_path, "b")
     make(tmp_path, "a")
-    make(tmp_path, "c", kind="checkpoint", suffix=".safetensors")
     assert [artifact.manifest.stem for artifact in find_artifacts(tmp_path, "onnx")] == ["a", "b"]
+    assert find_artifacts(tmp_path, "engine") == []
 
 
 def test_a_folder_that_is_not_there_has_no_artifacts(tmp_path):
@@ -187,7 +197,7 @@ def test_a_free_place_has_nothing_to_reuse(tmp_path):
 
 def test_the_same_request_on_the_same_source_reuses(tmp_path):
     made = make(tmp_path)
-    assert reusable(tmp_path, batch=(1, 4, 8)) == made  # a tuple here is a list in the file
+    assert reusable(tmp_path) == made
 
 
 def test_force_does_not_reuse(tmp_path):
@@ -198,7 +208,7 @@ def test_force_does_not_reuse(tmp_path):
 def test_another_request_at_the_same_place_is_refused(tmp_path):
     make(tmp_path)
     with pytest.raises(OutputExistsError, match="--force"):
-        reusable(tmp_path, precision="fp16")
+        reusable(tmp_path, request=replace(REQUEST, deploy=DeploySpec("fp16", 32)))
 
 
 def test_other_weights_at_the_same_place_are_refused(tmp_path):

@@ -26,7 +26,7 @@ def test_build_concurrent_same_target_one_makes_it_and_the_others_reuse_it(count
     code = """
 import sys, time
 from pathlib import Path
-from tests.core.test_artifacts import SOURCE, MODEL, REQUEST, Manifest, reusable, stage_artifact
+from tests.core.test_artifacts import FACTS, SOURCE, MODEL, REQUEST, OnnxManifest, reusable, stage_artifact
 print("ready", flush=True)
 sys.stdin.readline()
 folder = Path(sys.argv[1])
@@ -36,7 +36,8 @@ with stage_artifact(folder, "small") as staging:
     else:
         time.sleep(0.3)
         (staging.folder / "small.onnx").write_bytes(b"weights")
-        staging.commit(Manifest("onnx", "small", staging.record("small.onnx"), MODEL, REQUEST, "random:0", SOURCE))
+        files = staging.record("small.onnx")
+        staging.commit(OnnxManifest(stem="small", files=files, model=MODEL, request=REQUEST, facts=FACTS, source_name="random:0", source_sha256=SOURCE))
         print("made")
 """
     processes = [

@@ -265,7 +265,7 @@ def test_build_concurrent_different_targets_of_one_folder_do_not_meet(tiny_onnx_
     assert [process.returncode for process in processes] == [0, 0], said
     for target in targets:
         engine = open_artifact(tmp_path / "engines" / f"{tiny_onnx_fp16.manifest.stem}-rtx-{target}.engine")
-        assert engine.manifest.request["target"] == target
+        assert engine.manifest.request.target == target
 
 
 @pytest.mark.slow

@@ -195,7 +195,7 @@ def test_a_form_that_is_not_of_half_precision_has_nothing_to_keep(tiny_model: Co
 def test_images_come_in_batches_that_the_file_takes(
     tiny_onnx_fp16: Artifact, tiny_model: ConvNeXtV2, batch: tuple[int, int, int], samples: int, sizes: list[int]
 ) -> None:
-    manifest = replace(tiny_onnx_fp16.manifest, request={**tiny_onnx_fp16.manifest.request, "batch": list(batch)})
+    manifest = replace(tiny_onnx_fp16.manifest, request=replace(tiny_onnx_fp16.manifest.request, batch=tuple(batch)))
     artifact, loaded = replace(tiny_onnx_fp16, manifest=manifest), LoadedModel(tiny_model, NO_WEIGHTS)
     case = case_of(artifact, loaded, GATES["fp16"], None, samples)
     assert [len(images) for images in case.batches] == sizes
@@ -208,9 +208,9 @@ def test_a_folder_gives_the_images_and_one_with_too_few_is_refused(
     for index in range(3):
         Image.new("RGB", (40, 40), (80 * index, 10, 200)).save(tmp_path / f"{index}.png")
     loaded, manifest = LoadedModel(tiny_model, NO_WEIGHTS), tiny_onnx_fp16.manifest
-    record = replace(manifest.model, preprocessing=Preprocessing(image_size=SIZE).to_dict())
+    record = replace(manifest.model, preprocessing=Preprocessing(image_size=SIZE))
     artifact = replace(tiny_onnx_fp16, manifest=replace(manifest, model=record))
     assert len(case_of(artifact, loaded, GATES["fp16"], tmp_path, 4).expected) == 3
-    fixed = replace(manifest, model=record, request={**manifest.request, "batch": [8, 8, 8]})
+    fixed = replace(manifest, model=record, request=replace(manifest.request, batch=(8, 8, 8)))
     with pytest.raises(InputError, match="fewer images than the 8"):
         case_of(replace(artifact, manifest=fixed), loaded, GATES["fp16"], tmp_path, 4)

@@ -122,7 +122,8 @@ def test_a_file_that_keeps_the_wrong_parts_is_searched_from_nothing_kept(
     tiny_onnx_fp16: Artifact, tiny_model: ConvNeXtV2, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hot_hidden(tiny_model, 2, 1)
-    request = {**tiny_onnx_fp16.manifest.request, "keep_fp32": ["head"]}
+    manifest = tiny_onnx_fp16.manifest
+    request = replace(manifest.request, deploy=replace(manifest.deploy, keep_fp32=("head",)))
     artifact = replace(tiny_onnx_fp16, manifest=replace(tiny_onnx_fp16.manifest, request=request))
     monkeypatch.setattr(bisection, "recorded_as_it_is", overflowing)
     found = bisected(artifact, tiny_model)
@@ -145,7 +146,7 @@ def test_what_is_no_half_precision_file_is_refused(
         run_bisection(tiny_onnx_fp16.path, print, samples=0)
     manifest = tiny_onnx_fp16.manifest
     engine = replace(tiny_onnx_fp16, manifest=replace(manifest, kind="engine"))
-    earlier = replace(tiny_onnx_fp16, manifest=replace(manifest, request={**manifest.request, "form": FORM - 1}))
+    earlier = replace(tiny_onnx_fp16, manifest=replace(manifest, request=replace(manifest.request, form=FORM - 1)))
     for artifact, message in ((engine, "no ONNX file of half precision"), (earlier, "an earlier deploy form")):
         monkeypatch.setattr(bisection, "open_artifact", lambda _, opened=artifact: opened)
         with pytest.raises(InputError, match=message):
@@ -165,7 +166,10 @@ def command(
 ) -> str:
     """The command for `artifact` with another record, stem, or entries of its request."""
     manifest = artifact.manifest
-    changed = replace(manifest, model=record or manifest.model, request={**manifest.request, **request}, stem=stem)
+    batch, deploy = request.pop("batch", manifest.batch), replace(manifest.deploy, **request)
+    asked = replace(manifest.request, batch=batch, deploy=deploy)
+    files = (replace(manifest.files[0], name=f"{stem}.onnx"),)
+    changed = replace(manifest, model=record or manifest.model, request=asked, stem=stem, files=files)
     probe = Probe((), differences(torch.ones(1, 2), torch.ones(1, 2)), (), exported=True)
     final = Exported(probe, 0.0, 0.0, verifies)
     return command_of(replace(artifact, manifest=changed), ("stages.2.1.grn", "head"), final)
@@ -193,8 +197,8 @@ def test_the_command_asks_for_what_the_file_was_asked_for(tiny_onnx_fp16: Artifa
         verifies=False,
         input_kind="uint8",
         layout="cpu",
-        leave_out=["blocked", "grn-beta"],
-        batch=[1, 8, 64],
+        leave_out=("blocked", "grn-beta"),
+        batch=(1, 8, 64),
     )
     assert "--precision fp16 --input uint8 --optimize-for cpu --without-fold blocked --without-fold grn-beta" in words
     assert " --name mine --output-dir " in words
@@ -248,9 +252,7 @@ def test_the_printed_command_writes_a_file_that_passes_where_the_first_one_fails
     replayed, found = found_and_replayed.file, found_and_replayed.found
     assert found.outcome == "found"
     assert (
-        replayed.manifest.request["keep_fp32"]
-        == list(found_and_replayed.kept)
-        == list(parts("2.1.pwconv1", "2.1.pwconv2"))
+        replayed.manifest.deploy.keep_fp32 == list(found_and_replayed.kept) == list(parts("2.1.pwconv1", "2.1.pwconv2"))
     )
     case = case_of(replayed, LoadedModel(found_and_replayed.model, NO_WEIGHTS), GATES["fp16"], None, 4)
     again = recorded_as_it_is(replayed, case)

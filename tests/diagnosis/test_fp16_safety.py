@@ -11,6 +11,7 @@ import torch
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.gates import GATES, Differences
 from cnx_deploy.core.manifest import ModelRecord, WeightsRecord
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import VARIANTS, Variant
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
@@ -43,8 +44,8 @@ WIDE = Variant("wide-test", (1, 1, 1, 1), (8, 16, 32, 1024), 0, 0.0)
 
 def exported(model: ConvNeXtV2, spec: DeploySpec, folder: Path) -> Path:
     weights = WeightsRecord("random", "0", "0" * 64, "none (random weights)")
-    record = ModelRecord(model.variant.name, model.num_classes, spec.image_size, weights, {})
-    return export_onnx(model, record, ExportSpec(deploy=spec, batch=(1, 2, 4)), folder)[0].path
+    record = ModelRecord(model.variant.name, model.num_classes, spec.image_size, weights, Preprocessing())
+    return export_onnx(model, record, ExportSpec(deploy=spec, batch=(1, 2, 4)), folder).path
 
 
 def against_float64(runner: EmulatedRunner | OrtRunner, model: ConvNeXtV2, spec: DeploySpec) -> Differences:

@@ -120,7 +120,9 @@ def test_a_fault_of_the_tokens_form_is_blamed_on_the_export(tmp_path, monkeypatc
     [("bf16", False, "bf16"), ("fp16", False, "fp16"), ("fp32", False, "fp32-engine"), ("fp32", True, "tf32-engine")],
 )
 def test_an_engine_is_judged_by_the_gate_of_its_precision(tiny_engine: Artifact, precision, tf32, gate) -> None:
-    request = {**tiny_engine.manifest.request, "precision": precision, "allow_tf32": tf32}
+    onnx = tiny_engine.manifest.onnx
+    onnx = replace(onnx, deploy=replace(onnx.deploy, precision=precision))
+    request = replace(tiny_engine.manifest.request, onnx=onnx, allow_tf32=tf32)
     changed = replace(tiny_engine, manifest=replace(tiny_engine.manifest, request=request))
     assert gate_of(changed).name == gate
 
@@ -141,7 +143,7 @@ def test_an_fp16_file_that_hides_its_float_parts_is_not_built(tmp_path, tiny_var
     build = NetworkBuild(load_backend("tensorrt-rtx"), kept.path)
     _check_half_share(build, kept.manifest.request)
     with pytest.raises(BuildError, match="calls itself FP16, but only"):
-        _check_half_share(build, {**kept.manifest.request, "keep_fp32": ()})
+        _check_half_share(build, replace(kept.manifest.deploy, keep_fp32=()))
 
 
 def test_the_error_of_steps_names_options_as_they_are_written(tmp_path) -> None:

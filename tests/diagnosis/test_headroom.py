@@ -160,9 +160,9 @@ def half_tensors(path: Path) -> list[tuple[str, float]]:
 
 @pytest.mark.slow
 def test_every_half_tensor_of_the_exported_file_is_recorded_and_no_other(tmp_path: Path) -> None:
-    model, record = random_model(WIDE_STEM, 10), ModelRecord(WIDE_STEM.name, 10, 32, WEIGHTS, {})
+    model, record = random_model(WIDE_STEM, 10), ModelRecord(WIDE_STEM.name, 10, 32, WEIGHTS, Preprocessing())
     spec = ExportSpec(deploy=DeploySpec(precision="fp16", image_size=32), batch=(1, 2, 4))
-    path = export_onnx(model, record, spec, tmp_path)[0].path
+    path = export_onnx(model, record, spec, tmp_path).path
     ranges = measured(model, 32).tensors
     assert {"gained weight", "hidden × gain", "normed patches", "product"} < {each.what for each in ranges}
     for (node, largest), found in zip(half_tensors(path), ranges, strict=True):

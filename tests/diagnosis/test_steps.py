@@ -25,9 +25,9 @@ from tests.support.hot_networks import with_hot_responses
 
 def recorded(model: ConvNeXtV2, folder: Path, size: int = 32, precision: str = "fp16") -> tuple[Artifact, LoadedModel]:
     weights = WeightsRecord("random", "0", hash_weights(model), "none (random weights)")
-    record = ModelRecord("tiny-test", 10, size, weights, Preprocessing(image_size=size).to_dict())
+    record = ModelRecord("tiny-test", 10, size, weights, Preprocessing(image_size=size))
     spec = ExportSpec(deploy=DeploySpec(precision, size), batch=(1, 2, 4))
-    return export_onnx(model, record, spec, folder)[0], LoadedModel(model, weights, None, record.preprocessing)
+    return export_onnx(model, record, spec, folder), LoadedModel(model, weights, None, record.preprocessing)
 
 
 def chain(artifact: Artifact, loaded: LoadedModel, engines: tuple[Artifact, ...] = ()) -> StepVerdict:
@@ -64,7 +64,7 @@ def test_the_floor_of_fp32_is_below_what_any_step_finds_in_half(healthy) -> None
     assert 1e-8 < verdict.floor < 1e-5
     half = verdict.steps[2].result
     assert half is not None
-    assert half.found.relative_l2_max > 100 * verdict.floor
+    assert half.differences.relative_l2_max > 100 * verdict.floor
 
 
 @pytest.mark.slow

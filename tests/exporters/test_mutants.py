@@ -34,10 +34,10 @@ def export(variant: Variant, spec: DeploySpec, folder: Path) -> Path:
     """What the command does: export, graph check, comparison with PyTorch."""
     model = random_model(variant, 10, seed=0)
     weights = WeightsRecord("random", "0", "0" * 64, "none (random weights)")
-    record = ModelRecord(variant.name, 10, SIZE, weights, Preprocessing(image_size=SIZE).to_dict())
+    record = ModelRecord(variant.name, 10, SIZE, weights, Preprocessing(image_size=SIZE))
     export_spec = ExportSpec(deploy=spec, batch=(1, 2, 4))
     check = check_exported(LoadedModel(model, weights), export_spec.request, record)
-    return export_onnx(model, record, export_spec, folder, verify=check)[0].path
+    return export_onnx(model, record, export_spec, folder, verify=check).path
 
 
 def epsilon(patch: pytest.MonkeyPatch) -> None:

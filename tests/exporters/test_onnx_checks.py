@@ -6,12 +6,12 @@ from onnx import TensorProto, helper
 
 from cnx_deploy.core.errors import CorruptArtifactError, GraphCheckError, RefusedArtifactError
 from cnx_deploy.exporters.graph_rules import check_graph
-from cnx_deploy.exporters.onnx_checks import OPSET, check_export
+from cnx_deploy.exporters.onnx_checks import check_export
 
 KINDS = {"FLOAT16": TensorProto.FLOAT16, "BFLOAT16": TensorProto.BFLOAT16, "FLOAT": TensorProto.FLOAT}
 
 
-def saved(path, nodes, kind=TensorProto.FLOAT, *, initializers=(), domains=(), opset=OPSET, batch="batch"):
+def saved(path, nodes, kind=TensorProto.FLOAT, *, initializers=(), domains=(), opset=20, batch="batch"):
     """Write a graph from `images` (batch, 4) to `logits` (batch, 4), both of element type `kind`."""
     graph = helper.make_graph(
         list(nodes),

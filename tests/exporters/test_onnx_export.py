@@ -14,11 +14,11 @@ import torch
 from cnx_deploy.core.artifacts import open_artifact, sha256_of_file
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import CorruptArtifactError, ExportError, InputError, OutputExistsError, ParityError
-from cnx_deploy.core.gates import GATES
+from cnx_deploy.core.gates import GATES, Differences, ParityResult
 from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.data import image_like_batches, runner_input
-from cnx_deploy.exporters.onnx import ExportSpec, deploy_spec_from_request, export_onnx
+from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.checkpoint import hash_weights
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.model.deploy import FORM
@@ -28,8 +28,7 @@ from cnx_deploy.verification.parity import differences
 
 FP32 = ExportSpec(DeploySpec("fp32", 32), batch=(1, 4, 8))
 FP16 = ExportSpec(DeploySpec("fp16", 32), batch=(1, 4, 8))
-FOUND = {"samples": 1, "relative_l2_max": 0.0, "centred_cosine_min": 1.0, "top1_agreement": 1.0, "mean_kl": 0.0}
-PARITY = {"reference": "none", "passed": True, "found": {**FOUND, "nonfinite_count": 0}}
+PARITY = ParityResult("", "none", GATES["fp32"], (1,), Differences(1, 0, 0.0, 0.0, 1.0, 1.0, 0, 0, 0.0, 0.0), ())
 CLASSES = ("Amsel", "Drossel", "Fink", "Star", "Meise", "Specht", "Eule", "Kauz", "Bussard", "Möwe")
 LICENCE = "none (random weights)"
 
@@ -45,7 +44,7 @@ class Exported:
 
 def export(model: ConvNeXtV2, record: ModelRecord, spec: ExportSpec, folder: Path, **options: object) -> Exported:
     before = hash_weights(model)
-    artifact, _ = export_onnx(model, record, spec, folder, **options)
+    artifact = export_onnx(model, record, spec, folder, **options)
     return Exported(artifact, model, before)
 
 
@@ -61,7 +60,7 @@ def uint8_fp16(tiny_variant, tmp_path_factory) -> Exported:
     """FP16 with raw bytes as input; class names and preprocessing known."""
     model = random_model(tiny_variant, 10, seed=0)
     weights = WeightsRecord("random", "0", hash_weights(model), LICENCE)
-    record = ModelRecord(tiny_variant.name, 10, 32, weights, Preprocessing(image_size=32).to_dict(), CLASSES)
+    record = ModelRecord(tiny_variant.name, 10, 32, weights, Preprocessing(image_size=32), CLASSES)
     spec = ExportSpec(DeploySpec("fp16", 32, "uint8"), batch=(1, 4, 8))
     return export(model, record, spec, tmp_path_factory.mktemp("uint8"))
 
@@ -70,17 +69,25 @@ def uint8_fp16(tiny_variant, tmp_path_factory) -> Exported:
 def fixed_external(tiny_variant, tmp_path_factory) -> Exported:
     """A batch of four only, weights in a file of their own, a verification that passes."""
     model = random_model(tiny_variant, 10, seed=0)
-    record = ModelRecord(tiny_variant.name, 10, 32, WeightsRecord("random", "0", hash_weights(model), LICENCE), {})
+    record = ModelRecord(
+        tiny_variant.name, 10, 32, WeightsRecord("random", "0", hash_weights(model), LICENCE), Preprocessing()
+    )
     spec = ExportSpec(DeploySpec("fp32", 32), batch=(4, 4, 4), name="fixed", external_data_bytes=1000)
     return export(
-        model, record, spec, tmp_path_factory.mktemp("external"), verify=lambda path: {**PARITY, "candidate": path.name}
+        model,
+        record,
+        spec,
+        tmp_path_factory.mktemp("external"),
+        verify=lambda path: replace(PARITY, candidate=path.name),
     )
 
 
 @pytest.mark.slow
 def test_a_forced_export_removes_the_weights_file_it_no_longer_has(tiny_variant, tmp_path):
     model = random_model(tiny_variant, 10, seed=0)
-    record = ModelRecord(tiny_variant.name, 10, 32, WeightsRecord("random", "0", hash_weights(model), LICENCE), {})
+    record = ModelRecord(
+        tiny_variant.name, 10, 32, WeightsRecord("random", "0", hash_weights(model), LICENCE), Preprocessing()
+    )
     spec = ExportSpec(DeploySpec("fp32", 32), batch=(4, 4, 4), external_data_bytes=1000)
     first = export(model, record, spec, tmp_path).artifact
     assert (tmp_path / f"{first.path.name}.data").is_file()
@@ -220,7 +227,7 @@ def test_a_uint8_file_takes_images_with_channels_last(uint8_fp16):
 
 
 def test_onnx_runtime_on_bytes_equals_torch(uint8_fp16):
-    spec = deploy_spec_from_request(uint8_fp16.artifact.manifest.request)
+    spec = uint8_fp16.artifact.manifest.deploy
     images = images_for(spec, 8)
     found = OrtRunner(uint8_fp16.artifact.path).run(images)
     expected = reference_runner(uint8_fp16.model, spec).run(images)
@@ -250,16 +257,16 @@ def test_the_file_says_what_it_is(uint8_fp16):
 
 def test_the_manifests_request_gives_the_deploy_spec_back(uint8_fp16):
     manifest = open_artifact(uint8_fp16.artifact.path).manifest
-    assert deploy_spec_from_request(manifest.request) == DeploySpec("fp16", 32, "uint8")
+    assert manifest.deploy == DeploySpec("fp16", 32, "uint8")
 
 
 def test_what_the_verification_found_is_in_the_manifest(fixed_external):
     manifest = open_artifact(fixed_external.artifact.path).manifest
-    assert manifest.facts["parity"] == {**PARITY, "candidate": "fixed-32-fp32.onnx"}
+    assert manifest.facts.parity == replace(PARITY, candidate="fixed-32-fp32.onnx")
 
 
 def test_an_export_without_verification_claims_no_parity(tiny_onnx_fp32):
-    assert open_artifact(tiny_onnx_fp32.path).manifest.facts["parity"] is None
+    assert open_artifact(tiny_onnx_fp32.path).manifest.facts.parity is None
 
 
 # Weights in a file of their own
@@ -273,7 +280,7 @@ def test_onnx_over_2gib_weights_lie_beside_the_model(fixed_external):
 def test_onnx_over_2gib_weights_are_found_from_any_working_directory(fixed_external, tmp_path, monkeypatch):
     path = Path(os.path.relpath(fixed_external.artifact.path, tmp_path))
     monkeypatch.chdir(tmp_path)
-    spec = deploy_spec_from_request(fixed_external.artifact.manifest.request)
+    spec = fixed_external.artifact.manifest.deploy
     images = images_for(spec, 4)
     expected = reference_runner(fixed_external.model, spec).run(images)
     assert GATES["fp32"].failures(differences(OrtRunner(path).run(images), expected)) == ()
@@ -293,8 +300,8 @@ def test_onnx_extdata_missing_swapped_a_changed_byte_is_corrupt(fixed_external, 
 
 
 def test_the_same_request_again_is_reused(copied, tiny_model):
-    artifact, reused = export_onnx(tiny_model, copied.manifest.model, FP32, copied.path.parent)
-    assert (reused, artifact) == (True, copied)
+    artifact = export_onnx(tiny_model, copied.manifest.model, FP32, copied.path.parent)
+    assert (artifact.reused, artifact) == (True, copied)
 
 
 def test_another_request_at_the_same_place_is_refused(copied, tiny_model):
@@ -311,9 +318,9 @@ def test_other_class_names_for_the_same_weights_are_not_reused(copied, tiny_mode
 @pytest.mark.slow
 def test_force_replaces(copied, tiny_model):
     spec = replace(FP32, deploy=DeploySpec("fp32", 32, layout="gpu"))
-    _, reused = export_onnx(tiny_model, copied.manifest.model, spec, copied.path.parent, force=True)
+    replaced = export_onnx(tiny_model, copied.manifest.model, spec, copied.path.parent, force=True)
     made = open_artifact(copied.path)
-    assert (reused, made.manifest.request["layout"], made.sha256 != copied.sha256) == (False, "gpu", True)
+    assert (replaced.reused, made.manifest.deploy.layout, made.sha256 != copied.sha256) == (False, "gpu", True)
 
 
 def test_an_export_whose_verification_fails_leaves_no_file(tmp_path, tiny_model, tiny_onnx_fp16):
@@ -345,16 +352,16 @@ def test_a_batch_range_out_of_order_is_refused(batch):
 
 
 def test_float64_is_not_exported():
-    with pytest.raises(InputError, match="FP64 exists to prove"):
+    with pytest.raises(InputError, match="fp64 exists to prove"):
         ExportSpec(DeploySpec("fp64"))
 
 
 @pytest.mark.slow
 def test_a_fold_left_out_is_recorded_and_shows_in_the_graph(tmp_path, tiny_model, tiny_onnx_fp32):
     spec = ExportSpec(DeploySpec("fp32", 32, leave_out=("blocked",)), batch=FP32.batch)
-    artifact, _ = export_onnx(tiny_model, tiny_onnx_fp32.manifest.model, spec, tmp_path)
-    facts = artifact.manifest.facts["operators"]
-    assert (list(artifact.manifest.request["leave_out"]), facts["ReduceSum"], facts.get("AveragePool")) == (
+    artifact = export_onnx(tiny_model, tiny_onnx_fp32.manifest.model, spec, tmp_path)
+    facts = artifact.manifest.facts.operators
+    assert (list(artifact.manifest.deploy.leave_out), facts["ReduceSum"], facts.get("AveragePool")) == (
         ["blocked"],
         5,
         None,

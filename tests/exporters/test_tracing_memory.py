@@ -18,6 +18,7 @@ import gc, linecache, sys, tempfile
 from pathlib import Path
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from cnx_deploy import onnx_export
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.manifest import ModelRecord, WeightsRecord
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.core.deploy_spec import DeploySpec
@@ -27,12 +28,12 @@ from cnx_deploy.core.variants import Variant
 if sys.argv[1] == "kept":
     onnx_export.release_shapes = lambda program: None
 model = random_model(Variant("one", (1, 1, 1, 1), (8, 8, 8, 8), 0, None), 2, seed=0)
-record = ModelRecord("one", 2, 32, WeightsRecord("random", "0", "0" * 64, "none"), {})
+record = ModelRecord("one", 2, 32, WeightsRecord("random", "0", "0" * 64, "none"), Preprocessing())
 spec = onnx_export.ExportSpec(deploy=DeploySpec("fp32", 32))
 hashes = set()
 for turn in range(4):
     with tempfile.TemporaryDirectory() as folder:
-        hashes.add(onnx_export.export_onnx(model, record, spec, Path(folder))[0].sha256)
+        hashes.add(onnx_export.export_onnx(model, record, spec, Path(folder)).sha256)
     gc.collect()
     shapes = sum(type(each) is ShapeEnv for each in gc.get_objects())
     print(shapes, sum(name.startswith(GENERATED) for name in linecache.cache), len(hashes))

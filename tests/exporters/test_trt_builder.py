@@ -71,12 +71,12 @@ def test_no_gpu_behaviour_builds_an_engine_for_each_target(
 
 def test_the_manifest_records_types_kernels_and_that_it_was_not_run(tiny_engine: Artifact) -> None:
     facts = tiny_engine.manifest.facts
-    assert facts["half_share_of_products"] == 1.0
-    assert facts["census"]["types"]["HALF"] > 0
-    assert facts["census"]["float_layers"]["REDUCE"] > 0, "GRN's and LayerNorm's reductions are FP32"
-    assert facts["compiled"]["kernels"] > 0
-    assert facts["run"].startswith("not run")
-    assert facts["runtime_version"] == RTX.version
+    assert facts.half_share_of_products == 1.0
+    assert facts.census.types["HALF"] > 0
+    assert facts.census.float_layers["REDUCE"] > 0, "GRN's and LayerNorm's reductions are FP32"
+    assert facts.compiled.kernels > 0
+    assert facts.run.startswith("not run")
+    assert facts.runtime_version == RTX.version
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_reproducible_export_two_builds_have_the_same_kernels_and_size(
     """Not the same bytes: the compiler's own names in the plan differ from build to build."""
     spec = BuildSpec(target="sm89", batches=((1, 4, 8),))
     first, second = (build_engine(tiny_onnx_fp16, spec, tmp_path / name) for name in ("a", "b"))
-    assert first.manifest.facts["compiled"] == second.manifest.facts["compiled"]
+    assert first.manifest.facts.compiled == second.manifest.facts.compiled
     assert first.manifest.files[0].size_bytes == second.manifest.files[0].size_bytes
 
 
@@ -109,7 +109,7 @@ def test_an_altered_onnx_file_is_refused_before_it_is_parsed(tiny_onnx_fp16: Art
 
 
 def test_an_fp32_file_that_calls_itself_fp16_is_no_engine(tiny_onnx_fp32: Artifact, tmp_path: Path) -> None:
-    request = {**tiny_onnx_fp32.manifest.request, "precision": "fp16"}
+    request = replace(tiny_onnx_fp32.manifest.request, deploy=DeploySpec("fp16", 32))
     copy = copied(tiny_onnx_fp32, tmp_path)
     copy.path.with_suffix(".json").write_text(replace(copy.manifest, request=request).to_json())
     with pytest.raises(BuildError, match="calls itself FP16, but only 0%"):
@@ -212,13 +212,13 @@ def test_on_turing_an_engine_moves_a_fraction_with_depthwise_in_groups(
     engine = build_engine(tiny_onnx_fp16, BuildSpec(target="sm75", batches=((1, 4, 8),)), tmp_path)
     plain = measure_compiled(tiny_onnx_fp16.path, batch=8, target="sm75", backend=RTX)
     facts = engine.manifest.facts
-    assert facts["depthwise_in_groups_of"] == 8
-    assert facts["compiled"]["megabytes_per_image"] < 0.75 * plain.megabytes_per_image
+    assert facts.depthwise_in_groups_of == 8
+    assert facts.compiled.megabytes_per_image < 0.75 * plain.megabytes_per_image
     assert engine.manifest.source_sha256 == tiny_onnx_fp16.sha256
 
 
 def test_elsewhere_depthwise_convolutions_are_built_as_exported(tiny_engine: Artifact) -> None:
-    assert tiny_engine.manifest.facts["depthwise_in_groups_of"] == 1
+    assert tiny_engine.manifest.facts.depthwise_in_groups_of == 1
 
 
 def refusing_half_depthwise(monkeypatch: pytest.MonkeyPatch, reason: str) -> list[Path]:
@@ -242,8 +242,8 @@ def test_without_a_half_depthwise_kernel_the_engine_is_built_with_the_fallback_a
     reason = "No low-precision conv kernel available for this strongly-typed Conv"
     built = refusing_half_depthwise(monkeypatch, reason)
     engine = build_engine(tiny_onnx_fp16, BuildSpec(batches=((1, 4, 8),)), tmp_path)
-    assert engine.manifest.facts["depthwise_fp32_fallback"] is True
-    assert engine.manifest.facts["census"]["float_layers"]["CONVOLUTION"] == 5, "one a block"
+    assert engine.manifest.facts.depthwise_fp32_fallback is True
+    assert engine.manifest.facts.census.float_layers["CONVOLUTION"] == 5, "one a block"
     assert engine.manifest.source_sha256 == tiny_onnx_fp16.sha256
     assert [path.exists() for path in built] == [True, False], "the changed copy is gone"
 

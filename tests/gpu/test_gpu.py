@@ -8,6 +8,7 @@ import torch
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.gates import GATES
 from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import find_gpus
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.backend import default_targets, load_backend
@@ -28,8 +29,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     if default_targets(backend) != ("current",):
         pytest.skip(f"{backend.name} does not build for {find_gpus()[0].target}: not run")
     folder = tmp_path_factory.mktemp("gpu")
-    record = ModelRecord("atto", 1000, 64, WeightsRecord("random", "0", "0" * 64, "none"), {})
-    onnx, _ = export_onnx(random_model("atto"), record, ExportSpec(deploy=SPEC, batch=(1, 8, 64)), folder)
+    record = ModelRecord("atto", 1000, 64, WeightsRecord("random", "0", "0" * 64, "none"), Preprocessing())
+    onnx = export_onnx(random_model("atto"), record, ExportSpec(deploy=SPEC, batch=(1, 8, 64)), folder)
     return build_engine(onnx, BuildSpec(runtime="auto", target="current", batches=((1, 8, 64),)), folder)
 
 

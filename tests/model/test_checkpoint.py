@@ -40,7 +40,7 @@ def test_saving_a_loaded_model_gives_the_same_bytes(tiny_model, tiny_variant, tm
 
 def test_what_is_said_of_a_model_comes_back_with_it(tiny_model, tiny_variant, tmp_path):
     names = tuple(f"class {index}" for index in range(10))
-    preprocessing = Preprocessing(image_size=64, crop_ratio=1.0).to_dict()
+    preprocessing = Preprocessing(image_size=64, crop_ratio=1.0)
     path = save_checkpoint(
         tmp_path / "own.safetensors", tiny_model, class_names=names, preprocessing=preprocessing, licence="CC0-1.0"
     )

@@ -12,8 +12,9 @@ from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.gates import GATES
 from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.exporters.graph_rules import half_reductions
-from cnx_deploy.exporters.onnx import ExportSpec, deploy_spec_from_request, export_onnx
+from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.model.deploy import deploy_form, parts_of
@@ -28,8 +29,8 @@ SIZE = 32
 
 def exported(model: ConvNeXtV2, spec: DeploySpec, folder: Path) -> Artifact:
     weights = WeightsRecord("random", "0", "0" * 64, "none (random weights)")
-    record = ModelRecord("tiny-test", model.num_classes, spec.image_size, weights, {})
-    return export_onnx(model, record, ExportSpec(deploy=spec, batch=(1, 2, 4)), folder)[0]
+    record = ModelRecord("tiny-test", model.num_classes, spec.image_size, weights, Preprocessing())
+    return export_onnx(model, record, ExportSpec(deploy=spec, batch=(1, 2, 4)), folder)
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +94,9 @@ def test_a_kept_block_computes_in_float_and_neighbours_make_one_island(kept) -> 
 
 
 def test_what_is_kept_is_in_the_manifest_and_nothing_else_changes_it(kept, tiny_onnx_fp16) -> None:
-    assert list(kept.manifest.request["keep_fp32"]) == ["stages.0.0.pwconv1", "stages.2.0", "stages.2.1"]
-    assert deploy_spec_from_request(kept.manifest.request).keeps("stages.2.1.grn")
-    assert not deploy_spec_from_request(kept.manifest.request).keeps("stages.0.0")
+    assert list(kept.manifest.deploy.keep_fp32) == ["stages.0.0.pwconv1", "stages.2.0", "stages.2.1"]
+    assert kept.manifest.deploy.keeps("stages.2.1.grn")
+    assert not kept.manifest.deploy.keeps("stages.0.0")
     assert "keep_fp32" not in tiny_onnx_fp16.manifest.request
 
 
@@ -127,8 +128,8 @@ def test_there_is_nothing_to_keep_in_an_fp32_file() -> None:
 def test_a_bf16_file_is_of_the_opset_whose_convolution_takes_it(bf16) -> None:
     model = onnx.load(bf16.path)
     assert [entry.version for entry in model.opset_import if entry.domain == ""] == [22]
-    assert bf16.manifest.request["opset"] == 22
-    assert bf16.manifest.facts["types"].keys() == {"BFLOAT16", "FLOAT"}
+    assert bf16.manifest.request.opset == 22
+    assert bf16.manifest.facts.types.keys() == {"BFLOAT16", "FLOAT"}
 
 
 def test_a_bf16_file_is_right_to_its_own_gate_and_not_to_fp16s(bf16, tiny_model) -> None:
@@ -158,8 +159,8 @@ def test_onnx_runtime_is_not_asked_for_bf16_on_a_cpu_nor_the_emulator_for_anothe
 def test_a_bf16_engine_is_built_for_ampere_and_refused_for_turing(bf16, tmp_path) -> None:
     batches = ((1, 2, 4),)
     engine = build_engine(bf16, BuildSpec("tensorrt-rtx", "sm80", batches, measure=False), tmp_path)
-    assert engine.manifest.facts["half_share_of_products"] == 1.0
-    assert set(engine.manifest.facts["census"]["types"]) >= {"BF16", "FLOAT"}
+    assert engine.manifest.facts.half_share_of_products == 1.0
+    assert set(engine.manifest.facts.census.types) >= {"BF16", "FLOAT"}
     with pytest.raises(InputError, match="sm75 has no BF16 arithmetic; sm80 is the first"):
         build_engine(bf16, BuildSpec("tensorrt-rtx", "sm75", batches, measure=False), tmp_path)
 
@@ -167,7 +168,7 @@ def test_a_bf16_engine_is_built_for_ampere_and_refused_for_turing(bf16, tmp_path
 def test_an_engine_of_a_file_with_kept_parts_is_built_and_one_that_hides_them_is_not(kept, tmp_path) -> None:
     spec = BuildSpec("tensorrt-rtx", "sm89", ((1, 2, 4),), measure=False)
     engine = build_engine(kept, spec, tmp_path)
-    assert 0.3 < engine.manifest.facts["half_share_of_products"] < 0.95
+    assert 0.3 < engine.manifest.facts.half_share_of_products < 0.95
 
 
 @pytest.mark.slow

@@ -67,11 +67,11 @@ def relative_difference(model: ConvNeXtV2, spec: DeploySpec) -> float:
 def exported(model: ConvNeXtV2, spec: DeploySpec, folder):
     """What the command does: export, graph check, comparison with PyTorch."""
     weights = WeightsRecord("random", "0", "0" * 64, "none (random weights)")
-    preprocessing = Preprocessing(image_size=spec.image_size).to_dict()
+    preprocessing = Preprocessing(image_size=spec.image_size)
     record = ModelRecord(model.variant.name, model.num_classes, spec.image_size, weights, preprocessing)
     export_spec = ExportSpec(deploy=spec, batch=(1, 2, 4))
     check = check_exported(LoadedModel(model, weights), export_spec.request, record)
-    return export_onnx(model, record, export_spec, folder, verify=check)[0]
+    return export_onnx(model, record, export_spec, folder, verify=check)
 
 
 # Sizes
@@ -247,4 +247,4 @@ def test_an_engine_is_built_from_it(tiny_v1_model, tmp_path):
     onnx = exported(tiny_v1_model, DeploySpec("fp16", 32), tmp_path)
     engine = build_engine(onnx, BuildSpec(runtime="tensorrt-rtx", target="sm89", batches=((1, 2, 4),)), tmp_path)
     assert engine.manifest.model.variant == "tiny-v1-test"
-    assert engine.manifest.facts["compiled"]["kernels"] > 0
+    assert engine.manifest.facts.compiled.kernels > 0

@@ -59,7 +59,7 @@ def test_parity_figures_are_the_manifests_own(page: Node) -> None:
     table = rows(section(page, "parity").one("table"))
     assert len(table) == len(list((ROOT / "export").glob("*.json")))
     for stem, row in table.items():
-        found = manifest(stem)["facts"]["parity"]["found"]
+        found = manifest(stem)["facts"]["parity"]["differences"]
         assert row.values == [found["samples"], *(found[key] for key in PARITY)]
         assert row.all("td")[-1].text == "pass"
 
@@ -68,7 +68,7 @@ def test_the_share_of_the_gate_is_that_of_the_limit_that_most_was_used_of(page: 
     shares = {}
     for path in (ROOT / "export").glob("*.json"):
         record = manifest(path.stem)
-        used = record["facts"]["parity"]["found"]["relative_l2_max"]
+        used = record["facts"]["parity"]["differences"]["relative_l2_max"]
         shares[path.stem] = used / GATES[record["request"]["precision"]].relative_l2_max
     worst = max(shares, key=lambda stem: shares[stem])
     row = rows(section(page, "parity").one("table"))[worst]
@@ -108,7 +108,7 @@ def test_a_mark_stands_where_its_figure_lies_on_the_logarithmic_axis(page: Node)
         for svg in section(page, "parity").all("svg", role="img")
         if svg.attributes["aria-label"].startswith("pico-224-fp16")
     ]
-    found = manifest("pico-224-fp16")["facts"]["parity"]["found"]["relative_l2_max"]
+    found = manifest("pico-224-fp16")["facts"]["parity"]["differences"]["relative_l2_max"]
     place = 100 * (math.log10(found) + 7) / 6  # the axis runs from 1e-7 to 1e-1
     assert float(row.one("circle").attributes["cx"].rstrip("%")) == pytest.approx(place, abs=0.01)
 
@@ -148,7 +148,7 @@ def test_published_weights_carry_their_licence_and_are_not_called_random(tmp_pat
 
 def test_a_file_beyond_its_gate_is_a_failure_whatever_its_manifest_says(tmp_path: Path) -> None:
     def worse(data: dict[str, Any]) -> None:
-        data["facts"]["parity"]["found"]["relative_l2_max"] = 0.0151
+        data["facts"]["parity"]["differences"]["relative_l2_max"] = 0.0151
 
     put(tmp_path, "atto-224-fp16", worse)
     page = parsed(page_of(tmp_path))

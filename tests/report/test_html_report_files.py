@@ -71,7 +71,7 @@ def test_without_artifacts_the_command_loads_no_torch(tmp_path: Path) -> None:
         ("{", "is not a manifest this version can read"),
         ("[" * 20_000, "nested too deeply"),
         ('{"rows": []}', "schema version None, expected 1"),
-        (lambda data: data["facts"]["parity"]["found"].update(relative_l2_max="0.1"), "l2_max: Expected float"),
+        (lambda data: data["facts"]["parity"]["differences"].update(relative_l2_max="0.1"), "l2_max: Expected float"),
         (lambda data: data["facts"]["parity"].update(found=[]), "facts.parity.found: Expected object, got array"),
         (lambda data: data["model"].update(image_size=None), "model.image_size: Expected int, got null"),
         (lambda data: data.update(tools={"torch": 2}), "tools[...]: Expected str, got int"),

@@ -17,7 +17,7 @@ def test_the_index_has_a_line_an_artifact_with_its_hash(tiny_onnx_fp16: Artifact
     rows = list(csv.DictReader(io.StringIO(index_csv([tiny_engine, tiny_onnx_fp16]))))
     assert [row["stem"] for row in rows] == ["tiny-test-32-fp16", "tiny-test-32-fp16-rtx-sm89"]
     assert [row["sha256"] for row in rows] == [tiny_onnx_fp16.sha256, tiny_engine.sha256]
-    assert rows[1]["kernels"] == str(tiny_engine.manifest.facts["compiled"]["kernels"])
+    assert rows[1]["kernels"] == str(tiny_engine.manifest.facts.compiled.kernels)
 
 
 def test_the_table_shows_a_dash_where_nothing_is_recorded() -> None:
@@ -30,7 +30,7 @@ def test_the_table_takes_figures_from_the_variants_own_records(tiny_onnx_fp16: A
     onnx = replace(tiny_onnx_fp16, manifest=replace(tiny_onnx_fp16.manifest, stem="atto-224-fp16"))
     engine = replace(tiny_engine, manifest=replace(tiny_engine.manifest, stem="atto-224-fp16-rtx-sm89"))
     atto = next(line for line in model_table([onnx], [engine]).splitlines() if line.startswith("| atto"))
-    assert f"| {tiny_engine.manifest.facts['compiled']['kernels']} |" in atto
+    assert f"| {tiny_engine.manifest.facts.compiled.kernels} |" in atto
 
 
 def test_a_second_write_changes_nothing_and_the_check_passes(tiny_onnx_fp16: Artifact, tmp_path: Path) -> None:

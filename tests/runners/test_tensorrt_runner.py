@@ -41,7 +41,7 @@ def make_runner(
     module, context = trt_double.double_of(real, onnx.path, list(profiles), fail=fail, images_type=images_type)
     monkeypatch.setattr(tensorrt_runner, "CudaStream", trt_double.DoubleStream)
     runner = TensorRTRunner.__new__(TensorRTRunner)
-    request = {**engine.manifest.request, "batches": [list(sizes) for sizes in profiles]}
+    request = replace(engine.manifest.request, batches=tuple(profiles))
     artifact = replace(engine, manifest=replace(engine.manifest, request=request))
     runner._start(artifact, Backend("tensorrt-rtx", module), torch.device("cpu"), cuda_graph)
     return runner, context
@@ -244,7 +244,7 @@ def test_no_gpu_behaviour_an_engine_is_refused_in_under_two_seconds(tiny_engine:
 
 
 def test_engine_wrong_runtime_version_is_refused_with_both(tiny_engine: Artifact) -> None:
-    facts = {**tiny_engine.manifest.facts, "runtime_version": "1.0.0.1"}
+    facts = replace(tiny_engine.manifest.facts, runtime_version="1.0.0.1")
     other = replace(tiny_engine, manifest=replace(tiny_engine.manifest, facts=facts))
     backend = load_backend("tensorrt-rtx")
     with pytest.raises(MissingRequirementError, match=f"1.0.0.1; {re.escape(backend.version)} is installed"):

@@ -14,6 +14,7 @@ from cnx_deploy.core.artifacts import open_artifact
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.gates import GATES
 from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import VARIANTS, Variant
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.backend import load_backend
@@ -37,8 +38,8 @@ def test_dynamic_resolution_an_export_of_each_size_equals_pytorch(
     size: int, tiny_variant: Variant, tmp_path: Path
 ) -> None:
     model = random_model(tiny_variant, 10, seed=0)
-    record = ModelRecord(tiny_variant.name, 10, size, WEIGHTS, {})
-    artifact, _ = export_onnx(model, record, ExportSpec(DeploySpec("fp32", size), batch=(1, 2, 4)), tmp_path)
+    record = ModelRecord(tiny_variant.name, 10, size, WEIGHTS, Preprocessing())
+    artifact = export_onnx(model, record, ExportSpec(DeploySpec("fp32", size), batch=(1, 2, 4)), tmp_path)
     images = images_for(size)
     expected = reference_runner(model, DeploySpec("fp32", size)).run(images)
     assert GATES["fp32"].failures(differences(OrtRunner(artifact.path).run(images), expected)) == ()
@@ -75,8 +76,8 @@ def test_onnx_over_2gib_huge_lies_in_two_files_and_cannot_be_one(
 ) -> None:
     """2.6 GB of weights, read from another working directory."""
     model = random_model("huge", 1000, seed=0)
-    record = ModelRecord("huge", 1000, 32, WEIGHTS, {})
-    artifact, _ = export_onnx(model, record, ExportSpec(DeploySpec("fp32", 32), batch=(1, 1, 2)), tmp_path / "export")
+    record = ModelRecord("huge", 1000, 32, WEIGHTS, Preprocessing())
+    artifact = export_onnx(model, record, ExportSpec(DeploySpec("fp32", 32), batch=(1, 1, 2)), tmp_path / "export")
     sizes = {each.name: each.size_bytes for each in artifact.manifest.files}
     assert list(sizes) == ["huge-32-fp32.onnx", "huge-32-fp32.onnx.data"]
     assert sizes["huge-32-fp32.onnx"] < 10_000_000 < 4 * VARIANTS["huge"].parameter_count < sum(sizes.values()) + 1e6

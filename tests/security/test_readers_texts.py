@@ -122,7 +122,7 @@ def fetch(path: Path, content: bytes) -> Any:
 
 def test_timms_config_is_read_as_it_is(cached: Path) -> None:
     found = fetch(cached, json.dumps(CONFIG).encode())
-    assert (found.num_classes, found.preprocessing) == (1000, Preprocessing().to_dict())
+    assert (found.num_classes, found.preprocessing) == (1000, Preprocessing())
 
 
 @pytest.mark.parametrize(

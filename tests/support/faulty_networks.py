@@ -7,6 +7,7 @@ import torch
 from cnx_deploy.core.deploy_spec import DeploySpec, Layout
 from cnx_deploy.core.gates import GATES
 from cnx_deploy.core.manifest import ModelRecord, WeightsRecord
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import Variant
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.diagnosis.bisect.case import Case
@@ -109,6 +110,6 @@ def case_with(model: ConvNeXtV2, precision: Precision = "fp16", layout: Layout |
     """The network on four images, no file."""
     spec = DeploySpec(precision, SIZE, layout=layout)
     batches = (runner_input(next(image_like_batches(4, SIZE, batch_size=4)), "float"),)
-    record = ModelRecord(model.variant.name, 10, SIZE, NO_WEIGHTS, {})
+    record = ModelRecord(model.variant.name, 10, SIZE, NO_WEIGHTS, Preprocessing())
     expected = reference_runner(model, spec).run(batches[0])
     return Case(LoadedModel(model, NO_WEIGHTS), record, ExportSpec(deploy=spec), batches, expected, GATES[precision])

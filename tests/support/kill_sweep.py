@@ -22,8 +22,8 @@ from typing import Any
 from cnx_deploy.core.artifacts import open_artifact, sha256_of_file, stage_artifact
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.files import write_text
-from cnx_deploy.core.manifest import Manifest
-from tests.core.test_artifacts import MODEL, REQUEST
+from cnx_deploy.core.manifest import OnnxManifest
+from tests.core.test_artifacts import FACTS, MODEL, REQUEST
 
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 TIMED_POINTS = 20
@@ -149,7 +149,8 @@ def artifact_case(root: Path) -> Case:
                 for name in names:
                     (staging.folder / name).write_bytes(content)
                 files = staging.record(*names)
-                staging.commit(Manifest("onnx", "small", files, MODEL, REQUEST, "random:0", "a" * 64))
+                values = {"source_name": "random:0", "source_sha256": "a" * 64, "facts": FACTS}
+                staging.commit(OnnxManifest(stem="small", files=files, model=MODEL, request=REQUEST, **values))
 
         return work
 
@@ -180,7 +181,7 @@ def export_case(root: Path) -> Case:
         def export(folder: Path) -> None:
             spec = ExportSpec(deploy=DeploySpec("fp16", 32), batch=batch)
             check = check_exported(loaded, spec.request, MODEL)
-            hashes[name] = export_onnx(model, MODEL, spec, folder, force=True, verify=check)[0].sha256
+            hashes[name] = export_onnx(model, MODEL, spec, folder, force=True, verify=check).sha256
 
         return export
 
@@ -210,7 +211,7 @@ def build_case(root: Path) -> Case:
     work("old", (1, 2, 4))(older)
 
     def state(folder: Path) -> str:
-        batches = open_artifact(folder / "tiny-test-32-fp16-rtx-sm89.engine").manifest.request["batches"]
+        batches = open_artifact(folder / "tiny-test-32-fp16-rtx-sm89.engine").manifest.request.batches
         return {2: "old", 3: "new"}[batches[0][1]]
 
     return Case(lambda folder: copied(older, folder), work("new", (1, 3, 4)), state)

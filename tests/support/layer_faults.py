@@ -16,7 +16,6 @@ from cnx_deploy.diagnosis.layerwise.comparison import (
     LayerComparison,
     compare_layers,
 )
-from cnx_deploy.exporters.onnx import deploy_spec_from_request
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from tests.conftest import TINY_TEST
 
@@ -26,7 +25,7 @@ IMAGES = runner_input(next(image_like_batches(2, 32, batch_size=2)), "float")
 
 
 def spec_of(artifact: Artifact) -> DeploySpec:
-    return deploy_spec_from_request(artifact.manifest.request)
+    return artifact.manifest.deploy
 
 
 def compare(

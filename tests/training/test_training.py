@@ -97,7 +97,7 @@ def test_written_weights_carry_classes_preprocessing_and_licence(spec):
     result = train(spec, licence="CC-BY-NC-4.0")
     loaded = load_checkpoint(result.best, spec.network)
     assert loaded.class_names == ("blue", "red")
-    assert loaded.preprocessing == spec.preprocessing.to_dict()
+    assert loaded.preprocessing == spec.preprocessing
     assert loaded.weights.licence == "CC-BY-NC-4.0"
 
 

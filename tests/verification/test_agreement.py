@@ -69,11 +69,11 @@ def recorded(tiny_variant: Variant, tmp_path_factory: pytest.TempPathFactory) ->
     """The tiny network at 32 px in FP32 and FP16, batches of 1 to 4, ten named classes. Do not change the files."""
     model = random_model(tiny_variant, 10, seed=0)
     weights = WeightsRecord("random", "0", hash_weights(model), "none (random weights)")
-    preprocessing = Preprocessing(image_size=32).to_dict()
+    preprocessing = Preprocessing(image_size=32)
     record = ModelRecord("tiny-test", 10, 32, weights, preprocessing, NAMES)
     folder = tmp_path_factory.mktemp("recorded")
     single, half = (
-        export_onnx(model, record, ExportSpec(deploy=DeploySpec(precision, 32), batch=(1, 2, 4)), folder)[0]
+        export_onnx(model, record, ExportSpec(deploy=DeploySpec(precision, 32), batch=(1, 2, 4)), folder)
         for precision in ("fp32", "fp16")
     )
     return single, half, LoadedModel(model, weights, NAMES, preprocessing)
@@ -182,7 +182,7 @@ def test_agreement_equals_an_independent_count_with_numpy() -> None:
 @pytest.mark.parametrize("noise", [0.0, 1e-3, 0.3])
 def test_counted_batch_by_batch_the_differences_are_those_of_all_at_once(noise: float) -> None:
     candidate, reference = noisy(noise)
-    found, expected = tallied(candidate, reference, [0] * 200).found, differences(candidate, reference)
+    found, expected = tallied(candidate, reference, [0] * 200).differences, differences(candidate, reference)
     for name in expected.__dataclass_fields__:
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-9, abs=1e-15), name
 
@@ -196,7 +196,7 @@ def test_a_flip_of_a_large_margin_is_not_excused_and_fails_though_the_gate_would
     assert (flip.path, flip.excused) == ("7.png", False)
     assert flip.margin == pytest.approx(margin)
     assert flip.margin > found.agreement.excused_margin
-    assert found.found.top1_agreement > found.gate.top1_agreement_min
+    assert found.differences.top1_agreement > found.gate.top1_agreement_min
     assert "1 flips of top-1 by more than noise explains" in found.failures
 
 
@@ -287,7 +287,7 @@ def test_images_without_class_folders_are_compared_as_before(recorded: Recorded,
     reference = reference_for(recorded[0], images / "a", None)
     assert type(reference) is Reference
     result = verify_artifact(recorded[0], reference).results[0]
-    assert (isinstance(result, LabelledResult), result.found.samples) == (False, 2)
+    assert (isinstance(result, LabelledResult), result.differences.samples) == (False, 2)
 
 
 def test_folders_are_found_by_name_whatever_their_number(recorded: Recorded, images: Path) -> None:
@@ -305,7 +305,7 @@ def test_folders_the_model_does_not_know_are_refused_with_what_was_expected(reco
 
 
 def test_a_model_without_class_names_takes_as_many_folders_as_classes_and_no_other_number(images: Path) -> None:
-    record = ModelRecord("tiny-test", 10, 32, WeightsRecord("random", "0", "0", "none"), {})
+    record = ModelRecord("tiny-test", 10, 32, WeightsRecord("random", "0", "0", "none"), Preprocessing())
     found = find_labelled(images, record)
     assert found is not None
     assert found.class_names == NAMES
@@ -381,7 +381,7 @@ def test_parity_nan_never_passes_and_verify_exits_with_3(
     altered(monkeypatch, lambda logits: logits * math.nan, images / "a" / "00.png")
     code, out, _ = cnx("verify", "--data", images, "--json")
     found = json_result(out)
-    assert (code, found["passed"], found["found"]["nonfinite_count"]) == (3, False, 10)
+    assert (code, found["passed"], found["differences"]["nonfinite_count"]) == (3, False, 10)
     assert found["agreement"]["flips"][0]["candidate"].startswith("none")
 
 

@@ -38,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded = load_checkpoint(path, variant)
     record = model_record(loaded, Preprocessing(image_size=32), root / "export", path)
     spec = ExportSpec(deploy=DeploySpec("fp16", 32), batch=(1, 2, 4), external_data_bytes=1000)
-    onnx, _ = export_onnx(loaded.model, record, spec, root / "export")
+    onnx = export_onnx(loaded.model, record, spec, root / "export")
     build = BuildSpec(runtime="tensorrt-rtx", target="sm89", batches=((1, 2, 4),), measure=False)
     build_engine(onnx, build, root / "engines")
     return root
@@ -179,7 +179,7 @@ def test_engine_wrong_flavour_names_the_package_that_is_missing(chain: Path) -> 
     with pytest.raises(
         MissingRequirementError, match=r"tensorrt cannot be imported .* Install it: pip install"
     ) as error:
-        load_backend(str(engine.manifest.request["runtime"]))
+        load_backend(str(engine.manifest.request.runtime))
     assert error.value.exit_code == 5
 
 

@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
         root / "atto.safetensors",
         random_model("atto", 4),
         class_names=NAMES,
-        preprocessing=Preprocessing(image_size=32).to_dict(),
+        preprocessing=Preprocessing(image_size=32),
     )
     return root
 

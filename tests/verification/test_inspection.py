@@ -35,7 +35,7 @@ def exported(tiny_variant, tmp_path_factory):
     model = random_model(tiny_variant, 3)
     loaded = LoadedModel(model, WeightsRecord("random", "0", hash_weights(model), "none"))
     spec = ExportSpec(DeploySpec(precision="fp16", image_size=64), batch=(1, 2, 4))
-    return export_onnx(model, model_record(loaded, Preprocessing(64), folder), spec, folder)[0]
+    return export_onnx(model, model_record(loaded, Preprocessing(64), folder), spec, folder)
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +255,7 @@ def test_for_turing_a_file_is_compiled_as_its_engine_is(exported, tmp_path):
     from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
 
     spec = BuildSpec(runtime="tensorrt-rtx", target="sm75", batches=((1, 2, 4),))
-    recorded = build_engine(exported, spec, tmp_path).manifest.facts["compiled"]
+    recorded = build_engine(exported, spec, tmp_path).manifest.facts.compiled
     compiled = with_compiled(inspect_file(exported.path), target="sm75", batch=4).facts["compiled"]
     assert compiled["megabytes_per_image"] == recorded["megabytes_per_image"]
 
@@ -288,7 +288,7 @@ def test_an_engine_recorded_without_a_list_of_kernels_is_read_and_says_so(engine
 @NEEDS_RTX
 def test_inspect_shows_stages_operations_and_kinds_of_an_engine(cnx, engine):
     code, out, _ = cnx("inspect", str(engine.path))
-    compiled = engine.manifest.facts["compiled"]
+    compiled = engine.manifest.facts.compiled
     lines = out.splitlines()
     assert code == 0
     assert f"{compiled['kernels']} kernels, {compiled['megabytes_per_image']} MB an image; sm89, batch 4" in out
@@ -326,7 +326,7 @@ def test_what_needs_compiling_is_refused_without_it(cnx, exported, words):
 @NEEDS_RTX
 def test_inspect_shows_the_totals_of_an_old_record_and_refuses_to_list_what_it_has_not(cnx, engine, tmp_path):
     old = str(_with_old_record(engine, tmp_path))
-    assert f"kernels {engine.manifest.facts['compiled']['kernels']}," in cnx("inspect", old)[1]
+    assert f"kernels {engine.manifest.facts.compiled.kernels}," in cnx("inspect", old)[1]
     code, _, err = cnx("inspect", old, "--kernels")
     assert (code, "No list of kernels is recorded" in err) == (2, True)
 

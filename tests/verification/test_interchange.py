@@ -76,7 +76,7 @@ def test_images_and_logits_must_be_as_many(tmp_path: Path) -> None:
 def artifact(tiny_onnx_fp32: Artifact) -> Artifact:
     """The tiny FP32 file with a record that says how images are made."""
     manifest = tiny_onnx_fp32.manifest
-    made = replace(manifest.model, preprocessing=Preprocessing(image_size=32).to_dict())
+    made = replace(manifest.model, preprocessing=Preprocessing(image_size=32))
     return replace(tiny_onnx_fp32, manifest=replace(manifest, model=made))
 
 

@@ -104,12 +104,12 @@ def test_batch_invariance_is_only_seen_in_batches_above_one(tiny_model, batches)
 
 def test_the_same_network_passes_the_fp32_gate(tiny_model, batches):
     result = verdict(tiny_model, unchanged, batches)
-    assert (result.passed, result.failures, result.found.relative_l2_max) == (True, (), 0.0)
+    assert (result.passed, result.failures, result.differences.relative_l2_max) == (True, (), 0.0)
 
 
 def test_the_verdict_names_the_batch_sizes_and_counts_the_images(tiny_model, batches):
     result = verdict(tiny_model, unchanged, batches)
-    assert (result.batches, result.found.samples, result.reference) == ((7, 2, 1), 10, "original")
+    assert (result.batches, result.differences.samples, result.reference) == ((7, 2, 1), 10, "original")
 
 
 def test_the_verdict_as_a_dictionary_says_whether_it_passed(tiny_model, batches):

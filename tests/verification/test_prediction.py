@@ -45,7 +45,7 @@ def tiny(tiny_variant):
 @pytest.fixture(scope="module")
 def checkpoint(atto, tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "best.safetensors"
-    return save_checkpoint(path, atto, class_names=NAMES, preprocessing=PREPROCESSING.to_dict())
+    return save_checkpoint(path, atto, class_names=NAMES, preprocessing=PREPROCESSING)
 
 
 def exported_to(folder, model, **changes):
@@ -53,7 +53,7 @@ def exported_to(folder, model, **changes):
     weights = WeightsRecord("random", "3", hash_weights(model), "none")
     record = model_record(LoadedModel(model, weights, NAMES), PREPROCESSING, folder)
     deploy = DeploySpec(image_size=64, mean=PREPROCESSING.mean, std=PREPROCESSING.std, **changes.pop("deploy", {}))
-    return export_onnx(model, record, ExportSpec(deploy, **changes), folder)[0]
+    return export_onnx(model, record, ExportSpec(deploy, **changes), folder)
 
 
 @pytest.fixture(scope="module")

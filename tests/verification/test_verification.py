@@ -135,14 +135,14 @@ def test_the_reference_is_computed_once_for_both_precisions(verified, told):
 
 def test_at_least_the_samples_asked_for_are_compared(exports):
     found = verify_artifact(exports[0], Reference(exports[0], samples=12))
-    assert found.results[0].found.samples == 12
+    assert found.results[0].differences.samples == 12
 
 
 def test_a_folder_of_images_can_be_compared_on(exports, tmp_path):
     for index in range(3):
         Image.new("RGB", (40, 40), (80 * index, 90, 200)).save(tmp_path / f"{index}.png")
     found = verify_artifact(exports[0], Reference(exports[0], tmp_path, samples=3))
-    assert (found.passed, found.results[0].found.samples) == (True, 3)
+    assert (found.passed, found.results[0].differences.samples) == (True, 3)
 
 
 def test_a_reference_matches_the_other_precision_but_no_other_weights_or_size(exports, reference):
@@ -187,7 +187,7 @@ def test_the_check_before_an_export_is_kept_raises_on_a_broken_network(copied):
 
 
 def test_the_check_before_an_export_is_kept_records_batches_of_one_and_two(exports):
-    assert exports[0].manifest.facts["parity"]["batches"] == [1, 2]
+    assert exports[0].manifest.facts.parity["batches"] == [1, 2]
 
 
 def test_a_flipped_byte_is_corrupt(copied, reference):
