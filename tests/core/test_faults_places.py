@@ -37,7 +37,8 @@ with stage_artifact(folder, "small") as staging:
         time.sleep(0.3)
         (staging.folder / "small.onnx").write_bytes(b"weights")
         files = staging.record("small.onnx")
-        staging.commit(OnnxManifest(stem="small", files=files, model=MODEL, request=REQUEST, facts=FACTS, source_name="random:0", source_sha256=SOURCE))
+        values = {"model": MODEL, "request": REQUEST, "facts": FACTS, "source_sha256": SOURCE}
+        staging.commit(OnnxManifest(stem="small", files=files, source_name="random:0", **values))
         print("made")
 """
     processes = [

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cnx_deploy.core.artifacts import open_artifact, sha256_of_file
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import BuildError, CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.exporters.trt import backend as backend_module
