@@ -16,13 +16,14 @@ from cnx_deploy.core.errors import InputError, MissingRequirementError
 from cnx_deploy.core.manifest import Artifact, EngineManifest, OnnxManifest
 from cnx_deploy.core.precision import find_precision
 from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.core.system import this_machine
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.backend import default_targets, load_backend, require_gpu
 from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
 from cnx_deploy.exporters.trt.compiling import limits_for
 from cnx_deploy.model.checkpoint import LoadedModel, resolve_model
 from cnx_deploy.model.deploy import check_parts
-from cnx_deploy.runners.registry import misfit
+from cnx_deploy.runners.registry import find_runner
 from cnx_deploy.verification.export_check import check_exported
 from cnx_deploy.verification.labelled import reference_for
 from cnx_deploy.verification.polygraphy_io import save_comparison
@@ -210,9 +211,10 @@ def _fitting(request: VerifyRequest, artifact: Artifact) -> tuple[tuple[str, ...
     """The runners asked for that fit a recorded file, and why others do not; a file that was named takes them all."""
     if request.files or artifact.manifest.kind != "onnx":
         return request.runners, ()
-    reasons = {name: misfit(name, artifact.path, artifact.manifest.precision.name) for name in request.runners}
+    machine = this_machine()
+    reasons = {name: find_runner(name).reason_against(artifact, machine) for name in request.runners}
     fitting = tuple(name for name, reason in reasons.items() if reason is None)
-    return fitting, tuple(reason for reason in reasons.values() if reason is not None)
+    return fitting, tuple(str(reason) for reason in reasons.values() if reason is not None)
 
 
 def _outdated(engine: Artifact, export_dir: Path) -> str | None:

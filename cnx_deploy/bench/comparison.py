@@ -27,7 +27,7 @@ from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.runners.registry import open_runner
+from cnx_deploy.runners.registry import RunnerOptions, open_runner
 from cnx_deploy.verification.parity import logits_of
 from cnx_deploy.verification.verify import gate_of, recorded_model
 
@@ -176,13 +176,13 @@ def _reason_not_run(artifact: Artifact, error: MissingRequirementError) -> str:
 
 
 def _artifact_runner(artifact: Artifact, request: BenchRequest) -> Runner:
-    return open_runner(
-        artifact,
+    options = RunnerOptions(
         threads=request.threads,
         spin=request.spin,
         thread_per_image=request.gives_images_to_threads,
         cuda_graph=request.cuda_graph,
     )
+    return open_runner(artifact, options=options)
 
 
 def _measure(network: _Network, batch: int, request: BenchRequest, progress: Progress | None) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from cnx_deploy.cli import options
+from cnx_deploy.core.precision import exportable_precisions
 
 
 @click.command()
@@ -17,7 +18,7 @@ from cnx_deploy.cli import options
 @click.option("--reset-head", is_flag=True, help="Re-initialise the head when the class count differs.")
 @options.image_size
 @click.option(
-    "--precision", "precisions", type=click.Choice(["fp32", "fp16", "bf16"]), multiple=True, default=("fp32", "fp16"),
+    "--precision", "precisions", type=click.Choice(exportable_precisions()), multiple=True, default=("fp32", "fp16"),
     show_default=True, help="Precision of the file; repeat for several.",
 )  # fmt: skip
 @click.option("--batch", type=options.BATCH_RANGE, default=(1, 8, 64), help="Batch range [default: 1:8:64].")

@@ -11,6 +11,7 @@ from cnx_deploy.cli.printable import one_line
 from cnx_deploy.cli.saved import judged, saved_options
 from cnx_deploy.cli.steps import verify_steps
 from cnx_deploy.core.errors import InputError, ParityError
+from cnx_deploy.runners.registry import runner_names
 
 if TYPE_CHECKING:
     from cnx_deploy.verification.verify import Verification
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--runner", "runners", multiple=True,
-    type=click.Choice(["onnxruntime", "onnxruntime-plain", "emulate-fp16", "emulate-bf16"]),
+    type=click.Choice([name for name in runner_names() if name != "tensorrt"]),
     help="What runs ONNX files, on all images (repeat for several) [default: what proves most].",
 )  # fmt: skip
 @click.option(

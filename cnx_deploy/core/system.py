@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cnx_deploy import __version__
 
-__all__ = ["Gpu", "cpu_count", "cpu_name", "find_gpus", "tool_versions"]
+__all__ = ["Gpu", "Machine", "cpu_count", "cpu_name", "find_gpus", "this_machine", "tool_versions"]
 
 TOOLS = (
     "torch",
@@ -34,6 +34,14 @@ class Gpu:
     target: str
     driver: str
     memory_mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where artifacts are to run: on which device, "cpu" or "cuda", and which GPUs there are."""
+
+    device: str
+    gpus: tuple[Gpu, ...]
 
 
 @cache
@@ -84,3 +92,8 @@ def find_gpus() -> tuple[Gpu, ...]:
         return ()
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
     return tuple(Gpu(row[0], "sm" + row[1].replace(".", ""), row[2], int(row[3])) for row in rows if len(row) == 4)
+
+
+def this_machine(device: str = "cpu") -> Machine:
+    """This machine, with the device on which files that run on either are to run."""
+    return Machine(device, find_gpus())

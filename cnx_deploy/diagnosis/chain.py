@@ -29,7 +29,7 @@ from cnx_deploy.exporters.graph_rules import check_graph
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.runners.registry import open_onnx, open_runner
+from cnx_deploy.runners.registry import RunnerOptions, open_runner
 from cnx_deploy.verification.batch_plan import cut_in_batches, first_images
 from cnx_deploy.verification.parity import differences, logits_of
 from cnx_deploy.verification.verify import Progress, Reference
@@ -179,15 +179,15 @@ def _steps(
     stack: ExitStack,
     progress: Progress | None,
 ) -> Iterator[Step]:
-    precision = artifact.manifest.precision.name
+    precision, checked = artifact.manifest.precision.name, RunnerOptions(hashes_hold=True)
     expected = reference.logits(artifact, batches, progress)
     single = _single_precision(artifact, reference, Path(stack.enter_context(tempfile.TemporaryDirectory())))
     for name, how in (("onnxruntime-plain", "no optimisations"), ("onnxruntime", "all optimisations")):
-        logits = _logits(open_onnx(name, single, "fp32"), batches, f"FP32 ONNX, {how}", progress)
+        logits = _logits(open_runner(single, name, checked), batches, f"FP32 ONNX, {how}", progress)
         what = f"FP32 ONNX ({how})"
         blame = "the export." if name == "onnxruntime-plain" else "ONNX Runtime's optimisations, not the file."
         yield _step("PyTorch FP32", what, blame, logits, expected, GATES["fp32"], batches)
-    rounded = _logits(open_onnx(f"emulate-{precision}", artifact.path, precision), batches, "emulator", progress)
+    rounded = _logits(open_runner(artifact, f"emulate-{precision}", checked), batches, "emulator", progress)
     blame = f"{precision.upper()}: see `cnx-deploy headroom` and `cnx-deploy bisect`."
     emulated = f"{artifact.path.name} (emulated)"
     yield _step("FP32 ONNX", emulated, blame, rounded, logits, GATES[precision], batches)
@@ -216,14 +216,14 @@ def _recut(batches: Sequence[Tensor], spec: InputSpec) -> list[Tensor]:
     return [piece for piece in pieces if len(piece) >= spec.min_batch]
 
 
-def _single_precision(artifact: Artifact, reference: Reference, folder: Path) -> Path:
+def _single_precision(artifact: Artifact, reference: Reference, folder: Path) -> Artifact:
     """An FP32 file of the same weights, input and layout: what is wrong with the form is no fault of the precision."""
     deploy = artifact.manifest.deploy
     spec = ExportSpec(
         deploy=replace(deploy, precision="fp32", keep_fp32=()),
         batch=artifact.manifest.batch,
     )
-    return export_onnx(reference.loaded.model, artifact.manifest.model, spec, folder).path
+    return export_onnx(reference.loaded.model, artifact.manifest.model, spec, folder)
 
 
 def _logits(runner: Runner, batches: Sequence[Tensor], what: str, progress: Progress | None) -> Tensor:

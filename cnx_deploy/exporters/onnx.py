@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -78,12 +78,12 @@ def export_onnx(
     output_dir: Path,
     *,
     force: bool = False,
-    verify: Callable[[Path], ParityResult] | None = None,
+    verify: Callable[[Artifact[OnnxManifest]], ParityResult] | None = None,
 ) -> Artifact[OnnxManifest]:
     """Export `model` to `<output_dir>/<name>-<size>-<precision>.onnx` with its manifest.
 
-    `verify` is called with the path of the written file before it is put into place; it raises to stop the export, and
-    what it returns goes into the manifest's facts. The artifact says whether it was made before and used again.
+    `verify` is called with the written file before it is put into place; it raises to stop the export, and what it
+    returns goes into the manifest's facts. The artifact says whether it was made before and used again.
 
     Raises OutputExistsError when other inputs made what is there, ExportError when torch cannot export,
     GraphCheckError when the graph is not what it should be. `model` is left as it was.
@@ -110,7 +110,6 @@ def export_onnx(
             leave_out=spec.deploy.leave_out,
             norm_on_patches=norm_on_patches,
         )
-        parity = verify(path) if verify is not None else None
         manifest = OnnxManifest(
             stem=stem,
             files=staging.record(*sorted(file.name for file in staging.folder.iterdir())),
@@ -118,8 +117,11 @@ def export_onnx(
             request=spec.request,
             source_name=f"{record.weights.origin}:{record.weights.reference}",
             source_sha256=record.weights.sha256,
-            facts=_facts_record(facts, parity),
+            facts=_facts_record(facts),
         )
+        if verify is not None:
+            parity = verify(Artifact(path, manifest))
+            manifest = replace(manifest, facts=replace(manifest.facts, parity=parity))
         return staging.commit(manifest)
 
 
@@ -224,14 +226,13 @@ def _metadata(record: ModelRecord, spec: ExportSpec) -> dict[str, str]:
     return {f"cnx_deploy.{key}": value for key, value in sorted(entries.items())}
 
 
-def _facts_record(facts: GraphFacts, parity: ParityResult | None) -> OnnxFacts:
+def _facts_record(facts: GraphFacts) -> OnnxFacts:
     return OnnxFacts(
         operators=facts.operators,
         types=facts.types,
         half_share=round(facts.half_share, 4),
         inputs={name: TensorSpec(kind, tuple(shape)) for name, (kind, shape) in facts.inputs.items()},
         outputs={name: TensorSpec(kind, tuple(shape)) for name, (kind, shape) in facts.outputs.items()},
-        parity=parity,
     )
 
 

@@ -3,17 +3,20 @@
 ONNX Runtime's CPU provider computes FP16 files in FP32, so that it cannot show an overflow; this one can.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.system import cpu_name
+from cnx_deploy.core.errors import CnxDeployError, InputError
+from cnx_deploy.core.manifest import Artifact
+from cnx_deploy.core.system import Machine, cpu_name
 from cnx_deploy.data.input_spec import InputSpec, check_input
 from cnx_deploy.runners.base import HoldsNothing, RunnerInfo
 from cnx_deploy.runners.emulator.graph import Evaluation, Graph
+from cnx_deploy.runners.registry import RunnerEntry, RunnerOptions, register_runner
 
 __all__ = ["EmulatedRunner"]
 
@@ -64,3 +67,28 @@ def _input_spec(graph: Graph) -> InputSpec:
         return InputSpec(kind, size, batch, batch)
     smallest, _, largest = (int(part) for part in graph.metadata.get("cnx_deploy.batch", "1:1:4096").split(":"))
     return InputSpec(kind, size, smallest, largest)
+
+
+def _reason(emulated: str, artifact: Artifact, machine: Machine) -> CnxDeployError | None:
+    own = artifact.manifest.precision.name
+    if own == emulated:
+        return None
+    return InputError(
+        f"{artifact.path.name} is {own.upper()}: --runner emulate-{emulated} has no {emulated.upper()} to emulate."
+    )
+
+
+def _opened(artifact: Artifact, options: RunnerOptions) -> EmulatedRunner:
+    return EmulatedRunner(artifact.path)
+
+
+for _precision in NARROW.values():
+    register_runner(
+        RunnerEntry(
+            name=f"emulate-{_precision}",
+            kinds=("onnx",),
+            can_run=partial(_reason, _precision),
+            open=_opened,
+            is_slow=True,
+        )
+    )

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,11 +13,14 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from cnx_deploy.core.errors import CnxDeployError, CorruptArtifactError
-from cnx_deploy.core.system import cpu_count, cpu_name
+from cnx_deploy.core.errors import CnxDeployError, CorruptArtifactError, InputError
+from cnx_deploy.core.manifest import Artifact
+from cnx_deploy.core.system import Machine, cpu_count, cpu_name
 from cnx_deploy.data.input_spec import InputSpec, check_input
+from cnx_deploy.exporters.onnx_external import check_recorded
 from cnx_deploy.runners.base import RunnerInfo
 from cnx_deploy.runners.ort_session import LOAD_ERRORS, ends_of, open_session
+from cnx_deploy.runners.registry import RunnerEntry, RunnerOptions, register_runner
 
 __all__ = ["OrtRunner"]
 
@@ -132,3 +136,38 @@ def _input_spec(source: Any, batch_range: str | None, path: Path) -> InputSpec:
             f"{path} says {batch_range!r} of its batch, expected 1:8:64 or such. Export it again."
         )
     return InputSpec(kind, int(source.shape[2]), int(sizes[0]), int(sizes[2]))
+
+
+def _reason(artifact: Artifact, machine: Machine) -> CnxDeployError | None:
+    if machine.device == "cpu" and artifact.manifest.precision.dtype == "bfloat16":
+        return InputError(
+            f"ONNX Runtime has no BF16 convolution on a CPU: {artifact.path.name} is checked by `verify` in the "
+            "emulator. Use emulate-bf16."
+        )
+    return None
+
+
+def _opened(artifact: Artifact, options: RunnerOptions, *, optimise: bool) -> OrtRunner:
+    check_recorded(artifact)
+    return OrtRunner(
+        artifact.path,
+        device=options.device,
+        threads=options.threads,
+        spin=options.spin,
+        thread_per_image=options.thread_per_image,
+        optimise=optimise,
+    )
+
+
+# The plain one has no graph optimisations, which tells a fault of the graph from a fault of a fusion.
+for _name, _optimise in (("onnxruntime", True), ("onnxruntime-plain", False)):
+    register_runner(
+        RunnerEntry(
+            name=_name,
+            kinds=("onnx",),
+            can_run=_reason,
+            open=partial(_opened, optimise=_optimise),
+            is_default=_optimise,
+            widens_half=True,
+        )
+    )

@@ -1,84 +1,136 @@
-"""A runner for a recorded artifact, whose hashes are checked before a byte of it is parsed."""
+"""Which runners there are, which of them can run an artifact here, and one way to open them.
 
+A runner is one module that calls `register_runner`; commands and checks read the registry and know no runner by name.
+This module loads neither torch nor a runtime: a built-in runner's module is imported when the runner is asked for.
+"""
+
+import importlib
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from cnx_deploy.core.artifacts import is_engine, is_onnx, open_artifact
-from cnx_deploy.core.errors import InputError, MissingRequirementError
-from cnx_deploy.core.manifest import Artifact
-from cnx_deploy.exporters.onnx_external import check_recorded
-from cnx_deploy.runners.base import Runner
-from cnx_deploy.runners.emulated import EmulatedRunner
-from cnx_deploy.runners.onnxruntime import OrtRunner
-from cnx_deploy.runners.tensorrt import TensorRTRunner
+from cnx_deploy.core.artifacts import open_artifact
+from cnx_deploy.core.errors import CnxDeployError, InputError, MissingRequirementError
+from cnx_deploy.core.manifest import Artifact, ArtifactKind
+from cnx_deploy.core.system import Machine, this_machine
 
-__all__ = ["ONNX_RUNNERS", "checked_by", "misfit", "open_onnx", "open_runner"]
+if TYPE_CHECKING:
+    from cnx_deploy.runners.base import Runner
 
-NO_BF16 = (
-    "ONNX Runtime has no BF16 convolution on a CPU: {name} is checked by `verify` in the emulator. Use emulate-bf16."
-)
+__all__ = [
+    "RunnerEntry",
+    "RunnerOptions",
+    "find_runner",
+    "open_runner",
+    "register_runner",
+    "runner_names",
+    "runners_for",
+]
 
-ONNX_RUNNERS: dict[str, Callable[[Path], Runner]] = {
-    "onnxruntime": partial(OrtRunner, spin=False),
-    "onnxruntime-plain": partial(OrtRunner, spin=False, optimise=False),
-    "emulate-fp16": EmulatedRunner,
-    "emulate-bf16": EmulatedRunner,
+BUILT_IN = {
+    "onnxruntime": "cnx_deploy.runners.onnxruntime",
+    "onnxruntime-plain": "cnx_deploy.runners.onnxruntime",
+    "emulate-fp16": "cnx_deploy.runners.emulated",
+    "emulate-bf16": "cnx_deploy.runners.emulated",
+    "tensorrt": "cnx_deploy.runners.tensorrt",
 }
-"""What can run an ONNX file without a GPU, by the word that `verify --runner` takes; "plain" is without fusions."""
+"""Runner -> the module that registers it, in the order in which the first that can is taken."""
 
 
-def checked_by(precision: str) -> tuple[str, ...]:
-    """The runners whose agreement with PyTorch says most of a file of this precision, without a GPU.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerOptions:
+    """How a runner is opened; each takes what concerns it. The defaults are for checks, which share the machine.
 
-    ONNX Runtime's CPU provider computes FP16 in FP32, which proves the graph; the emulator rounds, which proves the
-    precision. It has no BF16 convolution at all.
+    `threads` None: all processors this process may use. `spin`, `thread_per_image`: see `onnxruntime.OrtRunner`.
+    `cuda_graph`, `in_child_first`: see `tensorrt.TensorRTRunner`. `hashes_hold`: they were checked by this command.
     """
-    return {"fp16": ("onnxruntime", "emulate-fp16"), "bf16": ("emulate-bf16",)}.get(precision, ("onnxruntime",))
+
+    device: str = "cpu"
+    threads: int | None = None
+    spin: bool = False
+    thread_per_image: bool = False
+    cuda_graph: bool = False
+    in_child_first: bool = False
+    hashes_hold: bool = False
 
 
-def misfit(name: str, path: Path, precision: str) -> str | None:
-    """Why a runner of `ONNX_RUNNERS` cannot run a file of this precision; None where it can."""
-    emulates = name.removeprefix("emulate-") if name.startswith("emulate-") else None
-    if emulates is not None and emulates != precision:
-        return f"{path.name} is {precision.upper()}: --runner {name} has no {emulates.upper()} to emulate."
-    if emulates is None and precision == "bf16":
-        return NO_BF16.format(name=path.name)
-    return None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerEntry:
+    """One runner. `name` is the word of `--runner`; `kinds` are the artifacts it takes.
 
-
-def open_onnx(name: str, path: Path, precision: str) -> Runner:
-    """The runner of `ONNX_RUNNERS` for a file whose hash or graph has been checked.
-
-    Raises InputError for an emulation of another precision than the file's, and for BF16 on ONNX Runtime's CPU.
+    `can_run` gives the error that says why it cannot run an artifact of these kinds on a machine, and the way out:
+    InputError where another choice helps, MissingRequirementError where the machine lacks something; None where it can.
+    `open` makes the runner of an artifact whose hashes hold. `is_default`: it is taken where no runner is named.
+    `is_slow`: seconds an image, so that checks take a few images unless they are asked for more.
+    `widens_half`: it computes FP16 files in FP32, which proves the graph and not the precision.
     """
-    reason = misfit(name, path, precision)
-    if reason is not None:
-        raise InputError(reason)
-    return ONNX_RUNNERS[name](path)
+
+    name: str
+    kinds: tuple[ArtifactKind, ...]
+    can_run: Callable[[Artifact, Machine], CnxDeployError | None]
+    open: Callable[[Artifact, RunnerOptions], "Runner"]
+    is_default: bool = False
+    is_slow: bool = False
+    widens_half: bool = False
+
+    def reason_against(self, artifact: Artifact, machine: Machine) -> CnxDeployError | None:
+        """Why it cannot run the artifact here; None where it can."""
+        kind = artifact.manifest.kind
+        if kind not in self.kinds:
+            return InputError(f"{artifact.path.name} is of kind {kind}; the runner {self.name} takes {self.kinds[0]}.")
+        return self.can_run(artifact, machine)
 
 
-def open_runner(
-    artifact: Artifact,
-    *,
-    device: str = "cpu",
-    threads: int | None = None,
-    spin: bool = False,
-    thread_per_image: bool = False,
-    cuda_graph: bool = False,
-    in_child_first: bool = False,
-) -> Runner:
-    """A runner for an ONNX artifact or an engine.
+_ENTRIES: dict[str, RunnerEntry] = {}
 
-    `OrtRunner` explains `device` to `thread_per_image`, `TensorRTRunner` the last two. The defaults are for checks,
-    which are not timed and may share the machine. Raises CorruptArtifactError where a hash does not hold,
-    MissingRequirementError where this machine cannot run the artifact.
+
+def register_runner(entry: RunnerEntry) -> None:
+    """Add a runner, or replace the one of its name: from then on every command takes it."""
+    _ENTRIES[entry.name] = entry
+
+
+def runner_names(kind: ArtifactKind | None = None) -> tuple[str, ...]:
+    """Every runner, or those that take artifacts of a kind, built-in ones first."""
+    names = tuple(dict.fromkeys((*BUILT_IN, *_ENTRIES)))
+    return names if kind is None else tuple(name for name in names if kind in find_runner(name).kinds)
+
+
+def find_runner(name: str) -> RunnerEntry:
+    """Return the runner called `name`; InputError lists the names otherwise."""
+    if name not in _ENTRIES and name in BUILT_IN:
+        importlib.import_module(BUILT_IN[name])
+    if name not in _ENTRIES:
+        raise InputError(f"No runner is called {name!r}. Choose one of: {', '.join(runner_names())}.")
+    return _ENTRIES[name]
+
+
+def runners_for(artifact: Artifact) -> tuple[str, ...]:
+    """The runners whose agreement with PyTorch proves most of an artifact: those of its precision, or its engine's."""
+    return ("tensorrt",) if artifact.manifest.kind == "engine" else artifact.manifest.precision.proven_by
+
+
+def open_runner(artifact: Artifact, name: str | None = None, options: RunnerOptions | None = None) -> "Runner":
+    """Open a runner for a recorded artifact; `name` None takes the first default one that can run it.
+
+    The artifact's hashes are checked unless `options.hashes_hold`. Raises CorruptArtifactError where a hash does not
+    hold, InputError where the runner does not take this artifact, MissingRequirementError where this machine lacks
+    what the artifact needs.
     """
-    artifact = open_artifact(artifact.path)
-    if not is_onnx(artifact):
-        assert is_engine(artifact)
-        return TensorRTRunner(artifact, cuda_graph=cuda_graph, in_child_first=in_child_first)
-    check_recorded(artifact)
-    if device == "cpu" and artifact.manifest.precision.name == "bf16":
-        raise MissingRequirementError(NO_BF16.format(name=artifact.path.name))
-    return OrtRunner(artifact.path, device=device, threads=threads, spin=spin, thread_per_image=thread_per_image)
+    options = options or RunnerOptions()
+    if not options.hashes_hold:
+        artifact = open_artifact(artifact.path)
+    machine = this_machine(options.device)
+    if name is not None:
+        entry = find_runner(name)
+        if (reason := entry.reason_against(artifact, machine)) is not None:
+            raise reason
+        return entry.open(artifact, options)
+    reasons = []
+    for candidate in runner_names(artifact.manifest.kind):
+        entry = find_runner(candidate)
+        if not entry.is_default:
+            continue
+        if (reason := entry.reason_against(artifact, machine)) is None:
+            return entry.open(artifact, options)
+        reasons.append(reason)
+    raise MissingRequirementError(str(reasons[0]))

@@ -14,13 +14,22 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from cnx_deploy.core.errors import BuildError, CorruptArtifactError, InputError, MissingRequirementError
+from cnx_deploy.core.artifacts import is_engine
+from cnx_deploy.core.errors import (
+    BuildError,
+    CnxDeployError,
+    CorruptArtifactError,
+    InputError,
+    MissingRequirementError,
+)
 from cnx_deploy.core.manifest import Artifact, EngineManifest
+from cnx_deploy.core.system import Machine
 from cnx_deploy.data.input_spec import InputSpec, check_input
 from cnx_deploy.exporters.trt.backend import Backend, load_backend, require_gpu
 from cnx_deploy.exporters.trt.deserialising import describe_engine
 from cnx_deploy.runners.base import RunnerInfo, Split
 from cnx_deploy.runners.cuda import CudaStream
+from cnx_deploy.runners.registry import RunnerEntry, RunnerOptions, register_runner
 
 __all__ = ["TensorRTRunner"]
 
@@ -281,3 +290,20 @@ def _check_gpu(artifact: Artifact[EngineManifest], found: str) -> None:
             f"{artifact.path.name} is for {built_for}; this GPU is {found}. "
             "Build for it: cnx-deploy build-trt --target current."
         )
+
+
+def _reason(artifact: Artifact, machine: Machine) -> CnxDeployError | None:
+    """No driver or no GPU; what only the runtime can tell is told when the engine is opened."""
+    try:
+        require_gpu()
+    except MissingRequirementError as error:
+        return error
+    return None
+
+
+def _opened(artifact: Artifact, options: RunnerOptions) -> TensorRTRunner:
+    assert is_engine(artifact)
+    return TensorRTRunner(artifact, cuda_graph=options.cuda_graph, in_child_first=options.in_child_first)
+
+
+register_runner(RunnerEntry(name="tensorrt", kinds=("engine",), can_run=_reason, open=_opened, is_default=True))

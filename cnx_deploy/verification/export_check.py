@@ -3,19 +3,19 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from torch import Tensor
 
 from cnx_deploy.core.errors import ParityError
 from cnx_deploy.core.gates import GATES, Gate, ParityResult
+from cnx_deploy.core.manifest import Artifact, OnnxManifest
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.exporters.onnx import ExportSpec
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.deploy import parts_of
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
-from cnx_deploy.runners.registry import open_onnx
+from cnx_deploy.runners.registry import RunnerOptions, open_runner
 from cnx_deploy.verification.parity import compare, logits_of
 from cnx_deploy.verification.verify import rebatched
 
@@ -25,7 +25,7 @@ REFERENCE = "torch float32"
 KEEP = "--keep-fp32"
 
 
-def check_exported(loaded: LoadedModel, export: ExportSpec) -> Callable[[Path], ParityResult]:
+def check_exported(loaded: LoadedModel, export: ExportSpec) -> Callable[[Artifact[OnnxManifest]], ParityResult]:
     """The check an export runs on the file before it is put into place: batches of 1 and 2, here and now.
 
     A half-precision file's deploy form is judged with every part in FP32 first, on images that rounding leaves as they
@@ -35,7 +35,8 @@ def check_exported(loaded: LoadedModel, export: ExportSpec) -> Callable[[Path], 
     The returned function raises ParityError; otherwise it gives the verdict for the manifest.
     """
 
-    def check(path: Path) -> ParityResult:
+    def check(artifact: Artifact[OnnxManifest]) -> ParityResult:
+        path = artifact.path
         spec = export.deploy
         smallest, _, largest = export.batch
         sizes = [size for size in (1, 2) if smallest <= size <= largest] or [smallest]
@@ -49,7 +50,12 @@ def check_exported(loaded: LoadedModel, export: ExportSpec) -> Callable[[Path], 
         remedy = f" `cnx-deploy bisect` names what has to stay in FP32 ({KEEP})." if spec.is_half else ""
         results = [
             _compared(
-                partial(open_onnx, name, path, spec.precision), expected, batches, spec.row.gate, path.name, remedy
+                partial(open_runner, artifact, name, RunnerOptions(hashes_hold=True)),
+                expected,
+                batches,
+                spec.row.gate,
+                path.name,
+                remedy,
             )
             for name in spec.row.proven_by
         ]

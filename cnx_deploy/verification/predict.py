@@ -28,7 +28,7 @@ from cnx_deploy.model.checkpoint import load_checkpoint
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.runners.registry import open_runner
+from cnx_deploy.runners.registry import RunnerOptions, open_runner
 from cnx_deploy.verification.inspect import check_suffix, kind_of_file, recorded_artifact
 
 __all__ = ["ClassScore", "Classifier", "Prediction", "classify_files", "find_image_files", "open_classifier"]
@@ -153,7 +153,7 @@ def _recorded_classifier(artifact: Artifact, many: bool, device: str) -> Classif
     notes = (
         (f"The weights are random (seed {model.weights.reference}): the answers mean nothing.",) if is_random else ()
     )
-    runner = open_runner(artifact, device=device, thread_per_image=many)
+    runner = open_runner(artifact, options=RunnerOptions(device=device, thread_per_image=many, hashes_hold=True))
     return Classifier(runner, model.preprocessing, model.class_names, notes)
 
 

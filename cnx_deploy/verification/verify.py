@@ -43,7 +43,7 @@ from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, load_checkpoi
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.runners.registry import open_onnx, open_runner
+from cnx_deploy.runners.registry import RunnerOptions, find_runner, open_runner
 from cnx_deploy.verification.batch_plan import batch_sizes, first_images, rebatched
 from cnx_deploy.verification.parity import differences, logits_of
 from cnx_deploy.verification.saved_results import OutputWriter, SavedOutputs
@@ -217,7 +217,7 @@ def verify_artifact(
 ) -> Verification:
     """Run an artifact here, as far as that is possible, and judge it against `reference`.
 
-    `runners`: names of `runners.opening.ONNX_RUNNERS` for an ONNX file, by default those that prove most; engines run
+    `runners`: names of `runners.registry` for an ONNX file, by default those that prove most; engines run
     on their GPU alone. `outputs`: where both sides' logits are saved. Raises CorruptArtifactError when its bytes are
     not what the manifest says, GraphCheckError when its inputs or outputs are not; a runner that this machine lacks the
     hardware for is reported, not raised.
@@ -229,12 +229,14 @@ def verify_artifact(
     row = artifact.manifest.precision
     results = []
     for name in runners or row.proven_by:
-        with open_onnx(name, artifact.path, row.name) as runner:
-            few = name.startswith("emulate-") and not runners
+        with open_runner(artifact, name, RunnerOptions(hashes_hold=True)) as runner:
+            few = find_runner(name).is_slow and not runners
             limit = max(EMULATED_IMAGES, reference.asked or 0) if few else None
             spec = _profile_spec(artifact, runner.input_spec)
             results.append(_judge(Candidate(artifact, runner, spec, row.gate, limit), reference, progress, outputs))
-    computed_in_fp32 = row.dtype == "float16" and any(not name.startswith("emulate-") for name in runners or ("",))
+    computed_in_fp32 = row.dtype == "float16" and any(
+        find_runner(name).widens_half for name in runners or row.proven_by
+    )
     notes = (HIDES_OVERFLOW,) if computed_in_fp32 else ()
     return Verification(artifact.path.name, "onnx", tuple(results), notes=notes)
 
@@ -321,7 +323,7 @@ def _verify_engine(
     artifact: Artifact, reference: Reference, progress: Progress | None, outputs: SavedOutputs | None
 ) -> Verification:
     try:
-        runner = open_runner(artifact, in_child_first=True)
+        runner = open_runner(artifact, options=RunnerOptions(in_child_first=True, hashes_hold=True))
     except MissingRequirementError as error:
         return Verification(artifact.path.name, "engine", (), not_run=(str(error),))
     with runner:

@@ -113,11 +113,13 @@ def test_half_precision_that_overflows_is_blamed_and_not_the_export(tiny_variant
 def test_a_wrong_engine_is_blamed_on_tensorrt(healthy, tiny_engine, monkeypatch) -> None:
     artifact, loaded = healthy
 
+    opened = steps.open_runner
+
     class Off:
         """Where an engine would run: the right logits and a little more."""
 
         def __init__(self, engine: Artifact) -> None:
-            self._inner = steps.open_onnx("onnxruntime", artifact.path, "fp16")
+            self._inner = opened(artifact, "onnxruntime")
             self.device, self.info, self.input_spec = self._inner.device, self._inner.info, self._inner.input_spec
 
         def __enter__(self) -> "Off":
@@ -129,7 +131,7 @@ def test_a_wrong_engine_is_blamed_on_tensorrt(healthy, tiny_engine, monkeypatch)
         def run(self, images: torch.Tensor) -> torch.Tensor:
             return self._inner.run(images) + 0.2
 
-    monkeypatch.setattr(steps, "open_runner", Off)
+    monkeypatch.setattr(steps, "open_runner", lambda of, *words: Off(of) if of is tiny_engine else opened(of, *words))
     verdict = chain(artifact, loaded, engines=(tiny_engine,))
     assert [step.failed for step in verdict.steps] == [False, False, False, True]
     assert verdict.sentence().endswith("To blame: TensorRT.")

@@ -36,7 +36,7 @@ def export(variant: Variant, spec: DeploySpec, folder: Path) -> Path:
     weights = WeightsRecord("random", "0", "0" * 64, "none (random weights)")
     record = ModelRecord(variant.name, 10, SIZE, weights, Preprocessing(image_size=SIZE))
     export_spec = ExportSpec(deploy=spec, batch=(1, 2, 4))
-    check = check_exported(LoadedModel(model, weights), export_spec.request, record)
+    check = check_exported(LoadedModel(model, weights), export_spec)
     return export_onnx(model, record, export_spec, folder, verify=check).path
 
 

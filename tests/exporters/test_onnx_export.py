@@ -78,7 +78,7 @@ def fixed_external(tiny_variant, tmp_path_factory) -> Exported:
         record,
         spec,
         tmp_path_factory.mktemp("external"),
-        verify=lambda path: replace(PARITY, candidate=path.name),
+        verify=lambda made: replace(PARITY, candidate=made.path.name),
     )
 
 
@@ -326,8 +326,8 @@ def test_force_replaces(copied, tiny_model):
 def test_an_export_whose_verification_fails_leaves_no_file(tmp_path, tiny_model, tiny_onnx_fp16):
     seen = []
 
-    def fails(path: Path) -> dict[str, object]:
-        seen.append(path.stat().st_size)
+    def fails(made: Artifact) -> ParityResult:
+        seen.append(made.path.stat().st_size)
         raise ParityError("the logits differ")
 
     with pytest.raises(ParityError, match="the logits differ"):

@@ -20,7 +20,7 @@ from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.model.deploy import deploy_form, parts_of
 from cnx_deploy.runners.emulated import EmulatedRunner
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
-from cnx_deploy.runners.registry import open_onnx
+from cnx_deploy.runners.registry import open_runner
 from cnx_deploy.verification.parity import differences
 from tests.support.hot_networks import images_for, with_hot_responses
 
@@ -151,9 +151,9 @@ def test_onnx_runtime_is_not_asked_for_bf16_on_a_cpu_nor_the_emulator_for_anothe
     bf16, tiny_onnx_fp16
 ) -> None:
     with pytest.raises(InputError, match="no BF16 convolution on a CPU"):
-        open_onnx("onnxruntime", bf16.path, "bf16")
+        open_runner(bf16, "onnxruntime")
     with pytest.raises(InputError, match="is FP16: --runner emulate-bf16 has no BF16"):
-        open_onnx("emulate-bf16", tiny_onnx_fp16.path, "fp16")
+        open_runner(tiny_onnx_fp16, "emulate-bf16")
 
 
 def test_a_bf16_engine_is_built_for_ampere_and_refused_for_turing(bf16, tmp_path) -> None:

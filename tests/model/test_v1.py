@@ -70,7 +70,7 @@ def exported(model: ConvNeXtV2, spec: DeploySpec, folder):
     preprocessing = Preprocessing(image_size=spec.image_size)
     record = ModelRecord(model.variant.name, model.num_classes, spec.image_size, weights, preprocessing)
     export_spec = ExportSpec(deploy=spec, batch=(1, 2, 4))
-    check = check_exported(LoadedModel(model, weights), export_spec.request, record)
+    check = check_exported(LoadedModel(model, weights), export_spec)
     return export_onnx(model, record, export_spec, folder, verify=check)
 
 

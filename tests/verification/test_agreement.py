@@ -29,7 +29,7 @@ from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.runners.base import HoldsNothing, Runner
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.runners.registry import open_onnx
+from cnx_deploy.runners.registry import open_runner
 from cnx_deploy.verification.agreement import LabelledResult, Tally
 from cnx_deploy.verification.labelled import LabelledReference, find_labelled, reference_for
 from cnx_deploy.verification.parity import NOISE_MARGIN, differences
@@ -119,7 +119,7 @@ def altered(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor],
     pixels = torch.stack([to_pixels(Image.open(path), Preprocessing(image_size=32)) for path in paths])
     chosen = runner_input(pixels, "float")
     monkeypatch.setattr(
-        "cnx_deploy.verification.verify.open_onnx", lambda *words: Altered(open_onnx(*words), change, chosen)
+        "cnx_deploy.verification.verify.open_runner", lambda *words: Altered(open_runner(*words), change, chosen)
     )
 
 

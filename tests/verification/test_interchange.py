@@ -100,7 +100,7 @@ def saved(
     model, record = random_model(tiny_variant, 10, seed=0), artifact.manifest.model
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        loaded = LoadedModel(model, record.weights, None, dict(record.preprocessing))
+        loaded = LoadedModel(model, record.weights, None, record.preprocessing)
         patch.setattr("cnx_deploy.verification.verify.recorded_model", lambda _: loaded)
         patch.setattr("cnx_deploy.verification.verify.open_artifact", lambda _: artifact)
         patch.setattr(saved_results, "LOGITS_A_FILE", 20)  # so that more than one file is written
@@ -195,10 +195,10 @@ def test_another_gate_does_not_excuse_a_flip(
             return logits
 
     with pytest.MonkeyPatch.context() as patch:
-        loaded = LoadedModel(model, record.weights, None, dict(record.preprocessing))
+        loaded = LoadedModel(model, record.weights, None, record.preprocessing)
         patch.setattr("cnx_deploy.verification.verify.recorded_model", lambda _: loaded)
         patch.setattr("cnx_deploy.verification.verify.open_artifact", lambda _: artifact)
-        patch.setattr("cnx_deploy.verification.verify.open_onnx", lambda name, path, precision: Flipping(path))
+        patch.setattr("cnx_deploy.verification.verify.open_runner", lambda artifact, *_: Flipping(artifact.path))
         outputs = SavedOutputs(tmp_path / "flipped")
         found = verify_artifact(artifact, reference_for(artifact, images, None), outputs=outputs)
         outputs.finish(artifact, (), ())

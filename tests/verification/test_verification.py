@@ -24,6 +24,7 @@ from cnx_deploy.core.errors import CorruptArtifactError, InputError, OutputExist
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.data.input_spec import InputSpec
+from cnx_deploy.exporters.onnx import ExportSpec
 from cnx_deploy.model.checkpoint import hash_weights, save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.runners.registry import open_runner
@@ -181,13 +182,15 @@ def test_a_network_without_grn_gain_does_not_verify(copied, reference):
 
 def test_the_check_before_an_export_is_kept_raises_on_a_broken_network(copied):
     broken = with_bytes(copied, without_grn_gain(copied.path))
-    check = check_exported(recorded_model(broken), dict(broken.manifest.request), broken.manifest.model)
+    check = check_exported(
+        recorded_model(broken), ExportSpec(deploy=broken.manifest.deploy, batch=broken.manifest.batch)
+    )
     with pytest.raises(ParityError, match="Nothing was written"):
-        check(broken.path)
+        check(broken)
 
 
 def test_the_check_before_an_export_is_kept_records_batches_of_one_and_two(exports):
-    assert exports[0].manifest.facts.parity["batches"] == [1, 2]
+    assert exports[0].manifest.facts.parity.batches == (1, 2)
 
 
 def test_a_flipped_byte_is_corrupt(copied, reference):

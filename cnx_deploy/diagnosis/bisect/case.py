@@ -162,7 +162,7 @@ def _batches(record: ModelRecord, spec: ExportSpec, data: Path | None, samples: 
 
 def _verifies(artifact: Artifact[OnnxManifest], spec: ExportSpec, case: Case) -> bool:
     try:
-        check_exported(case.loaded, spec)(artifact.path)
+        check_exported(case.loaded, spec)(artifact)
     except (ParityError, InputError):  # the latter where all is kept, and nothing is left for the emulator to round
         return False
     return True
