@@ -1,15 +1,62 @@
 """ConvNeXt V2 from PyTorch to verified ONNX files and FP16 TensorRT engines.
 
-Each stage is a plain function of the module that owns it:
+    import cnx_deploy as cnx
 
-- ``cnx_deploy.model``: ``create_model``, ``random_model``, ``deploy_form``
-- ``cnx_deploy.model.checkpoint``: ``load_checkpoint``, ``save_checkpoint``
-- ``cnx_deploy.exporters.onnx``: ``export_onnx``
-- ``cnx_deploy.exporters.trt.builder``: ``build_engine``
-- ``cnx_deploy.verification.parity``: ``compare``
-- ``cnx_deploy.bench.timing``: ``measure_together``
+    onnx = cnx.export("atto", precision="fp16")
+    report = cnx.verify(onnx)
 
-This file imports nothing, so that ``cnx-deploy --help`` stays fast.
+The names below are handed on from `cnx_deploy.api` when they are asked for; importing the package loads nothing else.
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cnx_deploy.api import (
+        Model,
+        VerifyReport,
+        benchmark,
+        build_engine,
+        evaluate,
+        export,
+        headroom,
+        inspect,
+        load,
+        predict,
+        train,
+        verify,
+    )
+    from cnx_deploy.core.manifest import Artifact
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Artifact",
+    "Model",
+    "VerifyReport",
+    "benchmark",
+    "build_engine",
+    "evaluate",
+    "export",
+    "headroom",
+    "inspect",
+    "load",
+    "predict",
+    "train",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    if name == "Artifact":
+        from cnx_deploy.core.manifest import Artifact
+
+        return Artifact
+    from cnx_deploy import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

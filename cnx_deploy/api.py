@@ -1,14 +1,15 @@
-"""The stages one after the other over folders of artifacts: what the commands do, as functions.
+"""The Python API: what each command does, as one function. `import cnx_deploy` hands these names on, lazily.
 
-Each takes a frozen request and a callable that is told one line at a time; folders are named by the caller.
+Every function takes plain values, returns a typed record that prints itself, and writes only where it is told to.
 """
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from cnx_deploy.core.artifacts import find_artifacts, open_artifact, select_artifacts
 from cnx_deploy.core.deploy_spec import DeploySpec, InputKind, Layout
@@ -19,7 +20,8 @@ from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import this_machine
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.backend import default_targets, load_backend, require_gpu
-from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
+from cnx_deploy.exporters.trt.builder import BuildSpec
+from cnx_deploy.exporters.trt.builder import build_engine as build_one_engine
 from cnx_deploy.exporters.trt.compiling import limits_for
 from cnx_deploy.model.checkpoint import LoadedModel, resolve_model
 from cnx_deploy.model.deploy import check_parts
@@ -28,18 +30,276 @@ from cnx_deploy.verification.export_check import check_exported
 from cnx_deploy.verification.labelled import reference_for
 from cnx_deploy.verification.polygraphy_io import save_comparison
 from cnx_deploy.verification.saved_results import SavedOutputs
-from cnx_deploy.verification.verify import Progress, Reference, Verification, model_record, verify_artifact
+from cnx_deploy.verification.verify import Progress, Reference, Verification, model_record, table_of, verify_artifact
+
+if TYPE_CHECKING:
+    from cnx_deploy.bench.run import BenchReport
+    from cnx_deploy.diagnosis.headroom.analysis import Headroom
+    from cnx_deploy.training import TrainingResult
+    from cnx_deploy.verification.evaluation import Evaluation
+    from cnx_deploy.verification.inspect import Inspection
+    from cnx_deploy.verification.predict import Classifier
 
 __all__ = [
-    "BuildRequest",
-    "ExportRequest",
-    "VerifyRequest",
-    "run_builds",
-    "run_exports",
-    "run_verifications",
-]
+    "BuildRequest", "ExportRequest", "Model", "VerifyReport", "VerifyRequest", "benchmark", "build_engine", "evaluate",
+    "export", "headroom", "inspect", "load", "predict", "run_builds", "run_exports", "run_verifications", "train",
+    "verify",
+]  # fmt: skip
 
 Note = Callable[[str], None]
+Source = Artifact | Path | str
+"""An artifact, or the path of one."""
+Images = Any
+"""A path, a PIL image, an array or a tensor; or a list of them. See `Model.predict`."""
+
+
+def _silent(text: str) -> None:
+    """Take a line and say nothing: what a function notes is printed by who asks for it with `note=print`."""
+
+
+@overload
+def export(variant: str, *, precision: str = "fp16", **options: Any) -> Artifact[OnnxManifest]: ...
+@overload
+def export(variant: str, *, precision: tuple[str, ...], **options: Any) -> list[Artifact[OnnxManifest]]: ...
+def export(
+    variant: str, *, precision: str | tuple[str, ...] = "fp16", note: Note = _silent, **options: Any
+) -> Artifact[OnnxManifest] | list[Artifact[OnnxManifest]]:
+    """Export a variant to ONNX, compare the file with PyTorch and write its manifest, as `cnx-deploy export` does.
+
+    Args:
+        variant: one of `cnx-deploy variants`, for example "atto".
+        precision: "fp32", "fp16" or "bf16", or several of them for several files from one load of the weights.
+        note: is told what was chosen or assumed, a line at a time; `print` shows it.
+        **options: fields of `ExportRequest`: checkpoint, pretrained, image_size, batch, keep_fp32, output_dir, force …
+
+    Returns:
+        The artifact, or a list of them where several precisions were asked for.
+
+    Raises:
+        ParityError: the file differs from PyTorch by more than its gate; nothing is written.
+        OutputExistsError: other inputs made what is there; `force=True` replaces it.
+    """
+    precisions = (precision,) if isinstance(precision, str) else tuple(precision)
+    made = run_exports(ExportRequest(variant=variant, precisions=precisions, **options), note)
+    return made[0] if isinstance(precision, str) else made
+
+
+def build_engine(
+    onnx: Source, *, target: str = "current", note: Note = _silent, **options: Any
+) -> Artifact[EngineManifest]:
+    """Build a TensorRT engine from an exported file, as `cnx-deploy build-trt` does.
+
+    Args:
+        onnx: an exported artifact, or its path.
+        target: compute capability of the GPU, for example "sm89" for an RTX 4090; "current" is this machine's GPU.
+            TensorRT-RTX builds for another GPU on a machine without one.
+        note: is told what is built, a line at a time.
+        **options: fields of `BuildRequest`: batches, runtime, allow_tf32, output_dir, force.
+
+    Raises:
+        BuildError: TensorRT makes no engine, or one that computes in another precision than the file says.
+    """
+    request = BuildRequest(files=(_path_of(onnx),), targets=(target,), **options)
+    return run_builds(request, note)[0]
+
+
+def verify(
+    artifacts: Source | Sequence[Source] = (), *, note: Note = _silent, progress: Progress | None = None, **options: Any
+) -> "VerifyReport":
+    """Compare ONNX files and engines with PyTorch, as `cnx-deploy verify` does; by default everything recorded.
+
+    Args:
+        artifacts: artifacts or paths; none means everything in `export/` and `engines/`.
+        note: is told what is verified, a line at a time.
+        progress: is told a text and the images done.
+        **options: fields of `VerifyRequest`: data, samples, runners, export_dir, engines_dir, save_outputs …
+
+    Returns:
+        The report; `report.passed` says whether every gate held, `print(report)` shows the table.
+
+    Raises:
+        MissingRequirementError: an engine was named and cannot run here.
+    """
+    return VerifyReport(tuple(run_verifications(VerifyRequest(files=_paths_of(artifacts), **options), note, progress)))
+
+
+def benchmark(
+    artifacts: Source | Sequence[Source] = (),
+    *,
+    batch: int | Sequence[int] = (1, 8),
+    compare: Sequence[str] = (),
+    note: Note = _silent,
+    progress: Callable[[str, float], None] | None = None,
+    **options: Any,
+) -> "BenchReport":
+    """Time ONNX files and engines in turns with PyTorch and others, as `cnx-deploy bench` does.
+
+    Args:
+        artifacts: artifacts or paths; none means everything recorded.
+        batch: images a call; several are measured one after the other.
+        compare: peers in the same turns: "torch", "compile", "timm", "timm-whole", "timm-18"; first the baseline.
+        note: is told of recorded artifacts that are not here.
+        progress: is told a text and the share that is done.
+        **options: fields of `bench.comparison.BenchRequest`: duration, threads, spin, seed …
+
+    Returns:
+        The report with latencies in milliseconds and images a second; `print(report)` shows the table.
+    """
+    from cnx_deploy.bench.comparison import BenchRequest
+    from cnx_deploy.bench.run import run_bench
+
+    batches = (batch,) if isinstance(batch, int) else tuple(batch)
+    request = BenchRequest(files=_paths_of(artifacts), batches=batches, compare=tuple(compare), **options)
+    recorded = list(select_artifacts(request.files, request.export_dir, request.engines_dir, note))
+    return run_bench(recorded, request, omp_threads=os.environ.get("OMP_NUM_THREADS"), progress=progress)
+
+
+def load(model: Source, *, device: str = "cpu") -> "Model":
+    """Open a checkpoint, an ONNX file or an engine to classify images with; use the model as a context manager.
+
+    Args:
+        model: an artifact or a path; what the file is, is told by its content.
+        device: "cpu" or "cuda" for checkpoints and ONNX files; an engine runs on its GPU.
+
+    Raises:
+        CorruptArtifactError: the file is not what its manifest says.
+        RefusedArtifactError: an engine without a manifest, which could run anything.
+    """
+    from cnx_deploy.verification.predict import open_classifier
+
+    return Model(open_classifier(_path_of(model), many=True, device=device))
+
+
+def predict(model: Source, images: Images, *, top: int = 5) -> Any:
+    """Classify images with a checkpoint, an ONNX file or an engine; see `Model.predict`."""
+    with load(model) as opened:
+        return opened.predict(images, top=top)
+
+
+def evaluate(model: Source, data: Path | str, *, batch_size: int = 32, device: str = "cpu") -> "Evaluation":
+    """Count accuracy and calibration on labelled images, as `cnx-deploy eval` does.
+
+    Args:
+        model: an artifact or a path of a checkpoint, an ONNX file or an engine.
+        data: a folder with a folder of images for each class, or a CSV file.
+        batch_size: images run at once.
+        device: "cpu" or "cuda".
+    """
+    from cnx_deploy.verification.evaluation import evaluate as evaluate_runner
+
+    with load(model, device=device) as opened:
+        made = opened.classifier
+        names = made.class_names
+        return evaluate_runner(made.runner, Path(data), made.preprocessing, batch_size=batch_size, class_names=names)
+
+
+def train(data: Path | str, variant: str = "atto", *, recipe: str = "plain", **options: Any) -> "TrainingResult":
+    """Train a variant on an image folder, as `cnx-deploy train` does; needs the extra `train`.
+
+    Args:
+        data: a folder with a folder of images for each class, or a CSV file.
+        variant: one of `cnx-deploy variants`.
+        recipe: a preset of the papers, or "plain".
+        **options: fields of `training.spec.TrainingSpec`, which replace the recipe's: epochs, image_size, batch_size …
+
+    Returns:
+        The run: its folder, its best checkpoint and accuracy in percent.
+    """
+    from cnx_deploy import training
+
+    return training.train(training.spec_from_recipe(Path(data), variant, recipe, **options))
+
+
+def headroom(checkpoint: Path | str | None = None, *, note: Note = _silent, **options: Any) -> "Headroom":
+    """Measure how far a network's tensors are from what FP16 can hold, as `cnx-deploy diagnose headroom` does.
+
+    Args:
+        checkpoint: weights; without it `variant` or `pretrained` in `options` name some.
+        note: is told what was assumed.
+        **options: fields of `HeadroomRequest`: variant, pretrained, data, samples, image_size, margin …
+    """
+    from cnx_deploy.diagnosis.headroom.analysis import HeadroomRequest, run_headroom
+
+    path = Path(checkpoint) if checkpoint is not None else None
+    return run_headroom(HeadroomRequest(checkpoint=path, **options), note)
+
+
+def inspect(file: Source) -> "Inspection":
+    """Say what a file is, from its content and its manifest, as `cnx-deploy inspect` does; nothing in it is run."""
+    from cnx_deploy.verification.inspect import inspect_file
+
+    return inspect_file(_path_of(file))
+
+
+class Model:
+    """An opened checkpoint, ONNX file or engine with the preprocessing and class names that belong to it.
+
+    `notes` say what was assumed of it, for example that its weights are random.
+    """
+
+    def __init__(self, classifier: "Classifier") -> None:
+        self.classifier = classifier
+        self.notes = classifier.notes
+
+    def __enter__(self) -> Self:
+        self.classifier.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.classifier.__exit__(kind, error, trace)
+
+    def __repr__(self) -> str:
+        info, size = self.classifier.runner.info, self.classifier.preprocessing.image_size
+        return f"Model({info.backend} {info.version} in {info.arithmetic} on {info.device}, {size} px)"
+
+    def predict(self, images: Images, *, top: int = 5, batch_size: int = 8) -> Any:
+        """Classify one image or a list of them; each is resized, cropped and normalised as the model asks for.
+
+        Args:
+            images: paths; PIL images of any mode; arrays (H, W, 3) or (H, W) of uint8; tensors (3, H, W) of uint8, or
+                of floats in [0, 1]. A list gives a list.
+            top: classes named for each image.
+            batch_size: images run at once, within the range that the model takes.
+
+        Returns:
+            A `Prediction` an image, with the best classes first and probabilities in [0, 1]. A file that cannot be read
+            has no classes and says why in `error`.
+        """
+        from cnx_deploy.verification.predict import classify_images
+
+        several = list(images) if isinstance(images, list | tuple) else [images]
+        found = list(classify_images(self.classifier, several, top=top, batch_size=batch_size))
+        return found if isinstance(images, list | tuple) else found[0]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify` found of each artifact; `print` shows it as a table."""
+
+    results: tuple[Verification, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing that ran has failed. What could not be run here is in `not_run` of its result."""
+        return all(result.passed for result in self.results)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as `--json` prints it."""
+        return {"verifications": [result.to_dict() for result in self.results]}
+
+    def __str__(self) -> str:
+        return "\n".join(table_of(self.results))
+
+
+def _path_of(source: Source) -> Path:
+    return source.path if isinstance(source, Artifact) else Path(source)
+
+
+def _paths_of(sources: Source | Sequence[Source]) -> tuple[Path, ...]:
+    several = (sources,) if isinstance(sources, Artifact | Path | str) else sources
+    return tuple(_path_of(source) for source in several)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +422,7 @@ def run_builds(
             note(f"Building {artifact.path.name} for {target} with {backend.name} {backend.version}")
             limits = limits_for(artifact.size_bytes)
             words = (artifact, spec, request.output_dir)
-            engine = build_engine(*words, force=request.force, progress=progress, limits=limits)
+            engine = build_one_engine(*words, force=request.force, progress=progress, limits=limits)
             engines.append(engine)
             size = f"{engine.manifest.files[0].size_bytes / 1e6:.1f} MB"
             note(f"  {engine.path} ({'made from the same inputs: reused' if engine.reused else size})")

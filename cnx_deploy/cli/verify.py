@@ -1,7 +1,7 @@
 """`cnx-deploy verify`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -12,9 +12,6 @@ from cnx_deploy.cli.saved import judged, saved_options
 from cnx_deploy.cli.steps import verify_steps
 from cnx_deploy.core.errors import InputError, ParityError
 from cnx_deploy.runners.registry import runner_names
-
-if TYPE_CHECKING:
-    from cnx_deploy.verification.verify import Verification
 
 
 @click.command()
@@ -69,10 +66,12 @@ def verify(as_json: bool, layers: bool, steps: bool, plot: Path | None, records:
         with options.reporter("Verifying") as progress:
             request = VerifyRequest(**arguments)
             found = run_verifications(request, options.note, lambda text, images: progress(text, 0.0))
+    from cnx_deploy.verification.verify import table_of
+
     if as_json:
         options.echo_json({"verifications": [entry.to_dict() for entry in found]})
     else:
-        _show(found)
+        options.echo("\n".join(table_of(found)))
     failed = [entry.artifact for entry in found if not entry.passed]
     if failed:
         message = f"{', '.join(failed)} differ from PyTorch by more than the gate allows; see the rows above."
@@ -137,25 +136,3 @@ def _verify_layers(plot: Path | None, *, as_json: bool, files: tuple[Path, ...],
     failed = [entry.artifact for entry in found if not entry.passed]
     if failed:
         options.fail(ParityError(f"{', '.join(failed)} part from PyTorch by layer; see above where."), as_json=as_json)
-
-
-def _show(found: "list[Verification]") -> None:
-    from cnx_deploy.verification.agreement import LabelledResult
-
-    options.echo(
-        f"{'artifact':34} {'run by':22} {'images':>6} {'rel. L2':>9} {'cosine':>10} {'top-1':>7} {'KL':>9}  verdict"
-    )
-    for entry in found:
-        for result in entry.results:
-            numbers = result.differences
-            options.echo(
-                f"{entry.artifact:34} {result.candidate:22} {numbers.samples:>6} {numbers.relative_l2_max:>9.1e} "
-                f"{numbers.centred_cosine_min:>10.7f} {numbers.top1_agreement:>7.2%} {numbers.mean_kl:>9.1e}  "
-                f"{'pass' if result.passed else 'FAIL: ' + '; '.join(result.failures)}"
-            )
-            for line in result.lines() if isinstance(result, LabelledResult) else ():
-                options.echo(f"  {line}")
-        for reason in entry.not_run:
-            options.echo(f"{entry.artifact:34} not run: {reason}")
-    for line in dict.fromkeys(line for entry in found for line in entry.notes):
-        options.echo(f"Note: {line}")

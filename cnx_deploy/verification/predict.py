@@ -7,7 +7,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cnx_deploy.core.artifacts import refused_engine
@@ -31,7 +33,15 @@ from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.runners.registry import RunnerOptions, open_runner
 from cnx_deploy.verification.inspect import check_suffix, kind_of_file, recorded_artifact
 
-__all__ = ["ClassScore", "Classifier", "Prediction", "classify_files", "find_image_files", "open_classifier"]
+__all__ = [
+    "ClassScore",
+    "Classifier",
+    "Prediction",
+    "classify_files",
+    "classify_images",
+    "find_image_files",
+    "open_classifier",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +142,23 @@ def classify_files(
     `top` is cut to the number of classes, `batch_size` to the runner's range. Raises CheckFailedError, which names the
     file, for logits that are not finite.
     """
+    return classify_images(classifier, paths, top=top, batch_size=batch_size)
+
+
+def classify_images(
+    classifier: Classifier, images: Sequence[Any], *, top: int = 5, batch_size: int = 8
+) -> Iterator[Prediction]:
+    """Yield one prediction an image: a path, a PIL image, an array or a tensor; see `api.Model.predict`."""
     spec = classifier.runner.input_spec
     size = max(spec.min_batch, min(batch_size, spec.max_batch or batch_size))
-    remaining = iter(paths)
+    remaining = iter(enumerate(images))
     while batch := list(itertools.islice(remaining, size)):
-        read = [_read(path, classifier.preprocessing) for path in batch]
-        images = [pixels for pixels in read if isinstance(pixels, Tensor)]
-        taken = [path for path, pixels in zip(batch, read, strict=True) if isinstance(pixels, Tensor)]
-        rows = iter(_probabilities(classifier, images, taken) if images else ())
-        for path, pixels in zip(batch, read, strict=True):
+        named = [Path(image) if isinstance(image, str | Path) else Path(f"image {at}") for at, image in batch]
+        read = [_read(image, classifier.preprocessing) for _, image in batch]
+        taken = [path for path, pixels in zip(named, read, strict=True) if isinstance(pixels, Tensor)]
+        readable = [pixels for pixels in read if isinstance(pixels, Tensor)]
+        rows = iter(_probabilities(classifier, readable, taken) if readable else ())
+        for path, pixels in zip(named, read, strict=True):
             if isinstance(pixels, Tensor):
                 yield Prediction(path, _best(next(rows), classifier, top))
             else:
@@ -203,12 +221,35 @@ def _is_visible_image(file: Path, root: Path) -> bool:
     return not hidden and file.suffix.lower() in SUFFIXES and file.is_file()
 
 
-def _read(path: Path, preprocessing: Preprocessing) -> Tensor | str:
+def _read(image: Any, preprocessing: Preprocessing) -> Tensor | str:
     """(S, S, 3) uint8 pixels, or why there are none."""
     try:
-        return to_pixels(load_image(path), preprocessing)
+        decoded = load_image(Path(image)) if isinstance(image, str | Path) else _decoded(image)
+        return to_pixels(decoded, preprocessing)
     except InputError as error:
         return str(error)
+
+
+def _decoded(image: Any) -> Image.Image:
+    """A PIL image of an array (H, W, 3) or (H, W) of uint8, or of a tensor (3, H, W) of uint8 or floats in [0, 1]."""
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or image.shape[0] != 3:
+            raise InputError(f"A tensor must be an image of shape (3, H, W), got {tuple(image.shape)}.")
+        if image.is_floating_point():
+            low, high = float(image.min()), float(image.max())
+            if not (low >= 0.0 and high <= 1.0):  # a NaN fails both
+                raise InputError(f"A float tensor must hold values in [0, 1], got {low:g} to {high:g}.")
+            image = (image * 255.0).round().to(torch.uint8)
+        image = image.permute(1, 2, 0).cpu().numpy()
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)):
+        given = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise InputError(
+            "An image must be a path, a PIL image, a uint8 array (H, W, 3) or (H, W), or a tensor (3, H, W), got "
+            f"{given}."
+        )
+    return Image.fromarray(np.ascontiguousarray(image))
 
 
 def _probabilities(classifier: Classifier, images: Sequence[Tensor], paths: Sequence[Path]) -> Tensor:

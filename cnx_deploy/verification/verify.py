@@ -5,7 +5,7 @@ The reference is always PyTorch's training form in FP32 with the weights that th
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ __all__ = [
     "model_record",
     "rebatched",
     "recorded_model",
+    "table_of",
     "verify_artifact",
 ]
 
@@ -239,6 +240,24 @@ def verify_artifact(
     )
     notes = (HIDES_OVERFLOW,) if computed_in_fp32 else ()
     return Verification(artifact.path.name, "onnx", tuple(results), notes=notes)
+
+
+def table_of(found: Sequence[Verification]) -> Iterator[str]:
+    """The verifications as the lines of a table, with what could not be run and the notes below."""
+    yield f"{'artifact':34} {'run by':22} {'images':>6} {'rel. L2':>9} {'cosine':>10} {'top-1':>7} {'KL':>9}  verdict"
+    for entry in found:
+        for result in entry.results:
+            numbers = result.differences
+            yield (
+                f"{entry.artifact:34} {result.candidate:22} {numbers.samples:>6} {numbers.relative_l2_max:>9.1e} "
+                f"{numbers.centred_cosine_min:>10.7f} {numbers.top1_agreement:>7.2%} {numbers.mean_kl:>9.1e}  "
+                f"{'pass' if result.passed else 'FAIL: ' + '; '.join(result.failures)}"
+            )
+            yield from (f"  {line}" for line in result.lines())
+        for reason in entry.not_run:
+            yield f"{entry.artifact:34} not run: {reason}"
+    for line in dict.fromkeys(line for entry in found for line in entry.notes):
+        yield f"Note: {line}"
 
 
 def _check_promised(artifact: Artifact[OnnxManifest], graph: GraphFacts) -> None:
