@@ -69,12 +69,13 @@ def _input_spec(graph: Graph) -> InputSpec:
     return InputSpec(kind, size, smallest, largest)
 
 
-def _reason(emulated: str, artifact: Artifact, machine: Machine) -> CnxDeployError | None:
-    own = artifact.manifest.precision.name
-    if own == emulated:
+def _reason(emulated: torch.dtype, artifact: Artifact, machine: Machine) -> CnxDeployError | None:
+    row = artifact.manifest.precision
+    if getattr(torch, row.dtype) is emulated:
         return None
+    name = NARROW[emulated]
     return InputError(
-        f"{artifact.path.name} is {own.upper()}: --runner emulate-{emulated} has no {emulated.upper()} to emulate."
+        f"{artifact.path.name} is {row.name.upper()}: --runner emulate-{name} has no {name.upper()} to emulate."
     )
 
 
@@ -82,13 +83,9 @@ def _opened(artifact: Artifact, options: RunnerOptions) -> EmulatedRunner:
     return EmulatedRunner(artifact.path)
 
 
-for _precision in NARROW.values():
+for _dtype, _name in NARROW.items():
     register_runner(
         RunnerEntry(
-            name=f"emulate-{_precision}",
-            kinds=("onnx",),
-            can_run=partial(_reason, _precision),
-            open=_opened,
-            is_slow=True,
+            name=f"emulate-{_name}", kinds=("onnx",), can_run=partial(_reason, _dtype), open=_opened, is_slow=True
         )
     )

@@ -14,7 +14,7 @@ from cnx_deploy.core.errors import BuildError, InputError, MissingRequirementErr
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.diagnosis.chain import verify_steps
 from cnx_deploy.exporters.trt.backend import load_backend
-from cnx_deploy.exporters.trt.compiling import _check_half_share
+from cnx_deploy.exporters.trt.compiling import FilePrecision, _check_half_share
 from cnx_deploy.exporters.trt.network import NetworkBuild
 from cnx_deploy.model.deploy_layers import ResponseGain
 from cnx_deploy.verification.batch_plan import first_images
@@ -141,9 +141,9 @@ def test_an_fp16_file_that_hides_its_float_parts_is_not_built(tmp_path, tiny_var
 
     kept = exported(random_model(tiny_variant, 10), DeploySpec("fp16", 32, keep_fp32=("stages.2.0",)), tmp_path)
     build = NetworkBuild(load_backend("tensorrt-rtx"), kept.path)
-    _check_half_share(build, kept.manifest.request)
+    _check_half_share(build, FilePrecision.of(kept.manifest.deploy))
     with pytest.raises(BuildError, match="calls itself FP16, but only"):
-        _check_half_share(build, replace(kept.manifest.deploy, keep_fp32=()))
+        _check_half_share(build, replace(FilePrecision.of(kept.manifest.deploy), keep_fp32=()))
 
 
 def test_the_error_of_steps_names_options_as_they_are_written(tmp_path) -> None:

@@ -10,7 +10,7 @@ from cnx_deploy.core.strict_json import typed
 from cnx_deploy.core.system import find_gpus
 from cnx_deploy.exporters.graph_rules import check_graph
 from cnx_deploy.exporters.trt.backend import Backend, load_backend
-from cnx_deploy.exporters.trt.compiling import BuildSpec, compiled_engine, task_of
+from cnx_deploy.exporters.trt.compiling import BuildSpec, FilePrecision, compiled_engine, task_of
 from cnx_deploy.exporters.trt.network import Progress
 
 __all__ = ["BuildSpec", "build_engine"]
@@ -98,15 +98,15 @@ def _compiled(
     limits: Limits | None,
 ) -> EngineFacts:
     """Have the engine written to `plan`, here or in a child; what was found on the way."""
-    deploy = source.manifest.deploy
+    precision = FilePrecision.of(source.manifest.deploy)
     if limits is None:
-        content, facts = compiled_engine(backend, source.path, deploy, spec, progress)
+        content, facts = compiled_engine(backend, source.path, precision, spec, progress)
         plan.write_bytes(content)
         return facts
     name = source.path.name
     answer = run_isolated(
         "cnx_deploy.exporters.trt.compiling:compile_task",
-        task_of(source.path, deploy, spec, plan),
+        task_of(source.path, precision, spec, plan),
         limits,
         what=f"Building {name}",
         failure=BuildError,

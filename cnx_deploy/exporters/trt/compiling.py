@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import msgspec
 
@@ -24,7 +24,7 @@ from cnx_deploy.exporters.trt.compiled import measure_compiled
 from cnx_deploy.exporters.trt.kernel_log import kernels_in_log
 from cnx_deploy.exporters.trt.network import NetworkBuild, Progress, half_share, type_census
 
-__all__ = ["BuildSpec", "compile_task", "compiled_engine", "limits_for", "measure_task", "task_of"]
+__all__ = ["BuildSpec", "FilePrecision", "compile_task", "compiled_engine", "limits_for", "measure_task", "task_of"]
 
 MIN_HALF_SHARE = 0.95
 """Least share of HALF among matrix products and convolutions of an FP16 file: ours have 1.0, an FP32 graph 0."""
@@ -60,11 +60,26 @@ class BuildSpec:
             )
 
 
-def compile_task(onnx: str, deploy: dict[str, Any], spec: dict[str, Any], plan: str) -> Any:
+@dataclass(frozen=True, slots=True)
+class FilePrecision:
+    """What an ONNX file says of its own precision, for a process that knows no precision by name."""
+
+    name: str
+    dtype: str
+    is_half: bool
+    keep_fp32: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, deploy: DeploySpec) -> Self:
+        """The precision of a file with this deploy form."""
+        return cls(deploy.precision, deploy.row.dtype, deploy.is_half, deploy.keep_fp32)
+
+
+def compile_task(onnx: str, precision: dict[str, Any], spec: dict[str, Any], plan: str) -> Any:
     """`compiled_engine` for a child process: the engine goes to the file `plan`, the facts are the answer."""
     asked = typed(spec, BuildSpec)
     backend = load_backend(asked.runtime)
-    content, facts = compiled_engine(backend, Path(onnx), typed(deploy, DeploySpec), asked, None)
+    content, facts = compiled_engine(backend, Path(onnx), typed(precision, FilePrecision), asked, None)
     Path(plan).write_bytes(content)
     return msgspec.to_builtins(facts)
 
@@ -81,21 +96,21 @@ def limits_for(onnx_bytes: int) -> Limits:
     return Limits(LONGEST_SECONDS, MEMORY_BYTES + MEMORY_PER_BYTE * onnx_bytes)
 
 
-def task_of(onnx: Path, deploy: DeploySpec, spec: BuildSpec, plan: Path) -> dict[str, Any]:
+def task_of(onnx: Path, precision: FilePrecision, spec: BuildSpec, plan: Path) -> dict[str, Any]:
     """The arguments of `compile_task`, as JSON can hold them."""
-    records = {"deploy": msgspec.to_builtins(deploy), "spec": msgspec.to_builtins(spec)}
+    records = {"precision": msgspec.to_builtins(precision), "spec": msgspec.to_builtins(spec)}
     return {"onnx": str(onnx.resolve()), "plan": str(plan.resolve()), **records}
 
 
 def compiled_engine(
-    backend: Backend, source: Path, deploy: DeploySpec, spec: BuildSpec, progress: Progress | None
+    backend: Backend, source: Path, precision: FilePrecision, spec: BuildSpec, progress: Progress | None
 ) -> tuple[bytes, EngineFacts]:
-    """The engine's bytes, and what was found on the way. `deploy`: the form in the ONNX file."""
+    """The engine's bytes, and what was found on the way. `precision`: that of the ONNX file."""
     gpu = find_gpus()[0].target if spec.target == "current" else spec.target
     rewrites = backend.name == LISTS_KERNELS  # how the other one compiles depthwise convolutions is not known here
     with _written_for(source, gpu) if rewrites else contextlib.nullcontext(source) as path:
         start = time.monotonic()
-        build, plan, fallback = _serialised(backend, path, deploy, spec, progress)
+        build, plan, fallback = _serialised(backend, path, precision, spec, progress)
         seconds = round(time.monotonic() - start, 2)
         compiled = None
         if spec.measure and backend.name == LISTS_KERNELS and not fallback:
@@ -126,7 +141,7 @@ def _kernels_by_profile(build: NetworkBuild, spec: BuildSpec) -> dict[str, int]:
 
 
 def _serialised(
-    backend: Backend, path: Path, deploy: DeploySpec, spec: BuildSpec, progress: Progress | None
+    backend: Backend, path: Path, precision: FilePrecision, spec: BuildSpec, progress: Progress | None
 ) -> tuple[NetworkBuild, bytes, bool]:
     """Build as the file says; where TensorRT has no FP16 depthwise kernel, once more with those layers in FP32.
 
@@ -134,10 +149,10 @@ def _serialised(
     """
     try:
         build = NetworkBuild(backend, path)
-        _check_half_share(build, deploy)
+        _check_half_share(build, precision)
         return build, build.serialise(_config(build, spec), progress), False
     except BuildError as error:
-        if deploy.row.dtype != "float16" or not any(text in str(error) for text in NO_HALF_DEPTHWISE):
+        if precision.dtype != "float16" or not any(text in str(error) for text in NO_HALF_DEPTHWISE):
             raise
     from cnx_deploy.exporters.trt.depthwise import with_depthwise_in_fp32
 
@@ -150,14 +165,14 @@ def _config(build: NetworkBuild, spec: BuildSpec) -> Any:
     return build.config(spec.target, allow_tf32=spec.allow_tf32, batches=spec.batches)
 
 
-def _check_half_share(build: NetworkBuild, deploy: DeploySpec) -> None:
+def _check_half_share(build: NetworkBuild, precision: FilePrecision) -> None:
     """Raise BuildError for a file that computes in FP32 what it says it computes in half, parts it keeps left out."""
-    share = half_share(build.network, deploy.keep_fp32)
-    if deploy.is_half and share < MIN_HALF_SHARE:
+    share = half_share(build.network, precision.keep_fp32)
+    if precision.is_half and share < MIN_HALF_SHARE:
         raise BuildError(
-            f"{build.onnx_path.name} calls itself {deploy.precision.upper()}, but only {share:.0%} of its matrix "
+            f"{build.onnx_path.name} calls itself {precision.name.upper()}, but only {share:.0%} of its matrix "
             f"products and convolutions are (at least {MIN_HALF_SHARE:.0%} expected). Export it again with --precision "
-            f"{deploy.precision} --force."
+            f"{precision.name} --force."
         )
 
 

@@ -1,0 +1,103 @@
+"""What is added from outside, a precision or a runner, is taken by every stage without another edit."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import cnx_deploy as cnx
+from cnx_deploy.core.errors import CnxDeployError, InputError
+from cnx_deploy.core.gates import Gate
+from cnx_deploy.core.manifest import Artifact
+from cnx_deploy.core.precision import PRECISIONS, Precision, register_precision
+from cnx_deploy.core.system import Machine
+from cnx_deploy.data.input_spec import InputSpec, check_input
+from cnx_deploy.runners import registry
+from cnx_deploy.runners.base import HoldsNothing, RunnerInfo
+from cnx_deploy.runners.registry import RunnerEntry, RunnerOptions, register_runner
+
+PICTURE = torch.rand(3, 40, 48, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def half_opset_21(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cnx.Artifact]:
+    """An FP16 precision of another name, opset and gate, and a file in it."""
+    row = Precision(
+        name="half21",
+        dtype="float16",
+        storage_bytes=2,
+        has_islands=True,
+        gate=Gate("half21", 2e-2, 0.99, 0.9, 1e-2),
+        opset=21,
+        proven_by=("emulate-fp16",),
+    )
+    register_precision(row)
+    folder = tmp_path_factory.mktemp("precision")
+    yield cnx.export("atto", precision="half21", image_size=32, num_classes=10, output_dir=folder, batch=(1, 2, 4))
+    del PRECISIONS["half21"]
+
+
+def test_a_precision_from_outside_is_exported_verified_timed_and_used(half_opset_21: cnx.Artifact) -> None:
+    manifest = half_opset_21.manifest
+    assert (half_opset_21.path.name, manifest.request.opset) == ("atto-32-half21.onnx", 21)
+    (found,) = cnx.verify(half_opset_21, samples=2).results
+    assert (found.passed, [result.gate.name for result in found.results]) == (True, ["half21"])
+    report = cnx.benchmark(half_opset_21, batch=1, duration=0.05, threads=1)
+    assert [row.precision for row in report.benchmark.rows] == ["half21"]
+    assert len(cnx.predict(half_opset_21, PICTURE).scores) == 5
+
+
+def test_a_precision_from_outside_compiles(half_opset_21: cnx.Artifact, tmp_path: Path) -> None:
+    engine = cnx.build_engine(half_opset_21, target="sm89", output_dir=tmp_path)
+    assert (engine.manifest.precision.name, engine.manifest.facts.half_share_of_products) == ("half21", 1.0)
+
+
+class Zeros(HoldsNothing):
+    """Answers zero to everything."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.classes = artifact.manifest.model.num_classes
+        self.device = torch.device("cpu")
+        self.input_spec = InputSpec(artifact.manifest.deploy.input_kind, artifact.manifest.model.image_size)
+        self.info = RunnerInfo("zeros", "1", "cpu", artifact.manifest.precision.name, "none")
+
+    def run(self, images: Tensor) -> Tensor:
+        check_input(images, self.input_spec)
+        return torch.zeros(len(images), self.classes)
+
+
+def takes_fp32(artifact: Artifact, machine: Machine) -> CnxDeployError | None:
+    return None if artifact.manifest.precision.name == "fp32" else InputError("zeros takes FP32 files only.")
+
+
+def opened(artifact: Artifact, options: RunnerOptions) -> Zeros:
+    return Zeros(artifact)
+
+
+@pytest.fixture
+def zeros_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runner of zeros, registered as the only default one."""
+    monkeypatch.setattr(registry, "BUILT_IN", {})
+    monkeypatch.setattr(registry, "_ENTRIES", {})
+    register_runner(RunnerEntry(name="zeros", kinds=("onnx",), can_run=takes_fp32, open=opened, is_default=True))
+
+
+@pytest.fixture(scope="module")
+def fp32(tmp_path_factory: pytest.TempPathFactory) -> cnx.Artifact:
+    folder = tmp_path_factory.mktemp("runner")
+    return cnx.export("atto", precision="fp32", image_size=32, num_classes=10, output_dir=folder, batch=(1, 2, 4))
+
+
+def test_a_runner_from_outside_is_verified_timed_and_used(
+    fp32: cnx.Artifact, half_opset_21: cnx.Artifact, zeros_runner: None
+) -> None:
+    report = cnx.verify(fp32, samples=2, runners=("zeros",))
+    assert not report.passed, "zeros are not the network's answers"
+    assert report.results[0].results[0].candidate == "zeros fp32"
+    timed = cnx.benchmark(fp32, batch=1, duration=0.05)
+    assert [(row.backend, row.status) for row in timed.benchmark.rows] == [("zeros", "INVALID")]
+    assert {score.probability for score in cnx.predict(fp32, PICTURE).scores} == {0.1}
+    with pytest.raises(InputError, match="zeros takes FP32 files only"):
+        cnx.verify(half_opset_21, runners=("zeros",))
