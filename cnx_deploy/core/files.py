@@ -14,9 +14,11 @@ import itertools
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -29,6 +31,7 @@ __all__ = [
     "flush",
     "hidden_name",
     "make_folder",
+    "open_regular",
     "place_errors",
     "remove_folder",
     "require_room",
@@ -47,6 +50,15 @@ LONGEST_HIDDEN = 120
 
 IN_USE = "in-use"
 OTHER_PLACE = "Choose another place."
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading. A pipe, a device or a folder is an InputError and is not waited for."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{path} is no regular file, so it cannot be read here. Name a file.")
+    return os.fdopen(descriptor, "rb")
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from cnx_deploy.core.errors import InputError, MissingRequirementError
 from cnx_deploy.core.gates import GATES, Gate, ParityResult
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.data.input_spec import InputSpec
-from cnx_deploy.exporters.graph_rules import check_graph
+from cnx_deploy.exporters.graph_checks import check_graph
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import reference_runner

@@ -23,9 +23,7 @@ from cnx_deploy.core.gates import ParityResult
 from cnx_deploy.core.manifest import Artifact, ModelRecord, OnnxFacts, OnnxManifest, OnnxRequest, TensorSpec
 from cnx_deploy.core.precision import exportable_precisions
 from cnx_deploy.data.input_spec import InputSpec
-from cnx_deploy.exporters.graph_rules import GraphFacts
-from cnx_deploy.exporters.onnx_checks import check_export
-from cnx_deploy.exporters.tracing_memory import forgotten_sources, release_shapes
+from cnx_deploy.exporters.graph_checks import GraphFacts, check_export
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import FORM, DeployedConvNeXtV2, deploy_form
 
@@ -145,7 +143,7 @@ def _graph_from_module(module: DeployedConvNeXtV2, spec: ExportSpec) -> ir.Model
     example = torch.zeros(inputs.shape(example_batch), dtype=inputs.dtype)
     batch_axis = torch.export.Dim("batch", min=smallest, max=largest) if dynamic else None
     try:
-        with _quiet_exporter(), forgotten_sources():
+        with _quiet_exporter():
             program = torch.onnx.export(
                 module,
                 (example,),
@@ -163,7 +161,6 @@ def _graph_from_module(module: DeployedConvNeXtV2, spec: ExportSpec) -> ir.Model
             f"torch {torch.__version__} exported nothing and gave no reason: expected a program. Use the torch of "
             "constraints.txt."
         )
-    release_shapes(program)
     return program.model
 
 

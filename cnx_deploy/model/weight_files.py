@@ -1,12 +1,18 @@
 """A file of weights as named FP32 tensors, read without running anything that is in it.
 
 `.safetensors` holds tensors only. `.pt`, `.pth`, `.bin` and `.ckpt` are pickles: they are read with
-`torch.load(weights_only=True)`, and one that asks for more is refused, never read another way.
+`torch.load(weights_only=True)`, and one that asks for more is refused, never read another way. Before and after,
+checks keep a file from taking memory that its size does not justify.
+
+Sources of the attacks: safetensors (huggingface/safetensors, attacks/); "A better zip bomb" (Fifield, WOOT 2019) for
+entries that overlap.
 """
 
 import argparse
+import json
 import pickle
 import pickletools
+import re
 import struct
 import warnings
 import zipfile
@@ -21,17 +27,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, InputError, RefusedArtifactError
+from cnx_deploy.core.files import open_regular
 from cnx_deploy.core.out_of_memory import memory_shortage
 from cnx_deploy.core.strict_json import kind_of, strict_json
-from cnx_deploy.model.weight_guards import (
-    check_archive,
-    check_safetensors_header,
-    check_tensor,
-    check_total,
-    claims_too_much,
-)
 
-__all__ = ["METADATA_KEY", "UNREADABLE", "WeightFile", "read_pickle", "read_weight_file"]
+__all__ = [
+    "METADATA_KEY",
+    "UNREADABLE",
+    "WeightFile",
+    "check_archive",
+    "claims_too_much",
+    "read_pickle",
+    "read_weight_file",
+]
 
 METADATA_KEY = "cnx_deploy"
 """The header's one entry, a JSON object: the format writes several entries in random order."""
@@ -40,6 +48,15 @@ PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 PLAIN_KEYS = ("model", "state_dict")
 EMA_KEYS = ("model_ema", "state_dict_ema")
 READABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+MAX_PROGRAM_BYTES = 64 << 20
+"""Of a pickle's program, without its tensors; a training checkpoint of huge has 0.3 MB."""
+
+MAX_SAFETENSORS_HEADER = 100_000_000
+"""The format's own limit."""
+
+SHARED = 2
+"""Times the file's size that its tensors may take together: some state dicts name a tensor twice."""
 
 # What torch's unpickler and zip reader raise on bytes that are no checkpoint, found by altering real ones.
 UNREADABLE = (
@@ -76,38 +93,116 @@ class WeightFile:
 def read_weight_file(path: Path, *, ema: bool = False) -> WeightFile:
     """Read a file of weights; half and bfloat16 become float32.
 
-    `ema` asks for the averaged weights of a training checkpoint; without it they are taken only when there are no
-    others. Raises InputError for no such file or suffix, CorruptArtifactError for unreadable bytes and for NaN or
-    infinity, RefusedArtifactError for a pickle that holds more than data, CheckpointError for other element types,
-    OutOfMemoryError where memory is short for a pickle that claims no more than it has.
+    Args:
+        path: the file; its suffix says how it is read.
+        ema: ask for the averaged weights of a training checkpoint. Without it they are taken only when there are no
+            others.
+
+    Raises:
+        InputError: there is no such file, or its suffix is unknown.
+        CorruptArtifactError: the bytes are unreadable, or a value is NaN or infinite.
+        RefusedArtifactError: a pickle holds more than data.
+        CheckpointError: the element types are others, or there is no state dict.
+        OutOfMemoryError: memory is short for a pickle that claims no more than it has.
     """
-    _check_readable(path)
+    try:
+        open_regular(path).close()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be opened ({reason}): expected a checkpoint there. Check the path.") from error
     if path.suffix == ".safetensors":
         if ema:
             raise CheckpointError(f"{path} has one set of weights, so there is no EMA to take. Leave ema out.")
-        read = _read_safetensors(path)
+        weights = _read_safetensors(path)
     elif path.suffix in PICKLE_SUFFIXES:
-        read = _read_pickle(path, ema=ema)
+        weights = _state_dict_of(read_pickle(path), path, ema=ema)
     else:
         raise InputError(
             f"{path} is no checkpoint by its name: expected .safetensors, {', '.join(PICKLE_SUFFIXES)}. Rename it."
         )
-    return WeightFile(_finite_floats(read.tensors, path), read.metadata, read.entry)
+    return WeightFile(_finite_floats(weights.tensors, path), weights.metadata, weights.entry)
 
 
-def _check_readable(path: Path) -> None:
-    """Raise InputError for what is not there, may not be read, or has no end: a pipe, a device."""
+def read_pickle(path: Path) -> object:
+    """What a pickle of torch holds, of plain data and tensors; nothing in it is run.
+
+    Raises:
+        RefusedArtifactError: it holds more than data, or would unpack to more than it has.
+        CorruptArtifactError: the bytes are unreadable.
+        OutOfMemoryError: memory is short for a file that claims no more than it has.
+    """
+    check_archive(path)
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise InputError(f"{path} is no regular file: expected a checkpoint there. Check the path.")
-        path.open("rb").close()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} cannot be opened ({reason}): expected a checkpoint there. Check the path.") from error
+        # Namespace: the reference's `args`. The warnings are about pickle protocols; what matters ends in an error.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")
+            content: object = torch.load(path, weights_only=True, map_location="cpu")
+    except UNREADABLE as error:
+        short = memory_shortage(error)
+        if short is not None and not claims_too_much(error, path):
+            raise short from error
+        if isinstance(error, pickle.UnpicklingError) and _is_well_formed_pickle(path):
+            raise RefusedArtifactError(
+                f"{path} is refused: it is a pickle that holds more than tensors and plain data, and reading it could "
+                f"run foreign code ({_reason(error)}). Convert it to safetensors where you trust it."
+            ) from error
+        raise CorruptArtifactError(
+            f"{path} cannot be read as a PyTorch checkpoint ({_reason(error)}): it is cut off or altered. "
+            "Fetch or write it again."
+        ) from error
+    return content
+
+
+def check_archive(path: Path) -> None:
+    """Refuse a PyTorch archive that would unpack to more than it holds, or that is a program (TorchScript).
+
+    torch.save stores entries as they are, so a compressed one, or entries that add up to more than the file, are a
+    bomb. Older pickles are no archive and pass: torch judges them. Raises RefusedArtifactError.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
+        return
+    if any(entry.filename.endswith("constants.pkl") for entry in entries):
+        raise RefusedArtifactError(
+            f"{path} is refused: it is a TorchScript program, and expected are weights. Save the model's state_dict()."
+        )
+    size = path.stat().st_size
+    total = sum(entry.file_size for entry in entries)
+    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    if packed or total > size:
+        how = f"{packed[0]!r} is compressed" if packed else "its entries overlap"
+        raise RefusedArtifactError(
+            f"{path} is refused: {how}, and unpacked it would take {total:,} bytes where the file has {size:,}. "
+            "Expected is what torch.save writes, which packs nothing. Save the state dict again where you trust it."
+        )
+    for entry in entries:
+        if entry.filename.endswith("data.pkl") and entry.file_size > MAX_PROGRAM_BYTES:
+            raise RefusedArtifactError(
+                f"{path} is refused: the pickle in it has {entry.file_size:,} bytes beside its tensors, expected at "
+                f"most {MAX_PROGRAM_BYTES:,}. Save the state dict alone."
+            )
+
+
+def claims_too_much(error: BaseException, path: Path) -> bool:
+    """Whether reading `path` asked for more than the file has, so that it lies.
+
+    False where it was no more than an honest file takes, and memory is short.
+    """
+    asked = re.search(r"tried to allocate (\d+) bytes", str(error))
+    size = path.stat().st_size
+    if asked is not None:
+        return int(asked[1]) > size
+    try:
+        bytearray(SHARED * size)
+    except MemoryError:
+        return False
+    return True
 
 
 def _read_safetensors(path: Path) -> WeightFile:
-    check_safetensors_header(path)
+    _check_header(path)
     try:
         with safe_open(path, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is not a mapping
@@ -125,50 +220,33 @@ def _read_safetensors(path: Path) -> WeightFile:
     return WeightFile(tensors, metadata)
 
 
-def _read_pickle(path: Path, *, ema: bool) -> WeightFile:
-    return _state_dict_of(read_pickle(path), path, ema=ema)
+def _check_header(path: Path) -> None:
+    """Raise CorruptArtifactError for a header that names a tensor twice or is too deep, which the library lets pass.
 
-
-def read_pickle(path: Path) -> object:
-    """What a pickle of torch holds, of plain data and tensors; nothing in it is run.
-
-    Raises RefusedArtifactError for one that holds more or would unpack to more than it has, CorruptArtifactError for
-    unreadable bytes.
+    Everything else that can be wrong with the format the library finds itself.
     """
-    _refuse_torchscript(path)
-    check_archive(path)
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # about pickle protocols; what matters ends in an error
-            content: object = torch.load(
-                path, weights_only=True, map_location="cpu"
-            )  # Namespace: the reference's `args`
-    except UNREADABLE as error:
-        short = memory_shortage(error)
-        if short is not None and not claims_too_much(error, path):
-            raise short from error
-        if isinstance(error, pickle.UnpicklingError) and _is_well_formed_pickle(path):
-            raise RefusedArtifactError(
-                f"{path} is refused: it is a pickle that holds more than tensors and plain data, and reading it could "
-                f"run foreign code ({_reason(error)}). Convert it to safetensors where you trust it."
-            ) from error
-        raise CorruptArtifactError(
-            f"{path} cannot be read as a PyTorch checkpoint ({_reason(error)}): it is cut off or altered. "
-            "Fetch or write it again."
-        ) from error
-    return content
+    with path.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if length > min(MAX_SAFETENSORS_HEADER, path.stat().st_size):
+            return
+        header = stream.read(length)
 
+    def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            twin = next(name for name in names if names.count(name) > 1)
+            raise CorruptArtifactError(
+                f"{path} names {twin} twice in its header: expected each tensor once. Fetch or write it again."
+            )
+        return dict(pairs)
 
-def _refuse_torchscript(path: Path) -> None:
     try:
-        with zipfile.ZipFile(path) as archive:
-            is_program = any(name.endswith("constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return  # the older format is no archive; torch judges it
-    if is_program:
-        raise RefusedArtifactError(
-            f"{path} is refused: it is a TorchScript program, and expected are weights. Save the model's state_dict()."
-        )
+        json.loads(header, object_pairs_hook=without_twins)
+    except RecursionError as error:
+        raise CorruptArtifactError(f"{path} has a header that is nested too deep. Fetch or write it again.") from error
+    except ValueError:
+        return  # no JSON: the library says where
 
 
 def _is_well_formed_pickle(path: Path) -> bool:
@@ -176,11 +254,10 @@ def _is_well_formed_pickle(path: Path) -> bool:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-                code = archive.read(name)
+                program = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
         else:
-            code = path.read_bytes()
-        return sum(1 for _ in pickletools.genops(code)) > 1
+            program = path.read_bytes()
+        return sum(1 for _ in pickletools.genops(program)) > 1
     except (*UNREADABLE, StopIteration):
         return False
 
@@ -215,10 +292,15 @@ def _state_dict_of(content: object, path: Path, *, ema: bool) -> WeightFile:
 
 
 def _finite_floats(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Float32 tensors, once no tensor and no sum of them claims more than the file holds."""
     for name, tensor in tensors.items():
-        check_tensor(name, tensor, path)
-    check_total(tensors, path)
-    checked = {}
+        _check_tensor(name, tensor, path)
+    total, size = sum(each.numel() * each.element_size() for each in tensors.values()), path.stat().st_size
+    if total > SHARED * size:
+        raise CorruptArtifactError(
+            f"{path}: its {len(tensors)} tensors claim {total:,} bytes and share storage; the file has {size:,}. "
+            "Save the state dict again where it was made."
+        )
     for name, tensor in tensors.items():
         if tensor.dtype not in READABLE_DTYPES:
             raise CheckpointError(
@@ -229,5 +311,19 @@ def _finite_floats(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tenso
             raise CorruptArtifactError(
                 f"{path}: {name} holds NaN or infinity, so every output would. Take an earlier checkpoint."
             )
-        checked[name] = tensor.float()
-    return checked
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def _check_tensor(name: str, tensor: Tensor, path: Path) -> None:
+    """Raise for a tensor that is sparse or without values, or that claims more than its storage holds."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested or tensor.is_quantized:
+        raise CheckpointError(
+            f"{path}: {name} is no ordinary tensor ({str(tensor.layout).removeprefix('torch.')}, {tensor.device}): "
+            "expected dense values. Save it with .to_dense() where it was made."
+        )
+    # A view that repeats its storage claims any size for a few bytes.
+    claimed, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+    if claimed > held:
+        raise CorruptArtifactError(
+            f"{path}: {name} claims {claimed:,} bytes, the file holds {held:,} for it. Fetch or write it again."
+        )

@@ -17,7 +17,7 @@ from cnx_deploy.core.errors import CnxDeployError, CorruptArtifactError, InputEr
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.system import Machine, cpu_count, cpu_name
 from cnx_deploy.data.input_spec import InputSpec, check_input
-from cnx_deploy.exporters.onnx_external import check_recorded
+from cnx_deploy.exporters.untrusted import check_recorded
 from cnx_deploy.runners.base import RunnerInfo
 from cnx_deploy.runners.ort_session import LOAD_ERRORS, ends_of, open_session
 from cnx_deploy.runners.registry import RunnerEntry, RunnerOptions, register_runner

@@ -6,12 +6,20 @@ For the runner, and for children that must start at once.
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 
-from cnx_deploy.core.errors import CorruptArtifactError, InputError, MissingRequirementError
+from cnx_deploy.core.child_process import Limits, run_isolated
+from cnx_deploy.core.errors import (
+    CorruptArtifactError,
+    InputError,
+    MissingRequirementError,
+    OutOfMemoryError,
+    RefusedArtifactError,
+)
 from cnx_deploy.core.out_of_memory import memory_shortage
 
-__all__ = ["LOAD_ERRORS", "RUN_ERRORS", "ends_of", "open_session"]
+__all__ = ["LOAD_ERRORS", "ends_of", "open_session", "trial_run", "trial_run_task"]
 
 PROVIDERS = {
     "cpu": ("CPUExecutionProvider", {}),
@@ -34,8 +42,6 @@ LOAD_ERRORS = tuple(
     )
 )
 """ONNX Runtime's exceptions have no common base of their own."""
-
-RUN_ERRORS = (*LOAD_ERRORS, STATE.InvalidArgument)
 
 
 def open_session(
@@ -83,3 +89,38 @@ def ends_of(session: Any, path: Path) -> tuple[Any, Any]:
         f"{path} takes {declared[0] or 'nothing'} and gives {declared[1]}; expected one batch of images, float "
         "(N, 3, S, S) or uint8 (N, S, S, 3), and float logits (N, classes). Export a network with cnx-deploy export."
     )
+
+
+def trial_run(path: Path, limits: Limits) -> None:
+    """Send one image of zeros through a foreign file in a child process, on the CPU.
+
+    A size that is computed on the way stands in no shape, so only a run sets off such a bomb. The file has passed
+    `graph_checks.admit_onnx`, and is not BF16, which ONNX Runtime's CPU provider lacks.
+
+    Raises:
+        RefusedArtifactError: the child was ended by a limit or a signal, or ran out of memory.
+        CorruptArtifactError: ONNX Runtime cannot load or run the file.
+        InputError: the file does not take images or gives no logits.
+    """
+    run_isolated(
+        "cnx_deploy.runners.ort_session:trial_run_task",
+        {"path": str(path.parent.resolve() / path.name)},
+        limits,
+        what=f"A trial run of {path.name}",
+        failure=RefusedArtifactError,
+    )
+
+
+def trial_run_task(path: str) -> None:
+    """`trial_run` for the child. Too little memory is the file's doing: the child holds nothing else."""
+    try:
+        session = open_session(Path(path))
+        source, _ = ends_of(session, Path(path))
+        shape = (source.shape[0] if isinstance(source.shape[0], int) else 1, *source.shape[1:])
+        session.run(None, {source.name: np.zeros(shape, np.uint8 if source.type == "tensor(uint8)" else np.float32)})
+    except OutOfMemoryError as error:
+        raise RefusedArtifactError(f"{path} is refused: {error}") from error
+    except (*LOAD_ERRORS, STATE.InvalidArgument) as error:
+        if memory_shortage(error) is not None:
+            raise RefusedArtifactError(f"{path} is refused: one image takes too much memory ({error}).") from error
+        raise CorruptArtifactError(f"ONNX Runtime cannot run {path} ({error}). Export it again.") from error

@@ -26,7 +26,7 @@ from cnx_deploy.core.manifest import Artifact, EngineManifest
 from cnx_deploy.core.system import Machine
 from cnx_deploy.data.input_spec import InputSpec, check_input
 from cnx_deploy.exporters.trt.backend import Backend, load_backend, require_gpu
-from cnx_deploy.exporters.trt.deserialising import describe_engine
+from cnx_deploy.exporters.untrusted import describe_engine
 from cnx_deploy.runners.base import RunnerInfo, Split
 from cnx_deploy.runners.cuda import CudaStream
 from cnx_deploy.runners.registry import RunnerEntry, RunnerOptions, register_runner

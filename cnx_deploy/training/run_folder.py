@@ -19,8 +19,7 @@ from cnx_deploy.core.files import make_folder, room_errors, write_text
 from cnx_deploy.core.manifest import Count
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.strict_json import Finite, bounded_content, shortened, strict_json, typed
-from cnx_deploy.model.weight_files import UNREADABLE
-from cnx_deploy.model.weight_guards import check_archive
+from cnx_deploy.model.weight_files import UNREADABLE, check_archive
 
 __all__ = ["STATE", "keep_state", "open_run", "table_of", "usable_state"]
 

@@ -5,6 +5,7 @@ where somebody answers for it, `trusted_engine` reads it in a process of its own
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,14 +16,15 @@ import msgspec
 from cnx_deploy.core.artifacts import is_engine, is_onnx, open_artifact, sha256_of_file
 from cnx_deploy.core.child_process import run_isolated
 from cnx_deploy.core.errors import BuildError, InputError
+from cnx_deploy.core.files import open_regular
 from cnx_deploy.core.manifest import MAX_MANIFEST_BYTES, Artifact, Compiled, EngineManifest, Grouping, OnnxManifest
 from cnx_deploy.core.strict_json import bounded_content, strict_json, typed
-from cnx_deploy.exporters.onnx_wire import looks_like_onnx, open_regular
 
 if TYPE_CHECKING:
-    from cnx_deploy.exporters.graph_rules import GraphFacts
+    from cnx_deploy.exporters.graph_checks import GraphFacts
 
 __all__ = [
+    "ONNX_CHECKS",
     "FileKind",
     "Inspection",
     "check_suffix",
@@ -52,6 +54,16 @@ ZIP_MAGIC = b"PK\x03\x04"
 PICKLE_PROTOCOLS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 ENGINE_MAGIC = b"trt"
 """Bytes 2 to 4: an engine of TensorRT-RTX 1.7 begins with "vtrt", one of TensorRT 10 with "ftrt"."""
+
+ONNX_START = re.compile(rb"\x08[\x01-\x7f][\x12\x1a\x22\x28\x32\x3a\x42\x72]")
+"""ONNX has no magic number. Protobuf's writers put ModelProto's fields in order: ir_version, a small number, then any
+of the next fields, up to the metadata (onnx/onnx.proto)."""
+
+ONNX_CHECKS = (
+    "sizes and outside data",
+    "ONNX's full check, in a process of its own",
+    "standard operators; no reduction in half",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +106,7 @@ def inspect_file(path: Path) -> Inspection:
 
     Where a manifest describes the file, every hash in it is checked before anything is parsed. Raises InputError for
     no such file or one that is no artifact, CorruptArtifactError when bytes are not what they should be,
-    GraphCheckError for an ONNX file that breaks a rule of `onnx_rules`, and what `model.checkpoint` raises.
+    GraphCheckError for an ONNX file that breaks a rule of `graph_checks`, and what `model.checkpoint` raises.
     """
     if path.suffix == ".json":
         path = open_artifact(path).path
@@ -153,7 +165,7 @@ def trusted_engine(found: Inspection) -> Inspection:
     if found.kind != "engine" or found.facts:
         what = "has a manifest, which says what it is" if found.kind == "engine" else f"is {found.description}"
         raise InputError(f"{found.path} {what}: only an engine without one is to be trusted. Leave out --trust.")
-    from cnx_deploy.exporters.trt.deserialising import describe_engine
+    from cnx_deploy.exporters.untrusted import describe_engine
 
     described = msgspec.to_builtins(describe_engine(found.path))
     tensors = {tensor.pop("name"): tensor for tensor in described.pop("tensors")}
@@ -176,7 +188,7 @@ def kind_of_file(path: Path) -> FileKind:
                 return "engine"
             if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
                 return "safetensors"
-            return "onnx" if looks_like_onnx(stream, size) else "unknown"
+            return "onnx" if ONNX_START.match(head) else "unknown"
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror}): expected a checkpoint, ONNX file or engine. Check the path."
@@ -248,13 +260,12 @@ def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 
 def _onnx_facts(path: Path, artifact: Artifact[OnnxManifest] | None) -> tuple[dict[str, Any], tuple[str, ...]]:
-    from cnx_deploy.exporters.graph_rules import check_graph
-    from cnx_deploy.exporters.onnx_admission import admit_onnx
+    from cnx_deploy.exporters.graph_checks import admit_onnx, check_graph
 
     if artifact is None:
         admission = admit_onnx(path)
         note = "No manifest beside it names it, so neither its hash nor its origin can be checked."
-        return {**_graph_facts(admission.facts), "checked": list(admission.checks)}, (note,)
+        return {**_graph_facts(admission.facts), "checked": list(ONNX_CHECKS)}, (note,)
     graph = check_graph(path, artifact.file_names)
     parity = artifact.manifest.facts.parity
     return {**_graph_facts(graph), **_manifest_facts(artifact), "parity": parity.to_dict() if parity else None}, ()

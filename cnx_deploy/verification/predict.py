@@ -25,13 +25,15 @@ from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.strict_json import strict_json, typed
 from cnx_deploy.data import SUFFIXES, load_image, runner_input
 from cnx_deploy.data.preprocessing import to_pixels
-from cnx_deploy.exporters.onnx_admission import admit_onnx
+from cnx_deploy.exporters.graph_checks import admit_onnx
+from cnx_deploy.exporters.untrusted import limits_for
 from cnx_deploy.model.checkpoint import load_checkpoint
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.onnxruntime import OrtRunner
+from cnx_deploy.runners.ort_session import trial_run
 from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.runners.registry import RunnerOptions, open_runner
-from cnx_deploy.verification.inspect import check_suffix, kind_of_file, recorded_artifact
+from cnx_deploy.verification.inspect import ONNX_CHECKS, check_suffix, kind_of_file, recorded_artifact
 
 __all__ = [
     "ClassScore",
@@ -96,9 +98,9 @@ def open_classifier(path: Path, *, many: bool = False, device: str = "cpu") -> C
     """Open a checkpoint, an ONNX file or an engine, told by its content, on `device` (cpu or cuda) or the engine's GPU.
 
     Hashes are checked where a manifest names the file. An ONNX file of this project without its manifest is taken
-    after `onnx_admission` has let it in; an engine without one is refused. Raises InputError for other files and for an
-    ONNX file that does not say what images it takes, MissingRequirementError for a device or engine that this
-    machine lacks.
+    after `graph_checks.admit_onnx` and a trial run have let it in. An engine without its manifest is refused. Raises
+    InputError for other files and for an ONNX file that does not say what images it takes, MissingRequirementError for
+    a device or engine that this machine lacks.
     `many`: whole batches will come, so ONNX Runtime's threads get images of their own (`OrtRunner`).
     """
     kind = kind_of_file(path)
@@ -176,7 +178,7 @@ def _recorded_classifier(artifact: Artifact, many: bool, device: str) -> Classif
 
 
 def _unrecorded_onnx(path: Path, many: bool, device: str) -> Classifier:
-    admission = admit_onnx(path, runs=True)
+    admission = admit_onnx(path)
     metadata = admission.facts.metadata
     if "cnx_deploy.preprocessing" not in metadata:
         raise InputError(
@@ -194,7 +196,12 @@ def _unrecorded_onnx(path: Path, many: bool, device: str) -> Classifier:
     except ValueError as error:
         raise CorruptArtifactError(f"{path} has metadata that is not JSON ({error}). Export it again.") from error
     preprocessing = Preprocessing.from_dict(recorded)
-    notes = [f"No manifest beside it names it: checked were {'; '.join(admission.checks)}; its origin cannot be."]
+    checks = list(ONNX_CHECKS)
+    if "BFLOAT16" not in admission.facts.types:
+        trial_run(path, limits_for(admission.size_bytes))
+        admission.check_unchanged()
+        checks.append("one image through ONNX Runtime, in a process of its own")
+    notes = [f"No manifest beside it names it: checked were {'; '.join(checks)}; its origin cannot be."]
     if metadata.get("cnx_deploy.weights_origin") == "random":
         notes.append("The weights are random: the answers mean nothing.")
     runner = OrtRunner(path, device=device, thread_per_image=many)

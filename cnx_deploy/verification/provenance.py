@@ -1,4 +1,4 @@
-"""The chain of what was recorded, weights to ONNX file to engine, checked by hashes alone: nothing is parsed or run.
+"""The chain of what was recorded, weights to ONNX file to engine, checked by hashes: nothing is run.
 
 Each artifact's files are held against its manifest, and each manifest's source against what is there under its name. A
 checkpoint is read as safetensors, which is data and cannot run anything; one in another format is named and not read.
@@ -14,7 +14,7 @@ from cnx_deploy.core.artifacts import check_file, find_artifacts, is_engine, rea
 from cnx_deploy.core.errors import CnxDeployError, CorruptArtifactError
 from cnx_deploy.core.manifest import Artifact, EngineManifest, FileRecord
 from cnx_deploy.core.system import find_gpus, tool_versions
-from cnx_deploy.exporters.onnx_external import check_recorded
+from cnx_deploy.exporters.untrusted import check_recorded
 
 __all__ = ["ChainFinding", "Custody", "check_custody", "corrupt_error"]
 
@@ -87,7 +87,7 @@ def _of_file(path: Path, record: FileRecord) -> tuple[Verdict, str]:
 
 
 def _of_graph(artifact: Artifact) -> list[ChainFinding]:
-    """A graph that reads files which its manifest does not list, or beyond the limits; told from its bytes alone."""
+    """A fault where a graph reads a file that its manifest does not list, or is beyond the limits."""
     try:
         check_recorded(artifact)
     except CnxDeployError as error:

@@ -38,7 +38,7 @@ from cnx_deploy.data import (
 from cnx_deploy.data.batches import Batch
 from cnx_deploy.data.dataset import evenly
 from cnx_deploy.data.input_spec import InputSpec
-from cnx_deploy.exporters.graph_rules import GraphFacts, check_graph
+from cnx_deploy.exporters.graph_checks import GraphFacts, check_graph
 from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, load_checkpoint, load_pretrained
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.runners.base import Runner

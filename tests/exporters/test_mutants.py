@@ -17,7 +17,7 @@ from cnx_deploy.core.errors import GraphCheckError, ParityError
 from cnx_deploy.core.manifest import ModelRecord, WeightsRecord
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import Variant
-from cnx_deploy.exporters.graph_rules import check_graph
+from cnx_deploy.exporters.graph_checks import check_graph
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model import deploy, deploy_blocks, deploy_layers
 from cnx_deploy.model.checkpoint import LoadedModel

@@ -125,59 +125,49 @@ def images_for(spec: DeploySpec, count: int) -> torch.Tensor:
 # The caller's model, and the same bytes
 
 
-def test_export_leaves_the_callers_weights_alone(fp32_again):
+def test_export_leaves_the_callers_weights_and_mode_alone(fp32_again):
     assert hash_weights(fp32_again.model) == fp32_again.hash_before
-
-
-def test_export_leaves_the_callers_model_in_training_mode(fp32_again):
     assert {module.training for module in fp32_again.model.modules()} == {True}
 
 
-def test_reproducible_export_gives_the_same_bytes(tiny_onnx_fp32, fp32_again):
+def test_reproducible_export_gives_the_same_bytes_and_other_weights_give_others(
+    tiny_onnx_fp32, fp32_again, fixed_external
+):
     assert fp32_again.artifact.path.read_bytes() == tiny_onnx_fp32.path.read_bytes()
-
-
-def test_other_weights_give_other_bytes(tiny_onnx_fp32, fixed_external):
     assert sha256_of_file(tiny_onnx_fp32.path) != fixed_external.artifact.sha256
 
 
-@pytest.mark.parametrize("trace", [b"site-packages", b"stack_trace", b"pkg.torch", b"/cnx_deploy/", b".py"])
-def test_nothing_of_the_exporting_machine_is_in_the_files(tiny_onnx_fp32, uint8_fp16, trace):
-    assert trace not in tiny_onnx_fp32.path.read_bytes() + uint8_fp16.artifact.path.read_bytes()
+def test_nothing_of_the_exporting_machine_is_in_the_files(tiny_onnx_fp32, uint8_fp16):
+    content = tiny_onnx_fp32.path.read_bytes() + uint8_fp16.artifact.path.read_bytes()
+    traces = (b"site-packages", b"stack_trace", b"pkg.torch", b"/cnx_deploy/", b".py")
+    assert [trace for trace in traces if trace in content] == []
 
 
 # Names, counts, axes
 
 
-def test_nodes_are_named_after_their_torch_modules(tiny_onnx_fp32):
-    names = {node.name for node in onnx.load(tiny_onnx_fp32.path).graph.node}
+def test_nodes_are_named_after_their_torch_modules_each_by_a_name_of_its_own(tiny_onnx_fp32):
+    names = Counter(node.name for node in onnx.load(tiny_onnx_fp32.path).graph.node)
+    assert max(names.values()) == 1
     assert {
         "downsample_layers.0.0/Conv",
         "downsample_layers.3.0/LayerNormalization",
         "stages.2.0.grn/AveragePool",
         "stages.2.1.act/Gelu",
         "head/Gemm",
-    } <= names
+    } <= names.keys()
 
 
-def test_node_names_are_unique(tiny_onnx_fp32):
-    names = Counter(node.name for node in onnx.load(tiny_onnx_fp32.path).graph.node)
-    assert max(names.values()) == 1
-
-
-@pytest.mark.parametrize(
-    ("precision", "operator"), [("fp32", "Gelu"), ("fp32", "AveragePool"), ("fp16", "Gelu"), ("fp16", "ReduceSum")]
-)
-def test_there_is_one_gelu_and_one_grn_statistic_a_block(request, tiny_variant, precision, operator):
-    artifact = request.getfixturevalue(f"tiny_onnx_{precision}")
-    operators = Counter(node.op_type for node in onnx.load(artifact.path).graph.node)
-    assert operators[operator] == tiny_variant.block_count
-
-
-def test_onnx_checker_full_and_shapes_opset_20_and_the_standard_domain(tiny_onnx_fp32):
-    model = onnx.load(tiny_onnx_fp32.path)
+@pytest.mark.parametrize(("precision", "statistic"), [("fp32", "AveragePool"), ("fp16", "ReduceSum")])
+def test_a_file_has_opset_20_standard_operators_and_one_gelu_and_grn_statistic_a_block(
+    request, tiny_variant, precision, statistic
+):
+    model = onnx.load(request.getfixturevalue(f"tiny_onnx_{precision}").path)
     imported = [(entry.domain, entry.version) for entry in model.opset_import]
     assert (imported, {node.domain for node in model.graph.node}) == ([("", 20)], {""})
+    operators = Counter(node.op_type for node in model.graph.node)
+    assert (operators["Gelu"], operators[statistic]) == (tiny_variant.block_count, tiny_variant.block_count)
+    assert [value.name for value in (*model.graph.input, *model.graph.output)] == ["images", "logits"]
 
 
 def test_input_and_output_have_a_batch_axis_by_name(tiny_onnx_fp32):
@@ -188,33 +178,20 @@ def test_equal_ends_of_the_batch_range_fix_the_axis(fixed_external):
     assert first_axes(fixed_external.artifact) == [4, 4]
 
 
-def test_input_is_images_and_output_is_logits(tiny_onnx_fp16):
-    graph = onnx.load(tiny_onnx_fp16.path).graph
-    assert [value.name for value in (*graph.input, *graph.output)] == ["images", "logits"]
-
-
 # Precision
 
 
-@pytest.mark.parametrize("operator", ["ReduceSum", "ReduceMean", "LayerNormalization"])
-def test_reductions_of_an_fp16_file_take_float(tiny_onnx_fp16, operator):
+@pytest.mark.parametrize(
+    ("kind", "operators"),
+    [("FLOAT", ("ReduceSum", "ReduceMean", "LayerNormalization")), ("FLOAT16", ("Conv", "MatMul", "Gemm", "Gelu"))],
+)
+def test_an_fp16_file_reduces_in_float_and_multiplies_in_half(tiny_onnx_fp16, kind, operators):
     model = onnx.load(tiny_onnx_fp16.path)
     types = types_of(model)
-    found = [types[node.input[0]] for node in model.graph.node if node.op_type == operator]
-    assert (len(found) > 0, set(found)) == (True, {"FLOAT"})
-
-
-@pytest.mark.parametrize("operator", ["Conv", "MatMul", "Gemm", "Gelu"])
-def test_matrix_products_and_gelu_of_an_fp16_file_are_half(tiny_onnx_fp16, operator):
-    model = onnx.load(tiny_onnx_fp16.path)
-    types = types_of(model)
-    found = [types[node.output[0]] for node in model.graph.node if node.op_type == operator]
-    assert (len(found) > 0, set(found)) == (True, {"FLOAT16"})
-
-
-def test_images_enter_an_fp16_file_and_logits_leave_it_in_float(tiny_onnx_fp16):
-    types = types_of(onnx.load(tiny_onnx_fp16.path))
     assert (types["images"], types["logits"]) == ("FLOAT", "FLOAT")
+    for operator in operators:
+        nodes = [node for node in model.graph.node if node.op_type == operator]
+        assert {types[node.input[0] if kind == "FLOAT" else node.output[0]] for node in nodes} == {kind}
 
 
 # Raw bytes as input
@@ -260,24 +237,21 @@ def test_the_manifests_request_gives_the_deploy_spec_back(uint8_fp16):
     assert manifest.deploy == DeploySpec("fp16", 32, "uint8")
 
 
-def test_what_the_verification_found_is_in_the_manifest(fixed_external):
+def test_what_the_verification_found_is_in_the_manifest_and_none_is_claimed_without(fixed_external, tiny_onnx_fp32):
     manifest = open_artifact(fixed_external.artifact.path).manifest
     assert manifest.facts.parity == replace(PARITY, candidate="fixed-32-fp32.onnx")
-
-
-def test_an_export_without_verification_claims_no_parity(tiny_onnx_fp32):
     assert open_artifact(tiny_onnx_fp32.path).manifest.facts.parity is None
 
 
 # Weights in a file of their own
 
 
-def test_onnx_over_2gib_weights_lie_beside_the_model(fixed_external):
+def test_large_weights_lie_beside_the_model(fixed_external):
     files = [(file.name, file.size_bytes > 200_000) for file in fixed_external.artifact.manifest.files]
     assert files == [("fixed-32-fp32.onnx", False), ("fixed-32-fp32.onnx.data", True)]
 
 
-def test_onnx_over_2gib_weights_are_found_from_any_working_directory(fixed_external, tmp_path, monkeypatch):
+def test_large_weights_are_found_from_any_working_directory(fixed_external, tmp_path, monkeypatch):
     path = Path(os.path.relpath(fixed_external.artifact.path, tmp_path))
     monkeypatch.chdir(tmp_path)
     spec = fixed_external.artifact.manifest.deploy
@@ -286,7 +260,7 @@ def test_onnx_over_2gib_weights_are_found_from_any_working_directory(fixed_exter
     assert GATES["fp32"].failures(differences(OrtRunner(path).run(images), expected)) == ()
 
 
-def test_onnx_extdata_missing_swapped_a_changed_byte_is_corrupt(fixed_external, tmp_path):
+def test_a_changed_byte_of_the_weights_file_is_corrupt(fixed_external, tmp_path):
     shutil.copytree(fixed_external.artifact.path.parent, tmp_path / "copy")
     data = tmp_path / "copy" / "fixed-32-fp32.onnx.data"
     content = bytearray(data.read_bytes())

@@ -1,6 +1,5 @@
 """Real builds with TensorRT-RTX on this machine's processor: what goes in, what is refused, what is recorded."""
 
-import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import onnx
 import pytest
 import torch
 
-from cnx_deploy.core.artifacts import open_artifact, sha256_of_file
+from cnx_deploy.core.artifacts import open_artifact
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import BuildError, CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.core.manifest import Artifact
@@ -32,36 +31,26 @@ def copied(artifact: Artifact, folder: Path) -> Artifact:
     return open_artifact(folder / artifact.path.name)
 
 
-def with_changed_graph(artifact: Artifact, folder: Path, change: str) -> Artifact:
-    """A copy whose graph was changed and whose manifest vouches for it all the same."""
+def with_a_norm_in_half(artifact: Artifact, path: Path) -> Path:
+    """A copy without the casts around the first channels-first norm, as an exporter without islands would leave it."""
     model = onnx.load(artifact.path)
-    if change == "naive layernorm":
-        _spell_out_half_layernorms(model)
-    path = folder / artifact.path.name
-    onnx.save(model, path)
-    manifest = artifact.manifest
-    record = replace(manifest.files[0], size_bytes=path.stat().st_size, sha256=sha256_of_file(path))
-    path.with_suffix(".json").write_text(replace(manifest, files=(record,)).to_json())
-    return open_artifact(path)
-
-
-def _spell_out_half_layernorms(model: onnx.ModelProto) -> None:
-    """Cut the casts around the first channels-first norm, as an exporter without islands would leave it."""
     nodes = [node for node in model.graph.node if node.name.startswith("downsample_layers.1.0/")]
-    casts = [node for node in nodes if node.op_type == "Cast"]
-    for cast in casts:
-        cast.attribute[0].i = onnx.TensorProto.FLOAT16
+    for node in nodes:
+        if node.op_type == "Cast":
+            node.attribute[0].i = onnx.TensorProto.FLOAT16
     small = {name for node in nodes for name in node.input}
-    for tensor in model.graph.initializer:
+    for tensor in list(model.graph.initializer):
         if tensor.name in small and tensor.data_type == onnx.TensorProto.FLOAT:
             value = onnx.numpy_helper.to_array(tensor).astype("float16")
             for node in nodes:
                 node.input[:] = [f"{name}_half" if name == tensor.name else name for name in node.input]
             model.graph.initializer.append(onnx.numpy_helper.from_array(value, f"{tensor.name}_half"))
     del model.graph.value_info[:]
+    onnx.save(model, path)
+    return path
 
 
-@pytest.mark.parametrize("target", ["sm75", "sm86", "sm120"])
+@pytest.mark.parametrize("target", ["sm86", "sm120"])
 def test_no_gpu_behaviour_builds_an_engine_for_each_target(
     tiny_onnx_fp16: Artifact, tmp_path: Path, target: str
 ) -> None:
@@ -120,8 +109,7 @@ def test_an_fp32_file_that_calls_itself_fp16_is_no_engine(tiny_onnx_fp32: Artifa
 def test_tensorrt_names_a_layernorm_computed_in_fp16_and_the_build_fails(
     tiny_onnx_fp16: Artifact, tmp_path: Path
 ) -> None:
-    naive = with_changed_graph(tiny_onnx_fp16, tmp_path, "naive layernorm")
-    build = NetworkBuild(RTX, naive.path)
+    build = NetworkBuild(RTX, with_a_norm_in_half(tiny_onnx_fp16, tmp_path / "naive.onnx"))
     with pytest.raises(BuildError, match="LayerNorm computed in FP16"):
         build.serialise(build.config("sm89", allow_tf32=False, batches=((1, 4, 8),)))
 
@@ -156,10 +144,10 @@ def test_a_target_that_tensorrt_rtx_lacks_is_refused(target: str, reason: str) -
         RTX.check_target(target)
 
 
-@pytest.mark.parametrize("allowed", [True, False])
-def test_tf32_is_set_and_not_left_to_the_default(tiny_onnx_fp16: Artifact, allowed: bool) -> None:
-    config = NetworkBuild(RTX, tiny_onnx_fp16.path).config("sm89", allow_tf32=allowed)
-    assert config.get_flag(RTX.trt.BuilderFlag.TF32) is allowed
+def test_tf32_is_set_and_not_left_to_the_default(tiny_onnx_fp16: Artifact) -> None:
+    build = NetworkBuild(RTX, tiny_onnx_fp16.path)
+    for allowed in (True, False):
+        assert build.config("sm89", allow_tf32=allowed).get_flag(RTX.trt.BuilderFlag.TF32) is allowed
 
 
 def test_the_fallback_computes_depthwise_convolutions_in_fp32_and_nothing_else(tiny_onnx_fp16: Artifact) -> None:
@@ -208,7 +196,7 @@ def test_a_weight_off_the_diagonal_computes_something_else(
 
 
 def test_on_turing_an_engine_moves_a_fraction_with_depthwise_in_groups(
-    tiny_onnx_fp16: Artifact, tmp_path: Path
+    tiny_onnx_fp16: Artifact, tiny_engine: Artifact, tmp_path: Path
 ) -> None:
     engine = build_engine(tiny_onnx_fp16, BuildSpec(target="sm75", batches=((1, 4, 8),)), tmp_path)
     plain = measure_compiled(tiny_onnx_fp16.path, batch=8, target="sm75", backend=RTX)
@@ -216,10 +204,7 @@ def test_on_turing_an_engine_moves_a_fraction_with_depthwise_in_groups(
     assert facts.depthwise_in_groups_of == 8
     assert facts.compiled.megabytes_per_image < 0.75 * plain.megabytes_per_image
     assert engine.manifest.source_sha256 == tiny_onnx_fp16.sha256
-
-
-def test_elsewhere_depthwise_convolutions_are_built_as_exported(tiny_engine: Artifact) -> None:
-    assert tiny_engine.manifest.facts.depthwise_in_groups_of == 1
+    assert tiny_engine.manifest.facts.depthwise_in_groups_of == 1, "elsewhere they are built as exported"
 
 
 def refusing_half_depthwise(monkeypatch: pytest.MonkeyPatch, reason: str) -> list[Path]:
@@ -270,14 +255,13 @@ def test_progress_is_told_while_the_compiler_works(tiny_onnx_fp16: Artifact) -> 
         time.sleep(1.2)
     count = len(told)
     assert count >= 1
-    assert all(re.fullmatch(r"file\.onnx, \d+ s", text) for text in told)
     time.sleep(0.7)
     assert len(told) == count, "the ticker has stopped"
 
 
 def test_the_census_of_an_fp32_file_has_no_half(tiny_onnx_fp32: Artifact) -> None:
     parsed = NetworkBuild(RTX, tiny_onnx_fp32.path).network
-    assert "HALF" not in type_census(parsed)["types"]
+    assert "HALF" not in type_census(parsed).types
     assert half_share(parsed) == 0.0
 
 

@@ -13,7 +13,7 @@ from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.gates import GATES
 from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
 from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.exporters.graph_rules import half_reductions
+from cnx_deploy.exporters.graph_checks import half_reductions
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model

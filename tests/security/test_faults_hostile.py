@@ -128,7 +128,7 @@ def test_weights_that_are_no_file_are_wrong_input_at_once(
 ) -> None:
     path = tmp_path / f"weights{suffix}"
     put(path)
-    with pytest.raises(InputError, match=rf"weights\{suffix} is no regular file: expected a checkpoint"):
+    with pytest.raises(InputError, match=rf"weights\{suffix} is no regular file"):
         read_weight_file(path)
 
 

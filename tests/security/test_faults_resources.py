@@ -24,7 +24,7 @@ from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
 from cnx_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.model.pretrained import fetch_pretrained
-from cnx_deploy.model.weight_guards import claims_too_much
+from cnx_deploy.model.weight_files import claims_too_much
 from tests.core.test_artifacts import make
 from tests.support.memory_sweep import ended
 from tests.support.small_disk import SmallDisk, small_disk

@@ -4,12 +4,13 @@ import importlib
 import json
 import random
 import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cnx_deploy.core.errors import CnxDeployError
@@ -17,6 +18,12 @@ from cnx_deploy.core.errors import CnxDeployError
 SIDE, CLASSES = 32, 4
 DATA = "weights.data"
 METADATA = {"cnx_deploy.preprocessing": json.dumps({"image_size": SIDE})}
+IR_VERSION = b"\x08\x0a"
+"""The first field of every model: what tells an ONNX file from others."""
+
+SECONDS, MEGABYTES = 2.0, 60.0
+"""Bounds on the processor time and memory of a refusal, far above what is seen: 0.05 s, 1 MB."""
+
 Change = Callable[[onnx.ModelProto], object]
 
 
@@ -43,46 +50,39 @@ def foreign_classifier() -> onnx.ModelProto:
     return model
 
 
-def with_outside_weights(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
-    """The weights in `DATA`, from byte 0, as exporters write them."""
-    weights = model.graph.initializer[0]
-    (folder / DATA).write_bytes(weights.raw_data)
-    length = str(len(weights.raw_data))
-    weights.ClearField("raw_data")
-    weights.data_location = TensorProto.EXTERNAL
-    place_weights(model, {"location": DATA, "offset": "0", "length": length})
-    return model
-
-
-def place_weights(model: onnx.ModelProto, entries: dict[str, str] | list[tuple[str, str]]) -> None:
-    """Say that the weights lie there."""
-    weights = model.graph.initializer[0]
-    del weights.external_data[:]
-    for key, value in entries.items() if isinstance(entries, dict) else entries:
-        weights.external_data.add(key=key, value=value)
-
-
-def changed_place(**entries: str | None) -> Change:
-    """Overwrite, add or (None) leave out entries of the weights' place."""
-
-    def change(model: onnx.ModelProto) -> None:
-        found = {entry.key: entry.value for entry in model.graph.initializer[0].external_data} | entries
-        place_weights(model, {key: value for key, value in found.items() if value is not None})
-
-    return change
-
-
 def written(folder: Path, change: Change | None = None, *, outside: bool = True) -> Path:
-    """The classifier with one change, in `folder`/foreign.onnx."""
+    """The classifier with one change, in `folder`/foreign.onnx; its weights in `DATA`, as exporters write them."""
     folder.mkdir(parents=True, exist_ok=True)
     model = foreign_classifier()
     if outside:
-        with_outside_weights(model, folder)
+        weights = model.graph.initializer[0]
+        (folder / DATA).write_bytes(weights.raw_data)
+        place_weights(model, [("location", DATA), ("offset", "0"), ("length", str(len(weights.raw_data)))])
+        weights.ClearField("raw_data")
+        weights.data_location = TensorProto.EXTERNAL
     if change is not None:
         change(model)
     path = folder / "foreign.onnx"
     path.write_bytes(model.SerializeToString())
     return path
+
+
+def place_weights(model: onnx.ModelProto, entries: list[tuple[str, str]]) -> None:
+    """Say that the weights lie there."""
+    weights = model.graph.initializer[0]
+    del weights.external_data[:]
+    for key, value in entries:
+        weights.external_data.add(key=key, value=value)
+
+
+def changed_place(**entries: str) -> Change:
+    """Overwrite or add entries of the weights' place."""
+
+    def change(model: onnx.ModelProto) -> None:
+        found = {entry.key: entry.value for entry in model.graph.initializer[0].external_data} | entries
+        place_weights(model, list(found.items()))
+
+    return change
 
 
 def before_logits(model: onnx.ModelProto, *nodes: onnx.NodeProto, added: str) -> None:
@@ -98,11 +98,29 @@ def field(number: int, content: bytes) -> bytes:
 
 
 def varint(value: int) -> bytes:
-    found = bytearray()
+    """A number as protobuf writes it."""
+    digits = bytearray()
     while value >= 0x80:
-        found.append(value & 0x7F | 0x80)
+        digits.append(value & 0x7F | 0x80)
         value >>= 7
-    return bytes([*found, value])
+    return bytes([*digits, value])
+
+
+def refused(read: Callable[[], object], error: type[CnxDeployError], *parts: str) -> None:
+    """Reading ends in exactly this error, which has every part; soon, and with little memory."""
+    before, started = peak_megabytes(), time.process_time()
+    with pytest.raises(CnxDeployError) as caught:
+        read()
+    taken, grown = time.process_time() - started, peak_megabytes() - before
+    assert type(caught.value) is error, caught.value
+    assert [part for part in parts if part not in str(caught.value)] == [], str(caught.value)
+    assert taken < SECONDS
+    assert grown < MEGABYTES
+
+
+def peak_megabytes(of: int = resource.RUSAGE_SELF) -> float:
+    """Peak resident memory so far, of this process or (RUSAGE_CHILDREN) of the largest child."""
+    return resource.getrusage(of).ru_maxrss / 1024
 
 
 def outcomes_of_flips(folder: str, seed: int, count: int, reader: str) -> list[str]:
@@ -111,33 +129,17 @@ def outcomes_of_flips(folder: str, seed: int, count: int, reader: str) -> list[s
     Any other exception than ours ends the child.
     """
     module, _, function = reader.partition(":")
-    read = getattr(importlib.import_module(module), function)
-    draw = random.Random(seed)
-    sound = (Path(folder) / "foreign.onnx").read_bytes()
-    return [_outcome(read, Path(folder) / "flipped.onnx", _damaged(sound, draw)) for _ in range(count)]
-
-
-def _damaged(sound: bytes, draw: random.Random) -> bytes:
-    content = bytearray(sound)
-    for _ in range(draw.randint(1, 4)):
-        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    return bytes(content[: draw.choice([len(content), len(content), draw.randrange(len(content))])])
-
-
-def _outcome(read: Callable[[Path], object], path: Path, content: bytes) -> str:
-    path.write_bytes(content)
-    try:
-        read(path)
-    except CnxDeployError as error:
-        return type(error).__name__
-    return "sound"
-
-
-def peak_of_children_megabytes() -> float:
-    """Peak resident memory of the largest child so far."""
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-
-
-def every(names: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of pytest.mark.parametrize: the values, and their names as ids."""
-    return {"argvalues": list(names.values()), "ids": list(names)}
+    read, draw = getattr(importlib.import_module(module), function), random.Random(seed)
+    sound, path = (Path(folder) / "foreign.onnx").read_bytes(), Path(folder) / "flipped.onnx"
+    outcomes = []
+    for _ in range(count):
+        content = bytearray(sound)
+        for _ in range(draw.randint(1, 4)):
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes(content[: draw.choice([len(content), len(content), draw.randrange(len(content))])])
+        try:
+            read(path)
+            outcomes.append("sound")
+        except CnxDeployError as error:
+            outcomes.append(type(error).__name__)
+    return outcomes

@@ -84,37 +84,26 @@ def lying(draw: st.DrawFn, document: Any, values: st.SearchStrategy[Any] = VALUE
     """A sound document with one to three changes."""
     data = copy.deepcopy(document)
     for _ in range(draw(st.integers(1, 3))):
-        found = list(places(data))
-        if not found:
+        if not (paths := list(places(data))):
             break
-        *above, last = draw(st.sampled_from(found))
+        *above, last = draw(st.sampled_from(paths))
         holder = data
         for key in above:
             holder = holder[key]
-        _change(draw, holder, last, values)
+        action = draw(st.sampled_from(["replace", "replace", "remove", "double", "add", "reorder"]))
+        if action == "replace":
+            holder[last] = draw(values)
+        elif action == "remove":
+            del holder[last]
+        elif action == "reorder":
+            holder.reverse() if isinstance(holder, list) else holder.update({last: holder.pop(last)})
+        else:
+            value = copy.deepcopy(holder[last]) if action == "double" else draw(values)
+            if isinstance(holder, list):
+                holder.append(value)
+            else:
+                holder[f"{last}2" if action == "double" else draw(st.text(max_size=5))] = value
     return data
-
-
-def _change(draw: st.DrawFn, holder: Any, last: Any, values: st.SearchStrategy[Any]) -> None:
-    action = draw(st.sampled_from(["replace", "replace", "remove", "double", "add", "reorder"]))
-    if action == "replace":
-        holder[last] = draw(values)
-    elif action == "remove":
-        del holder[last]
-    elif action == "reorder" and isinstance(holder, list):
-        holder.reverse()
-    elif isinstance(holder, list):
-        holder.append(copy.deepcopy(holder[last]) if action == "double" else draw(values))
-    elif action == "reorder":
-        holder[last] = holder.pop(last)
-    else:
-        key = f"{last}2" if action == "double" else draw(st.text(max_size=5))
-        holder[key] = copy.deepcopy(holder[last]) if action == "double" else draw(values)
-
-
-def lying_json(document: Any) -> st.SearchStrategy[bytes]:
-    """The same as a file's bytes; NaN and infinities as Python writes them."""
-    return lying(document).map(lambda data: json.dumps(data).encode("utf-8"))
 
 
 @st.composite
@@ -136,8 +125,9 @@ def spoilt(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def documents(document: Any) -> st.SearchStrategy[bytes]:
-    """Lies in the fields, and bytes that are none."""
-    return st.one_of(lying_json(document), lying_json(document), spoilt(json.dumps(document).encode()))
+    """A file's bytes: lies in the fields, NaN and infinities as Python writes them, and bytes that are no document."""
+    lies = lying(document).map(lambda data: json.dumps(data).encode())
+    return st.one_of(lies, lies, spoilt(json.dumps(document).encode()))
 
 
 def result_or_error(read: Callable[[], Any], *kinds: type[CnxDeployError]) -> Any:

@@ -17,7 +17,7 @@ from cnx_deploy.diagnosis.bisect.case import Case, Exported, Probe, Recorded, ca
 from cnx_deploy.diagnosis.bisect.probe import MixedForm
 from cnx_deploy.diagnosis.bisect.search import Passes, minimal_set, smallest_subset
 from cnx_deploy.diagnosis.bisect.units import in_order, islands_of, parts_of_unit, spelled
-from cnx_deploy.exporters.onnx_external import check_recorded
+from cnx_deploy.exporters.untrusted import check_recorded
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.deploy import BLOCK_PARTS, FORM, block_parts
 from cnx_deploy.verification.verify import recorded_model

@@ -24,7 +24,7 @@ from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.data import batches_from_folder, image_like_batches, runner_input
 from cnx_deploy.diagnosis.layerwise.sides import SIDES, Side, Subject, reference_form, torch_outputs
 from cnx_deploy.diagnosis.layerwise.taps import canonical, module_names, taps_in_file
-from cnx_deploy.exporters.onnx_external import check_recorded
+from cnx_deploy.exporters.untrusted import check_recorded
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.verification.verify import recorded_model
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from torch import Tensor, nn
 
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.exporters.onnx_models import load_model
+from cnx_deploy.exporters.graph_checks import load_model
 
 __all__ = ["LOGITS", "Tap", "Taps", "canonical", "module_names", "tapped_copy", "taps_in_file"]
 

@@ -8,7 +8,7 @@ from cnx_deploy.core.errors import BuildError, InputError
 from cnx_deploy.core.manifest import Artifact, EngineFacts, EngineManifest, EngineRequest, OnnxManifest
 from cnx_deploy.core.strict_json import typed
 from cnx_deploy.core.system import find_gpus
-from cnx_deploy.exporters.graph_rules import check_graph
+from cnx_deploy.exporters.graph_checks import check_graph
 from cnx_deploy.exporters.trt.backend import Backend, load_backend
 from cnx_deploy.exporters.trt.compiling import BuildSpec, FilePrecision, compiled_engine, task_of
 from cnx_deploy.exporters.trt.network import Progress

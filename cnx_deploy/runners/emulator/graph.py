@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.exporters.onnx_models import load_model
+from cnx_deploy.exporters.graph_checks import load_model
 from cnx_deploy.runners.emulator.operators import OPERATORS, Operator
 
 __all__ = ["Evaluation", "Graph"]

@@ -1,7 +1,8 @@
-"""What any ONNX file must satisfy before it is compiled or run: limits, standard operators, no reduction in FP16.
+"""What an ONNX graph must satisfy before it is compiled or run, and what an export promises of its own graph.
 
-Limits and outside data are looked at in the bytes (`onnx_wire`, `onnx_external`) before a parser sees them; then ONNX's
-own full check runs. This module loads neither torch nor ONNX Runtime: a child that starts with it is ready at once.
+Any file: standard operators, ONNX's own full check, no reduction in FP16. An export: opset, operator counts, epsilons,
+GELU's form, a symbolic batch. This module loads neither torch nor ONNX Runtime: a child that starts with it is ready at
+once.
 
 The FP16 rule is static because a CPU cannot show the fault: ONNX Runtime's CPU provider computes FP16 graphs in FP32
 and hides every overflow (microsoft/onnxruntime issue 11831).
@@ -12,15 +13,30 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import onnx
 from google.protobuf.message import DecodeError
 
+from cnx_deploy.core.child_process import Limits, run_isolated
 from cnx_deploy.core.errors import CorruptArtifactError, GraphCheckError, RefusedArtifactError
-from cnx_deploy.exporters.onnx_external import check_tensors
-from cnx_deploy.exporters.onnx_wire import scan_onnx
+from cnx_deploy.core.variants import Variant
+from cnx_deploy.exporters.untrusted import limits_for, read_onnx
 
-__all__ = ["GraphFacts", "check_graph", "half_reductions"]
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = [
+    "Admission",
+    "GraphFacts",
+    "admission_task",
+    "admit_onnx",
+    "check_export",
+    "check_graph",
+    "half_reductions",
+    "load_model",
+]
 
 REDUCTIONS = frozenset(
     {
@@ -70,6 +86,7 @@ HALVES = frozenset({onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
 STANDARD = frozenset({"", "ai.onnx"})
 LISTED_AT_MOST = 20
 
+CHECK_VERSIONS = "Use the versions that constraints.txt names; found were:"
 EXPORT_IT = "Export the network with cnx-deploy export, or write these otherwise:"
 
 
@@ -78,6 +95,7 @@ class GraphFacts:
     """What a graph consists of. `types` counts node outputs by element type, `operators` nodes by operator.
 
     `epsilons` are those of its norms: LayerNormalization's attribute, and any constant below 1e-3 that is added.
+    `outside_files` are the paths of the files that hold weights outside the graph's own.
     """
 
     opset: int
@@ -88,6 +106,7 @@ class GraphFacts:
     metadata: Mapping[str, str]
     epsilons: tuple[float, ...]
     gelu_forms: frozenset[str]
+    outside_files: tuple[str, ...] = ()
 
     @property
     def half_share(self) -> float:
@@ -96,23 +115,44 @@ class GraphFacts:
         return 1.0 - floating.get("FLOAT", 0) / max(1, sum(floating.values())) if floating else 0.0
 
 
-def check_graph(path: Path, listed: Collection[str] | None = None) -> GraphFacts:
-    """Check any ONNX file and return what is in it. `listed`: the files that its manifest names, none else is read.
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What is known of a foreign file that `admit_onnx` let in. `files`: the identity of each file that it reads."""
 
-    Raises RefusedArtifactError for what is beyond the limits, lies outside its folder or is no standard operator,
-    CorruptArtifactError when it is not valid ONNX, GraphCheckError when it reduces in half; all broken rules are listed
-    at once.
+    path: Path
+    facts: GraphFacts
+    files: Mapping[str, tuple[int, ...]]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all its files, which the limits of a trial run go by."""
+        return sum(identity[2] for identity in self.files.values())
+
+    def check_unchanged(self) -> None:
+        """Raise CorruptArtifactError where a file is another one than was checked."""
+        for name, identity in self.files.items():
+            if not Path(name).exists() or _identity(name) != identity:
+                raise CorruptArtifactError(f"{name} was changed while {self.path.name} was checked. Try again.")
+
+
+def check_graph(path: Path, listed: Collection[str] | None = None) -> GraphFacts:
+    """Check any ONNX file and return what is in it.
+
+    Args:
+        path: the ONNX file. It is parsed in this process, so a file of unknown origin goes to `admit_onnx`.
+        listed: names of the files that its manifest lists. The graph may read no other.
+
+    Raises:
+        RefusedArtifactError: the file is beyond a limit, reads outside its folder, or holds other than standard
+            operators of image classifiers.
+        CorruptArtifactError: the file is not valid ONNX.
+        GraphCheckError: the graph reduces in half precision. The message lists every such node.
     """
-    found = scan_onnx(path)
-    if not found.messages["Graph"]:
-        raise CorruptArtifactError(
-            f"{path} is not a valid ONNX file: it holds no graph, expected one. Export it again."
-        )
-    check_tensors(path, found, listed=listed)
+    file = read_onnx(path, listed)
+    model = file.model
+    if problems := list(_foreign_parts(model)):
+        raise RefusedArtifactError(_listed(f"{path.name} is refused. {EXPORT_IT}", problems))
     try:
-        model = onnx.load(str(path), load_external_data=False)
-        if problems := list(_foreign_parts(model)):
-            raise RefusedArtifactError(_listed(f"{path.name} is refused. {EXPORT_IT}", problems))
         onnx.checker.check_model(str(path), full_check=True)
         model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, DecodeError, ValueError) as error:
@@ -122,7 +162,110 @@ def check_graph(path: Path, listed: Collection[str] | None = None) -> GraphFacts
         raise RefusedArtifactError(_listed(f"{path.name} is refused. {EXPORT_IT}", problems))
     if problems := list(half_reductions(model)):
         raise GraphCheckError(_listed(f"{path.name} breaks the rules for an engine. {EXPORT_IT}", problems))
-    return _facts(model)
+    return _facts(model, tuple(map(str, file.outside)))
+
+
+def admit_onnx(path: Path, limits: Limits | None = None) -> Admission:
+    """Check a file that no manifest names, in a child process with limits of time and memory.
+
+    Without `limits` they go by the file's size. Raises what `check_graph` raises, RefusedArtifactError where the child
+    is ended, and CorruptArtifactError where the file changes meanwhile.
+    """
+    answer = run_isolated(
+        "cnx_deploy.exporters.graph_checks:admission_task",
+        {"path": str(path.parent.resolve() / path.name)},
+        limits or limits_for(path.stat().st_size if path.is_file() else 0),
+        what=f"Checking {path.name}",
+        failure=RefusedArtifactError,
+    )
+    try:
+        facts, files = msgspec.convert(answer, tuple[GraphFacts, dict[str, tuple[int, ...]]])
+    except msgspec.ValidationError as error:  # the child has parsed what anybody wrote: its word is data from outside
+        raise RefusedArtifactError(
+            f"Checking {path.name} failed: its process gave another answer than was asked for ({error}). Export the "
+            "model again, from a source you trust."
+        ) from error
+    admission = Admission(path, facts, files)
+    admission.check_unchanged()
+    return admission
+
+
+def admission_task(path: str) -> list[Any]:
+    """`admit_onnx` for the child: the facts, and the identity of every file that the graph reads."""
+    before = _identity(path)
+    facts = check_graph(Path(path))
+    files = {path: before, **{name: _identity(name) for name in facts.outside_files}}
+    return [msgspec.to_builtins(facts), files]
+
+
+def check_export(
+    path: Path,
+    *,
+    variant: Variant,
+    layout: str,
+    batch: tuple[int, int, int],
+    opset: int,
+    leave_out: Collection[str] = (),
+    norm_on_patches: bool = False,
+) -> GraphFacts:
+    """Check a file that `exporters.onnx` wrote, on top of `check_graph`.
+
+    One Gelu a block and, but in V1, one GRN statistic (a pool in the "cpu" layout, else a sum); each of the network's
+    norms one LayerNormalization, or, in the "gpu" layout, spelled out over the channel axis for the four channels-first
+    ones; opset as written; batch axis named.
+
+    Args:
+        path: the file as it was written.
+        variant: the network's size and version.
+        layout: "cpu" or "gpu", the deploy form's layout.
+        batch: smallest, typical and largest batch; equal ends give a fixed axis.
+        opset: the opset that was asked for.
+        leave_out: folds that the export was to leave out.
+        norm_on_patches: whether the stem's norm is a sum over the patches' channels.
+
+    Raises:
+        GraphCheckError: the graph is another one; the message lists every difference.
+    """
+    facts = check_graph(path)
+    token_norms = variant.block_count + 1
+    responses = variant.block_count if variant.version == 2 else 0
+    statistic = "AveragePool" if layout == "cpu" and "blocked" not in leave_out else "ReduceSum"
+    expected = {
+        "Gelu": variant.block_count,
+        statistic: responses + norm_on_patches,
+        "LayerNormalization": token_norms + (0 if layout == "gpu" else 4),
+    }
+    problems = [
+        f"{count} {operator} expected, {facts.operators.get(operator, 0)} found"
+        for operator, count in expected.items()
+        if facts.operators.get(operator, 0) != count
+    ]
+    problems.extend(_wrong_constants(facts, norms=responses + token_norms + 4))
+    if facts.opset != opset:
+        problems.append(f"opset {opset} expected, {facts.opset} written")
+    batch_axis = "batch" if batch[0] != batch[2] else batch[0]
+    for kind, tensors, name in (("input", facts.inputs, "images"), ("output", facts.outputs, "logits")):
+        if list(tensors) != [name]:
+            problems.append(f"one {kind} {name!r} expected, found {list(tensors)}")
+        elif tensors[name][1][0] != batch_axis:
+            problems.append(f"first axis of {name} is {tensors[name][1][0]!r}, not {batch_axis!r}")
+    if problems:
+        raise GraphCheckError(_listed(f"{path.name} is not the graph that was asked for. {CHECK_VERSIONS}", problems))
+    return facts
+
+
+def load_model(path: Path) -> "ir.Model":
+    """Read a checked file as onnx_ir's model; weights outside the file are read when they are asked for.
+
+    Raises CorruptArtifactError for a file that is no ONNX model.
+    """
+    import onnx_ir as ir
+    from onnx_ir.serde import SerdeError
+
+    try:
+        return ir.load(path)
+    except (DecodeError, SerdeError, ValueError) as error:
+        raise CorruptArtifactError(f"{path} is not an ONNX model ({error}). Export it again.") from error
 
 
 def half_reductions(model: onnx.ModelProto) -> Iterator[str]:
@@ -179,6 +322,24 @@ def _large_values(model: onnx.ModelProto) -> Iterator[str]:
             yield f"{value.name}: {math.prod(sizes):,} elements, where at most {LARGEST_VALUE:,} are expected"
 
 
+def _wrong_constants(facts: GraphFacts, norms: int) -> Iterator[str]:
+    """What no comparison of logits shows: GELU's form, and an epsilon where the statistics are of the order of one.
+
+    An average pool takes the mean square where GRN takes the sum, so there eps is divided by the side of the map.
+    """
+    from cnx_deploy.model.layers import EPS  # with it torch, which an export has loaded by now
+
+    if facts.gelu_forms - {"none"}:
+        yield f"Gelu by erf expected, {sorted(facts.gelu_forms)} found"
+    side = max((size for _, shape in facts.inputs.values() for size in shape[1:] if isinstance(size, int)), default=0)
+    right = [EPS, *(EPS / max(1, side // (4 << stage)) for stage in range(4))]
+    wrong = [eps for eps in facts.epsilons if not any(math.isclose(eps, value, rel_tol=1e-4) for value in right)]
+    if wrong:
+        yield f"every epsilon is {EPS:g}, found {', '.join(f'{value:g}' for value in sorted(set(wrong)))}"
+    if len(facts.epsilons) != norms:
+        yield f"{norms} epsilons expected, one a norm and a GRN, {len(facts.epsilons)} found"
+
+
 def _listed(title: str, problems: list[str]) -> str:
     more = [f"and {len(problems) - LISTED_AT_MOST} more"] if len(problems) > LISTED_AT_MOST else []
     return "\n  ".join([title, *problems[:LISTED_AT_MOST], *more])
@@ -191,7 +352,7 @@ def _element_types(model: onnx.ModelProto) -> dict[str, int]:
     return types
 
 
-def _facts(model: onnx.ModelProto) -> GraphFacts:
+def _facts(model: onnx.ModelProto, outside_files: tuple[str, ...]) -> GraphFacts:
     types = _element_types(model)
     name_of = onnx.TensorProto.DataType.Name
     outputs = Counter(name_of(types[name]) for node in model.graph.node for name in node.output if name in types)
@@ -208,6 +369,7 @@ def _facts(model: onnx.ModelProto) -> GraphFacts:
             for node in model.graph.node
             if node.op_type == "Gelu"
         ),
+        outside_files=outside_files,
     )
 
 
@@ -232,3 +394,9 @@ def _tensor_spec(value: onnx.ValueInfoProto) -> tuple[str, tuple[int | str, ...]
     tensor = value.type.tensor_type
     shape = tuple(axis.dim_param or axis.dim_value for axis in tensor.shape.dim)
     return onnx.TensorProto.DataType.Name(tensor.elem_type), shape
+
+
+def _identity(name: str) -> tuple[int, ...]:
+    """Which file this is and when it was last changed."""
+    status = Path(name).stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
