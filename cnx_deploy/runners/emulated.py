@@ -14,6 +14,7 @@ from cnx_deploy.core.errors import CnxDeployError, InputError
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.system import Machine, cpu_name
 from cnx_deploy.data.input_spec import InputSpec, check_input
+from cnx_deploy.exporters.untrusted import check_recorded
 from cnx_deploy.runners.base import HoldsNothing, RunnerInfo
 from cnx_deploy.runners.emulator.graph import Evaluation, Graph
 from cnx_deploy.runners.registry import RunnerEntry, RunnerOptions, register_runner
@@ -80,6 +81,7 @@ def _reason(emulated: torch.dtype, artifact: Artifact, machine: Machine) -> CnxD
 
 
 def _opened(artifact: Artifact, options: RunnerOptions) -> EmulatedRunner:
+    check_recorded(artifact)
     return EmulatedRunner(artifact.path)
 
 

@@ -205,9 +205,14 @@ def test_outside_data_swapped_in_beside_what_the_manifest_lists_is_read_by_nobod
     text = "reads 'weights.data', which its manifest does not list"
     assert code_of("inspect", path) == 4
     assert text in capsys.readouterr().err
-    for use in (open_runner, layers_of_artifact, lambda found: run_bisection(found.path, print)):
+    for use in (
+        lambda: open_runner(artifact),
+        lambda: open_runner(artifact, "emulate-fp16"),
+        lambda: layers_of_artifact(artifact),
+        lambda: run_bisection(path, print),
+    ):
         with pytest.raises(CorruptArtifactError, match=text):
-            use(artifact)
+            use()
     findings = check_custody([path], tmp_path, tmp_path).findings
     assert any(finding.verdict == "fault" and text in finding.text for finding in findings)
 
