@@ -69,6 +69,20 @@ def test_the_commands_for_your_own_images_work_on_a_few_digits(tmp_path: Path) -
     assert "digit-0" in printed
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_python_example_runs_as_it_is_written(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (80, 60), "gray").save(tmp_path / "photo.jpg")
+    match = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    assert match is not None
+    done = subprocess.run([sys.executable, "-c", match[1]], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "pass" in done.stdout
+    assert done.stdout.count("ClassScore") == 5
+
+
 def written_commands(text: str) -> set[tuple[str, ...]]:
     """The words of each `cnx-deploy …` in a page: in a code span, or at the beginning of a line."""
     spans = re.findall(r"`(?:\w+=\S+ )?cnx-deploy ([^`]+)`|^cnx-deploy (.+)", text.replace("\\\n", " "), re.MULTILINE)
