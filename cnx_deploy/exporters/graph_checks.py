@@ -38,30 +38,12 @@ __all__ = [
     "load_model",
 ]
 
-REDUCTIONS = frozenset(
-    {
-        "AveragePool",
-        "GlobalAveragePool",
-        "GlobalLpPool",
-        "GroupNormalization",
-        "InstanceNormalization",
-        "LayerNormalization",
-        "LogSoftmax",
-        "LpNormalization",
-        "LpPool",
-        "MeanVarianceNormalization",
-        "RMSNormalization",
-        "ReduceL1",
-        "ReduceL2",
-        "ReduceLogSum",
-        "ReduceLogSumExp",
-        "ReduceMean",
-        "ReduceProd",
-        "ReduceSum",
-        "ReduceSumSquare",
-        "Softmax",
-    }
-)
+REDUCING_OPERATORS = """
+AveragePool GlobalAveragePool GlobalLpPool GroupNormalization InstanceNormalization LayerNormalization LogSoftmax
+LpNormalization LpPool MeanVarianceNormalization RMSNormalization ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp
+ReduceMean ReduceProd ReduceSum ReduceSumSquare Softmax
+"""
+REDUCTIONS = frozenset(REDUCING_OPERATORS.split())
 OTHER_OPERATORS = """
 Abs Add And ArgMax ArgMin BatchNormalization Cast CastLike Ceil Clip Concat Constant ConstantOfShape Conv ConvTranspose
 CumSum DepthToSpace DequantizeLinear Div Dropout DynamicQuantizeLinear Einsum Elu Equal Erf Exp Expand Flatten Floor
