@@ -66,7 +66,7 @@ def test_cached_weights_load_offline_with_what_their_config_says(offline, tmp_pa
     assert (loaded.weights.origin, loaded.weights.reference) == ("pretrained", tag)
     assert loaded.weights.licence == "CC-BY-NC-4.0"
     assert loaded.weights.sha256 == hash_weights(loaded.model)
-    assert Preprocessing.from_dict(loaded.preprocessing) == Preprocessing()
+    assert loaded.preprocessing == Preprocessing()
 
 
 def test_a_tag_without_a_head_needs_a_new_one(offline, tmp_path):
