@@ -7,6 +7,7 @@ import gc
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
@@ -18,6 +19,7 @@ from cnx_deploy.core.manifest import Artifact, EngineManifest, OnnxManifest
 from cnx_deploy.core.precision import find_precision
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import this_machine
+from cnx_deploy.data import GivenImages, ImageSource
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.backend import default_targets, load_backend, require_gpu
 from cnx_deploy.exporters.trt.builder import BuildSpec
@@ -25,12 +27,11 @@ from cnx_deploy.exporters.trt.builder import build_engine as build_one_engine
 from cnx_deploy.exporters.trt.compiling import limits_for
 from cnx_deploy.model.checkpoint import LoadedModel, resolve_model
 from cnx_deploy.model.deploy import check_parts
+from cnx_deploy.model.recorded import model_record
 from cnx_deploy.runners.registry import find_runner
-from cnx_deploy.verification.export_check import check_exported
-from cnx_deploy.verification.labelled import reference_for
-from cnx_deploy.verification.polygraphy_io import save_comparison
-from cnx_deploy.verification.saved_results import SavedOutputs
-from cnx_deploy.verification.verify import Progress, Reference, Verification, model_record, table_of, verify_artifact
+from cnx_deploy.verification.metrics import Verification, table_of
+from cnx_deploy.verification.saved_results import SavedResults, save_for_polygraphy
+from cnx_deploy.verification.verify import Progress, Reference, verify_artifact, verify_export
 
 if TYPE_CHECKING:
     from cnx_deploy.bench.run import BenchReport
@@ -176,12 +177,14 @@ def predict(model: Source, images: Images, *, top: int = 5) -> Any:
         return opened.predict(images, top=top)
 
 
-def evaluate(model: Source, data: Path | str, *, batch_size: int = 32, device: str = "cpu") -> "Evaluation":
+def evaluate(
+    model: Source, data: Path | str | ImageSource, *, batch_size: int = 32, device: str = "cpu"
+) -> "Evaluation":
     """Count accuracy and calibration on labelled images, as `cnx-deploy eval` does.
 
     Args:
         model: an artifact or a path of a checkpoint, an ONNX file or an engine.
-        data: a folder with a folder of images for each class, or a CSV file.
+        data: a folder with a folder of images for each class, a CSV file, or a `data.ImageSource` with labels.
         batch_size: images run at once.
         device: "cpu" or "cuda".
     """
@@ -190,7 +193,7 @@ def evaluate(model: Source, data: Path | str, *, batch_size: int = 32, device: s
     with load(model, device=device) as opened:
         made = opened.classifier
         names = made.class_names
-        return evaluate_runner(made.runner, Path(data), made.preprocessing, batch_size=batch_size, class_names=names)
+        return evaluate_runner(made.runner, data, made.preprocessing, batch_size=batch_size, class_names=names)
 
 
 def train(data: Path | str, variant: str = "atto", *, recipe: str = "plain", **options: Any) -> "TrainingResult":
@@ -259,7 +262,7 @@ class Model:
 
         Args:
             images: paths; PIL images of any mode; arrays (H, W, 3) or (H, W) of uint8; tensors (3, H, W) of uint8, or
-                of floats in [0, 1]. A list gives a list.
+                of floats in [0, 1]; or a `data.ImageSource`. A list and a source give a list.
             top: classes named for each image.
             batch_size: images run at once, within the range that the model takes.
 
@@ -267,11 +270,12 @@ class Model:
             A `Prediction` an image, with the best classes first and probabilities in [0, 1]. A file that cannot be read
             has no classes and says why in `error`.
         """
-        from cnx_deploy.verification.predict import classify_images
+        from cnx_deploy.verification.predict import classify
 
-        several = list(images) if isinstance(images, list | tuple) else [images]
-        found = list(classify_images(self.classifier, several, top=top, batch_size=batch_size))
-        return found if isinstance(images, list | tuple) else found[0]
+        is_single = not isinstance(images, list | tuple | ImageSource)
+        source = images if isinstance(images, ImageSource) else GivenImages([images] if is_single else images)
+        predictions = list(classify(self.classifier, source, top=top, batch_size=batch_size))
+        return predictions[0] if is_single else predictions
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,16 +354,17 @@ class BuildRequest:
 class VerifyRequest:
     """What `cnx-deploy verify` takes. Without `files`, everything recorded in both folders.
 
-    `data`: images, or a folder of images for each class, all of which are used unless `samples` limits them; without
-    labels, and without `data`, None is 64. `runners`: see `verification.verify_artifact`. `save_inputs`: folder for
-    the images and the reference's logits in Polygraphy's formats, in one folder a network; of labelled images the
-    first that 64, or `samples`, asks for. `save_outputs`: new folder for the logits of both sides, to be judged again.
+    `data`: a folder of images or of one for each class, a CSV file or a `data.ImageSource`. Images with labels are all
+    used unless `samples` limits them; without labels, and without `data`, None is 64. `runners`: see
+    `verification.verify_artifact`. `save_inputs`: folder for images and PyTorch's logits in Polygraphy's formats, one
+    folder a network; of labelled images 64, or `samples`. `save_outputs`: new folder for the logits of both sides, to
+    be judged again.
     """
 
     files: tuple[Path, ...] = ()
     export_dir: Path = Path("export")
     engines_dir: Path = Path("engines")
-    data: Path | None = None
+    data: Path | str | ImageSource | None = None
     samples: int | None = None
     save_inputs: Path | None = None
     save_outputs: Path | None = None
@@ -435,35 +440,34 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
     Raises MissingRequirementError when an engine that was named cannot run here.
     """
     found: list[Verification] = []
-    told: set[str] = set()
-    outputs = SavedOutputs(request.save_outputs) if request.save_outputs is not None else None
+    told: set[int] = set()
+    saved = SavedResults(request.save_outputs) if request.save_outputs is not None else None
     reference: Reference | None = None
     for artifact in select_artifacts(request.files, request.export_dir, request.engines_dir, note):
         note(f"Verifying {artifact.path.name}")
         if request.files and artifact.manifest.kind == "engine":
             require_gpu()  # an engine that was named is asked for; before any weight is loaded
         if reference is None or not reference.matches(artifact):
-            reference = reference_for(artifact, request.data, request.samples)
+            reference, told = Reference(artifact, request.data, request.samples), set()
         runners, unfit = _fitting(request, artifact)
         if unfit and not runners:
             found.append(Verification(artifact.path.name, artifact.manifest.kind, (), not_run=unfit))
             continue
-        verification = verify_artifact(artifact, reference, progress, runners=runners, outputs=outputs)
+        verification = verify_artifact(artifact, reference, progress, runners=runners, saved=saved)
         if outdated := _outdated(artifact, request.export_dir):
             verification = replace(verification, notes=(*verification.notes, outdated))
         if request.files and verification.not_run:
             raise MissingRequirementError(f"{artifact.path.name}: {verification.not_run[0]}")
         found.append(verification)
-        if outputs is not None:
-            outputs.finish(artifact, verification.not_run, verification.notes)
+        if saved is not None:
+            saved.finish(artifact, verification.not_run, verification.notes)
         if request.save_inputs is not None and artifact.manifest.kind == "onnx":
             folder = request.save_inputs / artifact.manifest.stem
-            batches = reference.batches_for(artifact)
-            save_comparison(folder, batches, reference.logits(artifact, batches, progress))
+            save_for_polygraphy(folder, reference.pairs(artifact, progress=progress))
             note(f"  images and PyTorch's logits for `polygraphy run`: {folder}")
-        for path in [path for path in reference.left_out if path not in told]:
-            told.add(path)
-            note(f"  left out: {reference.left_out[path].reason}")
+        for index in sorted(set(reference.broken) - told):
+            told.add(index)
+            note(f"  left out: {reference.broken[index].reason}")
     return found
 
 
@@ -481,7 +485,7 @@ def _outdated(engine: Artifact, export_dir: Path) -> str | None:
     """What to say of an engine whose ONNX file was exported again since."""
     name = engine.manifest.source_name
     if engine.manifest.kind != "engine" or Path(name).name != name or not Path(name).suffix:
-        return None  # a manifest that lies: `verify --records` says what of
+        return None  # a manifest that lies: `verify records` says what of
     if not os.path.isfile(export_dir / Path(name).with_suffix(".json")):  # noqa: PTH113 - Path's own raises for some names
         return None
     recorded = next((made for made in find_artifacts(export_dir, "onnx") if made.path.name == name), None)
@@ -510,7 +514,7 @@ def _export(
     )
     spec = ExportSpec(deploy=deploy, batch=request.batch, name=request.name)
     record = model_record(loaded, preprocessing, request.output_dir, request.checkpoint)
-    check = None if request.no_verify else check_exported(loaded, spec)
+    check = None if request.no_verify else partial(verify_export, model=loaded.model)
     artifact = export_onnx(loaded.model, record, spec, request.output_dir, force=request.force, verify=check)
     gc.collect()  # the exporter's graphs are cycles that hold the weights: huge in two precisions needs them gone
     if artifact.reused:

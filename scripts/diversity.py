@@ -28,8 +28,12 @@ from torch import Tensor, nn
 from cnx_deploy.core.errors import CheckFailedError, CnxDeployError, InputError
 from cnx_deploy.core.plotting import check_plot, save_svg
 from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.data import BrokenImage, find_images, image_like_batches, readable_batches, validation_folder
-from cnx_deploy.data.dataset import evenly
+from cnx_deploy.data import (
+    ImageLike,
+    evenly,
+    find_images,
+)
+from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.model.checkpoint import load_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
@@ -126,15 +130,13 @@ def measured(path: Path, asked: argparse.Namespace) -> tuple[str, tuple[TensorDi
     preprocessing = loaded.preprocessing or Preprocessing()
     if asked.image_size is not None:
         preprocessing = replace(preprocessing, image_size=asked.image_size)
-    broken: list[BrokenImage] = []
-    if asked.data is None:
-        batches = image_like_batches(asked.samples, preprocessing.image_size, batch_size=BATCH)
-    else:
-        images = evenly(find_images(validation_folder(asked.data))[1], asked.samples)
-        batches = (pixels for pixels, _, _ in readable_batches(images, preprocessing, BATCH, broken))
-    found = measure_diversity(loaded.model, preprocessing, batches)
-    if broken:
-        print(f"{len(broken)} images cannot be read and are left out: {broken[0].reason}", file=sys.stderr)
+    images = ImageLike(asked.samples) if asked.data is None else find_images(asked.data)
+    spec, chosen = InputSpec("uint8", preprocessing.image_size), evenly(len(images), asked.samples)
+    batches = images.batches(preprocessing, spec, BATCH, chosen, leave_out_broken=True)
+    found = measure_diversity(loaded.model, preprocessing, (batch.images for batch in batches))
+    if batches.broken:
+        reason = next(iter(batches.broken.values())).reason
+        print(f"{len(batches.broken)} images cannot be read and are left out: {reason}", file=sys.stderr)
     print(f"{name} ({loaded.model.variant.name}), {found[0].images} images of {preprocessing.image_size} px")
     return name, found
 

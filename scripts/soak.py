@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,11 @@ from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import Variant
-from cnx_deploy.data import image_like_batches
+from cnx_deploy.data import ImageFiles, image_like_batches
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
-from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.verification.export_check import check_exported
-from cnx_deploy.verification.predict import classify_files, open_classifier
+from cnx_deploy.verification.predict import classify, open_classifier
+from cnx_deploy.verification.verify import verify_export
 
 SMALLEST = Variant("soak", (1, 1, 1, 1), (8, 16, 32, 64), 0, None)
 SIZE = 32
@@ -117,7 +117,7 @@ def predictions(folder: Path) -> Callable[[int], None]:
     classifier = open_classifier(path)
 
     def predict(turn: int) -> None:
-        (answer,) = classify_files(classifier, [image])
+        (answer,) = classify(classifier, ImageFiles((image,)))
         if answer.error is not None:
             raise RuntimeError(answer.error)
 
@@ -129,7 +129,7 @@ def exported(folder: Path, precision: str) -> Artifact:
     model = random_model(SMALLEST, 10, seed=0)
     record = ModelRecord(SMALLEST.name, 10, SIZE, WEIGHTS, Preprocessing(image_size=SIZE))
     spec = ExportSpec(deploy=DeploySpec(precision, SIZE), batch=(1, 2, 4))  # type: ignore[arg-type]
-    check = check_exported(LoadedModel(model, WEIGHTS), spec)
+    check = partial(verify_export, model=model)
     return export_onnx(model, record, spec, folder, verify=check)
 
 

@@ -25,11 +25,11 @@ from cnx_deploy.core.manifest import Artifact, EngineFacts
 from cnx_deploy.core.system import cpu_count, find_gpus
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.model.checkpoint import LoadedModel
+from cnx_deploy.model.recorded import recorded_model
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.runners.registry import RunnerOptions, open_runner
 from cnx_deploy.verification.parity import logits_of
-from cnx_deploy.verification.verify import gate_of, recorded_model
 
 __all__ = ["BenchRequest", "Benchmark", "NotRun", "bench_artifacts"]
 
@@ -157,7 +157,7 @@ def _open_artifacts(network: _Network, request: BenchRequest, stack: ExitStack) 
     for artifact in network.artifacts:
         try:
             make = partial(_artifact_runner, artifact, request)
-            network.candidates.append(create(artifact.path.name, network.name, make, gate_of(artifact), stack))
+            network.candidates.append(create(artifact.path.name, network.name, make, artifact.manifest.gate, stack))
         except MissingRequirementError as error:
             facts = artifact.manifest.facts
             compiled = facts.compiled if isinstance(facts, EngineFacts) else None

@@ -37,7 +37,7 @@ def evaluate_command(
     """
     options.refuse_recorded_engine_without_gpu(artifact)
     from cnx_deploy.core.plotting import check_plot
-    from cnx_deploy.verification.evaluation.plot import write_plot
+    from cnx_deploy.verification.evaluation_plot import write_plot
 
     if plot is not None:
         check_plot(plot)
@@ -48,10 +48,10 @@ def evaluate_command(
         backend = {"backend": info.backend, "version": info.version, "device": info.device}
         options.echo_json({"artifact": str(artifact), "data": str(data), **backend, **found.to_dict()})
         return
-    from cnx_deploy.verification.evaluation.report import lines_of
+    from cnx_deploy.verification.evaluation import report_lines
 
     options.echo(f"{artifact} on {found.count} images of {data}, {info.backend} {info.version} on {info.device}")
-    for line in lines_of(found):
+    for line in report_lines(found):
         options.echo(line)
 
 

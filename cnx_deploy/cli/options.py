@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +16,7 @@ from cnx_deploy.core.variants import ALL_VARIANTS
 
 __all__ = [
     "BATCH_RANGE",
+    "DefaultGroup",
     "as_json",
     "checkpoint",
     "echo_json",
@@ -81,6 +82,33 @@ engines_dir = click.option(
     "--engines-dir", type=click.Path(file_okay=False, path_type=Path), default=Path("engines"), show_default=True,
     help="Folder of recorded engines.",
 )  # fmt: skip
+
+
+class DefaultGroup(click.Group):
+    """A command with sub-commands that is also called bare: `bench --batch 8` beside `bench sweep`.
+
+    `default` runs where the first word is no sub-command's name; a file of such a name is written `./sweep`.
+    """
+
+    def __init__(self, name: str, default: click.Command, commands: Sequence[click.Command]) -> None:
+        super().__init__(name, commands=commands, help=default.help)
+        width = max(len(str(command.name)) for command in commands)
+        lines = [f"  {command.name:{width}}  {command.get_short_help_str(90)}" for command in commands]
+        # The character \b before a paragraph keeps click from wrapping it.
+        default.epilog = "\n".join(("\b", f"Sub-commands (cnx-deploy {name} NAME --help):", *lines))
+        self.default = default
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """The context of the group where a sub-command is named, else that of the default command."""
+        if args and args[0] in self.commands:
+            return super().make_context(info_name, args, parent, **extra)
+        return self.default.make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that the context was made for."""
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
 
 
 def echo(text: object) -> None:

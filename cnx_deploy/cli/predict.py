@@ -28,14 +28,14 @@ def predict(
     A file that is no image gets a row that says so, and exit code 2 at the end.
     """
     options.refuse_recorded_engine_without_gpu(artifact)
-    from cnx_deploy.verification.predict import classify_files, find_image_files, open_classifier
+    from cnx_deploy.verification.predict import classify, find_image_files, open_classifier
 
     files = find_image_files(images)
     rows = []
     with open_classifier(artifact, many=len(files) > 1) as classifier:
         for text in classifier.notes:
             options.note(f"Note: {text}")
-        for row in classify_files(classifier, files, top=top, batch_size=batch_size):
+        for row in classify(classifier, files, top=top, batch_size=batch_size):
             rows.append(row)
             if not as_json:
                 _show(row)

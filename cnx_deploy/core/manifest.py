@@ -18,7 +18,7 @@ from typing_extensions import TypeVar
 
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.gates import ParityResult
+from cnx_deploy.core.gates import Gate, ParityResult
 from cnx_deploy.core.precision import Precision, find_precision
 from cnx_deploy.core.preprocessing import Positive, Preprocessing
 from cnx_deploy.core.strict_json import strict_json, typed
@@ -343,6 +343,11 @@ class OnnxManifest(Manifest):
         return find_precision(self.request.deploy.precision)
 
     @property
+    def gate(self) -> Gate:
+        """What results of the file are judged by."""
+        return self.precision.gate
+
+    @property
     def batch(self) -> tuple[int, int, int]:
         """The batches the file takes: smallest, typical, largest."""
         return self.request.batch
@@ -373,6 +378,11 @@ class EngineManifest(Manifest):
     def precision(self) -> Precision:
         """What the precision of the engine means to every stage."""
         return find_precision(self.request.onnx.deploy.precision)
+
+    @property
+    def gate(self) -> Gate:
+        """What results of the engine are judged by: the gate of its precision, for FP32 one with TF32 on or off."""
+        return self.precision.gate_of_engine(allow_tf32=self.request.allow_tf32)
 
     @property
     def batch(self) -> tuple[int, int, int]:

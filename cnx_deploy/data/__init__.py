@@ -1,14 +1,21 @@
-"""What a model is given: files, folders and CSV files of labelled images, pixels, and batches made from a seed."""
+"""What a model is given: sources of images, datasets of labelled files, decoding and preprocessing."""
 
-from cnx_deploy.data.balance import ClassBalance, class_balance
-from cnx_deploy.data.batches import batches_from_folder, readable_batches
-from cnx_deploy.data.broken import BrokenImage, ImageCheck, check_images, without_broken
-from cnx_deploy.data.dataset import Dataset, Split, few_labels
+from cnx_deploy.data.checks import ClassBalance, ImageCheck, check_images, class_balance, without_broken
+from cnx_deploy.data.dataset import Dataset, few_labels, find_dataset, find_images, image_source
 from cnx_deploy.data.decoding import MAX_PIXELS, SUFFIXES, load_image, upright_rgb
-from cnx_deploy.data.finding import find_dataset, find_images
-from cnx_deploy.data.folders import validation_folder
-from cnx_deploy.data.preprocessing import runner_input
-from cnx_deploy.data.synthetic import image_like_batches
+from cnx_deploy.data.image_source import (
+    BrokenImage,
+    GivenImages,
+    ImageBatch,
+    ImageBatches,
+    ImageFiles,
+    ImageLike,
+    ImageSource,
+    evenly,
+    image_like_batches,
+)
+from cnx_deploy.data.input_spec import InputSpec
+from cnx_deploy.data.preprocessing import normalise, runner_input, to_pixels
 
 __all__ = [
     "MAX_PIXELS",
@@ -16,21 +23,26 @@ __all__ = [
     "BrokenImage",
     "ClassBalance",
     "Dataset",
+    "GivenImages",
+    "ImageBatch",
+    "ImageBatches",
     "ImageCheck",
-    "Split",
-    "batches_from_folder",
+    "ImageFiles",
+    "ImageLike",
+    "ImageSource",
+    "InputSpec",
     "check_images",
     "class_balance",
+    "evenly",
     "few_labels",
     "find_dataset",
     "find_images",
     "image_like_batches",
+    "image_source",
     "load_image",
     "normalise",
-    "readable_batches",
     "runner_input",
     "to_pixels",
     "upright_rgb",
-    "validation_folder",
     "without_broken",
 ]

@@ -6,13 +6,15 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image
 
 from cnx_deploy.core.errors import InputError
 
-__all__ = ["MAX_PIXELS", "SUFFIXES", "load_image", "upright_rgb"]
+__all__ = ["MAX_PIXELS", "SUFFIXES", "as_image", "load_image", "upright_rgb"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
@@ -55,6 +57,34 @@ def load_image(path: Path) -> Image.Image:
             f"{path} cannot be read as an image ({error}): expected a whole JPEG, PNG, WebP or BMP file of at most "
             f"{MAX_PIXELS // 1_000_000} million pixels. Replace or remove it."
         ) from error
+
+
+def as_image(image: Any) -> Image.Image:
+    """Make a PIL image of what a caller has.
+
+    Takes a path, a PIL image, an array (H, W, 3) or (H, W) of uint8, or a tensor (3, H, W) of uint8 or of floats in
+    [0, 1]. Raises InputError for anything else.
+    """
+    if isinstance(image, str | Path):
+        return load_image(Path(image))
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, torch.Tensor):
+        if image.ndim != 3 or image.shape[0] != 3:
+            raise InputError(f"A tensor must be an image of shape (3, H, W), got {tuple(image.shape)}.")
+        if image.is_floating_point():
+            low, high = float(image.min()), float(image.max())
+            if not (low >= 0.0 and high <= 1.0):  # a NaN fails both
+                raise InputError(f"A float tensor must hold values in [0, 1], got {low:g} to {high:g}.")
+            image = (image * 255.0).round().to(torch.uint8)
+        image = image.permute(1, 2, 0).cpu().numpy()
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)):
+        given = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise InputError(
+            "An image must be a path, a PIL image, a uint8 array (H, W, 3) or (H, W), or a tensor (3, H, W), got "
+            f"{given}."
+        )
+    return Image.fromarray(np.ascontiguousarray(image))
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -24,13 +24,13 @@ from cnx_deploy.core.artifacts import find_artifacts, is_onnx, open_artifact, se
 from cnx_deploy.core.errors import InputError, MissingRequirementError
 from cnx_deploy.core.gates import GATES, Gate, ParityResult
 from cnx_deploy.core.manifest import Artifact
+from cnx_deploy.data.image_source import batch_sizes
 from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.exporters.graph_checks import check_graph
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.runners.registry import RunnerOptions, open_runner
-from cnx_deploy.verification.batch_plan import cut_in_batches, first_images
 from cnx_deploy.verification.parity import differences, logits_of
 from cnx_deploy.verification.verify import Progress, Reference
 
@@ -116,11 +116,12 @@ def verify_steps(
     artifact = open_artifact(artifact.path)
     _refuse_other(artifact)
     check_graph(artifact.path, artifact.file_names)
-    batches = _batches(artifact, reference)
+    pairs = list(reference.pairs(artifact, reference.samples, progress))
+    batches, expected = [images for images, _ in pairs], torch.cat([logits for _, logits in pairs])
     floor, floor_images = _noise_floor(artifact, reference, batches)
     steps: list[Step] = []
     with ExitStack() as stack:
-        for step in _steps(artifact, engines, reference, batches, stack, progress):
+        for step in _steps(artifact, engines, reference, batches, expected, stack, progress):
             steps.append(step)
             if step.failed:
                 break
@@ -157,11 +158,6 @@ def _refuse_other(artifact: Artifact) -> None:
         raise InputError(f"{artifact.path.name} is no half-precision ONNX file, which --steps leads to. Name one.")
 
 
-def _batches(artifact: Artifact, reference: Reference) -> list[Tensor]:
-    """As many images as the reference has samples, in batches that the file takes."""
-    return first_images(reference.batches_for(artifact), reference.samples, artifact.manifest.batch[0])
-
-
 def _noise_floor(artifact: Artifact, reference: Reference, batches: Sequence[Tensor]) -> tuple[float, int]:
     spec = artifact.manifest.deploy
     images = torch.cat([image[None] for batch in batches for image in batch][:FLOOR_IMAGES])
@@ -176,11 +172,11 @@ def _steps(
     engines: Sequence[Artifact],
     reference: Reference,
     batches: Sequence[Tensor],
+    expected: Tensor,
     stack: ExitStack,
     progress: Progress | None,
 ) -> Iterator[Step]:
     precision, checked = artifact.manifest.precision.name, RunnerOptions(hashes_hold=True)
-    expected = reference.logits(artifact, batches, progress)
     single = _single_precision(artifact, reference, Path(stack.enter_context(tempfile.TemporaryDirectory())))
     for name, how in (("onnxruntime-plain", "no optimisations"), ("onnxruntime", "all optimisations")):
         logits = _logits(open_runner(single, name, checked), batches, f"FP32 ONNX, {how}", progress)
@@ -212,8 +208,7 @@ def _engine_step(
 def _recut(batches: Sequence[Tensor], spec: InputSpec) -> list[Tensor]:
     """The same images in batches that an engine takes, whose profile may be narrower than its file's range."""
     images = torch.cat(list(batches))
-    pieces = [images[list(rows)] for rows in cut_in_batches(range(len(images)), spec.min_batch, spec.max_batch or 64)]
-    return [piece for piece in pieces if len(piece) >= spec.min_batch]
+    return [piece for piece in torch.split(images, batch_sizes(len(images), spec)) if len(piece) >= spec.min_batch]
 
 
 def _single_precision(artifact: Artifact, reference: Reference, folder: Path) -> Artifact:

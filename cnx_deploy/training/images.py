@@ -15,8 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import cpu_count
-from cnx_deploy.data import Split, load_image, upright_rgb
-from cnx_deploy.data.preprocessing import to_pixels
+from cnx_deploy.data import ImageFiles, load_image, upright_rgb
 from cnx_deploy.training.launch import Launch
 from cnx_deploy.training.sampling import ONE_PROCESS, EpochBatches
 
@@ -36,7 +35,7 @@ class TrainingImages(TorchDataset[Item]):
     `augment`: (3, H, W) uint8 and a seed -> (3, S, S) uint8, see `augmentation.ImageAugmentation`.
     """
 
-    def __init__(self, split: Split, augment: Callable[[Tensor, int], Tensor]) -> None:
+    def __init__(self, split: ImageFiles, augment: Callable[[Tensor, int], Tensor]) -> None:
         self.split = split
         self.augment = augment
         self.cached = _cached(split, _decode, _decoded_bytes(split))
@@ -48,7 +47,7 @@ class TrainingImages(TorchDataset[Item]):
         index, seed = key
         pixels = self.cached[index] if self.cached else _decode(self.split, index)
         image = self.augment(pixels.permute(2, 0, 1), seed)
-        return image.permute(1, 2, 0).contiguous(), self.split.labels[index]
+        return image.permute(1, 2, 0).contiguous(), self.split.label(index)
 
 
 class ValidationImages(TorchDataset[Item]):
@@ -57,9 +56,9 @@ class ValidationImages(TorchDataset[Item]):
     Of several processes each takes its part, by turns.
     """
 
-    def __init__(self, split: Split, preprocessing: Preprocessing, launch: Launch = ONE_PROCESS) -> None:
+    def __init__(self, split: ImageFiles, preprocessing: Preprocessing, launch: Launch = ONE_PROCESS) -> None:
         mine = slice(launch.rank, None, launch.processes)
-        self.split = Split(split.paths[mine], split.labels[mine])
+        self.split = split.subset(range(len(split))[mine])
         self.preprocessing = preprocessing
         size_bytes = len(self.split.paths) * 3 * preprocessing.image_size**2
         self.cached = _cached(self.split, self._pixels, size_bytes)
@@ -69,10 +68,10 @@ class ValidationImages(TorchDataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         pixels = self.cached[index] if self.cached else self._pixels(self.split, index)
-        return pixels, self.split.labels[index]
+        return pixels, self.split.label(index)
 
-    def _pixels(self, split: Split, index: int) -> Tensor:
-        return to_pixels(load_image(split.paths[index]), self.preprocessing)
+    def _pixels(self, split: ImageFiles, index: int) -> Tensor:
+        return split.pixels(index, self.preprocessing)
 
 
 def make_loader(
@@ -94,16 +93,16 @@ def make_loader(
     return DataLoader(images, **how, num_workers=workers, persistent_workers=workers > 0, pin_memory=on_gpu)
 
 
-def _cached(split: Split, read: Callable[[Split, int], Tensor], size_bytes: int) -> list[Tensor] | None:
+def _cached(split: ImageFiles, read: Callable[[ImageFiles, int], Tensor], size_bytes: int) -> list[Tensor] | None:
     return [read(split, index) for index in range(len(split.paths))] if size_bytes <= CACHE_BYTES else None
 
 
-def _decode(split: Split, index: int) -> Tensor:
+def _decode(split: ImageFiles, index: int) -> Tensor:
     """(H, W, 3) uint8 RGB at the file's own size."""
     return torch.from_numpy(np.array(upright_rgb(load_image(split.paths[index]))))
 
 
-def _decoded_bytes(split: Split) -> int:
+def _decoded_bytes(split: ImageFiles) -> int:
     """Estimate from the headers of a few images spread over the split."""
     step = max(1, len(split.paths) // SAMPLED_HEADERS)
     areas = []

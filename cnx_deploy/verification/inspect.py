@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -20,45 +20,28 @@ from cnx_deploy.core.files import open_regular
 from cnx_deploy.core.manifest import MAX_MANIFEST_BYTES, Artifact, Compiled, EngineManifest, Grouping, OnnxManifest
 from cnx_deploy.core.strict_json import bounded_content, strict_json, typed
 
-if TYPE_CHECKING:
-    from cnx_deploy.exporters.graph_checks import GraphFacts
-
 __all__ = [
-    "ONNX_CHECKS",
-    "FileKind",
-    "Inspection",
-    "check_suffix",
-    "inspect_file",
-    "kind_of_file",
-    "recorded_artifact",
-    "trusted_engine",
-    "with_compiled",
-]
+    "ONNX_CHECKS", "FileKind", "Inspection", "check_suffix", "inspect_file", "kind_of_file", "recorded_artifact",
+    "trusted_engine", "with_compiled",
+]  # fmt: skip
 
 FileKind = Literal["safetensors", "pickle", "onnx", "engine", "unknown"]
 
-SUFFIXES_OF: dict[str, tuple[str, ...]] = {
-    "safetensors": (".safetensors",),
-    "pickle": (".pt", ".pth", ".bin", ".ckpt"),
-    "onnx": (".onnx",),
-    "engine": (".engine",),
+KINDS: dict[FileKind, tuple[str, tuple[str, ...]]] = {
+    "safetensors": ("a safetensors checkpoint", (".safetensors",)),
+    "pickle": ("a PyTorch checkpoint", (".pt", ".pth", ".bin", ".ckpt")),
+    "onnx": ("an ONNX file", (".onnx",)),
+    "engine": ("a TensorRT engine", (".engine",)),
 }
-NAMES: dict[str, str] = {
-    "safetensors": "a safetensors checkpoint",
-    "pickle": "a PyTorch checkpoint",
-    "onnx": "an ONNX file",
-    "engine": "a TensorRT engine",
-    "unknown": "nothing known",
-}
+"""What a kind is called, and how its files' names end."""
 ZIP_MAGIC = b"PK\x03\x04"
 PICKLE_PROTOCOLS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+GROUPINGS: tuple[Grouping, ...] = ("stage", "operation", "kind")
 ENGINE_MAGIC = b"trt"
 """Bytes 2 to 4: an engine of TensorRT-RTX 1.7 begins with "vtrt", one of TensorRT 10 with "ftrt"."""
-
 ONNX_START = re.compile(rb"\x08[\x01-\x7f][\x12\x1a\x22\x28\x32\x3a\x42\x72]")
 """ONNX has no magic number. Protobuf's writers put ModelProto's fields in order: ir_version, a small number, then any
 of the next fields, up to the metadata (onnx/onnx.proto)."""
-
 ONNX_CHECKS = (
     "sizes and outside data",
     "ONNX's full check, in a process of its own",
@@ -81,24 +64,18 @@ class Inspection:
     @property
     def description(self) -> str:
         """The kind in words, and whether the name says another one."""
-        suffixes = SUFFIXES_OF[self.kind]
-        misnamed = (
-            "" if self.path.suffix in suffixes else f", although its name ends in {self.path.suffix or 'nothing'}"
-        )
-        return NAMES[self.kind] + misnamed
+        name, suffixes = KINDS[self.kind]
+        suffix = self.path.suffix
+        return name if suffix in suffixes else f"{name}, although its name ends in {suffix or 'nothing'}"
 
     def to_dict(self) -> dict[str, Any]:
         """The inspection as JSON has it."""
-        return {
-            "path": str(self.path),
-            "kind": self.kind,
-            "description": self.description,
-            "size_bytes": self.size_bytes,
-            "sha256": self.sha256,
-            "facts": dict(self.facts),
-            "compiled": None if self.compiled is None else _compiled_document(self.compiled),
-            "notes": list(self.notes),
-        }
+        compiled: dict[str, Any] | None = None
+        if self.compiled is not None:
+            totals = {f"by_{grouping}": list(map(asdict, self.compiled.totals(grouping))) for grouping in GROUPINGS}
+            compiled = {**msgspec.to_builtins(self.compiled), **totals}
+        names = ("kind", "description", "size_bytes", "sha256", "facts", "notes")
+        return {"path": str(self.path), **{name: getattr(self, name) for name in names}, "compiled": compiled}
 
 
 def inspect_file(path: Path) -> Inspection:
@@ -119,7 +96,13 @@ def inspect_file(path: Path) -> Inspection:
             f"{path} is neither a checkpoint (safetensors, PyTorch), nor an ONNX file, nor a TensorRT engine by its "
             "content. Give one of these, or the manifest of one."
         )
-    facts, notes = _describe(path, kind, artifact)
+    if kind == "engine":
+        facts, notes = _engine_facts(artifact if artifact is not None and is_engine(artifact) else None)
+    elif kind == "onnx":
+        facts, notes = _onnx_facts(path, artifact if artifact is not None and is_onnx(artifact) else None)
+    else:
+        check_suffix(path, kind)
+        facts, notes = _checkpoint_facts(path)
     digest = artifact.sha256 if artifact and artifact.path.name == path.name else sha256_of_file(path)
     compiled = artifact.manifest.facts.compiled if artifact is not None and is_engine(artifact) else None
     return Inspection(path, kind, path.stat().st_size, digest, facts, notes, compiled)
@@ -215,21 +198,12 @@ def recorded_artifact(path: Path) -> Artifact | None:
 
 def check_suffix(path: Path, kind: FileKind) -> None:
     """Raise InputError unless the name ends as files of this kind do: the readers of weights go by the name."""
-    expected = SUFFIXES_OF[kind]
-    if path.suffix not in expected:
+    name, suffixes = KINDS[kind]
+    if path.suffix not in suffixes:
         raise InputError(
-            f"{path} holds {NAMES[kind]} by its content, but its name ends in {path.suffix or 'nothing'}. "
-            f"Rename it to {path.with_suffix(expected[0]).name}."
+            f"{path} holds {name} by its content, but its name ends in {path.suffix or 'nothing'}. Rename it to "
+            f"{path.with_suffix(suffixes[0]).name}."
         )
-
-
-def _describe(path: Path, kind: FileKind, artifact: Artifact | None) -> tuple[dict[str, Any], tuple[str, ...]]:
-    if kind == "engine":
-        return _engine_facts(artifact if artifact is not None and is_engine(artifact) else None)
-    if kind == "onnx":
-        return _onnx_facts(path, artifact if artifact is not None and is_onnx(artifact) else None)
-    check_suffix(path, kind)
-    return _checkpoint_facts(path)
 
 
 def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -262,17 +236,16 @@ def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
 def _onnx_facts(path: Path, artifact: Artifact[OnnxManifest] | None) -> tuple[dict[str, Any], tuple[str, ...]]:
     from cnx_deploy.exporters.graph_checks import admit_onnx, check_graph
 
+    notes: tuple[str, ...] = ()
     if artifact is None:
         admission = admit_onnx(path)
-        note = "No manifest beside it names it, so neither its hash nor its origin can be checked."
-        return {**_graph_facts(admission.facts), "checked": list(ONNX_CHECKS)}, (note,)
-    graph = check_graph(path, artifact.file_names)
-    parity = artifact.manifest.facts.parity
-    return {**_graph_facts(graph), **_manifest_facts(artifact), "parity": parity.to_dict() if parity else None}, ()
-
-
-def _graph_facts(graph: "GraphFacts") -> dict[str, Any]:
-    return {
+        graph = admission.facts
+        more: dict[str, Any] = {"checked": list(ONNX_CHECKS)}
+        notes = ("No manifest beside it names it, so neither its hash nor its origin can be checked.",)
+    else:
+        graph, parity = check_graph(path, artifact.file_names), artifact.manifest.facts.parity
+        more = {**_manifest_facts(artifact), "parity": parity.to_dict() if parity else None}
+    facts = {
         "opset": graph.opset,
         "operators": dict(graph.operators),
         "types": dict(graph.types),
@@ -281,6 +254,7 @@ def _graph_facts(graph: "GraphFacts") -> dict[str, Any]:
         "outputs": {name: [kind, list(shape)] for name, (kind, shape) in graph.outputs.items()},
         "metadata": dict(graph.metadata),
     }
+    return {**facts, **more}, notes
 
 
 def _engine_facts(artifact: Artifact[EngineManifest] | None) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -302,28 +276,18 @@ def _engine_facts(artifact: Artifact[EngineManifest] | None) -> tuple[dict[str, 
     return {**facts, **_manifest_facts(artifact)}, ("An engine cannot be read without a GPU: this is its manifest.",)
 
 
-def _compiled_document(compiled: Compiled) -> dict[str, Any]:
-    """The record, and what it sums up to by stage, operation and kind of kernel."""
-    groupings: tuple[Grouping, ...] = ("stage", "operation", "kind")
-    totals = {f"by_{grouping}": [asdict(total) for total in compiled.totals(grouping)] for grouping in groupings}
-    return {**msgspec.to_builtins(compiled), **totals}
-
-
 def _manifest_facts(artifact: Artifact) -> dict[str, Any]:
     """What every manifest says; the hashes have been checked by then."""
-    model = artifact.manifest.model
+    manifest, model = artifact.manifest, artifact.manifest.model
+    count = len(manifest.files)
     return {
         "variant": model.variant,
         "classes": model.num_classes,
         "image_size": model.image_size,
-        "precision": artifact.manifest.precision.name,
-        "weights": {
-            "origin": model.weights.origin,
-            "reference": model.weights.reference,
-            "sha256": model.weights.sha256,
-        },
+        "precision": manifest.precision.name,
+        "weights": {name: getattr(model.weights, name) for name in ("origin", "reference", "sha256")},
         "licence": model.weights.licence,
-        "hashes": f"match the manifest ({len(artifact.manifest.files)} of {len(artifact.manifest.files)} files)",
-        "created": artifact.manifest.created,
-        "tools": dict(artifact.manifest.tools),
+        "hashes": f"match the manifest ({count} of {count} files)",
+        "created": manifest.created,
+        "tools": dict(manifest.tools),
     }

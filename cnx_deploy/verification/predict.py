@@ -1,16 +1,12 @@
 """From an artifact and image files to class names and probabilities: one loader for checkpoint, ONNX and engine."""
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
 from cnx_deploy.core.artifacts import refused_engine
 from cnx_deploy.core.deploy_spec import DeploySpec
@@ -23,8 +19,8 @@ from cnx_deploy.core.errors import (
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.strict_json import strict_json, typed
-from cnx_deploy.data import SUFFIXES, load_image, runner_input
-from cnx_deploy.data.preprocessing import to_pixels
+from cnx_deploy.data import SUFFIXES, BrokenImage, ImageBatch, ImageFiles, ImageSource
+from cnx_deploy.data.dataset import images_below
 from cnx_deploy.exporters.graph_checks import admit_onnx
 from cnx_deploy.exporters.untrusted import limits_for
 from cnx_deploy.model.checkpoint import load_checkpoint
@@ -35,15 +31,7 @@ from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.runners.registry import RunnerOptions, open_runner
 from cnx_deploy.verification.inspect import ONNX_CHECKS, check_suffix, kind_of_file, recorded_artifact
 
-__all__ = [
-    "ClassScore",
-    "Classifier",
-    "Prediction",
-    "classify_files",
-    "classify_images",
-    "find_image_files",
-    "open_classifier",
-]
+__all__ = ["ClassScore", "Classifier", "Prediction", "classify", "find_image_files", "open_classifier"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +71,15 @@ class ClassScore:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The best classes of one image, best first; or, with none, the reason why the file could not be read."""
+    """The best classes of one image, best first; or, with none, the reason why it could not be read."""
 
-    path: Path
+    path: str
     scores: tuple[ClassScore, ...]
     error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types."""
-        return {"path": str(self.path), "scores": [asdict(score) for score in self.scores], "error": self.error}
+        return {"path": self.path, "scores": [asdict(score) for score in self.scores], "error": self.error}
 
 
 def open_classifier(path: Path, *, many: bool = False, device: str = "cpu") -> Classifier:
@@ -119,52 +107,41 @@ def open_classifier(path: Path, *, many: bool = False, device: str = "cpu") -> C
     return _checkpoint_classifier(path, device)
 
 
-def find_image_files(paths: Sequence[Path]) -> list[Path]:
+def find_image_files(paths: Sequence[Path]) -> ImageFiles:
     """Files as they are named, and of a folder every image file below it, sorted; hidden ones are left out.
 
-    A path that does not exist stays in the list, so that it is answered for. InputError for a folder without images.
+    A path that does not exist stays among them, so that it is answered for. Raises InputError for a folder without
+    images.
     """
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():
             found.append(path)
             continue
-        inside = sorted(file for file in path.rglob("*") if _is_visible_image(file, path))
+        inside = sorted(images_below(path))
         if not inside:
             raise InputError(f"{path} holds no image files ({', '.join(sorted(SUFFIXES))}). Give another folder.")
         found.extend(inside)
-    return found
+    return ImageFiles(tuple(found))
 
 
-def classify_files(
-    classifier: Classifier, paths: Sequence[Path], *, top: int = 5, batch_size: int = 8
-) -> Iterator[Prediction]:
-    """Yield one prediction a path, in order; a file that cannot be read gives its reason and the rest go on.
+def classify(classifier: Classifier, images: ImageSource, *, top: int = 5, batch_size: int = 8) -> Iterator[Prediction]:
+    """Yield one prediction an image, in order; an image that cannot be read gives its reason and the rest go on.
 
     `top` is cut to the number of classes, `batch_size` to the runner's range. Raises CheckFailedError, which names the
-    file, for logits that are not finite.
+    image, for logits that are not finite.
     """
-    return classify_images(classifier, paths, top=top, batch_size=batch_size)
-
-
-def classify_images(
-    classifier: Classifier, images: Sequence[Any], *, top: int = 5, batch_size: int = 8
-) -> Iterator[Prediction]:
-    """Yield one prediction an image: a path, a PIL image, an array or a tensor; see `api.Model.predict`."""
     spec = classifier.runner.input_spec
-    size = max(spec.min_batch, min(batch_size, spec.max_batch or batch_size))
-    remaining = iter(enumerate(images))
-    while batch := list(itertools.islice(remaining, size)):
-        named = [Path(image) if isinstance(image, str | Path) else Path(f"image {at}") for at, image in batch]
-        read = [_read(image, classifier.preprocessing) for _, image in batch]
-        taken = [path for path, pixels in zip(named, read, strict=True) if isinstance(pixels, Tensor)]
-        readable = [pixels for pixels in read if isinstance(pixels, Tensor)]
-        rows = iter(_probabilities(classifier, readable, taken) if readable else ())
-        for path, pixels in zip(named, read, strict=True):
-            if isinstance(pixels, Tensor):
-                yield Prediction(path, _best(next(rows), classifier, top))
-            else:
-                yield Prediction(path, (), error=pixels)
+    batches = images.batches(classifier.preprocessing, spec, batch_size, leave_out_broken=True)
+    answered = 0
+    for batch in batches:
+        rows = dict(zip(batch.indices, _best(classifier, batch, top), strict=True))
+        # Images that could not be read lie between those of the batch.
+        for index in range(answered, batch.indices[-1] + 1):
+            yield Prediction(images.name(index), rows[index]) if index in rows else _unread(batches.broken[index])
+        answered = batch.indices[-1] + 1
+    for index in range(answered, len(images)):
+        yield _unread(batches.broken[index])
 
 
 def _recorded_classifier(artifact: Artifact, many: bool, device: str) -> Classifier:
@@ -223,64 +200,26 @@ def _checkpoint_classifier(path: Path, device: str) -> Classifier:
     )
 
 
-def _is_visible_image(file: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-    return not hidden and file.suffix.lower() in SUFFIXES and file.is_file()
-
-
-def _read(image: Any, preprocessing: Preprocessing) -> Tensor | str:
-    """(S, S, 3) uint8 pixels, or why there are none."""
-    try:
-        decoded = load_image(Path(image)) if isinstance(image, str | Path) else _decoded(image)
-        return to_pixels(decoded, preprocessing)
-    except InputError as error:
-        return str(error)
-
-
-def _decoded(image: Any) -> Image.Image:
-    """A PIL image of an array (H, W, 3) or (H, W) of uint8, or of a tensor (3, H, W) of uint8 or floats in [0, 1]."""
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, Tensor):
-        if image.ndim != 3 or image.shape[0] != 3:
-            raise InputError(f"A tensor must be an image of shape (3, H, W), got {tuple(image.shape)}.")
-        if image.is_floating_point():
-            low, high = float(image.min()), float(image.max())
-            if not (low >= 0.0 and high <= 1.0):  # a NaN fails both
-                raise InputError(f"A float tensor must hold values in [0, 1], got {low:g} to {high:g}.")
-            image = (image * 255.0).round().to(torch.uint8)
-        image = image.permute(1, 2, 0).cpu().numpy()
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)):
-        given = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise InputError(
-            "An image must be a path, a PIL image, a uint8 array (H, W, 3) or (H, W), or a tensor (3, H, W), got "
-            f"{given}."
-        )
-    return Image.fromarray(np.ascontiguousarray(image))
-
-
-def _probabilities(classifier: Classifier, images: Sequence[Tensor], paths: Sequence[Path]) -> Tensor:
-    """(S, S, 3) uint8 pixels each -> (N, classes) float64; a batch below the runner's smallest is filled up."""
+def _best(classifier: Classifier, batch: ImageBatch, top: int) -> list[tuple[ClassScore, ...]]:
+    """The best classes of each image of a batch."""
     runner = classifier.runner
-    missing = max(0, runner.input_spec.min_batch - len(images))
-    pixels = torch.stack([*images, *[images[-1]] * missing])
-    logits = runner.run(runner_input(pixels, runner.input_spec.kind).to(runner.device))[: len(images)].cpu()
+    logits = runner.run(batch.images.to(runner.device))[: len(batch)].cpu()
     finite = torch.isfinite(logits).all(dim=1).tolist()
     if not all(finite):
         raise CheckFailedError(
-            f"The model gave logits that are not finite for {paths[finite.index(False)]}, and numbers were expected. "
-            "Check it with cnx-deploy verify."
+            f"The model gave logits that are not finite for {batch.names[finite.index(False)]}, and numbers were "
+            "expected. Check it with cnx-deploy verify."
         )
     if classifier.class_names and len(classifier.class_names) != logits.shape[1]:
         raise CorruptArtifactError(
             f"The model has {logits.shape[1]} classes and its record {len(classifier.class_names)} names. Export again."
         )
-    return torch.softmax(logits.double(), dim=1)
+    best = torch.softmax(logits.double(), dim=1).topk(min(top, logits.shape[1]), dim=1)
+    return [
+        tuple(ClassScore(index, classifier.name_of(index), value) for value, index in zip(*row, strict=True))
+        for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
 
 
-def _best(probabilities: Tensor, classifier: Classifier, top: int) -> tuple[ClassScore, ...]:
-    values, indices = probabilities.topk(min(top, len(probabilities)))
-    return tuple(
-        ClassScore(index, classifier.name_of(index), value)
-        for value, index in zip(values.tolist(), indices.tolist(), strict=True)
-    )
+def _unread(image: BrokenImage) -> Prediction:
+    return Prediction(image.path, (), error=image.reason)

@@ -1,67 +1,66 @@
 """Logits of verifications on disk: who computed them, on which images, at which gate, so that they can be judged again.
 
-A folder holds Polygraphy's RunResults files, reference and candidate in each, and `index.json`: their hashes, the
-images, the gate and what made them. The index is written last, and again after each artifact; it carries a hash of
-itself. Nothing is parsed before its hash matches.
+A folder holds one `.npz` a run, with the arrays `reference-0000` and `candidate-0000` onwards, a batch each, and one
+`index.json`: the files' hashes, the images, the gate and what made them. The index is written last, and again after
+each artifact; it carries a hash of itself. Nothing is parsed before its hash matches.
 """
 
 import datetime
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import struct
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import msgspec
+import numpy as np
+import torch
 from torch import Tensor
 
 from cnx_deploy.core.artifacts import sha256_of_file
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, OutputExistsError
-from cnx_deploy.core.files import make_folder, write_text
-from cnx_deploy.core.gates import Gate, ParityResult
+from cnx_deploy.core.files import make_folder, whole_file, write_text
+from cnx_deploy.core.gates import GATES, Gate, ParityResult
 from cnx_deploy.core.manifest import Artifact, ArtifactKind, Count, Positive, Sha256, Timestamp
-from cnx_deploy.core.strict_json import bounded_content, kind_of, shortened, strict_json, typed
+from cnx_deploy.core.strict_json import bounded_content, kind_of, strict_json, typed
 from cnx_deploy.core.system import tool_versions
+from cnx_deploy.data import BrokenImage
 from cnx_deploy.runners.base import RunnerInfo
-from cnx_deploy.verification.agreement import BrokenImage
-from cnx_deploy.verification.polygraphy_io import MAX_OUTPUTS_BYTES, outputs_from_json, save_outputs
+from cnx_deploy.verification.metrics import RunningComparison, Verification
 
 __all__ = [
-    "INDEX_NAME", "Labelling", "OutputWriter", "SavedArtifact", "SavedFile", "SavedOutputs", "SavedRun", "read_saved",
+    "INDEX_NAME", "LIMITS", "SavedArtifact", "SavedResults", "SavedRun", "changed_gate", "judge_saved", "read_saved",
+    "save_for_polygraphy",
 ]  # fmt: skip
 
 INDEX_NAME = "index.json"
-SCHEMA_VERSION = 1
-LOGITS_A_FILE = 4_000_000
-"""Of one side: 16 MB of float32, and several times that while its JSON is written or read."""
+SCHEMA_VERSION = 2
 MAX_INDEX_BYTES = 128 << 20
 """Of the names of 50,000 images an entry takes 5 MB, for each runner of each artifact."""
+MAX_BATCH_BYTES = 1 << 28
+"""A batch of 1024 images with 21,841 classes has 90 MB."""
 SAVE_AGAIN = "Save the results again with cnx-deploy verify --save-outputs."
-
-
-@dataclass(frozen=True, slots=True)
-class SavedFile:
-    """One file of logits, by its place within the folder."""
-
-    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*/outputs-[0-9]{4,9}\.json$(?!\n)")]
-    size_bytes: Count
-    sha256: Sha256
-
-
-@dataclass(frozen=True, slots=True)
-class Labelling:
-    """Of labelled images: the classes' names, how many images the folder has, and those that could not be read."""
-
-    class_names: tuple[str, ...] = ()
-    available: Count = 0
-    broken: tuple[BrokenImage, ...] = ()
+LIMITS: dict[str, tuple[str, float, float]] = {
+    "relative_l2": ("relative_l2_max", 0.0, math.inf),
+    "cosine": ("centred_cosine_min", -1.0, 1.0),
+    "top1": ("top1_agreement_min", 0.0, 1.0),
+    "kl": ("mean_kl_max", 0.0, math.inf),
+}
+"""Limit by the word that `changed_gate` takes -> field of `Gate`, and the range of its values."""
 
 
 @dataclass(frozen=True, slots=True)
 class SavedRun:
-    """One candidate against the reference. `labels` None without; `images`: a name for each, in order."""
+    """One candidate against the reference; its logits are in `file`, by its name within the folder.
+
+    `images` has a name for each image in order, `labels` each one's class, None without labels. `class_names`,
+    `available` (images in the source) and `broken` (those that could not be read) belong to labelled images.
+    """
 
     candidate: str
     reference: str
@@ -69,46 +68,60 @@ class SavedRun:
     batches: tuple[Positive, ...]
     images: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     labels: tuple[Count, ...] | None
-    files: Annotated[tuple[SavedFile, ...], msgspec.Meta(min_length=1)]
+    file: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*\.npz$(?!\n)")]
+    size_bytes: Count
+    sha256: Sha256
     runner: RunnerInfo
-    details: Labelling = Labelling()
+    class_names: tuple[str, ...] = ()
+    available: Count = 0
+    broken: tuple[BrokenImage, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.candidate == self.reference:
+            raise ValueError("candidate: it is the reference too")
+        if self.labels is not None and len(self.labels) != len(self.images):
+            raise ValueError(f"labels: {len(self.labels)} labels of {len(self.images)} images")
+        if self.labels is not None and max(self.labels) >= len(self.class_names):
+            raise ValueError(f"labels: {max(self.labels)} is none of {len(self.class_names)} classes")
 
     def pairs(self, folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits of candidate and reference, (n, num_classes) float32 each, batch by batch as they were run.
 
-        Raises CorruptArtifactError when a file is missing, was altered or holds other runners, shapes or images.
+        Raises CorruptArtifactError when the file is missing, was altered or holds other shapes or images.
         """
-        count, columns = 0, len(self.details.class_names) if self.labels is not None else None
-        for record in self.files:
-            path = folder / record.name
-            for candidate, reference in self._pairs_of(path, _outputs(folder, record)):
-                columns = columns or candidate.shape[1]
-                count += len(candidate)
-                if candidate.shape != reference.shape or candidate.shape[1] != columns or count > len(self.images):
-                    shapes = f"{tuple(candidate.shape)} and {tuple(reference.shape)}"
-                    raise CorruptArtifactError(
-                        f"{path} holds logits of {shapes}: expected {columns} classes on both sides, and "
-                        f"{len(self.images)} images in all. {SAVE_AGAIN}"
-                    )
-                yield candidate, reference
-        if count != len(self.images):
-            raise CorruptArtifactError(
-                f"{folder} holds logits of {count} images: expected {len(self.images)} images. {SAVE_AGAIN}"
-            )
+        path = folder / self.file
+        if not path.is_file():
+            raise CorruptArtifactError(f"{path} is missing; the index of saved results names it. {SAVE_AGAIN}")
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise CorruptArtifactError(f"{path} leads outside the folder: expected a file in it. {SAVE_AGAIN}")
+        # The stream that is hashed is the one that is parsed.
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            if (size := stream.tell()) != self.size_bytes or digest != self.sha256:
+                raise CorruptArtifactError(
+                    f"{path} was altered: it has {size:,} bytes and SHA-256 {digest[:12]}…, the index says "
+                    f"{self.size_bytes:,} and {self.sha256[:12]}…. {SAVE_AGAIN}"
+                )
+            try:
+                yield from self._pairs_in(stream)
+            except (ValueError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile) as error:
+                raise CorruptArtifactError(f"{path} holds no logits of this run ({error}). {SAVE_AGAIN}") from error
 
-    def _pairs_of(self, path: Path, outputs: Mapping[str, list[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        if set(outputs) != {self.candidate, self.reference}:
-            raise CorruptArtifactError(
-                f"{path} holds {shortened(', '.join(outputs))}: expected {self.candidate}, {self.reference}. "
-                f"{SAVE_AGAIN}"
-            )
-        candidates, references = outputs[self.candidate], outputs[self.reference]
-        if len(candidates) != len(references):
-            raise CorruptArtifactError(
-                f"{path} holds {len(candidates)} batches of {self.candidate} and {len(references)} of "
-                f"{self.reference}: expected as many. {SAVE_AGAIN}"
-            )
-        yield from zip(candidates, references, strict=True)
+    def _pairs_in(self, stream: IO[bytes]) -> Iterator[tuple[Tensor, Tensor]]:
+        count, columns = 0, len(self.class_names) if self.labels is not None else None
+        with zipfile.ZipFile(stream) as archive:
+            for number in range(len(archive.namelist()) // 2):
+                candidate, reference = (
+                    _array(archive, f"{side}-{number:04d}.npy") for side in ("candidate", "reference")
+                )
+                columns, count = columns or candidate.shape[1], count + len(candidate)
+                if candidate.shape != reference.shape or candidate.shape[1] != columns:
+                    raise ValueError(
+                        f"batch {number} has {candidate.shape} and {reference.shape}, expected {columns} classes"
+                    )
+                yield torch.from_numpy(candidate), torch.from_numpy(reference)
+        if count != len(self.images):
+            raise ValueError(f"logits of {count} images, expected {len(self.images)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +146,7 @@ class _Index:
     artifacts: tuple[SavedArtifact, ...]
 
 
-class SavedOutputs:
+class SavedResults:
     """A new folder of saved results. Raises OutputExistsError when there is something in it."""
 
     def __init__(self, folder: Path) -> None:
@@ -143,14 +156,13 @@ class SavedOutputs:
         self.folder = folder
         self._written: list[SavedArtifact] = []
         self._runs: list[SavedRun] = []
-        self._names: set[str] = set()
 
-    def writer(self, artifact: Artifact, runner: RunnerInfo, names: tuple[str, str]) -> "OutputWriter":
+    def new_run(self, artifact: Artifact, runner: RunnerInfo, names: tuple[str, str]) -> "RunWriter":
         """Where the logits of one runner of an artifact go. `names`: of candidate and reference."""
         plain = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{artifact.path.name}-{runner.backend}").strip("-.")
-        name = next(name for name in (plain, *(f"{plain}-{n}" for n in range(2, 10_000))) if name not in self._names)
-        self._names.add(name)
-        return OutputWriter(self, name, runner, names)
+        numbered = (plain, *(f"{plain}-{number}" for number in range(2, 10_000)))
+        path = next(path for name in numbered if not (path := self.folder / f"{name}.npz").exists())
+        return RunWriter(path, runner, names)
 
     def keep(self, run: SavedRun) -> None:
         """Add a run to the artifact that `finish` names."""
@@ -158,74 +170,69 @@ class SavedOutputs:
 
     def finish(self, artifact: Artifact, not_run: tuple[str, ...], notes: tuple[str, ...]) -> None:
         """Write the index with everything so far."""
-        weights = artifact.manifest.model.weights.sha256
-        runs, self._runs = tuple(self._runs), []
-        kind = artifact.manifest.kind
-        found = SavedArtifact(artifact.path.name, kind, artifact.sha256, weights, runs, not_run, notes)
-        self._written.append(found)
+        manifest, runs = artifact.manifest, tuple(self._runs)
+        weights = manifest.model.weights.sha256
+        words = (artifact.path.name, manifest.kind, artifact.sha256, weights, runs, not_run, notes)
+        self._written.append(SavedArtifact(*words))
+        self._runs = []
         document = {
             "schema_version": SCHEMA_VERSION,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "tools": tool_versions(),
-            "artifacts": [asdict(each) for each in self._written],
+            "artifacts": [asdict(saved) for saved in self._written],
         }
-        text = json.dumps({**document, "sha256": _own_hash(document)}, indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps({**document, "sha256": own_hash(document)}, indent=1, ensure_ascii=False, allow_nan=False)
         write_text(self.folder / INDEX_NAME, text + "\n")
 
 
-class OutputWriter:
-    """Takes pairs of logits batch by batch and writes them in files of bounded size."""
+class RunWriter:
+    """Takes pairs of logits batch by batch and writes each at once, so that no run is held in memory."""
 
-    def __init__(self, outputs: SavedOutputs, name: str, runner: RunnerInfo, names: tuple[str, str]) -> None:
-        self._outputs = outputs
-        self._name = name
-        self._candidate, self._reference = names
-        self._runner = runner
-        self._pairs: list[tuple[Tensor, Tensor]] = []
+    def __init__(self, path: Path, runner: RunnerInfo, names: tuple[str, str]) -> None:
+        self._path, self._runner, self._names = path, runner, names
+        self._archive = zipfile.ZipFile(path, "x")
         self._images: list[str] = []
         self._labels: list[int] = []
-        self._files: list[SavedFile] = []
+        self._batches = 0
 
-    def add(
-        self, candidate: Tensor, reference: Tensor, images: Sequence[str], labels: Sequence[int] | None = None
-    ) -> None:
-        """Logits (n, num_classes) of both sides and a name for each image."""
-        self._pairs.append((candidate.detach().float().cpu(), reference.detach().float().cpu()))
+    def add(self, candidate: Tensor, reference: Tensor, images: Sequence[str], labels: Sequence[int] = ()) -> None:
+        """Logits (n, num_classes) of both sides, saved in float32, and a name for each image."""
+        for side, logits in (("candidate", candidate), ("reference", reference)):
+            with self._archive.open(f"{side}-{self._batches:04d}.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, logits.detach().float().cpu().contiguous().numpy())
+        self._batches += 1
         self._images.extend(image.encode("utf-8", "backslashreplace").decode() for image in images)
-        self._labels.extend(labels or ())
-        if sum(pair[0].numel() for pair in self._pairs) >= LOGITS_A_FILE:
-            self._write()
+        self._labels.extend(labels)
 
-    def close(self, result: ParityResult, details: Labelling | None = None) -> None:
-        """Write what is left and record what the result was judged by."""
-        self._write()
-        self._outputs.keep(
-            SavedRun(
-                candidate=self._candidate,
-                reference=self._reference,
-                gate=result.gate,
-                batches=result.batches,
-                images=tuple(self._images),
-                labels=tuple(self._labels) if self._labels else None,
-                files=tuple(self._files),
-                runner=self._runner,
-                details=details or Labelling(),
-            )
+    def close(
+        self,
+        result: ParityResult,
+        class_names: tuple[str, ...] = (),
+        available: int = 0,
+        broken: tuple[BrokenImage, ...] = (),
+    ) -> SavedRun:
+        """The record of what was written and what it was judged by."""
+        self._archive.close()
+        labels = tuple(self._labels) if class_names else None
+        return SavedRun(
+            candidate=self._names[0],
+            reference=self._names[1],
+            gate=result.gate,
+            batches=result.batches,
+            images=tuple(self._images),
+            labels=labels,
+            file=self._path.name,
+            size_bytes=self._path.stat().st_size,
+            sha256=sha256_of_file(self._path),
+            runner=self._runner,
+            class_names=class_names,
+            available=available if class_names else 0,
+            broken=broken if class_names else (),
         )
 
-    def _write(self) -> None:
-        if not self._pairs:
-            return
-        candidates, references = zip(*self._pairs, strict=True)
-        self._pairs = []
-        name = f"{self._name}/outputs-{len(self._files):04d}.json"
-        path = self._outputs.folder / name
-        save_outputs(path, {self._reference: references, self._candidate: candidates})
-        self._files.append(SavedFile(name, path.stat().st_size, sha256_of_file(path)))
 
-
-def read_saved(folder: Path) -> list[SavedArtifact]:
-    """What `SavedOutputs` recorded in a folder; the hash of each file is checked when its logits are asked for.
+def read_saved(folder: Path) -> tuple[SavedArtifact, ...]:
+    """What `SavedResults` recorded in a folder; the hash of each file is checked when its logits are asked for.
 
     Raises InputError when there is no index, CorruptArtifactError when it was altered, another version wrote it or a
     field is not what it should be.
@@ -234,62 +241,106 @@ def read_saved(folder: Path) -> list[SavedArtifact]:
     if not path.is_file():
         raise InputError(f"{folder} holds no saved results: expected {INDEX_NAME} in it. {SAVE_AGAIN}")
     try:
-        return list(_artifacts(strict_json(bounded_content(path, MAX_INDEX_BYTES), MAX_INDEX_BYTES)))
+        document = strict_json(bounded_content(path, MAX_INDEX_BYTES), MAX_INDEX_BYTES)
+        if not isinstance(document, dict):
+            raise ValueError(f"it is {kind_of(document)}, expected an object")
+        if document.pop("sha256", None) != own_hash(document):
+            raise ValueError("its hash of itself does not match, so that it was altered")
+        version = document.get("schema_version")
+        if version != SCHEMA_VERSION or isinstance(version, bool):
+            raise ValueError(f"schema version {kind_of(version)}, expected {SCHEMA_VERSION}")
+        return typed(document, _Index).artifacts
     except ValueError as error:
         raise CorruptArtifactError(f"{path} cannot be trusted ({error}). {SAVE_AGAIN}") from error
 
 
-def _artifacts(document: Any) -> tuple[SavedArtifact, ...]:
-    if not isinstance(document, dict):
-        raise ValueError(f"it is {kind_of(document)}, expected an object")
-    if document.pop("sha256", None) != _own_hash(document):
-        raise ValueError("its hash of itself does not match, so that it was altered")
-    version = document.get("schema_version")
-    if version != SCHEMA_VERSION or isinstance(version, bool):
-        raise ValueError(f"schema version {kind_of(version)}, expected {SCHEMA_VERSION}")
-    artifacts = typed(document, _Index).artifacts
-    for number, artifact in enumerate(artifacts):
-        for at, run in enumerate(artifact.runs):
-            _check_together(run, f"artifacts[{number}].runs[{at}]")
-    return artifacts
+def changed_gate(gate: Gate, name: str | None = None, **limits: float | None) -> Gate:
+    """The gate called `name`, or `gate` with other limits.
+
+    `limits`: `relative_l2` and `kl` are the largest allowed, `cosine` (-1 to 1) and `top1` (a share, 0 to 1) the
+    smallest; None leaves one as it is. Raises InputError for a name and limits at once, an unknown name and a limit
+    outside its range.
+    """
+    given = {word: value for word, value in limits.items() if value is not None}
+    if name is not None and given:
+        options = ", ".join(f"--{word.replace('_', '-')}" for word in given)
+        raise InputError(f"--gate {name} sets every limit: leave out {options}, or --gate.")
+    if name is not None and name not in GATES:
+        raise InputError(f"No gate is called {name!r}. Choose one of: {', '.join(GATES)}.")
+    if name is not None or not given:
+        return gate if name is None else GATES[name]
+    for word, value in given.items():
+        _, smallest, largest = LIMITS[word]
+        if not smallest <= value <= largest:
+            raise InputError(f"The limit of {word} must be in {smallest:g} to {largest:g}, got {value}.")
+    changes: dict[str, Any] = {LIMITS[word][0]: value for word, value in given.items()}
+    return replace(gate, name=f"{gate.name}, changed", **changes)
 
 
-def _check_together(run: SavedRun, where: str) -> None:
-    """What one field alone cannot tell."""
-    if run.candidate == run.reference:
-        raise ValueError(f"{where}.candidate: it is the reference too")
-    if run.labels is None:
-        return
-    if len(run.labels) != len(run.images):
-        raise ValueError(f"{where}.labels: {len(run.labels)} labels of {len(run.images)} images")
-    if max(run.labels) >= len(run.details.class_names):
-        raise ValueError(f"{where}.labels: {max(run.labels)} is none of {len(run.details.class_names)} classes")
+def judge_saved(folder: Path, gate: str | None = None, **limits: float | None) -> list[Verification]:
+    """Judge everything that `verify --save-outputs` wrote in a folder, at its own gates or another: nothing is run.
+
+    At the saved gates the numbers are the same. `gate` and `limits`: see `changed_gate`. Raises InputError when there
+    are no saved results, CorruptArtifactError when a file is missing or was altered.
+    """
+    judged = []
+    for saved in read_saved(folder):
+        results = [_judged(run, folder, changed_gate(run.gate, gate, **limits)) for run in saved.runs]
+        judged.append(Verification(saved.artifact, saved.kind, tuple(results), saved.not_run, saved.notes))
+    return judged
 
 
-def _own_hash(document: Mapping[str, Any]) -> str:
-    """SHA-256 of the document as canonical JSON."""
+def save_for_polygraphy(folder: Path, pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Path, Path]:
+    """Write images as a model takes them and PyTorch's logits in Polygraphy's own files, batch by batch.
+
+    `polygraphy run FILE.onnx --onnxrt --load-inputs inputs.json --load-outputs reference.json` goes on from there.
+    """
+    from polygraphy.comparator import RunResults
+    from polygraphy.json import save_json
+    from polygraphy.logger import G_LOGGER
+
+    batches, results = list(pairs), RunResults()
+    logits = [{"logits": reference.float().contiguous().numpy()} for _, reference in batches]
+    results.add(logits, runner_name="torch-fp32")
+    inputs, outputs = folder / "inputs.json", folder / "reference.json"
+    with G_LOGGER.verbosity(G_LOGGER.WARNING):  # it tells of each file on stdout
+        with whole_file(inputs) as path:
+            save_json([{"images": images.cpu().numpy()} for images, _ in batches], str(path), "inputs")
+        with whole_file(outputs) as path:
+            results.save(str(path))
+    return inputs, outputs
+
+
+def own_hash(document: Mapping[str, Any]) -> str:
+    """SHA-256 of an index, without its hash, as canonical JSON."""
     return hashlib.sha256(json.dumps(document, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def _outputs(folder: Path, record: SavedFile) -> dict[str, list[Tensor]]:
-    """Both sides' logits in a file of the folder, read once: what is hashed is what is parsed."""
-    path = folder / record.name
-    if not path.is_file():
-        raise CorruptArtifactError(f"{path} is missing; the index of saved results names it. {SAVE_AGAIN}")
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise CorruptArtifactError(f"{path} leads outside the folder: expected a file in it. {SAVE_AGAIN}")
-    found = path.stat().st_size
-    if found != record.size_bytes:
-        raise CorruptArtifactError(
-            f"{path} was altered: it has {found:,} bytes, the index says {record.size_bytes:,}. {SAVE_AGAIN}"
-        )
+def _judged(run: SavedRun, folder: Path, gate: Gate) -> ParityResult:
+    comparison, at, labels = RunningComparison(run.class_names if run.labels is not None else ()), 0, run.labels or ()
+    for candidate, reference in run.pairs(folder):
+        here = slice(at, at + len(candidate))
+        comparison.add(candidate, reference, run.images[here], labels[here])
+        at = here.stop
+    names = (run.candidate, run.reference)
+    return comparison.result(names, gate, sizes=run.batches, available=run.available, broken=run.broken)
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray[Any, Any]:
+    """A NumPy file of version 1 in C order, as `numpy.save` writes logits; no more memory than its bytes justify."""
     try:
-        content = bounded_content(path, MAX_OUTPUTS_BYTES)
-        digest = hashlib.sha256(content).hexdigest()
-        if digest != record.sha256:
-            raise CorruptArtifactError(
-                f"{path} was altered: SHA-256 {digest[:12]}…, the index says {record.sha256[:12]}…. {SAVE_AGAIN}"
-            )
-        return outputs_from_json(content)
-    except ValueError as error:
-        raise CorruptArtifactError(f"{path} holds no outputs of this project ({error}). {SAVE_AGAIN}") from error
+        entry = archive.getinfo(name)
+    except KeyError as error:
+        raise ValueError(f"{name} is missing") from error
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > MAX_BATCH_BYTES:
+        raise ValueError(f"{name} is compressed, or its {entry.file_size:,} bytes are more than {MAX_BATCH_BYTES:,}")
+    with archive.open(entry) as stream:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError(f"{name} is no NumPy file of version 1")
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        content = stream.read(MAX_BATCH_BYTES)
+    if dtype != np.dtype("<f4") or is_fortran or len(shape) != 2 or not all(shape):
+        raise ValueError(f"{name} is {dtype} of shape {shape}, expected float32 of two dimensions")
+    if len(content) != 4 * shape[0] * shape[1]:
+        raise ValueError(f"{name} has {len(content):,} bytes for the shape {shape}")
+    return np.frombuffer(content, "<f4").reshape(shape).copy()

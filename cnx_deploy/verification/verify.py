@@ -1,108 +1,56 @@
-"""Artifacts against the network they were made from: which runners, which images, which gate.
+"""Artifacts against the network they were made from: which runners, on which images.
 
 The reference is always PyTorch's training form in FP32 with the weights that the manifest names.
 """
 
-import itertools
-import os
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cnx_deploy.core.artifacts import is_onnx, open_artifact
-from cnx_deploy.core.errors import CorruptArtifactError, GraphCheckError, InputError, MissingRequirementError
-from cnx_deploy.core.gates import Gate, ParityResult
-from cnx_deploy.core.manifest import (
-    Artifact,
-    EngineManifest,
-    ModelRecord,
-    OnnxManifest,
-    TensorSpec,
-    WeightsRecord,
-    relative_reference,
-)
+from cnx_deploy.core.deploy_spec import DeploySpec
+from cnx_deploy.core.errors import GraphCheckError, InputError, MissingRequirementError, ParityError
+from cnx_deploy.core.gates import GATES, Gate, ParityResult
+from cnx_deploy.core.manifest import Artifact, OnnxManifest, TensorSpec
 from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.core.variants import find_variant
-from cnx_deploy.data import (
-    BrokenImage,
-    find_images,
-    image_like_batches,
-    readable_batches,
-    runner_input,
-    validation_folder,
-)
-from cnx_deploy.data.batches import Batch
-from cnx_deploy.data.dataset import evenly
-from cnx_deploy.data.input_spec import InputSpec
+from cnx_deploy.data import BrokenImage, ImageBatch, ImageLike, ImageSource, InputSpec, evenly, image_source
+from cnx_deploy.data.image_source import checked_sizes
 from cnx_deploy.exporters.graph_checks import GraphFacts, check_graph
-from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, load_checkpoint, load_pretrained
-from cnx_deploy.model.convnextv2 import random_model
+from cnx_deploy.model.convnextv2 import ConvNeXtV2
+from cnx_deploy.model.deploy import parts_of
+from cnx_deploy.model.recorded import recorded_model
 from cnx_deploy.runners.base import Runner
-from cnx_deploy.runners.pytorch import reference_runner
+from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
 from cnx_deploy.runners.registry import RunnerOptions, find_runner, open_runner
-from cnx_deploy.verification.batch_plan import batch_sizes, first_images, rebatched
-from cnx_deploy.verification.parity import differences, logits_of
-from cnx_deploy.verification.saved_results import OutputWriter, SavedOutputs
+from cnx_deploy.verification.evaluation import class_positions
+from cnx_deploy.verification.metrics import RunningComparison, Verification
+from cnx_deploy.verification.parity import compare, logits_of
+from cnx_deploy.verification.saved_results import SavedResults
 
-__all__ = [
-    "TORCH_REFERENCE",
-    "Candidate",
-    "Reference",
-    "Verification",
-    "batch_sizes",
-    "gate_of",
-    "model_record",
-    "rebatched",
-    "recorded_model",
-    "table_of",
-    "verify_artifact",
-]
+__all__ = ["TORCH_REFERENCE", "Candidate", "Reference", "verify_artifact", "verify_export"]
 
 EMULATED_IMAGES = 10
 """Unless it is asked for by name: the emulator takes seconds an image for the large variants."""
-
 SAMPLES = 64
 """At least so many images, unless they have labels: then all."""
-
+PIECE = 8
+"""Images that PyTorch runs at once: it needs no large batch, and memory is the candidate's."""
 TORCH_REFERENCE = "torch float32"
-
 HIDES_OVERFLOW = (
     "ONNX Runtime computes FP16 files in FP32 on a CPU: its row shows that the graph is right, not that FP16 is safe. "
     "The emulator's row and the graph check (no reduction in FP16) are the evidence."
 )
 
 Progress = Callable[[str, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """What was checked of one artifact. `not_run` says what could not be run here and what is missing."""
-
-    artifact: str
-    kind: str
-    results: tuple[ParityResult, ...]
-    not_run: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing that ran has failed."""
-        return all(result.passed for result in self.results)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The verification as JSON has it."""
-        return {
-            "artifact": self.artifact,
-            "kind": self.kind,
-            "passed": self.passed,
-            "results": [result.to_dict() for result in self.results],
-            "not_run": list(self.not_run),
-            "notes": list(self.notes),
-        }
+"""Told a text, and the images that were run since the last time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,91 +69,158 @@ class Candidate:
         return f"{self.runner.info.backend} {self.runner.info.precision}"
 
 
-class Reference:
-    """The recorded network's model and its logits on the comparison images, computed once and kept.
+class _LogitsFile:
+    """Rows of float32 logits by image, in a temporary file that vanishes with this object."""
 
-    `images` None means seeded image-like batches; else a folder of images. `samples` None means SAMPLES. `left_out`:
-    files of the folder that could not be read so far, by their path.
+    def __init__(self) -> None:
+        self._stream = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the object
+        weakref.finalize(self, self._stream.close)
+        self._rows: dict[int, int] = {}
+        self._width = 0
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._rows
+
+    def append(self, indices: Sequence[int], logits: Tensor) -> None:
+        rows = np.ascontiguousarray(logits.detach().float().cpu().numpy())
+        self._width = rows.shape[1]
+        written = len(self._rows)
+        self._stream.seek(written * 4 * self._width)
+        self._stream.write(rows.tobytes())
+        self._rows.update((index, written + at) for at, index in enumerate(indices))
+
+    def rows(self, indices: Sequence[int]) -> Tensor:
+        """(N, num_classes) of the images at `indices`."""
+        rows = np.empty((len(indices), self._width), dtype=np.float32)
+        for row, index in zip(rows, indices, strict=True):
+            self._stream.seek(self._rows[index] * 4 * self._width)
+            row[:] = np.frombuffer(self._stream.read(4 * self._width), dtype=np.float32)
+        return torch.from_numpy(rows)
+
+
+class Reference:
+    """PyTorch's logits of the network that an artifact records, on a source of images, computed once an image.
+
+    Pixels are read again for each runner, so that memory is that of a batch. `broken`: images that could not be read
+    so far, by their index in `images`.
+
+    Args:
+        artifact: any artifact of the network.
+        data: a source, or a path that `data.find_images` reads; None makes images from a seed. Labels are used where
+            there are any: InputError when their classes are not the model's.
+        samples: images without labels to compare on, at least, None for SAMPLES; images with labels at most, evenly
+            spread, None for all.
     """
 
-    def __init__(self, artifact: Artifact, images: Path | None = None, samples: int | None = None) -> None:
-        self.loaded = recorded_model(artifact)
+    def __init__(
+        self, artifact: Artifact, data: Path | str | ImageSource | None = None, samples: int | None = None
+    ) -> None:
         self.record = artifact.manifest.model
-        self.images = images
-        self.asked = samples
-        self.samples = SAMPLES if samples is None else samples
-        self.left_out: dict[str, BrokenImage] = {}
-        self._names: tuple[str, ...] = ()
-        self._logits: dict[tuple[Any, ...], Tensor] = {}
+        self.images = ImageLike() if data is None else image_source(data)
+        self.samples = samples
+        self.class_names: tuple[str, ...] = ()
+        if self.images.class_names:
+            names = self.record.class_names
+            self._positions = class_positions(self.images, names, self.record.num_classes)
+            self.class_names = names or self.images.class_names
+        self.loaded = recorded_model(artifact)
+        self.broken: dict[int, BrokenImage] = {}
+        self._logits: dict[tuple[Any, ...], _LogitsFile] = {}
 
     def matches(self, artifact: Artifact) -> bool:
         """Whether `artifact` holds the same network for the same image size."""
         other = artifact.manifest.model
         return (other.weights.sha256, other.image_size) == (self.record.weights.sha256, self.record.image_size)
 
-    def batches(self, spec: InputSpec) -> list[Tensor]:
-        """Raw images in batches of 1, 2, 7, the largest, and as many more as `samples` asks for."""
-        preprocessing = self.record.preprocessing
-        sizes = batch_sizes(spec.min_batch, spec.max_batch or 64, self.samples)
-        total = sum(sizes)
-        if self.images is None:
-            source = image_like_batches(total, spec.image_size, batch_size=1)
-            self._names = tuple(f"image-like {index} of seed 0" for index in range(total))
-        else:
-            found = self._read(self.images, preprocessing, total)
-            source = (pixels for pixels, _, _ in found)
-            self._names = tuple(str(path) for _, _, (path,) in found)
-        batches = [batch for batch in rebatched(source, sizes) if len(batch) >= spec.min_batch]
-        if not batches:
-            raise InputError(f"{self.images} has fewer images than the {spec.min_batch} of one batch. Give more.")
-        return [runner_input(batch, spec.kind) for batch in batches]
+    def batches(
+        self, deploy: DeploySpec, spec: InputSpec, limit: int | None = None, progress: Progress | None = None
+    ) -> Iterator[tuple[ImageBatch, Tensor]]:
+        """Batches of the sizes that are checked (1, 2, 7, the largest), each with PyTorch's logits (n, num_classes).
 
-    def _read(self, root: Path, preprocessing: Preprocessing, limit: int) -> list[Batch]:
-        """Images of a folder one by one, evenly taken; those that cannot be read are noted in `left_out`."""
-        broken: list[BrokenImage] = []
-        chosen = evenly(find_images(validation_folder(root))[1], limit)
-        found = list(readable_batches(chosen, preprocessing, 1, broken))
-        if not found:
-            raise InputError(f"No image of {root} ({len(broken)}) can be read; the first: {broken[0].reason}")
-        self.left_out.update((image.path, image) for image in broken)
-        return found
+        Args:
+            deploy: the deploy form whose input normalisation PyTorch undoes.
+            spec: the batches that the candidate takes.
+            limit: so many of the images at most.
+            progress: told of PyTorch's images.
 
-    def batches_for(self, artifact: Artifact) -> list[Tensor]:
-        """The batches that `artifact` is verified on."""
-        deploy = artifact.manifest.deploy
-        return self.batches(_profile_spec(artifact, InputSpec(deploy.input_kind, deploy.image_size)))
+        Raises InputError when no image can be read, or one can no longer.
+        """
+        chosen = self._readable(deploy, self._chosen(spec, limit), progress)
+        logits = self._logits[_input_of(deploy)]
+        for batch in self.images.batches(self._preprocessing(spec), spec, checked_sizes(spec), chosen):
+            yield batch, logits.rows(batch.indices)
 
-    def logits(self, artifact: Artifact, batches: Sequence[Tensor], progress: Progress | None = None) -> Tensor:
-        """FP32 logits of the training form for `batches`; the same images are run once only."""
-        spec = artifact.manifest.deploy
-        key = (spec.input_kind, spec.mean, spec.std, sum(len(batch) for batch in batches))
-        if key not in self._logits:
-            with reference_runner(self.loaded.model, spec) as runner:
-                # In small pieces: the reference needs no large batch, and memory is the candidate's.
-                pieces = [piece for batch in batches for piece in torch.split(batch, 8)]
-                self._logits[key] = logits_of(runner, pieces, _told(progress, "PyTorch reference"))
-        return self._logits[key]
+    def pairs(
+        self, artifact: Artifact, limit: int | None = None, progress: Progress | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images as `artifact` takes them and PyTorch's logits for each, copies that fill a batch up included.
+
+        `limit` None is `samples`, or SAMPLES of labelled images: the caller may hold them all.
+        """
+        deploy, (smallest, _, largest) = artifact.manifest.deploy, artifact.manifest.batch
+        spec = InputSpec(deploy.input_kind, deploy.image_size, smallest, largest)
+        if limit is None and self.class_names:
+            limit = self.samples or SAMPLES
+        for batch, logits in self.batches(deploy, spec, limit, progress):
+            copies = logits[:1].expand(len(batch.images) - len(batch), -1)
+            yield batch.images, torch.cat([logits, copies])
 
     def judge(
-        self, candidate: Candidate, progress: Progress | None = None, writer: OutputWriter | None = None
+        self, candidate: Candidate, progress: Progress | None = None, saved: SavedResults | None = None
     ) -> ParityResult:
-        """Run the candidate on the comparison images; `writer` is given both sides' logits."""
-        batches = self.batches(candidate.spec)
-        expected = self.logits(candidate.artifact, batches, progress)
-        if candidate.limit is not None:
-            batches = first_images(batches, candidate.limit, candidate.spec.min_batch)
-        sizes = [len(batch) for batch in batches]
-        logits = logits_of(candidate.runner, batches, _told(progress, candidate.name))
-        expected, gate = expected[: sum(sizes)], candidate.gate
-        found = differences(logits, expected)
-        batch = tuple(dict.fromkeys(sizes))
-        result = ParityResult(candidate.name, TORCH_REFERENCE, gate, batch, found, gate.failures(found))
-        if writer is not None:
-            names = iter(self._names)
-            for pair in zip(torch.split(logits, sizes), torch.split(expected, sizes), strict=True):
-                writer.add(*pair, tuple(itertools.islice(names, len(pair[0]))))
-            writer.close(result)
+        """Run the candidate and compare; `saved` is given both sides' logits.
+
+        A batch below the candidate's smallest is filled up with copies, which are not counted. Gives a
+        `metrics.LabelledResult` where the images have labels.
+        """
+        names, runner, done = (candidate.name, TORCH_REFERENCE), candidate.runner, 0
+        comparison = RunningComparison(self.class_names)
+        run = None if saved is None else saved.new_run(candidate.artifact, runner.info, names)
+        deploy = candidate.artifact.manifest.deploy
+        for batch, expected in self.batches(deploy, candidate.spec, candidate.limit, progress):
+            logits = runner.run(batch.images.to(runner.device))[: len(batch)].float().cpu().clone()
+            labels = [self._positions[label] for label in batch.labels.tolist()] if self.class_names else []
+            comparison.add(logits, expected, batch.names, labels, size=len(batch.images))
+            if run is not None:
+                run.add(logits, expected, batch.names, labels)
+            done += len(batch)
+            if progress is not None:
+                progress(f"{candidate.name}: {done} images", len(batch))
+        available, broken = len(self.images), tuple(self.broken[index] for index in sorted(self.broken))
+        result = comparison.result(names, candidate.gate, available=available, broken=broken)
+        if saved is not None and run is not None:
+            saved.keep(run.close(result, self.class_names, available, broken))
         return result
+
+    def _chosen(self, spec: InputSpec, limit: int | None) -> list[int]:
+        """Without labels, at least as many images as the checked sizes take, of which a limit takes the first."""
+        count = self.samples
+        if not self.class_names:
+            count = max(SAMPLES if count is None else count, sum(checked_sizes(spec)))
+        chosen = [index for index in self.images.choice(count) if index not in self.broken]
+        return [chosen[at] for at in evenly(len(chosen), limit)] if self.class_names else chosen[:limit]
+
+    def _readable(self, deploy: DeploySpec, chosen: Sequence[int], progress: Progress | None) -> list[int]:
+        """Compute the logits that are not there yet; gives the images that can be read."""
+        logits = self._logits.setdefault(_input_of(deploy), _LogitsFile())
+        missing, done = [index for index in chosen if index not in logits], 0
+        spec = InputSpec(deploy.input_kind, deploy.image_size)
+        batches = self.images.batches(self._preprocessing(spec), spec, PIECE, missing, leave_out_broken=True)
+        with reference_runner(self.loaded.model, deploy) as runner:
+            for batch in batches:
+                logits.append(batch.indices, runner.run(batch.images))
+                done += len(batch)
+                if progress is not None:
+                    progress(f"PyTorch reference: {done} of {len(missing)} images", len(batch))
+        self.broken.update(batches.broken)
+        readable = [index for index in chosen if index not in self.broken]
+        if not readable:
+            first = next(iter(self.broken.values()))
+            raise InputError(f"No image of {self.images.description} ({len(chosen)}) can be read: {first.reason}")
+        return readable
+
+    def _preprocessing(self, spec: InputSpec) -> Preprocessing:
+        return replace(self.record.preprocessing, image_size=spec.image_size)
 
 
 def verify_artifact(
@@ -214,50 +229,78 @@ def verify_artifact(
     progress: Progress | None = None,
     *,
     runners: Sequence[str] = (),
-    outputs: SavedOutputs | None = None,
+    saved: SavedResults | None = None,
 ) -> Verification:
     """Run an artifact here, as far as that is possible, and judge it against `reference`.
 
-    `runners`: names of `runners.registry` for an ONNX file, by default those that prove most; engines run
-    on their GPU alone. `outputs`: where both sides' logits are saved. Raises CorruptArtifactError when its bytes are
-    not what the manifest says, GraphCheckError when its inputs or outputs are not; a runner that this machine lacks the
-    hardware for is reported, not raised.
+    Args:
+        artifact: an ONNX file, or an engine, which runs on its GPU alone.
+        reference: of the same network, see `Reference.matches`.
+        progress: told of images while they are run.
+        runners: names of `runners.registry` for an ONNX file, by default those that prove most.
+        saved: where both sides' logits go.
+
+    Raises CorruptArtifactError when its bytes are not what the manifest says, GraphCheckError when its inputs or
+    outputs are not. A runner that this machine lacks the hardware for is reported, not raised.
     """
     artifact = open_artifact(artifact.path)
     if not is_onnx(artifact):
-        return _verify_engine(artifact, reference, progress, outputs)
+        try:
+            engine = open_runner(artifact, options=RunnerOptions(in_child_first=True, hashes_hold=True))
+        except MissingRequirementError as error:
+            return Verification(artifact.path.name, "engine", (), not_run=(str(error),))
+        with engine:
+            candidate = Candidate(artifact, engine, engine.input_spec, artifact.manifest.gate)
+            return Verification(artifact.path.name, "engine", (reference.judge(candidate, progress, saved),))
     _check_promised(artifact, check_graph(artifact.path, artifact.file_names))
-    row = artifact.manifest.precision
-    results = []
+    smallest, _, largest = artifact.manifest.batch
+    row, results = artifact.manifest.precision, []
     for name in runners or row.proven_by:
         with open_runner(artifact, name, RunnerOptions(hashes_hold=True)) as runner:
             few = find_runner(name).is_slow and not runners
-            limit = max(EMULATED_IMAGES, reference.asked or 0) if few else None
-            spec = _profile_spec(artifact, runner.input_spec)
-            results.append(_judge(Candidate(artifact, runner, spec, row.gate, limit), reference, progress, outputs))
-    computed_in_fp32 = row.dtype == "float16" and any(
-        find_runner(name).widens_half for name in runners or row.proven_by
-    )
-    notes = (HIDES_OVERFLOW,) if computed_in_fp32 else ()
+            limit = max(EMULATED_IMAGES, reference.samples or 0) if few else None
+            spec = InputSpec(runner.input_spec.kind, runner.input_spec.image_size, smallest, largest)
+            results.append(reference.judge(Candidate(artifact, runner, spec, row.gate, limit), progress, saved))
+    widens = row.dtype == "float16" and any(find_runner(name).widens_half for name in runners or row.proven_by)
+    notes = (HIDES_OVERFLOW,) if widens else ()
     return Verification(artifact.path.name, "onnx", tuple(results), notes=notes)
 
 
-def table_of(found: Sequence[Verification]) -> Iterator[str]:
-    """The verifications as the lines of a table, with what could not be run and the notes below."""
-    yield f"{'artifact':34} {'run by':22} {'images':>6} {'rel. L2':>9} {'cosine':>10} {'top-1':>7} {'KL':>9}  verdict"
-    for entry in found:
-        for result in entry.results:
-            numbers = result.differences
-            yield (
-                f"{entry.artifact:34} {result.candidate:22} {numbers.samples:>6} {numbers.relative_l2_max:>9.1e} "
-                f"{numbers.centred_cosine_min:>10.7f} {numbers.top1_agreement:>7.2%} {numbers.mean_kl:>9.1e}  "
-                f"{'pass' if result.passed else 'FAIL: ' + '; '.join(result.failures)}"
+def verify_export(artifact: Artifact[OnnxManifest], model: ConvNeXtV2) -> ParityResult:
+    """Compare a file with PyTorch before an export puts it into place, on batches of 1 and 2.
+
+    The deploy form of a half-precision file is judged first with every part in FP32, since rounding would hide a small
+    mistake. The file itself is run by ONNX Runtime where that can, and by the emulator, which alone sees FP16 overflow.
+
+    Returns:
+        The verdict of the runner that proves most, for the manifest.
+
+    Raises ParityError, which names what differs.
+    """
+    path, deploy, (smallest, _, largest) = artifact.path, artifact.manifest.deploy, artifact.manifest.batch
+    sizes = [size for size in (1, 2) if smallest <= size <= largest] or [smallest]
+    spec = InputSpec(deploy.input_kind, deploy.image_size, smallest, largest)
+    source = ImageLike(sum(sizes)).batches(Preprocessing(deploy.image_size), spec, sizes)
+    batches = [batch.images for batch in source]
+    with reference_runner(model, deploy) as runner:
+        expected = logits_of(runner, batches)
+    checked = RunnerOptions(hashes_hold=True)
+    judged: list[tuple[str, Gate, Callable[[], Runner]]] = [
+        (path.name, deploy.row.gate, partial(open_runner, artifact, name, checked)) for name in deploy.row.proven_by
+    ]
+    if deploy.is_half:
+        single = replace(deploy, keep_fp32=parts_of(model.variant))
+        judged.insert(0, (f"The form of {path.name}", GATES["fp32"], partial(deployed_runner, model, single)))
+    remedy = " `cnx-deploy diagnose bisect` names what has to stay in FP32 (--keep-fp32)." if deploy.is_half else ""
+    for what, gate, make in judged:
+        with make() as runner:  # one after the other: each holds the weights of huge once more
+            result = compare(runner, expected, batches, gate, reference_name=TORCH_REFERENCE)
+        if not result.passed:
+            raise ParityError(
+                f"{what} ({result.candidate}) differs from PyTorch: {'; '.join(result.failures)}. Nothing was written. "
+                f"Use --no-verify to keep the file for inspection.{remedy}"
             )
-            yield from (f"  {line}" for line in result.lines())
-        for reason in entry.not_run:
-            yield f"{entry.artifact:34} not run: {reason}"
-    for line in dict.fromkeys(line for entry in found for line in entry.notes):
-        yield f"Note: {line}"
+    return result
 
 
 def _check_promised(artifact: Artifact[OnnxManifest], graph: GraphFacts) -> None:
@@ -266,104 +309,21 @@ def _check_promised(artifact: Artifact[OnnxManifest], graph: GraphFacts) -> None
     ONNX Runtime is given one tensor and gives one, whatever they are called; an engine built from the file would not.
     """
     facts = artifact.manifest.facts
-    for kind, found, recorded in (("inputs", graph.inputs, facts.inputs), ("outputs", graph.outputs, facts.outputs)):
-        now = {name: TensorSpec(element, tuple(shape)) for name, (element, shape) in found.items()}
+    for kind, tensors, recorded in (
+        ("inputs", graph.inputs, facts.inputs),
+        ("outputs", graph.outputs, facts.outputs),
+    ):
+        now = {name: TensorSpec(element, tuple(shape)) for name, (element, shape) in tensors.items()}
         if recorded == now:
             continue
         what = "called" if list(recorded) != list(now) else "of the type and shape"
-        said = [", ".join(each) if what == "called" else str(each) for each in (now, dict(recorded))]
+        told = [", ".join(side) if what == "called" else str(side) for side in (now, dict(recorded))]
         raise GraphCheckError(
-            f"The {kind} of {artifact.path.name} are {what} {said[0]}, and its manifest says {said[1]}. Export it "
+            f"The {kind} of {artifact.path.name} are {what} {told[0]}, and its manifest says {told[1]}. Export it "
             "again."
         )
 
 
-def gate_of(artifact: Artifact) -> Gate:
-    """What an artifact's results are judged by: its precision's gate, and for FP32 engines one for TF32 on or off."""
-    manifest = artifact.manifest
-    if isinstance(manifest, EngineManifest):
-        return manifest.precision.gate_of_engine(allow_tf32=manifest.request.allow_tf32)
-    return manifest.precision.gate
-
-
-def model_record(
-    loaded: LoadedModel, preprocessing: Preprocessing, manifest_dir: Path, checkpoint: Path | None = None
-) -> ModelRecord:
-    """What a manifest in `manifest_dir` says of a loaded model."""
-    weights = loaded.weights
-    if checkpoint is not None:
-        reference = relative_reference(checkpoint, manifest_dir)
-        weights = WeightsRecord("checkpoint", reference, weights.sha256, weights.licence)
-    return ModelRecord(
-        variant=loaded.model.variant.name,
-        num_classes=loaded.model.num_classes,
-        image_size=preprocessing.image_size,
-        weights=weights,
-        preprocessing=preprocessing,
-        class_names=loaded.class_names,
-        head_is_new=loaded.head_is_new,
-    )
-
-
-def recorded_model(artifact: Artifact) -> LoadedModel:
-    """Load the weights that an artifact was made from and check that they are the same.
-
-    Raises InputError when a checkpoint is not where the manifest says, CorruptArtifactError when it was changed.
-    """
-    record = artifact.manifest.model
-    weights = record.weights
-    if weights.origin == "random":
-        model = random_model(find_variant(record.variant), record.num_classes, seed=int(weights.reference))
-        loaded = LoadedModel(model, weights, record.class_names, record.preprocessing)
-    elif weights.origin == "checkpoint":
-        path = artifact.path.parent / weights.reference
-        if not os.path.isfile(path):  # noqa: PTH113 - Path's own raises for a name that no system takes
-            raise InputError(
-                f"{artifact.path.name} was made from {path}, which is not there. Put it back or export again."
-            )
-        loaded = load_checkpoint(path, record.variant, **_head_of(record))
-    else:
-        loaded = load_pretrained(weights.reference, **_head_of(record))
-    found = hash_weights(loaded.model)
-    if found != weights.sha256:
-        raise CorruptArtifactError(
-            f"The weights behind {artifact.path.name} ({weights.origin} {weights.reference}) have changed: "
-            f"hash {found[:12]}…, the manifest says {weights.sha256[:12]}…. Export again with --force."
-        )
-    return loaded
-
-
-def _head_of(record: ModelRecord) -> dict[str, Any]:
-    """How to get the same head again; a new one is drawn from a fixed seed."""
-    return {"num_classes": record.num_classes, "reset_head": True} if record.head_is_new else {}
-
-
-def _verify_engine(
-    artifact: Artifact, reference: Reference, progress: Progress | None, outputs: SavedOutputs | None
-) -> Verification:
-    try:
-        runner = open_runner(artifact, options=RunnerOptions(in_child_first=True, hashes_hold=True))
-    except MissingRequirementError as error:
-        return Verification(artifact.path.name, "engine", (), not_run=(str(error),))
-    with runner:
-        candidate = Candidate(artifact, runner, runner.input_spec, gate_of(artifact))
-        result = _judge(candidate, reference, progress, outputs)
-    return Verification(artifact.path.name, "engine", (result,))
-
-
-def _judge(
-    candidate: Candidate, reference: Reference, progress: Progress | None, outputs: SavedOutputs | None
-) -> ParityResult:
-    if outputs is None:
-        return reference.judge(candidate, progress)
-    names = (candidate.name, TORCH_REFERENCE)
-    return reference.judge(candidate, progress, outputs.writer(candidate.artifact, candidate.runner.info, names))
-
-
-def _profile_spec(artifact: Artifact, spec: InputSpec) -> InputSpec:
-    smallest, _, largest = artifact.manifest.batch
-    return InputSpec(spec.kind, spec.image_size, smallest, largest)
-
-
-def _told(progress: Progress | None, what: str) -> Callable[[int], None] | None:
-    return None if progress is None else lambda images: progress(what, images)
+def _input_of(deploy: DeploySpec) -> tuple[Any, ...]:
+    """What PyTorch's logits depend on beside the weights."""
+    return deploy.input_kind, deploy.image_size, deploy.mean, deploy.std

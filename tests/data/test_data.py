@@ -1,6 +1,3 @@
-import os
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +9,6 @@ from timm.data import create_transform
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.data import (
-    MAX_PIXELS,
-    batches_from_folder,
     find_dataset,
     find_images,
     image_like_batches,
@@ -82,15 +77,6 @@ def test_odd_images_of_16_bit_grey_keep_their_upper_byte(tmp_path):
     assert np.array_equal(pixels[..., 1].numpy(), values >> 8)
 
 
-def test_odd_images_are_turned_by_their_exif(tmp_path):
-    image = picture(64, 48)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show it rotated by 270 degrees
-    image.save(tmp_path / "turned.png", exif=exif)
-    pixels = to_pixels(load_image(tmp_path / "turned.png"), Preprocessing(32))
-    assert torch.equal(pixels, to_pixels(image.transpose(Image.Transpose.ROTATE_270), Preprocessing(32)))
-
-
 def test_odd_images_of_one_pixel():
     pixels = to_pixels(Image.new("RGB", (1, 1), (10, 20, 30)), Preprocessing(32))
     assert torch.equal(pixels, torch.tensor([10, 20, 30], dtype=torch.uint8).expand(32, 32, 3))
@@ -138,42 +124,12 @@ def test_a_cameras_multi_picture_jpeg_is_read_as_its_first_picture(tmp_path):
     assert np.asarray(load_image(tmp_path / "camera.jpg")).min() > 250
 
 
-@pytest.mark.parametrize("suffix", ["gif", "tiff", "pdf", "ico"])
-def test_disallowed_image_format_under_an_allowed_name(tmp_path, suffix):
-    picture(40, 40).save(tmp_path / f"image.{suffix}")
-    (tmp_path / f"image.{suffix}").rename(tmp_path / "image.jpg")
-    with pytest.raises(InputError, match=r"image\.jpg cannot be read"):
-        load_image(tmp_path / "image.jpg")
-
-
 @pytest.mark.parametrize("suffix", ["png", "webp"])
 def test_disallowed_image_format_of_an_animation(tmp_path, suffix):
     path = tmp_path / f"moving.{suffix}"
     picture(40, 30).save(path, save_all=True, append_images=[picture(40, 30, seed=1)], duration=100)
     with pytest.raises(InputError, match="animation"):
         load_image(path)
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
-@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.9])
-def test_empty_and_truncated_image_is_refused_by_name(tmp_path, suffix, kept):
-    path = tmp_path / f"image.{suffix}"
-    picture(64, 64).save(path)
-    os.truncate(path, int(path.stat().st_size * kept))
-    with pytest.raises(InputError, match=path.name):
-        load_image(path)
-
-
-@pytest.mark.parametrize("side", [9_500, 50_000])  # between Pillow's warning and its error, and above both
-def test_decompression_bomb_png_is_refused_by_its_header(tmp_path, side):
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
-    assert side * side > MAX_PIXELS
-    with pytest.raises(InputError, match=r"bomb\.png.*(limit 89000000|decompression bomb)"):
-        load_image(tmp_path / "bomb.png")
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path):
@@ -213,8 +169,8 @@ def test_validation_images_come_from_val_where_there_is_test_too(tmp_path):
 
 def test_a_class_has_the_images_below_its_folder_at_any_depth_in_a_fixed_order(tmp_path):
     write_classes(tmp_path, {"a": 1, "a/2020": 2, "a/2020/may/first": 1, "b/deep": 2})
-    names, images = find_images(tmp_path)
-    assert names == ("a", "b")
+    images = find_images(tmp_path)
+    assert images.class_names == ("a", "b")
     assert [path.relative_to(tmp_path).as_posix() for path in images.paths] == [
         "a/000.png", "a/2020/000.png", "a/2020/001.png", "a/2020/may/first/000.png", "b/deep/000.png", "b/deep/001.png",
     ]  # fmt: skip
@@ -226,14 +182,14 @@ def test_suffixes_may_be_in_upper_case_and_other_files_are_no_images(tmp_path):
     (tmp_path / "a" / "000.png").rename(tmp_path / "a" / "000.PNG")
     (tmp_path / "a" / "notes.txt").write_text("no image")
     (tmp_path / "a" / "png").write_text("no suffix")
-    assert [path.name for path in find_images(tmp_path)[1].paths] == ["000.PNG", "001.png", "000.png"]
+    assert [path.name for path in find_images(tmp_path).paths] == ["000.PNG", "001.png", "000.png"]
 
 
 def test_hidden_files_and_folders_are_left_out(tmp_path):
     write_classes(tmp_path, {"a": 1, "b": 1, ".thumbnails": 1, "a/.cache": 1})
     picture(8, 8).save(tmp_path / "a" / "._000.png")  # what a Mac leaves on other file systems
-    names, images = find_images(tmp_path)
-    assert (names, len(images.paths)) == (("a", "b"), 2)
+    images = find_images(tmp_path)
+    assert (images.class_names, len(images)) == (("a", "b"), 2)
 
 
 def test_a_class_of_hidden_files_alone_has_no_images(tmp_path):
@@ -248,7 +204,7 @@ def test_links_to_folders_are_followed_once(tmp_path):
     write_classes(tmp_path / "elsewhere", {"more": 2})
     (tmp_path / "classes" / "a" / "more").symlink_to(tmp_path / "elsewhere" / "more")
     (tmp_path / "classes" / "a" / "back").symlink_to(tmp_path / "classes" / "a")
-    assert find_images(tmp_path / "classes")[1].labels == (0, 0, 0, 1)
+    assert find_images(tmp_path / "classes").labels == (0, 0, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -276,57 +232,5 @@ def test_a_missing_folder_is_refused(tmp_path):
 
 def test_a_folder_of_loose_images_has_no_classes(tmp_path):
     write_classes(tmp_path, {"images": 3})
-    names, images = find_images(tmp_path / "images")
-    assert (names, images.labels) == ((), (-1, -1, -1))
-
-
-def test_folder_batches_come_with_their_labels_and_paths(tmp_path):
-    write_classes(tmp_path / "train", {"a": 1, "b": 1})
-    write_classes(tmp_path / "val", {"a": 3, "b": 2})
-    batches = list(batches_from_folder(tmp_path, Preprocessing(32), 2))
-    assert [pixels.shape for pixels, _, _ in batches] == [(2, 32, 32, 3), (2, 32, 32, 3), (1, 32, 32, 3)]
-    assert torch.cat([labels for _, labels, _ in batches]).tolist() == [0, 0, 0, 1, 1]
-    pixels, _, paths = batches[-1]
-    assert torch.equal(pixels[0], to_pixels(load_image(paths[0]), Preprocessing(32)))
-
-
-def test_a_limit_takes_images_of_every_class(tmp_path):
-    write_classes(tmp_path, {"a": 6, "b": 6, "c": 6})
-    labels = [labels.tolist() for _, labels, _ in batches_from_folder(tmp_path, Preprocessing(32), 8, limit=3)]
-    assert labels == [[0, 1, 2]]
-
-
-def test_image_like_batches_do_not_depend_on_the_batch_size():
-    whole = torch.cat(list(image_like_batches(5, 32, batch_size=2, seed=7)))
-    assert torch.equal(whole, torch.cat(list(image_like_batches(5, 32, batch_size=5, seed=7))))
-    assert not torch.equal(whole, torch.cat(list(image_like_batches(5, 32, batch_size=5, seed=8))))
-
-
-def test_every_image_like_image_uses_the_full_range_with_its_own_contrast():
-    images = torch.cat(list(image_like_batches(16, 64, batch_size=16)))
-    assert images.dtype == torch.uint8
-    assert images.shape == (16, 64, 64, 3)
-    assert torch.equal(images.amin(dim=(1, 2, 3)), torch.zeros(16, dtype=torch.uint8))
-    assert torch.equal(images.amax(dim=(1, 2, 3)), torch.full((16,), 255, dtype=torch.uint8))
-    contrast = images.float().std(dim=(1, 2, 3))
-    assert contrast.max() > 1.5 * contrast.min()
-
-
-def test_the_power_of_image_like_images_falls_with_frequency_in_fine_detail_too():
-    images = torch.cat(list(image_like_batches(8, 64, batch_size=8))).float()
-    power = torch.fft.rfft2(images, dim=(1, 2)).abs().square()
-    coarse, middle, fine = (power[:, low:high, low:high].median() for low, high in ((1, 4), (10, 16), (24, 32)))
-    # White noise under the same shapes has 147 and 1.4.
-    assert coarse > 400 * fine
-    assert middle > 3 * fine
-
-
-def test_runner_input_has_the_layout_of_its_kind():
-    pixels = next(image_like_batches(2, 32, batch_size=2))
-    floats = runner_input(pixels, "float")
-    assert torch.equal(runner_input(pixels, "uint8"), pixels)
-    assert floats.shape == (2, 3, 32, 32)
-    assert floats.is_contiguous()
-    assert torch.equal((floats * 255).round().to(torch.uint8).permute(0, 2, 3, 1), pixels)
-    with pytest.raises(InputError, match="half"):
-        runner_input(pixels, "half")
+    images = find_images(tmp_path / "images")
+    assert (images.class_names, images.labels, images.label(2)) == ((), (), -1)

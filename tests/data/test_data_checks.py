@@ -1,23 +1,18 @@
 """Broken images, uneven classes and few labels."""
 
 import pytest
-import torch
 from PIL import Image
 
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.data import (
     Dataset,
-    Split,
+    ImageFiles,
     check_images,
     class_balance,
     few_labels,
     find_dataset,
-    load_image,
-    readable_batches,
     without_broken,
 )
-from cnx_deploy.data.preprocessing import to_pixels
 
 
 def write_images(root, counts, split="train"):
@@ -44,15 +39,17 @@ def labels_only(train, val=None):
     parts = [
         tuple(label for label, count in enumerate(counts) for _ in range(count)) for counts in (train, val or train)
     ]
-    splits = [Split(tuple(range(len(labels))), labels) for labels in parts]
+    splits = [ImageFiles(tuple(range(len(labels))), labels) for labels in parts]
     return Dataset(tuple("abcdefghijklmnopqrstuvwxyz"[: len(train)]), *splits)
 
 
 def test_images_that_can_be_read_pass_the_check(root):
     told = []
-    report = check_images(find_dataset(root).train, progress=lambda done, total: told.append((done, total)))
+    whole = find_dataset(root)
+    report = check_images(whole.train, progress=lambda done, total: told.append((done, total)))
     assert (report.count, report.broken, report.lines()) == (40, (), ["40 images, all of them readable"])
     assert told == [(40, 40)]
+    assert without_broken(whole)[0] is whole
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -74,7 +71,7 @@ def test_every_image_is_checked_where_there_are_more_than_one_thread_takes_at_on
     truncate(tmp_path / "train" / "a" / "099.png")
     paths = tuple(sorted((tmp_path / "train" / "a").iterdir()))
     told = []
-    report = check_images(Split(paths, (0,) * 100), progress=lambda done, total: told.append(done))
+    report = check_images(ImageFiles(paths, (0,) * 100), progress=lambda done, total: told.append(done))
     assert [image.path for image in report.broken] == [str(paths[-1])]
     assert told == [64, 100]
 
@@ -88,11 +85,6 @@ def test_dataset_bad_files_leave_the_others_and_their_labels(root):
     assert dataset.train.labels == (0,) * 19 + (1,) * 20
     assert dataset.val.labels == (0,) * 10 + (1,) * 9
     assert set(whole.train.paths) - set(dataset.train.paths) == {root / "train" / "a" / "001.png"}
-
-
-def test_a_whole_dataset_is_returned_as_it_is(root):
-    whole = find_dataset(root)
-    assert without_broken(whole)[0] is whole
 
 
 @pytest.mark.parametrize(("split", "name", "count"), [("train", "training", 5), ("val", "validation", 3)])
@@ -111,25 +103,6 @@ def test_a_class_that_loses_every_training_image_is_an_error(root):
     truncate(root / "train" / "c" / "000.png")
     with pytest.raises(InputError, match="No training image of the class c"):
         without_broken(find_dataset(root))
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 7, 64])
-def test_batches_of_readable_images_are_full_but_for_the_last(root, batch_size):
-    for index in (0, 1, 2, 3, 9):
-        truncate(root / "train" / "a" / f"{index:03}.png")
-    images, broken = find_dataset(root).train, []
-    batches = list(readable_batches(images, Preprocessing(32), batch_size, broken))
-    sizes = [len(labels) for _, labels, _ in batches]
-    assert sizes == [batch_size] * (35 // batch_size) + [35 % batch_size] * (35 % batch_size > 0)
-    bad = {image.path for image in broken}
-    assert len(bad) == 5
-    assert [path for _, _, paths in batches for path in paths] == [
-        each for each in images.paths if str(each) not in bad
-    ]
-    labels = [label for _, labels, _ in batches for label in labels.tolist()]
-    assert labels == [0] * 15 + [1] * 20
-    pixels, _, paths = batches[-1]
-    assert torch.equal(pixels[-1], to_pixels(load_image(paths[-1]), Preprocessing(32)))
 
 
 def test_class_balance_counts_both_sides():

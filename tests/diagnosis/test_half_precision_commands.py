@@ -17,8 +17,7 @@ from cnx_deploy.exporters.trt.backend import load_backend
 from cnx_deploy.exporters.trt.compiling import FilePrecision, _check_half_share
 from cnx_deploy.exporters.trt.network import NetworkBuild
 from cnx_deploy.model.deploy_layers import ResponseGain
-from cnx_deploy.verification.batch_plan import first_images
-from cnx_deploy.verification.verify import Reference, gate_of
+from cnx_deploy.verification.verify import Reference
 
 
 def run(*words: str) -> Result:
@@ -74,14 +73,6 @@ def test_a_bf16_file_is_not_called_corrupt_by_predict(inside) -> None:
     assert isinstance(found.exception, MissingRequirementError)
 
 
-def test_first_images_keep_the_smallest_batch() -> None:
-    batches = [torch.zeros(4), torch.zeros(4), torch.zeros(4)]
-    assert [len(batch) for batch in first_images(batches, 10, 4)] == [4, 4]
-    assert [len(batch) for batch in first_images(batches, 2, 4)] == [4]
-    assert [len(batch) for batch in first_images(batches, 10)] == [4, 4, 2]
-    assert [len(batch) for batch in first_images(batches, 12, 4)] == [4, 4, 4]
-
-
 @pytest.mark.slow
 def test_a_fixed_batch_above_the_image_side_is_no_wrong_epsilon(tmp_path) -> None:
     words = "export --variant atto --image-size 32 --precision fp32 --batch 128 --no-verify --output-dir"
@@ -124,7 +115,7 @@ def test_an_engine_is_judged_by_the_gate_of_its_precision(tiny_engine: Artifact,
     onnx = replace(onnx, deploy=replace(onnx.deploy, precision=precision))
     request = replace(tiny_engine.manifest.request, onnx=onnx, allow_tf32=tf32)
     changed = replace(tiny_engine, manifest=replace(tiny_engine.manifest, request=request))
-    assert gate_of(changed).name == gate
+    assert changed.manifest.gate.name == gate
 
 
 def test_bf16_engines_are_compared_with_pytorch_in_bf16(monkeypatch) -> None:

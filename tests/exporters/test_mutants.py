@@ -4,6 +4,7 @@ A mutant that gets through is a defect of the gates. The faults are those that p
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,10 @@ from cnx_deploy.core.variants import Variant
 from cnx_deploy.exporters.graph_checks import check_graph
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model import deploy, deploy_blocks, deploy_layers
-from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.model.deploy_layers import ChannelsFirstNorm, PooledResponseGain, ResponseGain, TokenNorm, widen
 from cnx_deploy.model.layers import EPS
-from cnx_deploy.verification.export_check import check_exported
+from cnx_deploy.verification.verify import verify_export
 
 SIZE = 32
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -36,7 +36,7 @@ def export(variant: Variant, spec: DeploySpec, folder: Path) -> Path:
     weights = WeightsRecord("random", "0", "0" * 64, "none (random weights)")
     record = ModelRecord(variant.name, 10, SIZE, weights, Preprocessing(image_size=SIZE))
     export_spec = ExportSpec(deploy=spec, batch=(1, 2, 4))
-    check = check_exported(LoadedModel(model, weights), export_spec)
+    check = partial(verify_export, model=model)
     return export_onnx(model, record, export_spec, folder, verify=check).path
 
 
@@ -165,6 +165,6 @@ def test_without_a_fault_the_same_export_is_accepted(tiny_variant, tmp_path, pre
 def test_what_the_graph_check_sees_the_comparison_sees_too(tiny_variant, tmp_path, monkeypatch, share_of) -> None:
     """The operator counts of a mutant may give it away; the logits have to as well."""
     response_gain(share_of)(monkeypatch)
-    monkeypatch.setattr("cnx_deploy.exporters.onnx.check_export", lambda path, **_: check_graph(path))
+    monkeypatch.setattr("cnx_deploy.exporters.onnx.verify_export", lambda path, **_: check_graph(path))
     with pytest.raises(ParityError, match="differs from PyTorch"):
         export(tiny_variant, DeploySpec("fp16", SIZE), tmp_path)

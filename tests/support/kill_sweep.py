@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,19 +169,17 @@ def artifact_case(root: Path) -> Case:
 def export_case(root: Path) -> Case:
     from cnx_deploy.core.deploy_spec import DeploySpec
     from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
-    from cnx_deploy.model.checkpoint import LoadedModel
     from cnx_deploy.model.convnextv2 import random_model
-    from cnx_deploy.verification.export_check import check_exported
+    from cnx_deploy.verification.verify import verify_export
     from tests.conftest import TINY_TEST
 
     model = random_model(TINY_TEST, 2, seed=0)
-    loaded = LoadedModel(model, MODEL.weights)
     hashes: dict[str, str] = {}
 
     def work(name: str, batch: tuple[int, int, int]) -> Callable[[Path], None]:
         def export(folder: Path) -> None:
             spec = ExportSpec(deploy=DeploySpec("fp16", 32), batch=batch)
-            check = check_exported(loaded, spec.request, MODEL)
+            check = partial(verify_export, model=model)
             hashes[name] = export_onnx(model, MODEL, spec, folder, force=True, verify=check).sha256
 
         return export

@@ -28,7 +28,7 @@ from cnx_deploy.core.errors import (
     OutputExistsError,
     TrainingError,
 )
-from cnx_deploy.data import Split
+from cnx_deploy.data import ImageFiles
 from cnx_deploy.model.checkpoint import load_checkpoint, resolve_model
 from cnx_deploy.training import TrainingSpec, initial_model, train
 from cnx_deploy.training.augmentation import ImageAugmentation
@@ -330,7 +330,7 @@ def test_images_are_found_at_any_depth_with_or_without_classes(tmp_path):
     write_image(tmp_path / ".hidden" / "4.png")
     found = find_images_below(tmp_path)
     assert set(found.paths) == expected
-    assert set(found.labels) == {-1}
+    assert found.labels == ()
 
 
 def test_beside_a_training_folder_validation_and_test_images_are_left_out(tmp_path):
@@ -362,7 +362,7 @@ def test_dataset_bad_files_are_counted_in_pre_training(tmp_path):
 @pytest.mark.parametrize(("count", "asked", "held"), [(2, 64, 1), (30, 64, 3), (30, 2, 2), (1000, 64, 64)])
 def test_at_most_a_tenth_is_held_out_and_no_image_is_on_both_sides(count, asked, held):
     paths = tuple(Path(f"{number}.png") for number in range(count))
-    divided = divide_images(Split(paths, (-1,) * count), asked)
+    divided = divide_images(ImageFiles(paths), asked)
     assert len(divided.held.paths) == held
     assert sorted((*divided.train.paths, *divided.held.paths)) == sorted(paths)
 

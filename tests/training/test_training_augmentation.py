@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cnx_deploy.data import Split, image_like_batches
+from cnx_deploy.data import ImageFiles, image_like_batches
 from cnx_deploy.training import TrainingSpec
 from cnx_deploy.training.augmentation import BatchMix, ImageAugmentation
 from cnx_deploy.training.images import TrainingImages, ValidationImages, make_loader
@@ -137,9 +137,9 @@ def test_a_batch_of_one_image_is_not_mixed():
 
 
 @pytest.fixture
-def one_image(tmp_path) -> Split:
+def one_image(tmp_path) -> ImageFiles:
     Image.fromarray(next(image_like_batches(1, 40, batch_size=1))[0].numpy()).save(tmp_path / "image.png")
-    return Split((tmp_path / "image.png",), (1,))
+    return ImageFiles((tmp_path / "image.png",), (1,))
 
 
 def test_without_random_crops_training_images_are_the_evaluation_crop(one_image):

@@ -21,11 +21,11 @@ from cnx_deploy.core.variants import VARIANTS
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.model.checkpoint import LoadedModel, load_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
+from cnx_deploy.model.recorded import recorded_model
 from cnx_deploy.runners.emulated import EmulatedRunner
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
 from cnx_deploy.verification.parity import differences
-from cnx_deploy.verification.verify import recorded_model
 from tests.support.foreign_models import randomise
 from tests.support.hot_networks import images_for
 

@@ -11,14 +11,17 @@ from safetensors.torch import save_file
 from cnx_deploy.cli import main
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, InputError
+from cnx_deploy.core.gates import GATES, ParityResult
 from cnx_deploy.core.manifest import WeightsRecord
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import package_version
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
+from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
 from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, resolve_model, save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
+from cnx_deploy.model.recorded import model_record
 from cnx_deploy.verification.inspect import inspect_file, kind_of_file, recorded_artifact, with_compiled
-from cnx_deploy.verification.verify import model_record
+from cnx_deploy.verification.parity import differences
 
 NEEDS_RTX = pytest.mark.skipif(not package_version("tensorrt-rtx"), reason="tensorrt-rtx is not installed")
 
@@ -41,8 +44,6 @@ def exported(tiny_variant, tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(exported, tmp_path_factory):
     """Its engine for sm89, batch 1 to 4, built ahead of time."""
-    from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
-
     spec = BuildSpec(runtime="tensorrt-rtx", target="sm89", batches=((1, 2, 4),))
     return build_engine(exported, spec, tmp_path_factory.mktemp("engines"))
 
@@ -138,13 +139,12 @@ def test_a_manifest_stands_for_the_file_it_describes(exported):
 
 
 def test_the_parity_recorded_at_export_is_shown(onnx_copy):
-    manifest = onnx_copy.with_suffix(".json")
+    manifest, measured = onnx_copy.with_suffix(".json"), torch.ones(2, 3)
     content = json.loads(manifest.read_text())
-    found = {"samples": 1, "relative_l2_max": 0.0, "centred_cosine_min": 1.0, "top1_agreement": 1.0, "mean_kl": 0.0}
-    parity = {"candidate": "a", "reference": "b", "passed": True, "found": {**found, "nonfinite_count": 0}}
-    content["facts"]["parity"] = parity
+    parity = ParityResult("a", "b", GATES["fp16"], (1, 2), differences(measured, measured), ()).to_dict()
+    content["facts"]["parity"] = {name: value for name, value in parity.items() if name != "passed"}
     manifest.write_text(json.dumps(content))
-    assert inspect_file(onnx_copy).facts["parity"] == parity
+    assert json.loads(json.dumps(inspect_file(onnx_copy).facts["parity"])) == json.loads(json.dumps(parity))
 
 
 def test_one_altered_byte_is_found_before_the_graph_is_read(onnx_copy):
@@ -155,25 +155,18 @@ def test_one_altered_byte_is_found_before_the_graph_is_read(onnx_copy):
         inspect_file(onnx_copy)
 
 
-@pytest.mark.parametrize("length", [0, 3, 1000, 100_000])
-def test_a_cut_off_onnx_file_is_corrupt_with_its_manifest(onnx_copy, length):
-    onnx_copy.write_bytes(onnx_copy.read_bytes()[:length])
-    with pytest.raises(CorruptArtifactError, match=f"{length} bytes"):
+def test_what_is_cut_off_is_corrupt_with_and_without_its_manifest(onnx_copy):
+    manifest, content = onnx_copy.with_suffix(".json"), onnx_copy.read_bytes()
+    for length in (0, 3, 1000, 100_000):
+        onnx_copy.write_bytes(content[:length])
+        with pytest.raises(CorruptArtifactError, match=f"{length} bytes"):
+            inspect_file(onnx_copy)
+    manifest.write_text(manifest.read_text()[:200])
+    with pytest.raises(CorruptArtifactError, match="manifest"):
         inspect_file(onnx_copy)
-
-
-def test_a_cut_off_onnx_file_without_manifest_is_still_told_as_onnx_and_corrupt(onnx_copy):
-    onnx_copy.with_suffix(".json").unlink()
-    onnx_copy.write_bytes(onnx_copy.read_bytes()[:100_000])
+    manifest.unlink()
     assert kind_of_file(onnx_copy) == "onnx"
     with pytest.raises(CorruptArtifactError, match="not a valid ONNX"):
-        inspect_file(onnx_copy)
-
-
-def test_a_manifest_that_is_cut_off_is_corrupt(onnx_copy):
-    manifest = onnx_copy.with_suffix(".json")
-    manifest.write_text(manifest.read_text()[:200])
-    with pytest.raises(CorruptArtifactError, match="not a manifest"):
         inspect_file(onnx_copy)
 
 
@@ -229,44 +222,38 @@ def test_an_engine_without_manifest_is_named_and_not_opened(tmp_path):
 
 @NEEDS_RTX
 def test_an_engine_is_described_by_its_manifest(exported, engine):
-    assert kind_of_file(engine.path) == "engine"
-    facts = inspect_file(engine.path).facts
-    assert (facts["runtime"], facts["target"], facts["profiles"]) == ("tensorrt-rtx", "sm89", [[1, 2, 4]])
-    assert facts["runtime_version"] == package_version("tensorrt-rtx")
+    found = inspect_file(engine.path)
+    facts = found.facts
+    assert (found.kind, facts["runtime"], facts["target"]) == ("engine", "tensorrt-rtx", "sm89")
+    assert (facts["profiles"], facts["runtime_version"]) == ([[1, 2, 4]], package_version("tensorrt-rtx"))
     assert facts["source"] == {"onnx": exported.path.name, "sha256": exported.sha256}
     assert facts["census"]["types"]["HALF"] > 0
-    assert facts["compiled"]["kernels"] > 5
-    assert 0 < facts["compiled"]["megabytes_per_image"] < 100
-    assert inspect_file(engine.path).notes == ("An engine cannot be read without a GPU: this is its manifest.",)
-    json.dumps(inspect_file(engine.path).to_dict(), allow_nan=False)
+    assert (found.compiled, found.compiled.kernels > 5) == (engine.manifest.facts.compiled, True)
+    assert found.notes == ("An engine cannot be read without a GPU: this is its manifest.",)
+    json.dumps(found.to_dict(), allow_nan=False)
 
 
 @NEEDS_RTX
-def test_an_onnx_file_compiled_now_has_the_kernels_of_its_engine(exported, engine):
-    compiled = with_compiled(inspect_file(exported.path), target="sm89", batch=4).facts["compiled"]
-    assert compiled == inspect_file(engine.path).facts["compiled"]
-    other = with_compiled(inspect_file(exported.path), target="sm89", batch=2).facts["compiled"]
-    assert other["kernel_list"] != compiled["kernel_list"], "bytes are for the batch that was asked for"
+def test_an_onnx_file_compiled_now_has_the_kernels_of_its_engine_with_or_without_a_manifest(
+    exported, engine, onnx_copy
+):
+    compiled = with_compiled(inspect_file(exported.path), target="sm89", batch=4).compiled
+    assert compiled == engine.manifest.facts.compiled
+    onnx_copy.with_suffix(".json").unlink()
+    other = with_compiled(inspect_file(onnx_copy), target="sm86", batch=2)
+    assert (other.compiled.target, other.compiled.batch) == ("sm86", 2)
+    assert other.compiled.kernel_list != compiled.kernel_list, "bytes are for the batch that was asked for"
+    assert other.facts["runtime_version"] == package_version("tensorrt-rtx")
+    assert ["No manifest" in other.notes[0], "not run" in other.notes[1]] == [True, True]
 
 
 @pytest.mark.slow
 @NEEDS_RTX
 def test_for_turing_a_file_is_compiled_as_its_engine_is(exported, tmp_path):
-    from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
-
     spec = BuildSpec(runtime="tensorrt-rtx", target="sm75", batches=((1, 2, 4),))
     recorded = build_engine(exported, spec, tmp_path).manifest.facts.compiled
-    compiled = with_compiled(inspect_file(exported.path), target="sm75", batch=4).facts["compiled"]
-    assert compiled["megabytes_per_image"] == recorded["megabytes_per_image"]
-
-
-def test_an_onnx_file_without_a_manifest_is_compiled_too(onnx_copy):
-    onnx_copy.with_suffix(".json").unlink()
-    found = with_compiled(inspect_file(onnx_copy), target="sm86", batch=1)
-    assert found.facts["runtime_version"] == package_version("tensorrt-rtx")
-    assert (found.facts["compiled"]["target"], found.facts["compiled"]["batch"]) == ("sm86", 1)
-    assert "No manifest" in found.notes[0]
-    assert "not run" in found.notes[1]
+    compiled = with_compiled(inspect_file(exported.path), target="sm75", batch=4).compiled
+    assert compiled.megabytes_per_image == recorded.megabytes_per_image
 
 
 @NEEDS_RTX
@@ -278,23 +265,14 @@ def test_only_an_onnx_file_is_compiled_and_only_for_a_target_that_exists(exporte
 
 
 @NEEDS_RTX
-def test_an_engine_recorded_without_a_list_of_kernels_is_read_and_says_so(engine, tmp_path):
-    old = _with_old_record(engine, tmp_path)
-    found = inspect_file(old)
-    assert found.facts["compiled"]["kernels"] > 5
-    assert "recorded without a list of kernels" in found.notes[1]
-
-
-@NEEDS_RTX
 def test_inspect_shows_stages_operations_and_kinds_of_an_engine(cnx, engine):
     code, out, _ = cnx("inspect", str(engine.path))
-    compiled = engine.manifest.facts.compiled
-    lines = out.splitlines()
+    compiled, lines = engine.manifest.facts.compiled, out.splitlines()
     assert code == 0
-    assert f"{compiled['kernels']} kernels, {compiled['megabytes_per_image']} MB an image; sm89, batch 4" in out
+    assert f"{compiled.kernels} kernels, {compiled.megabytes_per_image} MB an image; sm89, batch 4" in out
     for grouping in ("stage", "operation", "kind"):
         start = next(index for index, line in enumerate(lines) if line.split()[:2] == [grouping, "kernels"])
-        shown = lines[start + 1 : start + 1 + len(compiled[f"by_{grouping}"])]
+        shown = lines[start + 1 : start + 1 + len(compiled.totals(grouping))]
         shares = [float(line.split()[-1].rstrip("%")) for line in shown]
         assert sum(shares) == pytest.approx(100, abs=0.05 * len(shares))
     assert "myl0_0:" not in out, "kernels are listed only when asked for"
@@ -308,7 +286,7 @@ def test_inspect_lists_every_kernel_the_largest_first(cnx, exported):
     rows = [line.split() for line in lines[start:] if not line.startswith("Note")]
     _, document, _ = cnx("inspect", str(exported.path), "--compile", "--batch", "4", "--json")
     assert code == 0
-    assert len(rows) == json.loads(document)[0]["facts"]["compiled"]["kernels"]
+    assert len(rows) == json.loads(document)[0]["compiled"]["kernels"]
     assert sorted(int(row[0]) for row in rows) == list(range(len(rows)))
     sizes = [float(row[1]) for row in rows]
     assert sizes == sorted(sizes, reverse=True)
@@ -321,21 +299,3 @@ def test_what_needs_compiling_is_refused_without_it(cnx, exported, words):
     code, out, err = cnx("inspect", str(exported.path), *words)
     assert (code, out) == (2, "")
     assert "--compile" in err
-
-
-@NEEDS_RTX
-def test_inspect_shows_the_totals_of_an_old_record_and_refuses_to_list_what_it_has_not(cnx, engine, tmp_path):
-    old = str(_with_old_record(engine, tmp_path))
-    assert f"kernels {engine.manifest.facts.compiled.kernels}," in cnx("inspect", old)[1]
-    code, _, err = cnx("inspect", old, "--kernels")
-    assert (code, "No list of kernels is recorded" in err) == (2, True)
-
-
-def _with_old_record(engine, folder):
-    """A copy of an engine whose manifest has totals alone, as manifests were before kernels were listed."""
-    shutil.copy(engine.path, folder)
-    content = json.loads(engine.manifest.to_json())
-    compiled = content["facts"]["compiled"]
-    content["facts"]["compiled"] = {key: compiled[key] for key in ("batch", "kernels", "megabytes_per_image")}
-    (folder / f"{engine.manifest.stem}.json").write_text(json.dumps(content))
-    return folder / engine.path.name

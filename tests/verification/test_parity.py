@@ -15,7 +15,7 @@ from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.layers import GlobalResponseNorm
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.verification.parity import compare, differences, logits_of
+from cnx_deploy.verification.parity import RunningDifferences, compare, differences, logits_of
 
 SPEC = DeploySpec("fp32", 64)
 
@@ -102,25 +102,20 @@ def test_batch_invariance_is_only_seen_in_batches_above_one(tiny_model, batches)
     assert verdict(tiny_model, MUTANTS["GRN norm over the batch"], batches[2:]).passed
 
 
-def test_the_same_network_passes_the_fp32_gate(tiny_model, batches):
+def test_the_same_network_passes_and_the_verdict_says_what_was_compared(tiny_model, batches):
     result = verdict(tiny_model, unchanged, batches)
     assert (result.passed, result.failures, result.differences.relative_l2_max) == (True, (), 0.0)
-
-
-def test_the_verdict_names_the_batch_sizes_and_counts_the_images(tiny_model, batches):
-    result = verdict(tiny_model, unchanged, batches)
     assert (result.batches, result.differences.samples, result.reference) == ((7, 2, 1), 10, "original")
+    broken = verdict(tiny_model, MUTANTS["GRN gamma dropped"], batches).to_dict()
+    assert (broken["passed"], len(broken["failures"]) > 0) == (False, True)
 
 
-def test_the_verdict_as_a_dictionary_says_whether_it_passed(tiny_model, batches):
-    found = verdict(tiny_model, MUTANTS["GRN gamma dropped"], batches).to_dict()
-    assert (found["passed"], found["batches"], len(found["failures"]) > 0) == (False, [7, 2, 1], True)
-
-
-def test_progress_is_told_the_images_of_each_batch(tiny_model, batches):
+def test_progress_is_told_the_images_of_each_batch_and_no_image_is_an_input_error(tiny_model, batches):
     told: list[int] = []
     logits_of(reference_runner(tiny_model, SPEC), batches, told.append)
     assert told == [7, 2, 1]
+    with pytest.raises(InputError, match="no image"):
+        logits_of(reference_runner(tiny_model, SPEC), [])
 
 
 # Logits
@@ -140,34 +135,14 @@ def limits_broken(candidate: Tensor, reference: Tensor, gate: str = "fp16") -> l
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_parity_nan_never_passes_even_on_both_sides_and_is_counted(gate):
-    both = logits()
-    both[1, 2] = math.nan
-    assert failures(both, both.clone(), gate) == ("2 logits are NaN or infinite",)
-
-
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("value", [math.inf, -math.inf])
-def test_parity_inf_not_equal_though_both_sides_have_it(gate, value):
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_parity_nan_never_passes_and_inf_is_not_equal_though_both_sides_have_it(gate, value):
     """There is no flag that lets it pass: finite weights and pixels give no infinite logit."""
-    both = logits()
-    both[1, 2] = value
-    assert failures(both, both.clone(), gate) == ("2 logits are NaN or infinite",)
-    one = logits()
-    one[0, 0] = -value
-    assert failures(one, both, gate) == ("2 logits are NaN or infinite",)
-
-
-def test_parity_nan_never_passes_in_the_candidate_alone():
-    candidate = logits()
-    candidate[0, 0] = math.nan
-    assert failures(candidate, logits()) == ("1 logits are NaN or infinite",)
-
-
-def test_parity_nan_never_passes_in_the_reference_alone():
-    reference = logits()
-    reference[0, 0] = math.nan
-    assert failures(logits(), reference) == ("1 logits are NaN or infinite",)
+    spoilt = logits()
+    spoilt[1, 2] = value
+    assert failures(spoilt, spoilt.clone(), gate) == ("2 logits are NaN or infinite",)
+    for pair in ((spoilt, logits()), (logits(), spoilt)):
+        assert failures(*pair, gate) == ("1 logits are NaN or infinite",)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -193,12 +168,9 @@ def test_one_bad_sample_among_many_good_ones_is_caught():
     assert "relative L2" in limits_broken(candidate, logits(1000))
 
 
-def test_a_difference_from_a_zero_reference_is_caught():
-    assert "relative L2" in limits_broken(torch.ones(1, 3), torch.zeros(1, 3))
-
-
-def test_zero_on_both_sides_is_no_difference_and_no_division_by_zero():
+def test_a_zero_reference_is_no_division_by_zero_and_hides_no_difference():
     assert differences(torch.zeros(1, 3), torch.zeros(1, 3)).relative_l2_max == 0.0
+    assert "relative L2" in limits_broken(torch.ones(1, 3), torch.zeros(1, 3))
 
 
 @pytest.mark.parametrize(
@@ -215,11 +187,6 @@ def test_parity_shape_or_name_mismatch_of_logits_is_an_input_error(candidate, re
         differences(candidate, reference)
 
 
-def test_no_image_is_an_input_error(tiny_model):
-    with pytest.raises(InputError, match="no image"):
-        logits_of(reference_runner(tiny_model, SPEC), [])
-
-
 # Flips of top-1
 
 
@@ -234,22 +201,18 @@ def pair_with_noise(noise: float, margin: float, shift: float) -> tuple[Tensor, 
     return candidate, reference
 
 
-def test_a_flip_within_the_noise_is_excused():
-    found = differences(*pair_with_noise(noise=0.01, margin=0.03, shift=0.035))
-    assert (found.flips, found.excused_flips, found.top1_agreement) == (1, 1, 1.0)
-
-
-def test_a_flip_beyond_the_noise_is_not_excused():
-    found = differences(*pair_with_noise(noise=0.01, margin=0.05, shift=0.055))
-    assert (found.flips, found.excused_flips, found.top1_agreement) == (1, 0, 63 / 64)
+@pytest.mark.parametrize(
+    ("margin", "shift", "flips"),
+    [(0.03, 0.035, (1, 1, 1.0)), (0.05, 0.055, (1, 0, 63 / 64)), (0.05, 0.04, (0, 0, 1.0))],
+    ids=["within the noise", "beyond the noise", "no flip"],
+)
+def test_a_flip_is_excused_within_the_noise_of_the_run_alone(margin, shift, flips):
+    found = differences(*pair_with_noise(noise=0.01, margin=margin, shift=shift))
+    assert (found.flips, found.excused_flips, found.top1_agreement) == flips
 
 
 def test_one_wrong_logit_in_64000_that_flips_a_decision_is_caught_by_top1_alone():
     assert limits_broken(*pair_with_noise(noise=1e-3, margin=0.1, shift=0.2)) == ["top-1 agreement"]
-
-
-def test_top1_that_agrees_is_no_flip():
-    assert differences(*pair_with_noise(noise=0.01, margin=0.05, shift=0.04)).flips == 0
 
 
 # Gates
@@ -286,3 +249,11 @@ def test_kl_is_zero_only_for_the_same_distribution():
     candidate = torch.zeros(1, 2, dtype=torch.float64)  # one half each
     expected = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
     assert differences(candidate, reference).mean_kl == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_spread_is_exact_far_from_zero_whatever_the_batches():
+    reference = logits(40) + 1e6
+    running = RunningDifferences()
+    for part in (slice(0, 1), slice(1, 8), slice(8, 40)):
+        running.add(reference[part] + 0.5, reference[part])
+    assert running.result().max_abs_in_std == pytest.approx(0.5 / float(reference.std(correction=0)), rel=1e-9)

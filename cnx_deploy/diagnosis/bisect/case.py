@@ -14,14 +14,15 @@ from torch import Tensor
 from cnx_deploy.core.errors import InputError, ParityError
 from cnx_deploy.core.gates import Differences, Gate
 from cnx_deploy.core.manifest import Artifact, ModelRecord, OnnxManifest
-from cnx_deploy.data import batches_from_folder, image_like_batches, runner_input
+from cnx_deploy.data import ImageLike, evenly, find_images
+from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.diagnosis.bisect.units import in_order, units_of
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.runners.emulator.graph import Graph
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.verification.export_check import check_exported
 from cnx_deploy.verification.parity import differences
+from cnx_deploy.verification.verify import verify_export
 
 __all__ = ["Case", "Exported", "Probe", "Recorded", "case_of", "exported_with", "recorded_as_it_is"]
 
@@ -130,7 +131,7 @@ def exported_with(kept: Collection[str], case: Case) -> Exported:
     spec = replace(case.spec, deploy=replace(case.spec.deploy, keep_fp32=tuple(kept)))
     with tempfile.TemporaryDirectory() as folder:
         artifact = export_onnx(case.loaded.model, case.record, spec, Path(folder))
-        graph, verifies = Graph(artifact.path), _verifies(artifact, spec, case)
+        graph, verifies = Graph(artifact.path), _verifies(artifact, case)
     with torch.inference_mode():
         logits = torch.cat([graph.evaluate(images).tensors[graph.outputs[0]] for images in case.batches])
     weights = [value for value in graph.constants.values() if value.is_floating_point()]
@@ -149,20 +150,22 @@ def _batches(record: ModelRecord, spec: ExportSpec, data: Path | None, samples: 
     size = max(smallest, min(largest, BATCH))
     rest = samples % size
     total = samples - rest + max(rest, smallest) if rest else samples
-    if data is None:
-        pixels = list(image_like_batches(total, spec.deploy.image_size, batch_size=size))
-    else:
-        preprocessing = record.preprocessing
-        pixels = [batch for batch, _, _ in batches_from_folder(data, preprocessing, size, limit=total)]
-    fitting = [runner_input(batch, spec.deploy.input_kind) for batch in pixels if len(batch) >= smallest]
+    images = ImageLike(total) if data is None else find_images(data)
+    batches = images.batches(
+        replace(record.preprocessing, image_size=spec.deploy.image_size),
+        InputSpec(spec.deploy.input_kind, spec.deploy.image_size),
+        size,
+        evenly(len(images), total),
+    )
+    fitting = [batch.images for batch in batches if len(batch) >= smallest]
     if not fitting:
         raise InputError(f"{data} has fewer images than the {smallest} that the file takes at once. Add some.")
     return tuple(fitting)
 
 
-def _verifies(artifact: Artifact[OnnxManifest], spec: ExportSpec, case: Case) -> bool:
+def _verifies(artifact: Artifact[OnnxManifest], case: Case) -> bool:
     try:
-        check_exported(case.loaded, spec)(artifact)
+        verify_export(artifact, case.loaded.model)
     except (ParityError, InputError):  # the latter where all is kept, and nothing is left for the emulator to round
         return False
     return True

@@ -20,7 +20,7 @@ from cnx_deploy.diagnosis.bisect.units import in_order, islands_of, parts_of_uni
 from cnx_deploy.exporters.untrusted import check_recorded
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.deploy import BLOCK_PARTS, FORM, block_parts
-from cnx_deploy.verification.verify import recorded_model
+from cnx_deploy.model.recorded import recorded_model
 
 __all__ = ["Bisection", "Tried", "bisect_artifact", "find_kept", "run_bisection"]
 
@@ -91,7 +91,7 @@ def run_bisection(
     """Bisect a recorded half-precision ONNX file on images of the folder `data`, or on seeded ones.
 
     `gate` names one of `parity.GATES`, by default that of the file's precision. Raises InputError for another kind of
-    artifact, and whatever `artifacts.open_artifact` and `verification.recorded_model` raise.
+    artifact, and whatever `artifacts.open_artifact` and `model.recorded_model` raise.
     """
     artifact = open_artifact(file)
     if not is_onnx(artifact) or not artifact.manifest.precision.has_islands:

@@ -16,7 +16,8 @@ from torch import Tensor
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import STRIDE
-from cnx_deploy.data import batches_from_folder, image_like_batches
+from cnx_deploy.data import ImageLike, evenly, find_images
+from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.diagnosis.headroom.ranges import (
     HALF_MAX,
     NormRange,
@@ -263,10 +264,10 @@ def measure_headroom(
 
 
 def _batches(request: HeadroomRequest, preprocessing: Preprocessing) -> Iterator[Tensor]:
-    if request.data is None:
-        return image_like_batches(request.samples, preprocessing.image_size, batch_size=BATCH)
-    found = batches_from_folder(request.data, preprocessing, BATCH, limit=request.samples)
-    return (pixels for pixels, _, _ in found)
+    images = ImageLike(request.samples) if request.data is None else find_images(request.data)
+    spec = InputSpec("uint8", preprocessing.image_size)
+    batches = images.batches(preprocessing, spec, BATCH, evenly(len(images), request.samples))
+    return (batch.images for batch in batches)
 
 
 def _part_of(module: str) -> str:

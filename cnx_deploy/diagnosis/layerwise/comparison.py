@@ -21,12 +21,13 @@ from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError, MissingRequirementError
 from cnx_deploy.core.gates import Gate
 from cnx_deploy.core.manifest import Artifact
-from cnx_deploy.data import batches_from_folder, image_like_batches, runner_input
+from cnx_deploy.data import ImageLike, evenly, find_images
+from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.diagnosis.layerwise.sides import SIDES, Side, Subject, reference_form, torch_outputs
 from cnx_deploy.diagnosis.layerwise.taps import canonical, module_names, taps_in_file
 from cnx_deploy.exporters.untrusted import check_recorded
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.verification.verify import recorded_model
+from cnx_deploy.model.recorded import recorded_model
 
 __all__ = [
     "JUMP",
@@ -274,12 +275,17 @@ def _batches(artifact: Artifact, spec: DeploySpec, samples: int, images: Path | 
     smallest, _, largest = artifact.manifest.batch
     size = max(smallest, min(samples, largest))
     count = ceil(samples / size) * size
-    if images is None:
-        source = image_like_batches(count, spec.image_size, batch_size=size)
-    else:
-        preprocessing = artifact.manifest.model.preprocessing
-        source = (pixels for pixels, _, _ in batches_from_folder(images, preprocessing, size, limit=count))
-    batches = [runner_input(batch, spec.input_kind) for batch in source if len(batch) >= smallest]
+    source = ImageLike(count) if images is None else find_images(images)
+    batches = [
+        batch.images
+        for batch in source.batches(
+            replace(artifact.manifest.model.preprocessing, image_size=spec.image_size),
+            InputSpec(spec.input_kind, spec.image_size),
+            size,
+            evenly(len(source), count),
+        )
+        if len(batch) >= smallest
+    ]
     if not batches:
         raise InputError(f"{images} has fewer images than the {smallest} of one batch. Give more.")
     return batches

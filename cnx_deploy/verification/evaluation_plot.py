@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cnx_deploy.core.plotting import BLUE, GREY, RED, save_svg
-from cnx_deploy.verification.evaluation.calibration import CalibrationBin
-from cnx_deploy.verification.evaluation.results import Evaluation
+from cnx_deploy.verification.evaluation import CalibrationBin, Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

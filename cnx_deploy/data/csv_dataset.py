@@ -12,14 +12,12 @@ from typing import NoReturn, TextIO
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.strict_json import shortened
-from cnx_deploy.data.dataset import Split
+from cnx_deploy.data.image_source import ImageFiles
 
-__all__ = ["Manifest", "is_manifest", "read_manifest"]
+__all__ = ["CsvDataset", "is_csv", "read_csv"]
 
 SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 """What the column `split` may say, in upper or lower case, and what it means."""
-
-
 MAX_LINE = 1 << 20
 """Characters; the path and label of an image have some hundreds."""
 MAX_LABEL = 255
@@ -27,7 +25,7 @@ MAX_LABEL = 255
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
+class CsvDataset:
     """The rows of a file by their split; all of them under "" where there is no such column. Class names are sorted.
 
     `lines`: the first line that names a class, for messages.
@@ -35,17 +33,17 @@ class Manifest:
 
     path: Path
     class_names: tuple[str, ...]
-    splits: dict[str, Split]
+    splits: dict[str, ImageFiles]
     lines: dict[str, int]
 
-    def validation(self) -> Split:
+    def validation(self) -> ImageFiles:
         """The rows of val, else of test, else all of a file without splits; InputError when there are none."""
         for name in ("val", "test", ""):
             if name in self.splits:
                 return self.splits[name]
         raise InputError(f"{self.path} has no rows with the split val or test. Add some, or leave the column out.")
 
-    def training(self) -> Split:
+    def training(self) -> ImageFiles:
         """The rows of train. InputError when there are none, or other rows have a class that they have not."""
         if "train" not in self.splits:
             raise InputError(f"{self.path} has no rows with the split train. Add some, or leave the column out.")
@@ -60,53 +58,49 @@ class Manifest:
         return train
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    line: int
-    path: str
-    label: str
-    split: str
-
-
-def is_manifest(path: Path) -> bool:
+def is_csv(path: Path) -> bool:
     """Whether a path is meant as a CSV file, by its suffix."""
     return path.suffix.lower() == ".csv" and not path.is_dir()
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_csv(path: Path) -> CsvDataset:
     """Read and check every row.
 
-    InputError, with the number of the line: no header, a column missing or twice, a row too short or a line too long, a
-    label that is empty, too long or holds a control character, an unknown split, a path that is absolute, leads outside
-    the folder, is there twice or is no file.
+    Raises InputError, with the number of the line: no header, a column missing or twice, a row too short or a line too
+    long, a label that is empty, too long or holds a control character, an unknown split, a path that is absolute, leads
+    outside the folder, is there twice or is no file.
     """
     lines: dict[str, int] = {}
     seen: dict[str, int] = {}
-    paths: dict[str, list[Path]] = {}
-    labels: dict[str, list[str]] = {}
+    rows: dict[str, list[tuple[Path, str]]] = {}
     folder = str(path.parent)
-    for row in _rows(path):
-        place = _place(path, row)
+    for line, values in _rows(path):
+        split, label = _split_and_label(path, line, values)
+        shown = shortened(values["path"] if values["path"].isprintable() else repr(values["path"]))
+        place = os.path.normpath(values["path"])
+        if os.path.isabs(place) or place.split(os.sep, 1)[0] == os.pardir:  # noqa: PTH117 - millions of rows
+            _refuse(path, line, f"{shown} leads outside {folder}. Paths are relative to the CSV file's folder")
         if place in seen:
-            _refuse(path, row.line, f"{_shown(row)} is on line {seen[place]} already. An image has one row")
-        full = os.path.join(folder, place)  # noqa: PTH118 - this and the next are done for each of millions of rows
+            _refuse(path, line, f"{shown} is on line {seen[place]} already. An image has one row")
+        full = os.path.join(folder, place)  # noqa: PTH118 - as above, and below
         if not os.path.isfile(full):  # noqa: PTH113
-            _refuse(
-                path, row.line, f"{_shown(row)} is no file below {folder}. Paths are relative to the CSV file's folder"
-            )
-        seen[place] = row.line
-        lines.setdefault(row.label, row.line)
-        paths.setdefault(row.split, []).append(Path(full))
-        labels.setdefault(row.split, []).append(row.label)
+            _refuse(path, line, f"{shown} is no file below {folder}. Paths are relative to the CSV file's folder")
+        seen[place] = line
+        lines.setdefault(label, line)
+        rows.setdefault(split, []).append((Path(full), label))
     if not lines:
         raise InputError(f"{path} has no rows below its header: expected one for each image. Add them.")
     names = tuple(sorted(lines))
     index = {name: at for at, name in enumerate(names)}
-    splits = {name: Split(tuple(paths[name]), tuple(index[label] for label in labels[name])) for name in paths}
-    return Manifest(path, names, splits, lines)
+    splits = {
+        split: ImageFiles(tuple(file for file, _ in images), tuple(index[label] for _, label in images), names)
+        for split, images in rows.items()
+    }
+    return CsvDataset(path, names, splits, lines)
 
 
-def _rows(path: Path) -> Iterator[_Row]:
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The number of each line and its values by column."""
     if path.exists() and not path.is_file():
         raise InputError(
             f"{path} is a folder, a device or a pipe: expected a CSV file with the columns path and label. Check the "
@@ -124,7 +118,7 @@ def _rows(path: Path) -> Iterator[_Row]:
                     continue
                 if len(values) <= last:
                     _refuse(path, reader.line_num, f"it has {len(values)} values, the header asks for {last + 1}")
-                yield _row(path, reader.line_num, {name: values[at].strip() for name, at in columns.items()})
+                yield reader.line_num, {name: values[at].strip() for name, at in columns.items()}
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no text in UTF-8 ({error}). Save it as CSV in UTF-8.") from error
     except csv.Error as error:
@@ -151,18 +145,15 @@ def _columns(header: list[str], path: Path) -> dict[str, int]:
     wanted = ("path", "label", "split")
     missing = [name for name in wanted[:2] if name not in names]
     if missing:
-        _refuse(
-            path,
-            1,
-            f"the header has no column {' and '.join(missing)}, only {shortened(', '.join(header)) or 'nothing'}",
-        )
+        given = shortened(", ".join(header)) or "nothing"
+        _refuse(path, 1, f"the header has no column {' and '.join(missing)}, only {given}")
     twice = [name for name in wanted if names.count(name) > 1]
     if twice:
         _refuse(path, 1, f"the header has the column {twice[0]} twice")
     return {name: names.index(name) for name in wanted if name in names}
 
 
-def _row(path: Path, line: int, values: dict[str, str]) -> _Row:
+def _split_and_label(path: Path, line: int, values: dict[str, str]) -> tuple[str, str]:
     split = SPLITS.get(values["split"].lower()) if "split" in values else ""
     if split is None:
         _refuse(path, line, f"there is no split {shortened(repr(values['split']))}. Write train, val or test")
@@ -174,24 +165,10 @@ def _row(path: Path, line: int, values: dict[str, str]) -> _Row:
         _refuse(
             path,
             line,
-            f"the label {shortened(repr(label))} is no class's name: it is longer than {MAX_LABEL} "
-            "characters or holds a line's end or another control character",
+            f"the label {shortened(repr(label))} is no class's name: it is longer than {MAX_LABEL} characters or holds "
+            "a line's end or another control character",
         )
-    return _Row(line, values["path"], values["label"], split)
-
-
-def _place(path: Path, row: _Row) -> str:
-    """The path below the file's folder, without detours."""
-    place = os.path.normpath(row.path)
-    if os.path.isabs(place) or place.split(os.sep, 1)[0] == os.pardir:  # noqa: PTH117 - as above
-        _refuse(
-            path, row.line, f"{_shown(row)} leads outside {path.parent}. Paths are relative to the CSV file's folder"
-        )
-    return place
-
-
-def _shown(row: _Row) -> str:
-    return shortened(row.path if row.path.isprintable() else repr(row.path))
+    return split, label
 
 
 def _refuse(path: Path, line: int, reason: str) -> NoReturn:

@@ -1,0 +1,316 @@
+"""The one source of images for training, verification, evaluation, prediction, range analysis and benchmarks.
+
+A source knows its images by index: how many there are, what each is called, its label and its pixels. What every
+consumer needs beyond that is written here once: batches of any runner's input, filled up to its smallest batch; files
+that cannot be read, counted and named; an even choice of some images; the batch sizes at which kernels are checked.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.core.system import cpu_count
+from cnx_deploy.data.decoding import as_image, load_image
+from cnx_deploy.data.input_spec import InputSpec
+from cnx_deploy.data.preprocessing import runner_input, to_pixels
+
+__all__ = [
+    "BrokenImage", "GivenImages", "ImageBatch", "ImageBatches", "ImageFiles", "ImageLike", "ImageSource", "batch_sizes",
+    "checked_sizes", "evenly", "image_like_batches",
+]  # fmt: skip
+
+CHECKED_SIZES = (1, 2, 7)
+"""Besides the largest: one, the smallest real batch, and an odd one that no kernel is tuned for."""
+ANY_BATCH = 64
+"""Largest batch of a runner that takes any."""
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenImage:
+    """An image that could not be read, under the name that its source gives it, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBatch:
+    """Some images of a source as a runner takes them.
+
+    `images` has the shape and dtype of the runner's `InputSpec`. Copies of the first image may follow the
+    `len(indices)` real ones, up to the runner's smallest batch. `labels` (n,) int64 has -1 where there is none.
+    """
+
+    images: Tensor
+    indices: tuple[int, ...]
+    names: tuple[str, ...]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class ImageSource(ABC):
+    """Images by index, labelled or not. A subclass gives their number and their pixels, and may give the rest.
+
+    Example:
+        class Arrays(ImageSource):
+            def __init__(self, arrays): self.arrays = arrays  # (H, W, 3) uint8 each
+            def __len__(self): return len(self.arrays)
+            def pixels(self, index, preprocessing): return to_pixels(Image.fromarray(self.arrays[index]), preprocessing)
+    """
+
+    class_names: tuple[str, ...] = ()
+    """What the labels mean; empty where the images have none."""
+    description: str = "the image source"
+    """What messages call the whole."""
+    is_thread_safe: bool = False
+    """Whether `pixels` may be called from several threads at once."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def pixels(self, index: int, preprocessing: Preprocessing) -> Tensor:
+        """(S, S, 3) uint8 RGB of one image. Raises InputError, which names the image, where it cannot be read."""
+
+    def name(self, index: int) -> str:
+        """What reports call an image."""
+        return f"image {index}"
+
+    def label(self, index: int) -> int:
+        """The index of an image's class in `class_names`; -1 without labels."""
+        return -1
+
+    def choice(self, limit: int | None) -> list[int]:
+        """`limit` of the indices, evenly spread so that sorted classes are all met; all with None."""
+        return evenly(len(self), limit)
+
+    def batches(
+        self,
+        preprocessing: Preprocessing,
+        spec: InputSpec,
+        sizes: int | Iterable[int] | None = None,
+        indices: Sequence[int] | None = None,
+        *,
+        leave_out_broken: bool = False,
+    ) -> "ImageBatches":
+        """The images in batches that a runner of input `spec` takes.
+
+        Args:
+            preprocessing: how pixels are made; its image size must be the runner's.
+            spec: the runner's input.
+            sizes: images in each batch, or in the batches one after the other, of which the last size is repeated;
+                cut to the runner's range. None is its largest.
+            indices: which images, in order; None is all.
+            leave_out_broken: go on without images that cannot be read, which `broken` then lists.
+
+        Raises InputError when the image sizes differ; while the batches are read, for an image that cannot be.
+        """
+        if preprocessing.image_size != spec.image_size:
+            raise InputError(
+                f"The model takes images of {spec.image_size} pixels and the preprocessing makes "
+                f"{preprocessing.image_size}. Use the same image size."
+            )
+        if sizes is None or isinstance(sizes, int):
+            sizes = (sizes or spec.max_batch or ANY_BATCH,)
+        chosen = range(len(self)) if indices is None else indices
+        return ImageBatches(self, preprocessing, spec, sizes, chosen, leave_out_broken)
+
+
+class ImageBatches(Iterable[ImageBatch]):
+    """Batches of a source, read while they are iterated; reading them again decodes the images again."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        preprocessing: Preprocessing,
+        spec: InputSpec,
+        sizes: Iterable[int],
+        indices: Sequence[int],
+        leave_out_broken: bool,
+    ) -> None:
+        self.broken: dict[int, BrokenImage] = {}
+        self._source, self._preprocessing, self._spec = source, preprocessing, spec
+        self._sizes, self._indices, self._leaves_out = sizes, indices, leave_out_broken
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        sizes, waiting = iter(self._sizes), list[tuple[int, Tensor]]()
+        size = self._fitting(next(sizes))
+        for index, pixels in self._readable():
+            waiting.append((index, pixels))
+            if len(waiting) == size:
+                yield self._batch(waiting)
+                waiting, size = [], self._fitting(next(sizes, size))
+        if waiting:
+            yield self._batch(waiting)
+
+    def _fitting(self, size: int) -> int:
+        return max(self._spec.min_batch, min(size, self._spec.max_batch or size))
+
+    def _readable(self) -> Iterator[tuple[int, Tensor]]:
+        """Index and pixels of every image that can be read, in order; a few are decoded ahead."""
+        workers = cpu_count() if self._source.is_thread_safe else 1
+        with ThreadPoolExecutor(workers) as pool:
+            for start in range(0, len(self._indices), 2 * workers):
+                some = self._indices[start : start + 2 * workers]
+                for index, pixels in zip(some, pool.map(self._read, some), strict=True):
+                    if isinstance(pixels, Tensor):
+                        yield index, pixels
+                    else:
+                        self.broken[index] = pixels
+
+    def _read(self, index: int) -> Tensor | BrokenImage:
+        try:
+            return self._source.pixels(index, self._preprocessing)
+        except InputError as error:
+            if not self._leaves_out:
+                raise
+            return BrokenImage(self._source.name(index), str(error))
+
+    def _batch(self, images: Sequence[tuple[int, Tensor]]) -> ImageBatch:
+        indices, pixels = zip(*images, strict=True)
+        missing = max(0, self._spec.min_batch - len(pixels))
+        stacked = torch.stack([*pixels, *[pixels[0]] * missing])
+        labels = torch.tensor([self._source.label(index) for index in indices])
+        names = tuple(self._source.name(index) for index in indices)
+        return ImageBatch(runner_input(stacked, self._spec.kind), indices, names, labels)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFiles(ImageSource):
+    """Image files and the class index of each; no labels and no names where the files have no classes."""
+
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...] = ()
+    class_names: tuple[str, ...] = ()
+    description: str = field(default="the image files", compare=False)
+    is_thread_safe = True
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def pixels(self, index: int, preprocessing: Preprocessing) -> Tensor:
+        """Decode one file."""
+        return to_pixels(load_image(self.paths[index]), preprocessing)
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return str(self.paths[index])
+
+    def label(self, index: int) -> int:
+        """The file's class; -1 without classes."""
+        return self.labels[index] if self.labels else -1
+
+    def subset(self, indices: Sequence[int]) -> Self:
+        """The images at `indices`, in their order."""
+        labels = tuple(self.labels[at] for at in indices) if self.labels else ()
+        return replace(self, paths=tuple(self.paths[at] for at in indices), labels=labels)
+
+
+@dataclass(frozen=True, slots=True)
+class GivenImages(ImageSource):
+    """Images as a caller has them, labelled or not: paths, PIL images, arrays or tensors, see `decoding.as_image`."""
+
+    images: Sequence[Any]
+    labels: Sequence[int] = ()
+    class_names: tuple[str, ...] = ()
+    description = "the images"
+    is_thread_safe = True
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pixels(self, index: int, preprocessing: Preprocessing) -> Tensor:
+        """Decode one image."""
+        return to_pixels(as_image(self.images[index]), preprocessing)
+
+    def name(self, index: int) -> str:
+        """The path, or the image's place."""
+        image = self.images[index]
+        return str(image) if isinstance(image, str | Path) else f"image {index}"
+
+    def label(self, index: int) -> int:
+        """The image's class; -1 without classes."""
+        return self.labels[index] if self.labels else -1
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLike(ImageSource):
+    """Images made from a seed, of any size, for measurements that need no photographs.
+
+    Each is coloured noise with the 1/f spectrum of photographs, of its own brightness and contrast, under shapes with
+    sharp edges; each reaches both 0 and 255. Image i is the same whatever `count` is.
+    """
+
+    count: int = 1 << 20
+    seed: int = 0
+    description = "seeded image-like"
+    is_thread_safe = True
+
+    def __len__(self) -> int:
+        return self.count
+
+    def pixels(self, index: int, preprocessing: Preprocessing) -> Tensor:
+        """Make one image at the size of `preprocessing`; nothing is resized or cropped."""
+        return _image_like(preprocessing.image_size, np.random.default_rng((self.seed, index)))
+
+    def choice(self, limit: int | None) -> list[int]:
+        """The first `limit` indices: one image is as good as another."""
+        return list(range(len(self) if limit is None else min(limit, len(self))))
+
+    def name(self, index: int) -> str:
+        """Index and seed."""
+        return f"image-like {index} of seed {self.seed}"
+
+
+def evenly(count: int, limit: int | None) -> list[int]:
+    """`limit` of the indices 0 to `count` - 1, evenly spread, so that sorted classes are all met; all with None."""
+    taken = count if limit is None else min(limit, count)
+    return [at * count // taken for at in range(taken)]
+
+
+def checked_sizes(spec: InputSpec) -> list[int]:
+    """Batch sizes of a runner to check: 1, 2, 7 and its largest, as far as its range goes."""
+    largest = spec.max_batch or ANY_BATCH
+    return sorted({size for size in (*CHECKED_SIZES, largest) if spec.min_batch <= size <= largest})
+
+
+def batch_sizes(count: int, spec: InputSpec) -> list[int]:
+    """Sizes that cut `count` images in the sizes of `checked_sizes`, then in the largest; the last is what is left."""
+    checked, sizes = checked_sizes(spec), list[int]()
+    while (left := count - sum(sizes)) > 0:
+        sizes.append(min(left, checked[min(len(sizes), len(checked) - 1)]))
+    return sizes
+
+
+def image_like_batches(count: int, image_size: int, *, batch_size: int, seed: int = 0) -> Iterator[Tensor]:
+    """Yield (N, S, S, 3) uint8 batches of what `ImageLike` makes, of any size, `count` images in all."""
+    for start in range(0, count, batch_size):
+        indices = range(start, min(start + batch_size, count))
+        yield torch.stack([_image_like(image_size, np.random.default_rng((seed, index))) for index in indices])
+
+
+def _image_like(side: int, random: np.random.Generator) -> Tensor:
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None, :])
+    frequency[0, 0] = np.inf  # no constant part: the brightness below is the mean
+    spectrum = np.fft.rfft2(random.standard_normal((3, side, side))) / frequency
+    field = np.einsum("oc,chw->hwo", random.standard_normal((3, 3)) + 1.0, np.fft.irfft2(spectrum, s=(side, side)))
+    canvas = random.uniform(0.3, 0.7) + random.uniform(0.05, 0.3) * field / field.std()
+    rows, columns = np.mgrid[:side, :side] / side
+    colours: Sequence[Any] = [*random.uniform(0.0, 1.0, (4, 3)), 0.0, 1.0]  # black and white last, so both are seen
+    for colour in colours:
+        (top, left), (height, width) = random.uniform(0.0, 0.9, 2), random.uniform(0.04, 0.3, 2)
+        down, along = np.abs(rows - top) / height, np.abs(columns - left) / width
+        inside = down**2 + along**2 < 1 if random.random() < 0.5 else np.maximum(down, along) < 1
+        canvas[inside] = colour
+    return torch.from_numpy((canvas.clip(0.0, 1.0) * 255.0).round().astype(np.uint8))

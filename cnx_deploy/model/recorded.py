@@ -1,0 +1,63 @@
+"""The network that a manifest records: the record that an export writes, and the weights that it leads back to."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from cnx_deploy.core.errors import CorruptArtifactError, InputError
+from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord, relative_reference
+from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.core.variants import find_variant
+from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, load_checkpoint, load_pretrained
+from cnx_deploy.model.convnextv2 import random_model
+
+__all__ = ["model_record", "recorded_model"]
+
+
+def model_record(
+    loaded: LoadedModel, preprocessing: Preprocessing, manifest_dir: Path, checkpoint: Path | None = None
+) -> ModelRecord:
+    """What a manifest in `manifest_dir` says of a loaded model."""
+    weights = loaded.weights
+    if checkpoint is not None:
+        reference = relative_reference(checkpoint, manifest_dir)
+        weights = WeightsRecord("checkpoint", reference, weights.sha256, weights.licence)
+    return ModelRecord(
+        variant=loaded.model.variant.name,
+        num_classes=loaded.model.num_classes,
+        image_size=preprocessing.image_size,
+        weights=weights,
+        preprocessing=preprocessing,
+        class_names=loaded.class_names,
+        head_is_new=loaded.head_is_new,
+    )
+
+
+def recorded_model(artifact: Artifact) -> LoadedModel:
+    """Load the weights that an artifact was made from and check that they are the same.
+
+    Raises InputError when a checkpoint is not where the manifest says, CorruptArtifactError when it was changed.
+    """
+    record = artifact.manifest.model
+    weights = record.weights
+    # A head that was new at the export is drawn again, from a fixed seed.
+    head: dict[str, Any] = {"num_classes": record.num_classes, "reset_head": True} if record.head_is_new else {}
+    if weights.origin == "random":
+        model = random_model(find_variant(record.variant), record.num_classes, seed=int(weights.reference))
+        loaded = LoadedModel(model, weights, record.class_names, record.preprocessing)
+    elif weights.origin == "checkpoint":
+        path = artifact.path.parent / weights.reference
+        if not os.path.isfile(path):  # noqa: PTH113 - Path's own raises for a name that no system takes
+            raise InputError(
+                f"{artifact.path.name} was made from {path}, which is not there. Put it back or export again."
+            )
+        loaded = load_checkpoint(path, record.variant, **head)
+    else:
+        loaded = load_pretrained(weights.reference, **head)
+    digest = hash_weights(loaded.model)
+    if digest != weights.sha256:
+        raise CorruptArtifactError(
+            f"The weights behind {artifact.path.name} ({weights.origin} {weights.reference}) have changed: "
+            f"hash {digest[:12]}…, the manifest says {weights.sha256[:12]}…. Export again with --force."
+        )
+    return loaded

@@ -1,0 +1,236 @@
+"""Two runners on the same images, batch by batch: how far they differ and, with labels, how often each is right.
+
+Only numbers of an image stay, so a folder of any size is judged in the memory of a batch. Of labelled images every one
+is listed where the two disagree. A flip is excused by the rule of `parity.NOISE_MARGIN`, over all images of the run.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnx_deploy.core.gates import Gate, ParityResult
+from cnx_deploy.data import BrokenImage
+from cnx_deploy.verification.parity import NOISE_MARGIN, RunningDifferences
+
+__all__ = ["Agreement", "Flip", "LabelledResult", "RunningComparison", "Verification", "table_of"]
+
+NO_CLASS = "none (NaN or infinite)"
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """An image to which reference and candidate give different classes, or one gives logits that are not finite.
+
+    `margin`: the reference's best logit less its second. `largest_error`: the largest difference of this image's
+    logits, at least half the margin wherever a class has flipped, so that it excuses nothing by itself.
+    """
+
+    path: str
+    label: str
+    reference: str
+    margin: float
+    candidate: str
+    largest_error: float
+    excused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What both sides made of `images` images out of `available` in the source.
+
+    `rms_error` is over all logits of the run; a flip is excused where the margin is at most `excused_margin`.
+    """
+
+    images: int
+    available: int
+    reference_correct: int
+    candidate_correct: int
+    agreeing: int
+    rms_error: float
+    excused_margin: float
+    flips: tuple[Flip, ...]
+    broken: tuple[BrokenImage, ...] = ()
+
+    @property
+    def unexcused(self) -> tuple[Flip, ...]:
+        """The flips that rounding noise does not explain."""
+        return tuple(flip for flip in self.flips if not flip.excused)
+
+    def percent(self, name: str) -> float:
+        """`reference_correct`, `candidate_correct` or `agreeing` among all images."""
+        return 100.0 * float(getattr(self, name)) / self.images
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledResult(ParityResult):
+    """A verdict over labelled images: the gate's, and a failure for flips that are not excused."""
+
+    agreement: Agreement
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict as JSON has it, with shares in percent."""
+        document = ParityResult.to_dict(self)
+        for name in ("reference_correct", "candidate_correct", "agreeing"):
+            document["agreement"][f"{name}_percent"] = self.agreement.percent(name)
+        return document
+
+    def lines(self, at_most: int = 10) -> list[str]:
+        """A summary, at most so many flips (unexcused ones first) and the images that could not be read."""
+        agreement, flips = self.agreement, "no flips"
+        if agreement.flips:
+            flips = f"{len(agreement.flips)} flips, {len(agreement.unexcused)} not excused (margin above "
+            flips += f"{agreement.excused_margin:.2e})"
+        text = [
+            f"labels, {agreement.images} of {agreement.available} images: top-1 {self.reference} "
+            f"{agreement.percent('reference_correct'):.2f} %, {self.candidate} "
+            f"{agreement.percent('candidate_correct'):.2f} %; same class {agreement.percent('agreeing'):.2f} %; {flips}"
+        ]
+        text += [
+            f"  {flip.path}: label {flip.label}, {self.reference} {flip.reference} by {flip.margin:.2e}, "
+            f"{self.candidate} {flip.candidate}, largest error {flip.largest_error:.2e}: "
+            f"{'excused' if flip.excused else 'NOT EXCUSED'}"
+            for flip in agreement.flips[:at_most]
+        ]
+        if len(agreement.flips) > at_most:
+            text.append(f"  and {len(agreement.flips) - at_most} more flips: --json lists all")
+        for image in agreement.broken:
+            reason = image.reason if image.path in image.reason else f"{image.path}: {image.reason}"
+            text.append(f"  not read, not counted: {reason}")
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was checked of one artifact. `not_run` says what could not be run here and what is missing."""
+
+    artifact: str
+    kind: str
+    results: tuple[ParityResult, ...]
+    not_run: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing that ran has failed."""
+        return all(result.passed for result in self.results)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verification as JSON has it."""
+        return {
+            "artifact": self.artifact,
+            "kind": self.kind,
+            "passed": self.passed,
+            "results": [result.to_dict() for result in self.results],
+            "not_run": list(self.not_run),
+            "notes": list(self.notes),
+        }
+
+
+class RunningComparison:
+    """Candidate against reference, batch by batch.
+
+    Args:
+        class_names: a name for every logit where the images have labels, else none.
+    """
+
+    def __init__(self, class_names: Sequence[str] = ()) -> None:
+        self.class_names = tuple(class_names)
+        self.sizes: list[int] = []
+        self._paths: list[str] = []
+        self._labels: list[int] = []
+        self._differences = RunningDifferences()
+
+    def add(
+        self, candidate: Tensor, reference: Tensor, paths: Sequence[str], labels: Sequence[int] = (), *, size: int = 0
+    ) -> None:
+        """Logits (N, num_classes) of both sides for the same images; a label is an index of the logits.
+
+        `size`: images that the candidate was run on, copies included; 0 for N. Raises InputError when the shapes
+        differ or there is no image.
+        """
+        self._differences.add(candidate, reference)
+        self._labels.extend(labels)
+        self._paths.extend(paths)
+        self.sizes.append(size or len(candidate))
+
+    def result(
+        self,
+        names: tuple[str, str],
+        gate: Gate,
+        *,
+        sizes: Sequence[int] = (),
+        available: int = 0,
+        broken: Sequence[BrokenImage] = (),
+    ) -> ParityResult:
+        """The verdict, a LabelledResult where there are labels.
+
+        `names`: candidate and reference. `sizes`: batch sizes in place of those that were added. `available` and
+        `broken` are of the source, whose images need not all have been run.
+        """
+        measured = self._differences.result()
+        failures = gate.failures(measured)
+        words = (*names, gate, tuple(dict.fromkeys(sizes or self.sizes)), measured)
+        if not self.class_names:
+            return ParityResult(*words, failures)
+        agreement = self._agreement(available, tuple(broken))
+        if unexcused := len(agreement.unexcused):
+            failures += (f"{unexcused} flips of top-1 by more than noise explains",)
+        return LabelledResult(*words, failures, agreement)
+
+    def _agreement(self, available: int, broken: tuple[BrokenImage, ...]) -> Agreement:
+        margins, errors, candidate, reference = self._differences.samples.unbind(dim=1)
+        flipped, excused = self._differences.flips
+        labels, rms = torch.tensor(self._labels, dtype=torch.float64), self._differences.rms_error
+        flips = [
+            Flip(
+                path=self._paths[at],
+                label=self.class_names[self._labels[at]],
+                reference=self._name(int(reference[at])),
+                margin=float(margins[at]),
+                candidate=self._name(int(candidate[at])),
+                largest_error=float(errors[at]),
+                excused=bool(excused[at]),
+            )
+            for at in flipped.nonzero().flatten().tolist()
+        ]
+        return Agreement(
+            images=len(labels),
+            available=available,
+            reference_correct=int((reference == labels).sum()),
+            candidate_correct=int((candidate == labels).sum()),
+            agreeing=int((~flipped).sum()),
+            rms_error=rms,
+            excused_margin=NOISE_MARGIN * rms,
+            flips=tuple(sorted(flips, key=_severity)),
+            broken=broken,
+        )
+
+    def _name(self, index: int) -> str:
+        return self.class_names[index] if index >= 0 else NO_CLASS
+
+
+def table_of(verifications: Sequence[Verification]) -> Iterator[str]:
+    """The verifications as the lines of a table, with what could not be run and the notes below."""
+    yield f"{'artifact':34} {'run by':22} {'images':>6} {'rel. L2':>9} {'cosine':>10} {'top-1':>7} {'KL':>9}  verdict"
+    for entry in verifications:
+        for result in entry.results:
+            numbers = result.differences
+            yield (
+                f"{entry.artifact:34} {result.candidate:22} {numbers.samples:>6} {numbers.relative_l2_max:>9.1e} "
+                f"{numbers.centred_cosine_min:>10.7f} {numbers.top1_agreement:>7.2%} {numbers.mean_kl:>9.1e}  "
+                f"{'pass' if result.passed else 'FAIL: ' + '; '.join(result.failures)}"
+            )
+            yield from (f"  {line}" for line in result.lines())
+        for reason in entry.not_run:
+            yield f"{entry.artifact:34} not run: {reason}"
+    for line in dict.fromkeys(line for entry in verifications for line in entry.notes):
+        yield f"Note: {line}"
+
+
+def _severity(flip: Flip) -> tuple[bool, float]:
+    """Unexcused flips first, then by margin, those without a margin before all."""
+    return flip.excused, -flip.margin if math.isfinite(flip.margin) else -math.inf

@@ -1,0 +1,312 @@
+"""CSV files of labelled images: read as they are meant, or refused with the line that is wrong."""
+
+import csv
+import io
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.data import find_dataset, find_images
+from cnx_deploy.data.csv_dataset import MAX_LABEL, MAX_LINE, CsvDataset, read_csv
+from cnx_deploy.model.checkpoint import save_checkpoint
+from cnx_deploy.model.convnextv2 import random_model
+from tests.support.lies import FEW, LONG, QUICK, check_command, put, refused, result_or_error, spoilt
+from tests.support.training_data import write_colours
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve images in images/, a to l."""
+    (tmp_path / "images").mkdir()
+    for index, name in enumerate("abcdefghijkl"):
+        Image.new("RGB", (32, 32), (20 * index, 0, 0)).save(tmp_path / "images" / f"{name}.png")
+    return tmp_path
+
+
+def write(folder, *lines, header="path,label,split", name="data.csv", encoding="utf-8"):
+    path = folder / name
+    path.write_text("\n".join((header, *lines)) + "\n", encoding=encoding)
+    return path
+
+
+SPLIT = (
+    "images/a.png,dog,train",
+    "images/b.png,cat,train",
+    "images/c.png,dog,val",
+    "images/d.png,cat,val",
+    "images/e.png,cat,train",
+)
+
+
+def names_of(split):
+    return [path.stem for path in split.paths]
+
+
+def test_a_csv_file_gives_its_splits_with_classes_in_sorted_order(folder):
+    dataset = find_dataset(write(folder, *SPLIT))
+    assert dataset.class_names == ("cat", "dog")
+    assert (names_of(dataset.train), dataset.train.labels) == (["a", "b", "e"], (1, 0, 0))
+    assert (names_of(dataset.val), dataset.val.labels) == (["c", "d"], (1, 0))
+    assert all(path.is_file() for path in dataset.train.paths)
+
+
+def test_labels_are_text_and_sorted_as_text(folder):
+    rows = [f"images/{name}.png,{label}" for name, label in zip("abcdef", ["10", "9", "07"] * 2, strict=True)]
+    assert find_dataset(write(folder, *rows, header="path,label")).class_names == ("07", "10", "9")
+
+
+def test_a_csv_file_without_splits_is_divided_as_the_same_folder_is(folder):
+    for index, path in enumerate(sorted((folder / "images").iterdir())):
+        (folder / "by_class" / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
+        path.rename(folder / "by_class" / "ab"[index % 2] / path.name)
+    from_folder = find_dataset(folder / "by_class", seed=5, val_share=0.4)
+    rows = [
+        f"by_class/{path.parent.name}/{path.name},{path.parent.name}" for path in find_images(folder / "by_class").paths
+    ]
+    assert find_dataset(write(folder, *rows, header="path,label"), seed=5, val_share=0.4) == from_folder
+
+
+def test_test_rows_validate_where_there_is_no_val(folder):
+    rows = [row.replace(",val", ",test") for row in SPLIT]
+    assert names_of(find_dataset(write(folder, *rows)).val) == ["c", "d"]
+    assert names_of(find_dataset(write(folder, *SPLIT, "images/f.png,cat,test")).val) == ["c", "d"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_what_a_spreadsheet_writes_is_read(folder, encoding):
+    rows = ['"images/a.png","Füchse, rot",TRAIN,7', "images/b.png, Hund ,Train,8", "", "images/c.png,Hund,Validation,9"]
+    path = write(folder, *rows, header="Path,Label,Split,width", encoding=encoding)
+    dataset = find_dataset(path)
+    assert (dataset.class_names, len(dataset.train.paths)) == (("Füchse, rot", "Hund"), 2)
+
+
+def test_columns_may_stand_in_any_order(folder):
+    rows = [",".join(reversed(row.split(","))) for row in SPLIT]
+    assert find_dataset(write(folder, *rows, header="split,label,path")) == find_dataset(write(folder, *SPLIT))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ((), "no rows below its header"),
+        (SPLIT[:2], "no rows with the split val or test"),
+        (SPLIT[2:4], "no rows with the split train"),
+        ((*SPLIT, "images/f.png,fox,val"), "line 7: the class fox has no row with the split train"),
+        (("images/a.png,cat,train", "images/b.png,cat,val"), "the one class cat"),
+    ],
+    ids=lambda value: str(len(value)),
+)
+def test_a_file_that_is_no_dataset_is_refused(folder, rows, message):
+    with pytest.raises(InputError, match=message):
+        find_dataset(write(folder, *rows))
+
+
+def test_a_class_of_one_image_cannot_be_divided(folder):
+    rows = ["images/a.png,cat", "images/b.png,cat", "images/c.png,dog"]
+    with pytest.raises(InputError, match="class dog has one image"):
+        find_dataset(write(folder, *rows, header="path,label"))
+
+
+def test_evaluation_takes_the_validation_rows_and_all_of_a_file_without_splits(folder):
+    images = find_images(write(folder, *SPLIT))
+    assert (images.class_names, names_of(images), images.labels) == (("cat", "dog"), ["c", "d"], (1, 0))
+    assert torch.equal(images.pixels(1, Preprocessing(32))[0, 0], torch.tensor([60, 0, 0], dtype=torch.uint8))
+    without = [row.rpartition(",")[0] for row in SPLIT]
+    assert len(find_images(write(folder, *without, header="path,label")).paths) == 5
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_rows_take_seconds(tmp_path):
+    rows = [f"{index % 100}/{index}.png,{index % 100}" for index in range(100_000)]
+    for name in range(100):
+        (tmp_path / str(name)).mkdir()
+    for row in rows:
+        (tmp_path / row.partition(",")[0]).touch()
+    path = write(tmp_path, *rows, header="path,label")
+    start = time.process_time()
+    assert len(find_dataset(path).train.paths) == 80_000
+    assert time.process_time() - start < 10.0
+
+
+# --- what may not stand in one ---------------------------------------------------------------------------------------
+
+NAMES = ("val/red/0.png", "val/red/1.png", "val/blue/0.png", "val/blue/1.png")
+SOUND = "path,label,split\n" + "".join(
+    f"{name},{name.split('/')[1]},{'train' if '0' in name else 'val'}\n" for name in NAMES
+)
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four images of two classes, one with an odd name, and a file and a folder outside."""
+    root = write_colours(tmp_path_factory.mktemp("data") / "images", 1, 2)
+    (root / 'odd, "é\n.png').write_bytes((root / NAMES[0]).read_bytes())
+    (root.parent / "outside.png").write_bytes((root / NAMES[0]).read_bytes())
+    return root
+
+
+def read(colours: Path, content: bytes | str) -> CsvDataset:
+    return read_csv(put(colours / "data.csv", content.encode() if isinstance(content, str) else content))
+
+
+def test_what_the_csv_module_writes_is_read_as_it_was_written(colours: Path) -> None:
+    rows = [
+        (name, label) for name, label in zip((*NAMES, 'odd, "é\n.png'), ("a,b", '"', "é", "日本", "a,b"), strict=True)
+    ]
+    for dialect in ("excel", "unix"):
+        stream = io.StringIO(newline="")
+        csv.writer(stream, dialect).writerows([("path", "label"), *rows])
+        found = read(colours, stream.getvalue())
+        labels = [found.class_names[at] for at in found.splits[""].labels]
+        assert list(zip(found.splits[""].paths, labels, strict=True)) == [
+            (colours / name, label) for name, label in rows
+        ]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_line_ends_and_the_mark_of_a_spreadsheet_change_nothing(colours: Path, start: str, end: str) -> None:
+    found = read(colours, (start + SOUND).replace("\n", end))
+    assert found.class_names == ("blue", "red")
+    assert {name: len(split.paths) for name, split in found.splits.items()} == {"train": 2, "val": 2}
+
+
+FIRST = "path,label\nval/red/0.png,red\n"
+LIES: list[tuple[str, bytes, str]] = [
+    ("nothing", b"", "line 1: the header has no column path and label, only nothing"),
+    ("a wide header", b"path," + b"x," * 100_000, "line 1: the header has no column label, only path, x, x"),
+    ("a column twice", b"path,label,Label\n", "line 1: the header has the column label twice"),
+    ("no rows", b"path,label\n\n\n", "has no rows below its header"),
+    ("utf-16", SOUND.encode("utf-16"), "is no text in UTF-8"),
+    ("latin-1", FIRST.encode() + "val/red/1.png,é\n".encode("latin-1"), "is no text in UTF-8"),
+    ("a row too short", FIRST.encode() + b"val/red/1.png\n", "line 3: it has 1 values, the header asks for 2"),
+    ("an enormous field", FIRST.encode() + b"x" * 200_000 + b",red\n", "field larger than field limit"),
+    ("an enormous line", FIRST.encode() + b"x," * MAX_LINE, "a line has more than 1,048,576 characters"),
+    ("an open quote", FIRST.encode() + b'"val/red/1.png,red\n', "is no CSV file (unexpected end of data"),
+    ("a bent quote", FIRST.encode() + b'"val"/red/1.png,red\n', "is no CSV file (',' expected after"),
+    ("an escape in a label", FIRST.encode() + b"val/red/1.png,\x1b[31mred\n", "line 3: the label '\\x1b[31mred' is no"),
+    ("a long label", FIRST.encode() + b"val/red/1.png," + b"r" * 256, "it is longer than 255 characters"),
+    ("an empty label", FIRST.encode() + b"val/red/1.png, \n", "line 3: the label is empty"),
+    ("an empty path", FIRST.encode() + b",red\n", "line 3: the path is empty"),
+    ("a path twice", FIRST.encode() + b"val/../val//red/./0.png,blue\n", "line 3: val/../val//red/./0.png is on"),
+    ("outside", FIRST.encode() + b"../outside.png,red\n", "line 3: ../outside.png leads outside"),
+    ("outside by a detour", FIRST.encode() + b"val/../../outside.png,red\n", "leads outside"),
+    ("absolute", FIRST.encode() + b"/etc/passwd,red\n", "line 3: /etc/passwd leads outside"),
+    ("absent", FIRST.encode() + b"val/red/9.png,red\n", "line 3: val/red/9.png is no file below"),
+    ("a folder", FIRST.encode() + b"val/red,red\n", "line 3: val/red is no file below"),
+    ("a null in a path", FIRST.encode() + b"val/red\0/1.png,red\n", "line 3: 'val/red\\x00/1.png' is no file below"),
+    ("an escape in a path", FIRST.encode() + b"\x1b[2J,red\n", "line 3: '\\x1b[2J' is no file below"),
+    ("a long path", FIRST.encode() + b"x/" * 50_000 + b",red\n", "line 3: x/x/x/"),
+    ("a split of no kind", b"path,label,split\nval/red/0.png,red,tren\n", "line 2: there is no split 'tren'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "reason"), [pytest.param(*rest, id=name) for name, *rest in LIES])
+def test_a_lie_is_told_with_its_line(colours: Path, content: bytes, reason: str) -> None:
+    said = refused(lambda: read(colours, content), InputError, f"{colours / 'data.csv'}", reason)
+    assert len(said) < 900
+
+
+def test_a_label_may_be_as_long_as_a_folders_name(colours: Path) -> None:
+    assert read(colours, f"path,label\nval/red/0.png,{'é' * MAX_LABEL}\n").class_names == ("é" * MAX_LABEL,)
+
+
+def test_a_pipe_is_not_waited_for_and_a_folder_is_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "folder.csv").mkdir()
+    for name in ("pipe.csv", "folder.csv"):
+        refused(lambda name=name: read_csv(tmp_path / name), InputError, "is a folder, a device or a pipe")
+    refused(lambda: read_csv(tmp_path / "none.csv"), InputError, "is not there: expected a CSV file")
+
+
+def test_a_line_without_end_is_refused_before_it_is_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "zeros.csv"
+    with path.open("wb") as stream:
+        stream.truncate(1 << 40)
+    refused(lambda: read_csv(path), InputError, "a line has more than 1,048,576 characters, near line")
+
+
+def test_a_class_folder_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    """Its name could be written into no weights: found after the first epoch else."""
+    write_colours(tmp_path, 1, 1)
+    os.rename(tmp_path / "val" / "red", os.fsencode(tmp_path / "val") + b"/r\xe9d")  # noqa: PTH104 - bytes
+    refused(
+        lambda: find_images(tmp_path / "val"), InputError, "has the class folder 'r\\udce9d', whose name is no text"
+    )
+
+
+# --- any lie at any place ---------------------------------------------------------------------------------------------
+
+CELLS = st.one_of(
+    st.sampled_from([*NAMES, "red", "blue", "train", "val", "test", "", "..", "/", "a\nb", '"', "\0", "x" * 300]),
+    st.text(max_size=6),
+)
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> bytes:
+    """Rows of cells that are near to sound ones, as the csv module writes them."""
+    header = draw(st.permutations(["path", "label", "split", *draw(st.lists(CELLS, max_size=1))]))
+    rows = draw(st.lists(st.lists(CELLS, max_size=4), max_size=6))
+    sound = [[name if each == "path" else "red" if each == "label" else "val" for each in header] for name in NAMES]
+    stream = io.StringIO(newline="")
+    csv.writer(stream, draw(st.sampled_from(["excel", "unix"]))).writerows(
+        [header, *sound[: draw(st.integers(0, 4))], *rows]
+    )
+    return stream.getvalue().encode("utf-8", "surrogatepass")
+
+
+ANYTHING = st.one_of(tables(), spoilt(SOUND.encode()))
+
+
+def check(colours: Path, content: bytes) -> None:
+    """What is read lies in the folder, has labels of its classes and no image twice."""
+    found = result_or_error(lambda: read(colours, content), InputError)
+    if found is None:
+        return
+    paths = [path for split in found.splits.values() for path in split.paths]
+    assert len(set(paths)) == len(paths) > 0
+    assert all(path.is_file() and Path(os.path.normpath(path)).is_relative_to(colours) for path in paths)
+    assert {label for split in found.splits.values() for label in split.labels} == set(range(len(found.class_names)))
+    assert all(name.strip() == name != "" for name in found.class_names)
+    result_or_error(lambda: find_dataset(colours / "data.csv"), InputError)
+    result_or_error(lambda: find_images(colours / "data.csv"), InputError)
+
+
+@QUICK
+@given(content=ANYTHING)
+def test_fuzz_a_table_is_a_dataset_or_refused(colours: Path, content: bytes) -> None:
+    check(colours, content)
+
+
+@pytest.mark.slow
+@LONG
+@given(content=ANYTHING)
+def test_fuzz_a_table_at_length(colours: Path, content: bytes) -> None:
+    check(colours, content)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest of the table: a command knows no other."""
+    model = random_model("atto", 2, seed=0)
+    path = tmp_path_factory.mktemp("weights") / "two.safetensors"
+    return save_checkpoint(path, model, class_names=("blue", "red"), preprocessing=Preprocessing(32))
+
+
+def test_the_command_evaluates_on_a_sound_table(colours: Path, weights: Path) -> None:
+    assert check_command("eval", weights, put(colours / "data.csv", SOUND.encode())) == 0
+
+
+@settings(FEW, max_examples=5)
+@given(content=ANYTHING)
+def test_fuzz_the_command(colours: Path, weights: Path, content: bytes) -> None:
+    check_command("eval", weights, put(colours / "data.csv", content), allowed=frozenset({0, 2}))
