@@ -317,7 +317,12 @@ def _check_promised(artifact: Artifact[OnnxManifest], graph: GraphFacts) -> None
         if recorded == now:
             continue
         what = "called" if list(recorded) != list(now) else "of the type and shape"
-        told = [", ".join(side) if what == "called" else str(side) for side in (now, dict(recorded))]
+        told = [
+            ", ".join(side)
+            if what == "called"
+            else str({name: [spec.type, *spec.shape] for name, spec in side.items()})
+            for side in (now, recorded)
+        ]
         raise GraphCheckError(
             f"The {kind} of {artifact.path.name} are {what} {told[0]}, and its manifest says {told[1]}. Export it "
             "again."
