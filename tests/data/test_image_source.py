@@ -6,7 +6,7 @@ from PIL import Image
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.data import ImageFiles, ImageLike, ImageSource, evenly, find_images, runner_input
+from cnx_deploy.data import GivenImages, ImageFiles, ImageLike, ImageSource, evenly, find_images, runner_input
 from cnx_deploy.data.image_source import checked_sizes
 from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.data.preprocessing import to_pixels
@@ -114,6 +114,16 @@ def test_a_source_from_outside_has_all_that_the_others_have():
     assert batch.names == ("image 1", "image 2")
     assert batch.labels.tolist() == [1, 0]
     assert batch.images.amax(dim=(1, 2, 3)).tolist() == pytest.approx([200 / 255, 90 / 255])
+
+
+def test_given_images_may_be_labelled_and_what_is_no_image_is_named_by_its_place(files):
+    picture = Image.new("RGB", (8, 8), (12, 0, 0))  # as the seventh of class a
+    source = GivenImages([files.paths[6], picture, 42], labels=(1, 0, 1), class_names=("dark", "bright"))
+    batches = source.batches(PREPROCESSING, UINT8, leave_out_broken=True)
+    (batch,) = batches
+    assert (batch.names, batch.labels.tolist()) == ((str(files.paths[6]), "image 1"), [1, 0])
+    assert torch.equal(batch.images[0], batch.images[1])
+    assert [(image.path, "got int" in image.reason) for image in batches.broken.values()] == [("image 2", True)]
 
 
 def test_image_like_images_follow_the_seed_and_not_the_number_of_them():
