@@ -16,7 +16,7 @@ import click
 from cnx_deploy import __version__
 from cnx_deploy.cli.printable import printable
 from cnx_deploy.core.errors import CnxDeployError, MissingRequirementError
-from cnx_deploy.core.out_of_memory import memory_shortage, native_errors
+from cnx_deploy.core.out_of_memory import out_of_memory_error
 
 __all__ = ["cli", "main"]
 
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         code = 130
-    except _told_errors() as error:
+    except Exception as error:
         told = _explained(error)
         if told is None or "--debug" in words:
             raise
@@ -121,15 +121,9 @@ def _interrupt_when_terminated() -> None:
             signal.signal(number, interrupt)
 
 
-def _told_errors() -> tuple[type[BaseException], ...]:
-    """Types of what may have an explanation; see `_explained`."""
-    return CnxDeployError, ModuleNotFoundError, *native_errors()
-
-
 def _explained(error: BaseException) -> CnxDeployError | None:
     """The error as a user is told it; None for what is a fault of this program, whose traceback is wanted."""
-    short = memory_shortage(error)
-    if short is not None:
+    if (short := out_of_memory_error(error)) is not None:
         return short
     if isinstance(error, OSError):  # a full disk, a folder that may not be read: the system's own words say which
         return CnxDeployError(

@@ -73,17 +73,17 @@ def compare(as_json: bool, layers: bool, steps: bool, plot: Path | None, **argum
 @options.as_json
 def records(files: tuple[Path, ...], export_dir: Path, engines_dir: Path, as_json: bool) -> None:
     """Check the hashes of FILES from weights to engine and run nothing. Exit code 4 for a fault."""
-    from cnx_deploy.verification.provenance import check_custody, corrupt_error
+    from cnx_deploy.verification.provenance import check_provenance, corrupt_error
 
-    custody = check_custody(files, export_dir, engines_dir)
-    if not custody.findings:
+    report = check_provenance(files, export_dir, engines_dir)
+    if not report.findings:
         raise InputError(f"Nothing is recorded in {export_dir}. Run `cnx-deploy export` first.")
     if as_json:
-        options.echo_json(custody.to_dict())
+        options.echo_json(report.to_dict())
     else:
-        for finding in custody.findings:
+        for finding in report.findings:
             options.echo(one_line(f"{finding.verdict:6} {finding.artifact:36} {finding.text}"))
-    error = corrupt_error(custody)
+    error = corrupt_error(report)
     if error is not None:
         options.fail(error, as_json=as_json)
 

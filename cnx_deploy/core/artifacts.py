@@ -4,6 +4,7 @@ An artifact is one or more files and a manifest `<stem>.json` beside them; `stag
 Nothing is given to a parser before its hash matches (docs/decisions/0008-hash-before-parse.md).
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from cnx_deploy.core.manifest import (
     OnnxRequest,
     manifest_from_json,
 )
-from cnx_deploy.core.staging import Staging, finish_commits, stage_artifact
+from cnx_deploy.core.staging import Staging, stage_artifact
 from cnx_deploy.core.system import tool_versions
 
 __all__ = [
@@ -40,6 +41,9 @@ __all__ = [
     "sha256_of_file",
     "stage_artifact",
 ]
+
+RENAMES_SECONDS = 0.02
+"""Longer than a writer takes to move the two or three files of an artifact into place."""
 
 
 def artifact_stem(
@@ -59,18 +63,17 @@ def open_artifact(path: Path) -> Artifact:
     Raises InputError when there is no such file or no manifest, RefusedArtifactError for an engine without one,
     CorruptArtifactError when bytes differ.
     """
-    artifact = read_artifact(path)
-    while True:
-        try:
-            for record in artifact.manifest.files:
-                check_file(artifact.path.parent / record.name, record)
-        except (CorruptArtifactError, InputError):
-            now = read_artifact(path)
-            if now == artifact:
-                raise
-            artifact = now  # another process replaced it between its manifest and its files
-        else:
-            return artifact
+    try:
+        return _checked(read_artifact(path))
+    except (CorruptArtifactError, InputError):
+        time.sleep(RENAMES_SECONDS)  # another process may be putting a new artifact into place: one more look
+        return _checked(read_artifact(path))
+
+
+def _checked(artifact: Artifact) -> Artifact:
+    for record in artifact.manifest.files:
+        check_file(artifact.path.parent / record.name, record)
+    return artifact
 
 
 def read_artifact(path: Path) -> Artifact:
@@ -78,7 +81,6 @@ def read_artifact(path: Path) -> Artifact:
     if path.is_dir():
         raise InputError(f"{path} is a folder: expected an artifact's file. Name one that is in it.")
     manifest_path = path if path.suffix == ".json" else path.with_suffix(".json")
-    finish_commits(path.parent)
     if not manifest_path.is_file() and path.suffix == SUFFIXES["engine"] and path.exists():
         raise refused_engine(path)
     if not manifest_path.is_file():
@@ -120,7 +122,6 @@ def find_artifacts(directory: Path, kind: Literal["engine"]) -> list[Artifact[En
 def find_artifacts(directory: Path) -> list[Artifact]: ...
 def find_artifacts(directory: Path, kind: Literal["onnx", "engine"] | None = None) -> list[Any]:
     """Return the artifacts recorded in a folder, by name, without checking hashes; empty if there is no folder."""
-    finish_commits(directory)
     artifacts = [read_artifact(path) for path in sorted(directory.glob("*.json"))]
     return [artifact for artifact in artifacts if kind in (None, artifact.manifest.kind)]
 

@@ -1,6 +1,6 @@
 """Native steps in a process of their own: one that crashes, hangs or eats the memory becomes an error message here.
 
-The child gets its task as JSON and answers with JSON in a file, so that nothing of what it says is ever executed. It
+The child finds its task in a file as JSON and writes its answer beside it, so that nothing it says is ever executed. It
 leads a session of its own, so that Ctrl-C reaches it through us alone; on Linux it dies with us.
 """
 
@@ -15,13 +15,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cnx_deploy.core import errors
 from cnx_deploy.core.errors import CnxDeployError
-from cnx_deploy.core.out_of_memory import memory_shortage, native_errors
+from cnx_deploy.core.out_of_memory import out_of_memory_error
+from cnx_deploy.core.strict_json import bounded_content, typed
 
 __all__ = ["Limits", "run_isolated"]
 
@@ -42,6 +43,16 @@ class Limits:
     memory_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """The result; or the name and message of an error of ours; or the number and words of what the system refused."""
+
+    result: Any
+    error: str
+    message: str
+    errno: int
+
+
 def run_isolated(
     task: str,
     arguments: Mapping[str, Any],
@@ -51,72 +62,74 @@ def run_isolated(
     failure: type[CnxDeployError],
     tick: Callable[[float], None] | None = None,
 ) -> Any:
-    """Run `task`, "module:function", in a child and return its answer; arguments and answer are what JSON can hold.
+    """Run a function in a child process and return its result.
 
-    `what` names the work in messages: "Building a.onnx". `tick` is told the seconds so far. Raises the child's own
-    error as it was raised there, OSError where the system refused it something, and `failure` where it was ended by a
-    signal or a limit, or gave no answer.
+    Args:
+        task: The function as "module:function".
+        arguments: Its arguments by name. They and the result are what JSON can hold.
+        limits: What the child may use.
+        what: The work as messages name it, for example "Building a.onnx".
+        failure: The error to raise where the child was ended by a signal or a limit, or gave no answer.
+        tick: Called twenty times a second with the seconds so far.
+
+    Raises:
+        CnxDeployError: The child's own error as it was raised there, or `failure`.
+        OSError: The system refused the child something.
     """
     with tempfile.TemporaryDirectory() as folder:
-        answer, log = Path(folder) / "answer.json", Path(folder) / "log"
-        order = json.dumps({"task": task, "arguments": dict(arguments), "answer": str(answer)})
+        log = Path(folder, "log")
+        Path(folder, "order.json").write_text(json.dumps({"task": task, "arguments": dict(arguments)}), "utf-8")
         with log.open("wb") as stream:
             child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "cnx_deploy.core.child_process"],  # -P: nothing from the folder it runs in
-                stdin=subprocess.PIPE, stdout=stream, stderr=stream,
-                start_new_session=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                # -P: the child imports nothing from the folder it is run in.
+                [sys.executable, "-P", "-m", "cnx_deploy.core.child_process", folder],
+                stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )  # fmt: skip
         try:
-            reason = _watched(child, order.encode(), limits, log, tick)
+            reason = _watch(child, limits, log, tick)
         finally:
-            _end(child)
-        found = _answer_in(answer) if reason is None else None
-        if found is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, signal.SIGKILL)  # it and what it started: its session is a group of its own
+            child.wait()
+        answer = None if reason else _answer_in(Path(folder, "answer.json"))
+        if answer is None:
             raise failure(
                 f"{what} failed: its process {reason or _end_of(child.returncode)}, expected an answer. Nothing was "
                 f"written; free memory or look at the file, and try again.{_tail(log)}"
             )
-    if "result" in found:
-        return found["result"]
-    if "system" in found:
-        raise OSError(*found["system"])
-    raise _error_of(found)
+    if answer.errno:
+        raise OSError(answer.errno, answer.message)
+    if answer.error:
+        kind = getattr(errors, answer.error, None)
+        raise (kind if isinstance(kind, type) and issubclass(kind, CnxDeployError) else failure)(answer.message)
+    return answer.result
 
 
-def main() -> None:
-    """The child: read the order, do it, write the answer whole."""
-    order = json.loads(sys.stdin.buffer.read())
+def main(folder: Path) -> None:
+    """Be the child: read the order, do it, write the answer whole."""
+    order = json.loads((folder / "order.json").read_bytes())
     module, _, function = order["task"].partition(":")
+    answer = _Answer(None, "", "", 0)
     try:
-        found = {"result": getattr(importlib.import_module(module), function)(**order["arguments"])}
-    except CnxDeployError as error:
-        found = {"error": type(error).__name__, "message": str(error)}
-    except native_errors() as error:
-        found = _answer_for(error)
-    answer = Path(order["answer"])
-    staged = answer.with_suffix(".tmp")
-    staged.write_text(json.dumps(found), encoding="utf-8")
-    staged.replace(answer)
+        answer = replace(answer, result=getattr(importlib.import_module(module), function)(**order["arguments"]))
+    except Exception as error:
+        told = out_of_memory_error(error) or error
+        if isinstance(told, CnxDeployError):
+            answer = replace(answer, error=type(told).__name__, message=str(told))
+        elif isinstance(told, OSError) and told.errno:
+            answer = replace(answer, message=told.strerror or "", errno=told.errno)
+        else:
+            raise
+    (folder / "answer.tmp").write_text(json.dumps(asdict(answer)), encoding="utf-8")
+    (folder / "answer.tmp").replace(folder / "answer.json")
 
 
-def _answer_for(error: BaseException) -> dict[str, Any]:
-    """Too little memory, or what the system refused: the parent says of a full disk what every stage says."""
-    short = memory_shortage(error)
-    if short is not None:
-        return {"error": type(short).__name__, "message": str(short)}
-    if isinstance(error, OSError) and error.errno is not None:
-        return {"system": [error.errno, error.strerror]}
-    raise error
-
-
-def _watched(
-    child: "subprocess.Popen[bytes]", order: bytes, limits: Limits, log: Path, tick: Callable[[float], None] | None
+def _watch(
+    child: "subprocess.Popen[bytes]", limits: Limits, log: Path, tick: Callable[[float], None] | None
 ) -> str | None:
-    """Wait for the child; why it was ended, or None where it ended by itself."""
+    """Wait for the child. Return why it has to be ended, or None where it ended by itself."""
     started = time.monotonic()
-    if child.stdin is not None:
-        with contextlib.suppress(BrokenPipeError), child.stdin:
-            child.stdin.write(order)
     while child.poll() is None:
         passed = time.monotonic() - started
         if passed > limits.seconds:
@@ -141,49 +154,18 @@ def _resident_bytes(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _end(child: "subprocess.Popen[bytes]") -> None:
-    """End it and what it started: its session is a group of its own."""
-    kill_group = getattr(os, "killpg", None)  # Windows has none
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if kill_group is not None:
-            kill_group(child.pid, signal.SIGKILL)
-        child.kill()
-    child.wait()
-
-
-def _answer_in(path: Path) -> dict[str, Any] | None:
-    """What `main` wrote. Whatever else is there counts as nothing: the library may have had hold of the child."""
+def _answer_in(path: Path) -> _Answer | None:
+    """What `main` wrote; None for whatever else is there, as a hostile file may have had hold of the child."""
     try:
-        if not path.is_file() or path.stat().st_size > MAX_ANSWER_BYTES:
-            return None
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return typed(json.loads(bounded_content(path, MAX_ANSWER_BYTES)), _Answer) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and _is_answer(found) else None
-
-
-def _is_answer(found: Mapping[str, Any]) -> bool:
-    """A result, an error of ours and its message, or the number and words of what the system refused."""
-    if "result" in found:
-        return True
-    texts = [found.get(name) for name in ("error", "message")]
-    match found.get("system"):
-        case [int(), str()]:
-            return True
-    return all(isinstance(text, str) for text in texts)
 
 
 def _end_of(code: int) -> str:
-    if code < 0:
-        names = {each.value: each.name for each in signal.Signals}
-        return f"was ended by {names.get(-code, f'signal {-code}')}"
-    return f"ended with code {code} and said nothing"
-
-
-def _error_of(found: Mapping[str, Any]) -> CnxDeployError:
-    kind = getattr(errors, str(found["error"]), CnxDeployError)
-    known = isinstance(kind, type) and issubclass(kind, CnxDeployError)
-    return (kind if known else CnxDeployError)(str(found.get("message")))
+    names = {number.value: number.name for number in signal.Signals}
+    ended = f"was ended by {names.get(-code, f'signal {-code}')}"
+    return ended if code < 0 else f"ended with code {code} and said nothing"
 
 
 def _tail(log: Path) -> str:
@@ -194,11 +176,7 @@ def _tail(log: Path) -> str:
     return " It printed last:\n  " + "\n  ".join(lines) if lines else ""
 
 
-def _die_with_parent() -> None:
+if __name__ == "__main__":
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    _die_with_parent()
-    main()
+    main(Path(sys.argv[1]))

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, InputError, RefusedArtifactError
 from cnx_deploy.core.files import open_regular
-from cnx_deploy.core.out_of_memory import memory_shortage
+from cnx_deploy.core.out_of_memory import out_of_memory_error
 from cnx_deploy.core.strict_json import kind_of, strict_json
 
 __all__ = [
@@ -126,7 +126,7 @@ def read_pickle(path: Path) -> object:
             warnings.simplefilter("ignore")
             content: object = torch.load(path, weights_only=True, map_location="cpu")
     except UNREADABLE as error:
-        short = memory_shortage(error)
+        short = out_of_memory_error(error)
         if short is not None and not claims_too_much(error, path):
             raise short from error
         if isinstance(error, pickle.UnpicklingError) and _is_well_formed_pickle(path):

@@ -17,7 +17,7 @@ from cnx_deploy.core.errors import (
     OutOfMemoryError,
     RefusedArtifactError,
 )
-from cnx_deploy.core.out_of_memory import memory_shortage
+from cnx_deploy.core.out_of_memory import out_of_memory_error
 
 __all__ = ["LOAD_ERRORS", "ends_of", "open_session", "trial_run", "trial_run_task"]
 
@@ -63,7 +63,7 @@ def open_session(
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, provider_options)])
     except (*LOAD_ERRORS, ValueError) as error:
-        if (short := memory_shortage(error)) is not None:
+        if (short := out_of_memory_error(error)) is not None:
             raise short from error
         raise CorruptArtifactError(f"ONNX Runtime cannot read {path} ({error}). Export it again.") from error
     if session.get_providers()[0] != provider:
@@ -121,6 +121,6 @@ def trial_run_task(path: str) -> None:
     except OutOfMemoryError as error:
         raise RefusedArtifactError(f"{path} is refused: {error}") from error
     except (*LOAD_ERRORS, STATE.InvalidArgument) as error:
-        if memory_shortage(error) is not None:
+        if out_of_memory_error(error) is not None:
             raise RefusedArtifactError(f"{path} is refused: one image takes too much memory ({error}).") from error
         raise CorruptArtifactError(f"ONNX Runtime cannot run {path} ({error}). Export it again.") from error

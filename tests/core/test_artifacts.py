@@ -1,17 +1,23 @@
 """Artifacts reach the disk whole or not at all, and what was altered since is never used."""
 
 import json
+import mmap
 import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cnx_deploy.core import artifacts
 from cnx_deploy.core.artifacts import (
     artifact_stem,
+    check_file,
     find_artifacts,
     open_artifact,
     reusable_artifact,
@@ -21,45 +27,70 @@ from cnx_deploy.core.artifacts import (
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, OutputExistsError
 from cnx_deploy.core.manifest import (
+    SUFFIXES,
     Artifact,
+    ArtifactKind,
+    EngineFacts,
+    EngineManifest,
+    EngineRequest,
+    FileRecord,
     ModelRecord,
     OnnxFacts,
     OnnxManifest,
     OnnxRequest,
+    TypeCensus,
     WeightsRecord,
     relative_reference,
 )
 from cnx_deploy.core.preprocessing import Preprocessing
 
 SOURCE = "a" * 64
+MODEL = ModelRecord("tiny-test", 2, 32, WeightsRecord("random", "0", SOURCE, "none"), Preprocessing(32), ("cat", "Bär"))
 REQUEST = OnnxRequest(deploy=DeploySpec("fp32", 32), batch=(1, 4, 8), opset=20, form=1)
 FACTS = OnnxFacts(operators={"Gelu": 5}, types={}, half_share=0.0, inputs={}, outputs={})
-MODEL = ModelRecord(
-    "tiny-test", 2, 32, WeightsRecord("random", "0", SOURCE, "none"), Preprocessing(image_size=32), ("cat", "Bär")
+ENGINE_REQUEST = EngineRequest(
+    onnx=REQUEST, runtime="tensorrt-rtx", target="sm89", batches=((1, 1, 1),), allow_tf32=False
+)
+ENGINE_FACTS = EngineFacts(
+    runtime_version="1", build_seconds=1.0, half_share_of_products=0.0, census=TypeCensus({}, {}), gpu="sm89"
 )
 
 
+def manifest_of(
+    stem: str, files: tuple[FileRecord, ...], *, kind: ArtifactKind = "onnx", **changes: Any
+) -> OnnxManifest | EngineManifest:
+    values = {
+        "stem": stem,
+        "files": files,
+        "model": MODEL,
+        "source_name": "random:0",
+        "source_sha256": SOURCE,
+        **changes,
+    }
+    if kind == "engine":
+        return EngineManifest(**{"request": ENGINE_REQUEST, "facts": ENGINE_FACTS, **values})
+    return OnnxManifest(**{"request": REQUEST, "facts": FACTS, **values})
+
+
 def make(
-    folder: Path, stem: str = "small", content: bytes = b"weights", suffix: str = ".onnx", **changes: object
-) -> Artifact:
+    folder: Path,
+    stem: str = "small",
+    content: bytes = b"weights",
+    *,
+    kind: ArtifactKind = "onnx",
+    others: tuple[str, ...] = (),
+    **changes: Any,
+) -> Artifact[Any]:
+    """Put an artifact of a few bytes into a folder; `others` are files beside its main one."""
     with stage_artifact(folder, stem) as staging:
-        (staging.folder / f"{stem}{suffix}").write_bytes(content)
-        values = {
-            "stem": stem,
-            "files": staging.record(f"{stem}{suffix}"),
-            "model": MODEL,
-            "request": REQUEST,
-            "source_name": "random:0",
-            "source_sha256": SOURCE,
-            "facts": FACTS,
-        }
-        return staging.commit(OnnxManifest(**{**values, **changes}))
+        names = (f"{stem}{SUFFIXES[kind]}", *others)
+        for name in names:
+            (staging.folder / name).write_bytes(content)
+        return staging.commit(manifest_of(stem, staging.record(*names), kind=kind, **changes))
 
 
-def reusable(
-    folder: Path, *, stem: str = "small", source: str = SOURCE, force: bool = False, request: OnnxRequest = REQUEST
-):
-    return reusable_artifact(folder, stem, request, source, force=force)
+def reusable(folder: Path, request: OnnxRequest = REQUEST, *, source: str = SOURCE, force: bool = False) -> Any:
+    return reusable_artifact(folder, "small", request, source, force=force)
 
 
 def rewritten(artifact: Artifact, **changes: object) -> Path:
@@ -68,8 +99,9 @@ def rewritten(artifact: Artifact, **changes: object) -> Path:
     return path
 
 
-def visible(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+def names_in(folder: Path) -> list[str]:
+    """Every file and folder, hidden ones too."""
+    return sorted(path.name for path in folder.iterdir())
 
 
 # The manifest
@@ -78,6 +110,8 @@ def visible(folder: Path) -> list[str]:
 def test_a_manifest_comes_back_as_it_was_written(tmp_path):
     made = make(tmp_path)
     assert open_artifact(made.path) == made
+    engine = make(tmp_path, "engine", kind="engine")
+    assert open_artifact(engine.path) == engine
 
 
 def test_an_artifact_opens_by_the_name_of_its_manifest_too(tmp_path):
@@ -102,7 +136,7 @@ def test_a_file_name_that_is_a_path_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"schema_version": 2}, {"kind": "pickle"}, {"files": []}, {"files": None}, {"model": {}}, {"surprise": 1}],
+    [{"schema_version": 1}, {"kind": "pickle"}, {"files": []}, {"files": None}, {"model": {}}, {"surprise": 1}],
     ids=str,
 )
 def test_a_manifest_of_another_form_is_corrupt(tmp_path, changes):
@@ -111,7 +145,7 @@ def test_a_manifest_of_another_form_is_corrupt(tmp_path, changes):
         open_artifact(path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", "{", '{"schema_version": 1}'])
+@pytest.mark.parametrize("content", ["", "[]", "null", "{", '{"schema_version": 2}'])
 def test_json_that_is_no_manifest_is_corrupt(tmp_path, content):
     (tmp_path / "small.json").write_text(content, encoding="utf-8")
     with pytest.raises(CorruptArtifactError, match="is not a manifest"):
@@ -132,36 +166,24 @@ def test_a_reference_is_relative_to_the_manifests_folder(tmp_path):
 # Altered bytes
 
 
-def test_a_changed_byte_is_corrupt(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "error", "reason"),
+    [
+        (lambda path: path.write_bytes(b"wEights"), CorruptArtifactError, r"small\.onnx was altered: SHA-256"),
+        (lambda path: path.write_bytes(b"weight"), CorruptArtifactError, "has 6 bytes, its manifest says 7"),
+        (lambda path: path.unlink(), InputError, r"small\.onnx is missing; its manifest is here"),
+        (lambda path: path.with_suffix(".json").unlink(), InputError, "has no manifest"),
+        (lambda path: (path.unlink(), path.with_suffix(".json").unlink()), InputError, "does not exist"),
+    ],
+    ids=["byte", "size", "no file", "no manifest", "nothing"],
+)
+def test_an_artifact_that_is_not_whole_is_not_opened(
+    change: Callable[[Path], object], error: type[Exception], reason: str, tmp_path: Path
+) -> None:
     made = make(tmp_path)
-    made.path.write_bytes(b"wEights")
-    with pytest.raises(CorruptArtifactError, match="was altered"):
+    change(made.path)
+    with pytest.raises(error, match=reason):
         open_artifact(made.path)
-
-
-def test_another_size_is_corrupt(tmp_path):
-    made = make(tmp_path)
-    made.path.write_bytes(b"weight")
-    with pytest.raises(CorruptArtifactError, match="has 6 bytes, its manifest says 7"):
-        open_artifact(made.path)
-
-
-def test_a_missing_file_is_an_input_error(tmp_path):
-    made = make(tmp_path)
-    made.path.unlink()
-    with pytest.raises(InputError, match=r"small\.onnx is missing"):
-        open_artifact(made.path)
-
-
-def test_a_file_without_a_manifest_is_no_artifact(tmp_path):
-    (tmp_path / "small.onnx").write_bytes(b"weights")
-    with pytest.raises(InputError, match="has no manifest"):
-        open_artifact(tmp_path / "small.onnx")
-
-
-def test_a_path_that_is_not_there_says_so(tmp_path):
-    with pytest.raises(InputError, match="does not exist"):
-        open_artifact(tmp_path / "small.onnx")
 
 
 # Finding
@@ -170,8 +192,8 @@ def test_a_path_that_is_not_there_says_so(tmp_path):
 def test_artifacts_of_a_folder_are_found_by_name_and_kind(tmp_path):
     make(tmp_path, "b")
     make(tmp_path, "a")
+    make(tmp_path, "c", kind="engine")
     assert [artifact.manifest.stem for artifact in find_artifacts(tmp_path, "onnx")] == ["a", "b"]
-    assert find_artifacts(tmp_path, "engine") == []
 
 
 def test_a_folder_that_is_not_there_has_no_artifacts(tmp_path):
@@ -208,7 +230,7 @@ def test_force_does_not_reuse(tmp_path):
 def test_another_request_at_the_same_place_is_refused(tmp_path):
     make(tmp_path)
     with pytest.raises(OutputExistsError, match="--force"):
-        reusable(tmp_path, request=replace(REQUEST, deploy=DeploySpec("fp16", 32)))
+        reusable(tmp_path, replace(REQUEST, batch=(1, 4, 9)))
 
 
 def test_other_weights_at_the_same_place_are_refused(tmp_path):
@@ -240,10 +262,13 @@ def test_a_record_without_its_file_is_made_again(tmp_path):
     assert reusable(tmp_path) is None
 
 
-# Whole or not at all
+# Written together
 
 
-def test_an_error_while_staging_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("before", [False, True], ids=["nothing before", "one before"])
+def test_an_error_while_staging_keeps_what_was_there_and_leaves_nothing(before: bool, tmp_path: Path) -> None:
+    old = make(tmp_path) if before else None
+
     def interrupted() -> None:
         with stage_artifact(tmp_path, "small") as staging:
             (staging.folder / "small.onnx").write_bytes(b"half of it")
@@ -251,81 +276,177 @@ def test_an_error_while_staging_leaves_nothing(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
+    assert names_in(tmp_path) == (["small.json", "small.onnx"] if before else [])
+    assert old is None or open_artifact(old.path) == old
 
 
-def test_an_error_while_staging_keeps_the_older_artifact(tmp_path):
+def test_a_new_artifact_replaces_the_older_one_and_its_files_and_a_reader_keeps_the_old_bytes(tmp_path: Path) -> None:
+    old = make(tmp_path, content=b"old" * 10_000, others=("small.onnx.data",))
+    with old.path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        made = make(tmp_path, content=b"new")
+        assert mapped[:] == b"old" * 10_000
+    assert (open_artifact(old.path), made.path.read_bytes()) == (made, b"new")
+    assert names_in(tmp_path) == ["small.json", "small.onnx"]
+
+
+def test_files_that_an_older_manifest_lists_and_are_not_its_own_survive_its_replacement(tmp_path: Path) -> None:
+    """A manifest that came with a download may list a file of the user's."""
+    (tmp_path / "thesis.tex").write_text("mine", encoding="utf-8")
+    old = make(tmp_path)
+    listed = [{"name": "thesis.tex", "size_bytes": 4, "sha256": "0" * 64}]
+    rewritten(old, files=[*json.loads((tmp_path / "small.json").read_text(encoding="utf-8"))["files"], *listed])
+    make(tmp_path, content=b"new")
+    assert (tmp_path / "thesis.tex").read_text(encoding="utf-8") == "mine"
+
+
+def test_reading_writes_nothing_and_finishes_nothing(tmp_path: Path) -> None:
+    """Readers of a folder that a killed writer left need no right to write there."""
+    old = make(tmp_path)
+    (tmp_path / ".small.tmp").mkdir()
+    (tmp_path / ".small.tmp" / "small.json").write_text("{}", encoding="utf-8")
+    events: list[str] = []
+    sys.addaudithook(lambda name, words: events.append(name) if str(tmp_path) in str(words) else None)
+    assert (open_artifact(old.path), find_artifacts(tmp_path)) == (old, [old])
+    changes = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "fcntl.flock"}
+    assert "open" in events
+    assert not changes & set(events)
+    make(tmp_path)  # the next writer clears it
+    assert names_in(tmp_path) == ["small.json", "small.onnx"]
+
+
+def test_a_reader_between_two_versions_gets_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest is read, then both files are replaced, then the hash is taken."""
+    make(tmp_path, content=b"old")
+    replaced = False
+
+    def replacing(path: Path, record: FileRecord) -> None:
+        nonlocal replaced
+        if not replaced:
+            replaced = True
+            make(tmp_path, content=b"newer")
+        check_file(path, record)
+
+    monkeypatch.setattr(artifacts, "check_file", replacing)
+    assert open_artifact(tmp_path / "small.onnx").manifest.files[0].size_bytes == 5
+
+
+def test_readers_beside_a_writer_always_get_a_whole_artifact(tmp_path: Path) -> None:
+    make(tmp_path, content=b"0" * 1000)
+    done = threading.Event()
+
+    def write() -> None:
+        for number in range(1, 60):
+            make(tmp_path, content=str(number).encode() * 1000)
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    sizes = set()
+    while not done.is_set():
+        sizes.add(open_artifact(tmp_path / "small.onnx").manifest.files[0].size_bytes)
+    writer.join()
+    assert sizes <= {1000, 2000}
+
+
+@pytest.mark.parametrize("name", ["Ärger mit Köpfen", "模型 🦆", "a" * 230, "ß" * 115, "-rf", "a'b\"c$(d)"], ids=ascii)
+def test_names_that_a_system_takes_work(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "Ordner mit Ünïcode" / ("d" * 200)
+    made = make(folder, name)
+    assert open_artifact(folder / f"{name}.onnx") == made
+    assert make(folder, name, content=b"again").path.read_bytes() == b"again"
+    assert len(names_in(folder)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("tab\there", r"cannot be recorded: files\[0\]\.name"), ("a" * 300, "is a name of 310 bytes, where a name has")],
+)
+def test_names_that_no_manifest_or_system_takes_are_refused(name: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=reason):
+        make(tmp_path, name)
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["small.onnx", "small.json"])
+def test_a_folder_where_a_file_goes_is_told_before_anything_is_moved(name: str, tmp_path: Path) -> None:
+    (tmp_path / name / "deeper").mkdir(parents=True)
+    with pytest.raises(
+        InputError, match=rf"{name} is a folder, where a file was expected\. Choose another --output-dir"
+    ):
+        make(tmp_path)
+    assert names_in(tmp_path) == [name]
+
+
+def test_a_file_where_the_folder_should_be_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "export").write_bytes(b"")
+    for folder in (tmp_path / "export", tmp_path / "export" / "deeper"):
+        with pytest.raises(InputError, match=r"Cannot write in .*export.*Choose another --output-dir"):
+            make(folder)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+@pytest.mark.parametrize("name", ["small.json", "small.onnx"])
+def test_a_pipe_or_device_in_a_files_place_is_refused_by_readers_and_replaced_by_writers(
+    name: str, put: Callable[[Path], None], tmp_path: Path
+) -> None:
     made = make(tmp_path)
-
-    def interrupted() -> None:
-        with stage_artifact(tmp_path, "small") as staging:
-            (staging.folder / "small.onnx").write_bytes(b"half of it")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert open_artifact(made.path) == made
-
-
-def test_a_new_artifact_replaces_the_older_one(tmp_path):
-    make(tmp_path)
-    made = make(tmp_path, content=b"other weights")
-    assert (open_artifact(made.path).path.read_bytes(), visible(tmp_path)) == (
-        b"other weights",
-        ["small.json", "small.onnx"],
-    )
-
-
-def test_a_file_where_the_folder_should_be_is_an_input_error(tmp_path):
-    (tmp_path / "export").write_bytes(b"")
-    with pytest.raises(InputError, match=r"Cannot write in .*export"):
-        make(tmp_path / "export")
-
-
-def test_a_file_in_the_way_of_a_parent_folder_is_an_input_error(tmp_path):
-    (tmp_path / "export").write_bytes(b"")
-    with pytest.raises(InputError, match="Choose another --output-dir"):
-        make(tmp_path / "export" / "deeper")
+    (tmp_path / name).unlink()
+    put(tmp_path / name)
+    with pytest.raises(InputError, match=r"has no manifest|is missing"):
+        open_artifact(made.path)
+    assert open_artifact(make(tmp_path).path).path.read_bytes() == b"weights"
 
 
 # Other processes
 
-STAGE_AND_WAIT = """
-import pathlib, sys, time
-from cnx_deploy.core.artifacts import stage_artifact
-with stage_artifact(pathlib.Path(sys.argv[1]), "small") as staging:
-    (staging.folder / "small.onnx").write_bytes(b"half of it")
-    print("staged", flush=True)
-    time.sleep(60)
+MAKE_OR_REUSE = """
+import os, signal, sys, time
+from pathlib import Path
+from tests.core.test_artifacts import manifest_of, reusable, stage_artifact
+print("ready", flush=True)
+sys.stdin.readline()
+folder = Path(sys.argv[1])
+with stage_artifact(folder, "small") as staging:
+    if reusable(folder) is not None:
+        print("reused")
+    else:
+        (staging.folder / "small.onnx").write_bytes(b"weights")
+        time.sleep(0.3)
+        if sys.argv[2:] == ["dies"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        staging.commit(manifest_of("small", staging.record("small.onnx")))
+        print("made")
 """
 
 
-def started(code: str, *arguments: object) -> subprocess.Popen[str]:
+def started(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", MAKE_OR_REUSE, *map(str, arguments)], cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
 
 
-@pytest.fixture
-def killed_while_staging(tmp_path) -> Path:
-    """A folder in which a process was killed with its files staged."""
-    with started(STAGE_AND_WAIT, tmp_path) as process:
-        assert process.stdout.readline() == "staged\n"
-        os.kill(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    return tmp_path
+def test_of_processes_that_make_one_artifact_one_makes_it_and_the_others_reuse_it(tmp_path: Path) -> None:
+    """The first one is killed with its files staged; its lock is free and what it left is removed."""
+    with started(tmp_path, "dies") as dying:
+        dying.communicate("go\n", timeout=60)
+    assert dying.returncode == -signal.SIGKILL
+    assert (names_in(tmp_path), find_artifacts(tmp_path)) == ([".small.lock", ".small.tmp"], [])
+    processes = [started(tmp_path) for _ in range(4)]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:  # all before the first is waited for
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = sorted(process.communicate(timeout=60)[0] for process in processes)
+    assert said == ["made\n", *["reused\n"] * 3]
+    assert open_artifact(tmp_path / "small.onnx").path.read_bytes() == b"weights"
+    assert names_in(tmp_path) == ["small.json", "small.onnx"]
 
 
-def test_a_killed_process_leaves_no_artifact(killed_while_staging):
-    assert (visible(killed_while_staging), find_artifacts(killed_while_staging)) == ([], [])
-
-
-def test_what_a_killed_process_left_is_removed_by_the_next(killed_while_staging):
-    left = list(killed_while_staging.glob(".small.tmp-*/small.onnx"))
-    make(killed_while_staging)
-    assert (len(left), list(killed_while_staging.glob(".small.tmp-*"))) == (1, [])
-
-
-def test_another_artifacts_staging_folder_is_left_alone(tmp_path):
+def test_artifacts_of_two_names_in_one_folder_are_made_at_the_same_time(tmp_path: Path) -> None:
     with stage_artifact(tmp_path, "small") as staging, stage_artifact(tmp_path, "s*"):
         assert staging.folder.is_dir()

@@ -114,7 +114,7 @@ def test_the_deployed_file_is_what_it_was(
 ) -> None:
     for artifact in (tiny_onnx_fp32, tiny_onnx_fp16):
         assert sha256_of_file(artifact.path) == open_artifact(artifact.path).sha256
-        assert sorted(path.suffix for path in artifact.path.parent.iterdir()) == [".json", ".lock", ".onnx"]
+        assert sorted(path.suffix for path in artifact.path.parent.iterdir()) == [".json", ".onnx"]
 
 
 # Planted faults

@@ -1,8 +1,8 @@
 """Work that is killed at many points: `python -m tests.support.kill_sweep KIND FOLDER` prints one JSON line a point.
 
-A process of its own, because it forks: everything is imported once and each point costs what the work costs. A point
-is an event of the file system ("the 7th"), which covers every state between two of them, or a share of the time that
-the work takes, which falls into the middle of native code as well.
+A process of its own, because it forks: everything is imported once and each point costs what the work costs. A point is
+a change of the file system ("the 7th"), which covers every state between two of them, or a share of the time that the
+work takes, which falls into the middle of native code as well.
 """
 
 import itertools
@@ -14,25 +14,27 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cnx_deploy.core.artifacts import open_artifact, sha256_of_file, stage_artifact
-from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.artifacts import open_artifact, reusable_artifact, sha256_of_file, stage_artifact
+from cnx_deploy.core.errors import CorruptArtifactError, InputError
 from cnx_deploy.core.files import write_text
-from cnx_deploy.core.manifest import OnnxManifest
-from tests.core.test_artifacts import FACTS, MODEL, REQUEST
+from tests.core.test_artifacts import MODEL, REQUEST, SOURCE, manifest_of
 
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
-TIMED_POINTS = 20
+TIMED_POINTS = 8
 
 
 @dataclass(frozen=True)
 class Case:
-    """`prepare` puts the older state into a folder, `work` replaces it, `state` says what is there: "old" or "new"."""
+    """`prepare` puts the older state into a folder and `work` replaces it.
+
+    `state` reads the folder: "old", "new", or "refused" where the reader says that there is nothing to be used.
+    """
 
     prepare: Callable[[Path], None]
     work: Callable[[Path], None]
@@ -40,38 +42,39 @@ class Case:
 
 
 def main(kind: str, root: Path) -> None:
-    """Sweep, and at the end run to the end once more over what the last kill left."""
-    case: Case = {"file": file_case, "artifact": artifact_case, "export": export_case, "build": build_case,
-                  "train": training_case}[kind](root)  # fmt: skip
-    took = finished_in(case, root / "whole")
-    events = iter(range(10_000)) if kind in ("file", "artifact", "export") else iter(())
-    for point in events:
-        if not told(case, root / f"event-{point}", event=point):
-            break
-    if kind in ("export", "build", "train"):
-        draw = random.Random(0)
-        killed = 0
-        for point in range(2 * TIMED_POINTS):  # on a machine that got faster since, some are done before their time
-            killed += told(case, root / f"time-{point}", seconds=took * draw.uniform(0.02, 1.0))
+    """Sweep over the points of a kind of work."""
+    by_time = {"export": export_case, "train": training_case}
+    if kind in by_time:
+        case = by_time[kind](root)
+        seconds = seconds_of(case, root / "whole")
+        draw, killed = random.Random(0), 0
+        for point in range(3 * TIMED_POINTS):  # on a machine that got faster since, some are done before their time
+            killed += is_killed(case, root / f"time-{point}", seconds=seconds * draw.uniform(0.02, 1.0))
             if killed == TIMED_POINTS:
+                break
+    else:
+        case = {"file": file_case, "artifact": lambda: artifact_case(True), "first": lambda: artifact_case(False)}[
+            kind
+        ]()
+        for point in itertools.count():
+            if not is_killed(case, root / f"event-{point}", event=point):
                 break
 
 
-def told(case: Case, folder: Path, *, event: int | None = None, seconds: float | None = None) -> bool:
-    """Run the work to a point, and print what it left and what the next run makes of that; whether it was killed."""
+def is_killed(case: Case, folder: Path, *, event: int | None = None, seconds: float | None = None) -> bool:
+    """Run the work to a point, and print what it left and what the same work makes of that; whether it was killed."""
     folder.mkdir(parents=True)
     case.prepare(folder)
     killed = killed_at(lambda: case.work(folder), folder, event, seconds)
-    left = hidden(folder)
     state = case.state(folder)
     case.work(folder)
-    after = {"state": case.state(folder), "left": hidden(folder)}
-    print(json.dumps({"killed": killed, "state": state, "left": left, "after": after}), flush=True)  # noqa: T201
+    left = sorted(path.name for path in folder.rglob(".*"))
+    print(json.dumps({"killed": killed, "state": state, "after": case.state(folder), "left": left}), flush=True)  # noqa: T201
     shutil.rmtree(folder)
     return killed
 
 
-def finished_in(case: Case, folder: Path) -> float:
+def seconds_of(case: Case, folder: Path) -> float:
     """Seconds that the whole work takes once everything is warm."""
     for turn in ("cold", "warm"):
         (folder / turn).mkdir(parents=True)
@@ -109,26 +112,17 @@ def killer(folder: Path, event: int) -> Callable[[str, tuple[Any, ...]], None]:
     count = itertools.count()
 
     def hook(name: str, words: tuple[Any, ...]) -> None:
-        counts = name in CHANGES and str(folder) in str(words) and (name != "open" or is_written(words))
-        if counts and next(count) == event:
+        counts = name in CHANGES and str(folder) in str(words)
+        if counts and (name != "open" or words[2] & (os.O_WRONLY | os.O_RDWR)) and next(count) == event:
             os.kill(os.getpid(), signal.SIGKILL)
 
     return hook
 
 
-def is_written(words: tuple[Any, ...]) -> bool:
-    return bool(words[2] & (os.O_WRONLY | os.O_RDWR))
-
-
-def hidden(folder: Path) -> list[str]:
-    """What is there beyond the results, locks left out: they hold nothing."""
-    return sorted(path.name for path in folder.iterdir() if path.name.startswith(".") and path.suffix != ".lock")
-
-
 # --- cases ------------------------------------------------------------------------------------------------------------
 
 
-def file_case(root: Path) -> Case:
+def file_case() -> Case:
     texts = {"old": "old\n" * 10, "new": "new\n" * 10_000}
 
     def state(folder: Path) -> str:
@@ -141,29 +135,35 @@ def file_case(root: Path) -> Case:
     )
 
 
-def artifact_case(root: Path) -> Case:
-    """Two files become two others, one under another name: four changes that have to look like one."""
+def artifact_case(replaces: bool) -> Case:
+    """Two files become two others, one under another name; or, as without --force, the place is free."""
 
     def make(content: bytes, *names: str) -> Callable[[Path], None]:
         def work(folder: Path) -> None:
             with stage_artifact(folder, "small") as staging:
+                if reusable_artifact(folder, "small", REQUEST, SOURCE, force=replaces) is not None:
+                    return
                 for name in names:
                     (staging.folder / name).write_bytes(content)
-                files = staging.record(*names)
-                values = {"source_name": "random:0", "source_sha256": "a" * 64, "facts": FACTS}
-                staging.commit(OnnxManifest(stem="small", files=files, model=MODEL, request=REQUEST, **values))
+                staging.commit(manifest_of("small", staging.record(*names)))
 
         return work
 
     def state(folder: Path) -> str:
-        artifact = open_artifact(folder / "small.onnx")
-        contents = {(folder / file.name).read_bytes() for file in artifact.manifest.files}
-        expected = {file.name for file in artifact.manifest.files} | {"small.json"}
+        try:
+            artifact = open_artifact(folder / "small.onnx")
+        except (CorruptArtifactError, InputError) as error:
+            if "Make it again" not in str(error):
+                raise
+            return "refused"
+        expected = {*artifact.file_names, "small.json"}
         if {path.name for path in folder.iterdir() if not path.name.startswith(".")} != expected:
             raise RuntimeError(f"files of nobody: {sorted(folder.iterdir())}")
-        return {frozenset({b"old"}): "old", frozenset({b"newer"}): "new"}[frozenset(contents)]
+        (content,) = {(folder / name).read_bytes() for name in artifact.file_names}
+        return {b"old": "old", b"newer": "new"}[content]
 
-    return Case(make(b"old", "small.onnx", "small.old.data"), make(b"newer", "small.onnx", "small.new.data"), state)
+    prepare = make(b"old", "small.onnx", "small.old.data") if replaces else lambda folder: None
+    return Case(prepare, make(b"newer", "small.onnx", "small.new.data"), state)
 
 
 def export_case(root: Path) -> Case:
@@ -180,40 +180,16 @@ def export_case(root: Path) -> Case:
         def export(folder: Path) -> None:
             spec = ExportSpec(deploy=DeploySpec("fp16", 32), batch=batch)
             check = partial(verify_export, model=model)
-            hashes[name] = export_onnx(model, MODEL, spec, folder, force=True, verify=check).sha256
+            hashes[export_onnx(model, MODEL, spec, folder, force=True, verify=check).sha256] = name
 
         return export
 
-    older = root / "older"
-    work("old", (1, 2, 4))(older)
-
-    def state(folder: Path) -> str:
-        return {value: name for name, value in hashes.items()}[open_artifact(folder / "tiny-test-32-fp16.onnx").sha256]
-
-    return Case(lambda folder: copied(older, folder), work("new", (1, 4, 8)), state)
-
-
-def build_case(root: Path) -> Case:
-    from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
-
-    export = export_case(root)
-    export.prepare(root / "onnx")
-
-    def work(name: str, batch: tuple[int, int, int]) -> Callable[[Path], None]:
-        def build(folder: Path) -> None:
-            spec = BuildSpec(runtime="tensorrt-rtx", target="sm89", batches=(batch,), measure=False)
-            build_engine(root / "onnx" / "tiny-test-32-fp16.onnx", spec, folder, force=True)
-
-        return build
-
-    older = root / "older-engine"
-    work("old", (1, 2, 4))(older)
-
-    def state(folder: Path) -> str:
-        batches = open_artifact(folder / "tiny-test-32-fp16-rtx-sm89.engine").manifest.request.batches
-        return {2: "old", 3: "new"}[batches[0][1]]
-
-    return Case(lambda folder: copied(older, folder), work("new", (1, 3, 4)), state)
+    work("old", (1, 2, 4))(root / "older")
+    return Case(
+        lambda folder: shutil.copytree(root / "older", folder, dirs_exist_ok=True),
+        work("new", (1, 4, 8)),
+        lambda folder: hashes[open_artifact(folder / "tiny-test-32-fp16.onnx").sha256],
+    )
 
 
 def training_case(root: Path) -> Case:
@@ -241,25 +217,12 @@ def training_case(root: Path) -> Case:
             shutil.rmtree(folder / "run", ignore_errors=True)
             run(folder, resume=False)
 
+    def hashes(folder: Path) -> list[str]:
+        return [sha256_of_file(folder / "run" / name) for name in names if (folder / "run" / name).is_file()]
+
     run(root / "undisturbed", resume=False)
-    expected = [sha256_of_file(root / "undisturbed" / "run" / name) for name in names]
-
-    def state(folder: Path) -> str:
-        paths = [folder / "run" / name for name in names]
-        if not all(path.is_file() for path in paths):
-            return "old"
-        return "new" if [sha256_of_file(path) for path in paths] == expected else "old"
-
-    return Case(lambda folder: None, work, state)
-
-
-def copied(source: Path, folder: Path) -> None:
-    shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.lock"))
-
-
-def lines(text: str) -> Iterator[dict[str, Any]]:
-    """What a sweep printed."""
-    return (json.loads(line) for line in text.splitlines())
+    expected = hashes(root / "undisturbed")
+    return Case(lambda folder: None, work, lambda folder: "new" if hashes(folder) == expected else "old")
 
 
 if __name__ == "__main__":

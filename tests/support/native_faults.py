@@ -1,6 +1,7 @@
-"""What native code does to a process when it goes wrong; run in a child."""
+"""What code does to a process when it goes wrong; run in a child."""
 
 import ctypes
+import errno
 import os
 import random
 import signal
@@ -21,6 +22,20 @@ def abort() -> None:
     os.abort()
 
 
+def signal_itself() -> None:
+    os.kill(os.getpid(), 40)
+    time.sleep(10)
+
+
+def leave() -> None:
+    sys.stdout.write("noise\n")
+    os._exit(7)
+
+
+def stumble() -> None:
+    raise ZeroDivisionError("division by zero")
+
+
 def hang() -> None:
     time.sleep(600)
 
@@ -32,24 +47,49 @@ def eat_memory() -> None:
         time.sleep(0.01)
 
 
-def leave() -> None:
-    sys.stdout.write("noise\n")
-    os._exit(7)
+def babble() -> None:
+    while True:
+        os.write(2, b"x" * (1 << 20))
 
 
 def refuse() -> None:
     raise InputError("The file is none, and one was expected. Give another.")
 
 
+def find_no_room() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def find_no_memory() -> None:
+    raise MemoryError
+
+
 def add(first: int, second: int) -> int:
     sys.stdout.write('{"result": 0}\n')  # what a library prints is no answer
+    time.sleep(0.1)
     return first + second
 
 
+def forge(text: str) -> None:
+    """Answer in the place of `child_process.main`, as code that took the process over could."""
+    log = Path("/proc/self/fd/1").readlink()
+    (log.parent / "answer.json").write_bytes(text.encode("latin-1"))
+    os._exit(0)
+
+
 def tell_pid(path: str) -> None:
-    with open(path, "w", encoding="ascii") as stream:  # noqa: PTH123 - as short as can be
-        stream.write(str(os.getpid()))
+    Path(path).write_text(str(os.getpid()), encoding="ascii")
     signal.pause()
+
+
+def leave_a_grandchild(path: str) -> None:
+    started = subprocess.Popen(["sleep", "600"])
+    Path(path).write_text(str(started.pid), encoding="ascii")
+
+
+def leave_a_grandchild_and_hang(path: str) -> None:
+    leave_a_grandchild(path)
+    time.sleep(600)
 
 
 def answers_to_flips(engine: str, count: int) -> list[list[str]]:
@@ -69,30 +109,3 @@ def answers_to_flips(engine: str, count: int) -> list[list[str]]:
         assert runtime.deserialize_cuda_engine(bytes(damaged)) is None
         found.append([validity, next(text for severity, text in log.messages if severity == "ERROR")])
     return found
-
-
-def leave_a_grandchild(path: str) -> None:
-    started = subprocess.Popen(["sleep", "600"])
-    Path(path).write_text(str(started.pid), encoding="ascii")
-
-
-def leave_a_grandchild_and_hang(path: str) -> None:
-    leave_a_grandchild(path)
-    time.sleep(600)
-
-
-def babble() -> None:
-    while True:
-        os.write(2, b"x" * (1 << 20))
-
-
-def forge(text: str) -> None:
-    """Answer in the place of `isolation.main`, as code that took the process over could."""
-    log = Path("/proc/self/fd/1").readlink()
-    (log.parent / "answer.json").write_bytes(text.encode("latin-1"))
-    os._exit(0)
-
-
-def signal_itself(number: int) -> None:
-    os.kill(os.getpid(), number)
-    time.sleep(10)

@@ -46,8 +46,8 @@ class SmallDisk:
         (self.seen / "ballast").unlink()
 
     def contents(self) -> dict[str, bytes]:
-        """Every file but the ballast and the locks, which hold nothing."""
-        found = sorted(path for path in self.seen.rglob("*") if path.is_file() and path.suffix != ".lock")
+        """Every file but the ballast."""
+        found = sorted(path for path in self.seen.rglob("*") if path.is_file())
         return {str(path.relative_to(self.seen)): path.read_bytes() for path in found if path.name != "ballast"}
 
 

@@ -26,7 +26,7 @@ from cnx_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.model.recorded import model_record
 from cnx_deploy.runners.tensorrt import _check_gpu, _check_release
-from cnx_deploy.verification.provenance import Custody, check_custody
+from cnx_deploy.verification.provenance import ProvenanceReport, check_provenance
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def chain(made: Path, tmp_path: Path) -> Path:
     return tmp_path / "chain"
 
 
-def checked(chain: Path) -> Custody:
-    return check_custody((), chain / "export", chain / "engines")
+def checked(chain: Path) -> ProvenanceReport:
+    return check_provenance((), chain / "export", chain / "engines")
 
 
 def faults(chain: Path) -> list[str]:
@@ -140,7 +140,7 @@ def test_onnx_extdata_missing_swapped_and_every_other_break_of_the_chain_is_name
 def test_without_files_records_are_notes_and_named_files_are_faults(chain: Path) -> None:
     (chain / "engines/atto-32-fp16-rtx-sm89.engine").unlink()
     assert checked(chain).passed
-    named = check_custody([chain / "engines/atto-32-fp16-rtx-sm89.json"], chain / "export", chain / "engines")
+    named = check_provenance([chain / "engines/atto-32-fp16-rtx-sm89.json"], chain / "export", chain / "engines")
     assert not named.passed
 
 
