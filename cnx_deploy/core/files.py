@@ -115,7 +115,7 @@ def temporary_folder(path: Path, needed_bytes: int = 0) -> Iterator[Path]:
     with place_errors(path.parent):
         lock.acquire()
     try:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove_folder(folder)
         free = _free_bytes(path.parent)
         if free is not None and free < needed_bytes:
             raise DiskFullError(
@@ -127,7 +127,7 @@ def temporary_folder(path: Path, needed_bytes: int = 0) -> Iterator[Path]:
         with room_errors(path):
             yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove_folder(folder)
         # The lock's file goes while it is held: a process that waits for it sees that what it opened has no name any
         # more and makes another (filelock does so from 3.24 on).
         Path(lock.lock_file).unlink(missing_ok=True)
@@ -177,6 +177,12 @@ def sha256_of_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove a folder with what is in it; leave what a stranger put there in its place. rmtree would wait for a pipe."""
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _free_bytes(directory: Path) -> int | None:
