@@ -180,7 +180,7 @@ def sha256_of_file(path: Path) -> str:
 
 
 def _remove_folder(folder: Path) -> None:
-    """Remove a folder with what is in it; leave what a stranger put there in its place. rmtree would wait for a pipe."""
+    """Remove a folder with what is in it, and leave a stranger's link or pipe: rmtree would wait for the pipe."""
     if folder.is_dir() and not folder.is_symlink():
         shutil.rmtree(folder, ignore_errors=True)
 
