@@ -35,7 +35,7 @@ from cnx_deploy.exporters.untrusted import limits_for, read_onnx
 from cnx_deploy.runners.ort_session import trial_run
 from cnx_deploy.runners.registry import open_runner
 from cnx_deploy.verification.predict import open_classifier
-from cnx_deploy.verification.provenance import check_custody
+from cnx_deploy.verification.provenance import check_provenance
 from tests.support import hostile_onnx
 from tests.support.hostile_onnx import (
     DATA,
@@ -213,7 +213,7 @@ def test_outside_data_swapped_in_beside_what_the_manifest_lists_is_read_by_nobod
     ):
         with pytest.raises(CorruptArtifactError, match=text):
             use()
-    findings = check_custody([path], tmp_path, tmp_path).findings
+    findings = check_provenance([path], tmp_path, tmp_path).findings
     assert any(finding.verdict == "fault" and text in finding.text for finding in findings)
 
 
