@@ -112,7 +112,7 @@ def temporary_folder(path: Path, needed_bytes: int = 0) -> Iterator[Path]:
     # them no more than to wait for each other.
     hidden = path.parent / f".{os.fsencode(path.name)[:120].decode('utf-8', 'ignore')}"
     lock, folder = FileLock(f"{hidden}.lock"), Path(f"{hidden}.tmp")
-    with place_errors(path.parent):
+    with place_errors(Path(lock.lock_file)):
         lock.acquire()
     try:
         _remove_folder(folder)
