@@ -63,17 +63,19 @@ def open_artifact(path: Path) -> Artifact:
     Raises InputError when there is no such file or no manifest, RefusedArtifactError for an engine without one,
     CorruptArtifactError when bytes differ.
     """
-    try:
-        return _checked(read_artifact(path))
-    except (CorruptArtifactError, InputError):
-        time.sleep(RENAMES_SECONDS)  # another process may be putting a new artifact into place: one more look
-        return _checked(read_artifact(path))
-
-
-def _checked(artifact: Artifact) -> Artifact:
-    for record in artifact.manifest.files:
-        check_file(artifact.path.parent / record.name, record)
-    return artifact
+    failed: Artifact | None = None
+    while True:
+        artifact = read_artifact(path)
+        try:
+            for record in artifact.manifest.files:
+                check_file(artifact.path.parent / record.name, record)
+        except (CorruptArtifactError, InputError):
+            if artifact == failed:
+                raise
+            failed = artifact  # another process may be putting it into place: one more look at each manifest
+            time.sleep(RENAMES_SECONDS)
+        else:
+            return artifact
 
 
 def read_artifact(path: Path) -> Artifact:

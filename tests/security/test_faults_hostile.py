@@ -55,7 +55,7 @@ def changed(artifact: Artifact, change: Callable[[dict[str, dict[str, object]]],
 def test_a_seed_that_is_none_is_corrupt(reference: str, tmp_path: Path) -> None:
     artifact = make(tmp_path)
     changed(artifact, lambda document: document["model"]["weights"].update(reference=reference))  # type: ignore[attr-defined]
-    with pytest.raises(CorruptArtifactError, match=r"model\.weights\.reference is no seed"):
+    with pytest.raises(CorruptArtifactError, match=r"model\.weights: reference is no seed"):
         open_artifact(artifact.path)
 
 
