@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard, overload
 
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, OutputExistsError, RefusedArtifactError
-from cnx_deploy.core.files import sha256_of_file
+from cnx_deploy.core.files import hidden_path, sha256_of_file
 from cnx_deploy.core.manifest import (
     MAX_MANIFEST_BYTES,
     SUFFIXES,
@@ -42,8 +42,8 @@ __all__ = [
     "stage_artifact",
 ]
 
-RENAMES_SECONDS = 0.02
-"""Longer than a writer takes to move the two or three files of an artifact into place."""
+RENAMES_SECONDS = 2.0
+"""Longer than a writer takes to move the two or three files of an artifact into place on a disk that is busy."""
 
 
 def artifact_stem(
@@ -63,17 +63,20 @@ def open_artifact(path: Path) -> Artifact:
     Raises InputError when there is no such file or no manifest, RefusedArtifactError for an engine without one,
     CorruptArtifactError when bytes differ.
     """
-    failed: Artifact | None = None
+    failed, deadline = None, time.monotonic() + RENAMES_SECONDS
     while True:
+        is_written = hidden_path(path.with_suffix(""), ".tmp").exists()
         artifact = read_artifact(path)
         try:
             for record in artifact.manifest.files:
                 check_file(artifact.path.parent / record.name, record)
         except (CorruptArtifactError, InputError):
-            if artifact == failed:
+            # Another process may be between the renames of a new artifact. Each manifest gets a second look, and more
+            # while a writer is there.
+            if artifact == failed and not (is_written and time.monotonic() < deadline):
                 raise
-            failed = artifact  # another process may be putting it into place: one more look at each manifest
-            time.sleep(RENAMES_SECONDS)
+            failed = artifact
+            time.sleep(0.02 if is_written else 0.0)
         else:
             return artifact
 

@@ -23,8 +23,8 @@ from filelock import FileLock
 from cnx_deploy.core.errors import DiskFullError, InputError
 
 __all__ = [
-    "check_file", "flush", "make_folder", "open_regular", "place_errors", "room_errors", "sha256_of_file",
-    "temporary_folder", "whole_file", "write_text",
+    "check_file", "flush", "hidden_path", "make_folder", "open_regular", "place_errors", "room_errors",
+    "sha256_of_file", "temporary_folder", "whole_file", "write_text",
 ]  # fmt: skip
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -108,10 +108,7 @@ def temporary_folder(path: Path, needed_bytes: int = 0) -> Iterator[Path]:
     The system frees the lock of a process that died, and what that left is removed. Raises InputError where the folder
     cannot be made, DiskFullError where fewer than `needed_bytes` are free or the disk becomes full.
     """
-    # File names end at 255 bytes, on encrypted folders at 143. Names that begin alike for 120 share a lock, which costs
-    # them no more than to wait for each other.
-    hidden = path.parent / f".{os.fsencode(path.name)[:120].decode('utf-8', 'ignore')}"
-    lock, folder = FileLock(f"{hidden}.lock"), Path(f"{hidden}.tmp")
+    lock, folder = FileLock(hidden_path(path, ".lock")), hidden_path(path, ".tmp")
     with place_errors(Path(lock.lock_file)):
         lock.acquire()
     try:
@@ -132,6 +129,15 @@ def temporary_folder(path: Path, needed_bytes: int = 0) -> Iterator[Path]:
         # more and makes another (filelock does so from 3.24 on).
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+
+
+def hidden_path(path: Path, suffix: str) -> Path:
+    """`.<name><suffix>` beside `path`: its lock (".lock") or its temporary folder (".tmp").
+
+    File names end at 255 bytes, on encrypted folders at 143, so the name is cut at 120. Names that begin alike share a
+    lock, which costs them no more than to wait for each other.
+    """
+    return path.parent / f".{os.fsencode(path.name)[:120].decode('utf-8', 'ignore')}{suffix}"
 
 
 @contextlib.contextmanager
