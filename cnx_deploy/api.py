@@ -35,7 +35,7 @@ from cnx_deploy.verification.verify import Progress, Reference, verify_artifact,
 
 if TYPE_CHECKING:
     from cnx_deploy.bench.run import BenchReport
-    from cnx_deploy.diagnosis.headroom.analysis import Headroom
+    from cnx_deploy.diagnosis.headroom import Headroom
     from cnx_deploy.training import TrainingResult
     from cnx_deploy.verification.evaluation import Evaluation
     from cnx_deploy.verification.inspect import Inspection
@@ -221,7 +221,7 @@ def headroom(checkpoint: Path | str | None = None, *, note: Note = _silent, **op
         note: is told what was assumed.
         **options: fields of `HeadroomRequest`: variant, pretrained, data, samples, image_size, margin …
     """
-    from cnx_deploy.diagnosis.headroom.analysis import HeadroomRequest, run_headroom
+    from cnx_deploy.diagnosis.headroom import HeadroomRequest, run_headroom
 
     path = Path(checkpoint) if checkpoint is not None else None
     return run_headroom(HeadroomRequest(checkpoint=path, **options), note)

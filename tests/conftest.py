@@ -22,7 +22,7 @@ TINY_V1_TEST = Variant("tiny-v1-test", (1, 1, 2, 1), (8, 16, 32, 64), 137_040, N
 
 LONGEST_FIRST = (
     "test_comparison.py",
-    "test_steps.py",
+    "test_chain.py",
     "test_fp16_safety.py",
     "test_cli.py",
     "test_onnx_export.py",

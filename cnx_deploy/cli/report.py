@@ -19,13 +19,14 @@ from cnx_deploy.cli import options
     "--html", type=click.Path(path_type=Path),
     help="Write one self-contained page instead (needs the extra report).",
 )  # fmt: skip
-@click.option("--bench", multiple=True, type=click.Path(path_type=Path), help="For --html: cnx-deploy bench --json.")
+@click.option("--bench", multiple=True, type=click.Path(path_type=Path), help="For --html: bench --json.")
 @click.option(
-    "--headroom", multiple=True, type=click.Path(path_type=Path), help="For --html: cnx-deploy headroom --json."
+    "--headroom",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="For --html: diagnose headroom --json.",
 )
-@click.option(
-    "--layers", multiple=True, type=click.Path(path_type=Path), help="For --html: cnx-deploy verify --layers --json."
-)
+@click.option("--layers", multiple=True, type=click.Path(path_type=Path), help="For --html: diagnose layers --json.")
 @options.force
 @options.as_json
 def report(

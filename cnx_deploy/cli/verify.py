@@ -9,7 +9,6 @@ from click.core import ParameterSource
 
 from cnx_deploy.cli import options
 from cnx_deploy.cli.printable import one_line
-from cnx_deploy.cli.steps import verify_steps
 from cnx_deploy.core.errors import InputError, ParityError
 from cnx_deploy.runners.registry import runner_names
 
@@ -41,22 +40,9 @@ FILES = click.argument("files", nargs=-1, type=click.Path(path_type=Path))
     "--save-outputs", type=click.Path(file_okay=False, path_type=Path),
     help="New folder for both sides' logits, with hashes: `verify saved` judges them again.",
 )  # fmt: skip
-@click.option("--layers", is_flag=True, help="Compare every module's output, to find where two runs part; 2 images.")
-@click.option(
-    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="SVG file for --layers (needs the extra report)."
-)
-@click.option("--steps", is_flag=True, help="Follow the chain PyTorch, FP32, half precision, engine; name what fails.")
 @options.as_json
-def compare(as_json: bool, layers: bool, steps: bool, plot: Path | None, **arguments: Any) -> None:
+def compare(as_json: bool, **arguments: Any) -> None:
     """Compare ONNX FILES and engines with PyTorch; by default everything recorded. Exit code 3 when a gate fails."""
-    if steps:
-        verify_steps(arguments.pop("files"), arguments, as_json=as_json)
-        return
-    if layers:
-        _verify_layers(plot, as_json=as_json, **arguments)
-        return
-    if plot is not None:
-        raise click.UsageError("--plot draws what --layers finds: add --layers.")
     options.refuse_engines_without_gpu(arguments["files"])
     from cnx_deploy.api import VerifyRequest, run_verifications
 
@@ -104,44 +90,6 @@ def saved(folder: Path, as_json: bool, **gate: Any) -> None:
 
 
 verify = options.DefaultGroup("verify", compare, (records, saved))
-
-
-def _verify_layers(plot: Path | None, *, as_json: bool, files: tuple[Path, ...], **arguments: Any) -> None:
-    """Compare ONNX files by layer, on two images where no number is given."""
-    context = click.get_current_context()
-    given = {name for name in arguments if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
-    if given & {"runners", "save_inputs", "save_outputs"}:
-        text = "leave --runner and --save-inputs out, and --save-outputs."
-        raise click.UsageError(f"--layers has sides of its own and saves nothing: {text}")
-    from cnx_deploy.core.artifacts import select_artifacts
-    from cnx_deploy.core.plotting import check_plot
-    from cnx_deploy.diagnosis.layerwise.comparison import layers_of_artifact
-    from cnx_deploy.diagnosis.layerwise.report import document, table, write_plot
-
-    samples = arguments["samples"] if "samples" in given else 2
-    recorded = select_artifacts(files, arguments["export_dir"], arguments["engines_dir"], options.note)
-    artifacts = [artifact for artifact in recorded if files or artifact.manifest.kind == "onnx"]
-    if not artifacts:
-        raise InputError(f"No ONNX file is recorded in {arguments['export_dir']}. Run `cnx-deploy export` first.")
-    if plot is not None:
-        check_plot(plot)
-        if len(artifacts) != 1:
-            raise click.UsageError(f"--plot draws one file and {len(artifacts)} are compared: name one.")
-    found = []
-    with options.reporter("Comparing") as progress:
-        words = {"samples": samples, "images": arguments["data"], "progress": lambda text, _: progress(text, 0.0)}
-        for artifact in artifacts:
-            options.note(f"Comparing {artifact.path.name} by layer")
-            found.append(layers_of_artifact(artifact, **words))
-    if plot is not None:
-        options.note(f"  {write_plot(found[0], plot)}")
-    if as_json:
-        options.echo_json({"layers": [document(entry) for entry in found]})
-    else:
-        options.echo("\n\n".join("\n".join(table(entry)) for entry in found))
-    failed = [entry.artifact for entry in found if not entry.passed]
-    if failed:
-        options.fail(ParityError(f"{', '.join(failed)} part from PyTorch by layer; see above where."), as_json=as_json)
 
 
 def _show(verifications: Sequence[Any], *, as_json: bool) -> None:

@@ -1,6 +1,6 @@
 """From PyTorch to the engine step by step: the first step that fails says which part of the chain is to blame.
 
-1. PyTorch in FP32 -> the FP32 ONNX file, with all of ONNX Runtime's optimisations and with none: the export.
+1. PyTorch in FP32 -> the FP32 ONNX file, with none of ONNX Runtime's optimisations and with all: the export.
 2. FP32 ONNX -> half-precision ONNX, rounded after every operator: the precision.
 3. Half-precision ONNX -> each engine built from it: TensorRT. On its GPU only.
 
@@ -10,8 +10,8 @@ says how much FP32 itself is off: no step can be asked to be better. TF32 is off
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnx_deploy.api import VerifyRequest
 from cnx_deploy.core.artifacts import find_artifacts, is_onnx, open_artifact, select_artifacts
 from cnx_deploy.core.errors import InputError, MissingRequirementError
 from cnx_deploy.core.gates import GATES, Gate, ParityResult
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.data.image_source import batch_sizes
-from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.exporters.graph_checks import check_graph
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.runners.base import Runner
@@ -34,17 +32,16 @@ from cnx_deploy.runners.registry import RunnerOptions, open_runner
 from cnx_deploy.verification.parity import differences, logits_of
 from cnx_deploy.verification.verify import Progress, Reference
 
-__all__ = ["Step", "StepVerdict", "run_steps", "verify_steps"]
+__all__ = ["Chain", "ChainStep", "follow_chain", "report_lines", "run_chains"]
 
 IMAGES = 16
 """Unless another number is asked for: the emulator takes seconds an image for the large variants."""
-
 FLOOR_IMAGES = 4
 """Float64 takes three times as long as FP32 and as much memory again."""
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ChainStep:
     """One comparison of the chain. `blame`: what is at fault where it fails; `result` None where it was not run."""
 
     reference: str
@@ -59,33 +56,32 @@ class Step:
         return self.result is not None and not self.result.passed
 
     def to_dict(self) -> dict[str, Any]:
-        """The step as JSON has it."""
-        found = self.result.to_dict() if self.result is not None else None
+        """Return the step for JSON."""
         return {
             "reference": self.reference,
             "candidate": self.candidate,
             "blame": self.blame,
-            "result": found,
+            "result": None if self.result is None else self.result.to_dict(),
             "not_run": self.not_run,
         }
 
 
 @dataclass(frozen=True, slots=True)
-class StepVerdict:
-    """The chain of one half-precision file. `floor`: relative L2 (worst image) of PyTorch in FP32 against float64."""
+class Chain:
+    """The steps to one half-precision file and on. `floor`: relative L2 (worst image) of FP32 against float64."""
 
     artifact: str
     floor: float
     floor_images: int
-    steps: tuple[Step, ...]
+    steps: tuple[ChainStep, ...]
 
     @property
-    def failed(self) -> Step | None:
+    def failed(self) -> ChainStep | None:
         """The step that failed, which is the last one that ran; None where none did."""
         return next((step for step in self.steps if step.failed), None)
 
-    def sentence(self) -> str:
-        """The verdict in words."""
+    def verdict(self) -> str:
+        """Say in a sentence which step failed, or how many passed."""
         failed = self.failed
         if failed is not None and failed.result is not None:
             reasons = "; ".join(failed.result.failures)
@@ -95,67 +91,92 @@ class StepVerdict:
         return f"{ran} steps passed" + (f", {rest} not run" if rest else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """The verdict as JSON has it."""
+        """Return the chain for JSON."""
         return {
             "artifact": self.artifact,
             "fp32_noise_floor": {"relative_l2_max": self.floor, "images": self.floor_images},
             "steps": [step.to_dict() for step in self.steps],
             "passed": self.failed is None,
-            "verdict": self.sentence(),
+            "verdict": self.verdict(),
         }
 
 
-def verify_steps(
+def run_chains(
+    files: Sequence[Path],
+    note: Callable[[str], None],
+    *,
+    export_dir: Path = Path("export"),
+    engines_dir: Path = Path("engines"),
+    data: Path | None = None,
+    samples: int | None = None,
+    progress: Progress | None = None,
+) -> list[Chain]:
+    """Follow the chain of every half-precision ONNX file named, or recorded and present, and of its engines.
+
+    Raises InputError where there is none.
+    """
+    artifacts = list(select_artifacts(files, export_dir, engines_dir, note))
+    halves = artifacts if files else [artifact for artifact in artifacts if _is_half(artifact)]
+    if not halves:
+        raise InputError(
+            f"No half-precision ONNX file is recorded and present in {export_dir}. Run `cnx-deploy export --variant "
+            "atto` first."
+        )
+    engines = [engine for engine in find_artifacts(engines_dir, "engine") if engine.path.is_file()]
+    for artifact in halves:
+        _require_half(artifact)
+    chains = []
+    for artifact in halves:
+        note(f"Following {artifact.path.name} from PyTorch on")
+        built = [engine for engine in engines if engine.manifest.source_sha256 == artifact.sha256]
+        chains.append(follow_chain(artifact, built, Reference(artifact, data, samples or IMAGES), progress))
+    return chains
+
+
+def follow_chain(
     artifact: Artifact, engines: Sequence[Artifact], reference: Reference, progress: Progress | None = None
-) -> StepVerdict:
+) -> Chain:
     """Judge the chain that leads to a recorded half-precision ONNX file and on to the `engines` built from it.
 
     The FP32 file of step 1 is exported anew from the recorded weights, in a temporary folder: the chain is judged and
     not what happens to lie in a folder. Raises InputError for a file that is not of half precision.
     """
     artifact = open_artifact(artifact.path)
-    _refuse_other(artifact)
+    _require_half(artifact)
     check_graph(artifact.path, artifact.file_names)
     pairs = list(reference.pairs(artifact, reference.samples, progress))
     batches, expected = [images for images, _ in pairs], torch.cat([logits for _, logits in pairs])
     floor, floor_images = _noise_floor(artifact, reference, batches)
-    steps: list[Step] = []
-    with ExitStack() as stack:
-        for step in _steps(artifact, engines, reference, batches, expected, stack, progress):
+    steps: list[ChainStep] = []
+    with closing(_steps(artifact, engines, reference, batches, expected, progress)) as following:
+        for step in following:
             steps.append(step)
             if step.failed:
                 break
-    return StepVerdict(artifact.path.name, floor, floor_images, tuple(steps))
+    return Chain(artifact.path.name, floor, floor_images, tuple(steps))
 
 
-def run_steps(
-    request: VerifyRequest, note: Callable[[str], None], progress: Progress | None = None
-) -> list[StepVerdict]:
-    """The chain of every half-precision ONNX file named, or recorded and present, with the engines built from it.
-
-    Raises InputError where there is none.
-    """
-    artifacts = list(select_artifacts(request.files, request.export_dir, request.engines_dir, note))
-    halves = [each for each in artifacts if each.manifest.kind == "onnx" and each.manifest.precision.name != "fp32"]
-    if request.files and len(halves) < len(artifacts):
-        halves = artifacts  # `verify_steps` says what is wrong with the others
-    if not halves:
-        raise InputError("--steps leads to a half-precision ONNX file, and none is recorded and present. Export one.")
-    engines = [each for each in find_artifacts(request.engines_dir, "engine") if each.path.is_file()]
-    for artifact in halves:
-        _refuse_other(artifact)
-    verdicts = []
-    for artifact in halves:
-        note(f"Following {artifact.path.name} from PyTorch on")
-        built = [engine for engine in engines if engine.manifest.source_sha256 == artifact.sha256]
-        reference = Reference(artifact, request.data, request.samples or IMAGES)
-        verdicts.append(verify_steps(artifact, built, reference, progress))
-    return verdicts
+def report_lines(chain: Chain) -> Iterator[str]:
+    """Yield the chain for a terminal, a line a step."""
+    yield f"{chain.artifact}: {chain.verdict()}"
+    yield f"  FP32's own error against float64: relative L2 {chain.floor:.1e} ({chain.floor_images} images)"
+    for step in chain.steps:
+        pair = f"  {step.reference} -> {step.candidate}"
+        if step.result is None:
+            yield f"{pair:70} not run: {step.not_run}"
+            continue
+        verdict = "pass" if step.result.passed else "FAIL: " + "; ".join(step.result.failures)
+        error = f"relative L2 {step.result.differences.relative_l2_max:.1e}"
+        yield f"{pair:70} {error}, gate {step.result.gate.name}: {verdict}"
 
 
-def _refuse_other(artifact: Artifact) -> None:
-    if not is_onnx(artifact) or not artifact.manifest.precision.has_islands:
-        raise InputError(f"{artifact.path.name} is no half-precision ONNX file, which --steps leads to. Name one.")
+def _is_half(artifact: Artifact) -> bool:
+    return is_onnx(artifact) and artifact.manifest.precision.has_islands
+
+
+def _require_half(artifact: Artifact) -> None:
+    if not _is_half(artifact):
+        raise InputError(f"{artifact.path.name} is no half-precision ONNX file: a chain leads to one of FP16 or BF16.")
 
 
 def _noise_floor(artifact: Artifact, reference: Reference, batches: Sequence[Tensor]) -> tuple[float, int]:
@@ -173,51 +194,51 @@ def _steps(
     reference: Reference,
     batches: Sequence[Tensor],
     expected: Tensor,
-    stack: ExitStack,
     progress: Progress | None,
-) -> Iterator[Step]:
-    precision, checked = artifact.manifest.precision.name, RunnerOptions(hashes_hold=True)
-    single = _single_precision(artifact, reference, Path(stack.enter_context(tempfile.TemporaryDirectory())))
-    for name, how in (("onnxruntime-plain", "no optimisations"), ("onnxruntime", "all optimisations")):
-        logits = _logits(open_runner(single, name, checked), batches, f"FP32 ONNX, {how}", progress)
-        what = f"FP32 ONNX ({how})"
-        blame = "the export." if name == "onnxruntime-plain" else "ONNX Runtime's optimisations, not the file."
-        yield _step("PyTorch FP32", what, blame, logits, expected, GATES["fp32"], batches)
-    rounded = _logits(open_runner(artifact, f"emulate-{precision}", checked), batches, "emulator", progress)
-    blame = f"{precision.upper()}: see `cnx-deploy headroom` and `cnx-deploy bisect`."
-    emulated = f"{artifact.path.name} (emulated)"
-    yield _step("FP32 ONNX", emulated, blame, rounded, logits, GATES[precision], batches)
+) -> Generator[ChainStep]:
+    row, checked = artifact.manifest.precision, RunnerOptions(hashes_hold=True)
+    with tempfile.TemporaryDirectory() as folder:
+        single = _export_fp32(artifact, reference, Path(folder))
+        for runner, optimisations in (("onnxruntime-plain", "no"), ("onnxruntime", "all")):
+            candidate = f"FP32 ONNX ({optimisations} optimisations)"
+            logits = _logits(open_runner(single, runner, checked), batches, candidate, progress)
+            blame = "the export." if optimisations == "no" else "ONNX Runtime's optimisations, not the file."
+            yield _judged("PyTorch FP32", candidate, blame, logits, expected, GATES["fp32"], batches)
+    rounded = _logits(open_runner(artifact, f"emulate-{row.name}", checked), batches, "emulator", progress)
+    blame = f"{row.name.upper()}: see `cnx-deploy diagnose headroom` and `cnx-deploy diagnose bisect`."
+    candidate = f"{artifact.path.name} (emulated)"
+    yield _judged("FP32 ONNX", candidate, blame, rounded, logits, row.gate, batches)
     for engine in engines:
-        yield _engine_step(engine, artifact, rounded, batches, progress)
+        pair, blame = (artifact.path.name, engine.path.name), "TensorRT."
+        try:
+            opened = open_runner(engine)
+        except MissingRequirementError as error:
+            yield ChainStep(*pair, blame, None, str(error))
+            continue
+        cut = _recut(batches, opened)
+        logits = _logits(opened, cut, engine.path.name, progress)
+        yield _judged(*pair, blame, logits, rounded[: len(logits)], row.gate, cut)
 
 
-def _engine_step(
-    engine: Artifact, source: Artifact, rounded: Tensor, batches: Sequence[Tensor], progress: Progress | None
-) -> Step:
-    precision = source.manifest.precision.name
-    try:
-        runner = open_runner(engine)
-    except MissingRequirementError as error:
-        return Step(source.path.name, engine.path.name, "TensorRT.", None, str(error))
-    batches = _recut(batches, runner.input_spec)
-    logits = _logits(runner, batches, engine.path.name, progress)
-    rounded = rounded[: len(logits)]
-    return _step(source.path.name, engine.path.name, "TensorRT.", logits, rounded, GATES[precision], batches)
+def _judged(
+    reference: str,
+    candidate: str,
+    blame: str,
+    logits: Tensor,
+    expected: Tensor,
+    gate: Gate,
+    batches: Sequence[Tensor],
+) -> ChainStep:
+    found = differences(logits, expected)
+    sizes = tuple(dict.fromkeys(len(batch) for batch in batches))
+    result = ParityResult(candidate, reference, gate, sizes, found, gate.failures(found))
+    return ChainStep(reference, candidate, blame, result)
 
 
-def _recut(batches: Sequence[Tensor], spec: InputSpec) -> list[Tensor]:
-    """The same images in batches that an engine takes, whose profile may be narrower than its file's range."""
-    images = torch.cat(list(batches))
-    return [piece for piece in torch.split(images, batch_sizes(len(images), spec)) if len(piece) >= spec.min_batch]
-
-
-def _single_precision(artifact: Artifact, reference: Reference, folder: Path) -> Artifact:
-    """An FP32 file of the same weights, input and layout: what is wrong with the form is no fault of the precision."""
-    deploy = artifact.manifest.deploy
-    spec = ExportSpec(
-        deploy=replace(deploy, precision="fp32", keep_fp32=()),
-        batch=artifact.manifest.batch,
-    )
+def _export_fp32(artifact: Artifact, reference: Reference, folder: Path) -> Artifact:
+    """Export the same weights, input and layout in FP32: a fault of the form is no fault of the precision."""
+    deploy = replace(artifact.manifest.deploy, precision="fp32", keep_fp32=())
+    spec = ExportSpec(deploy=deploy, batch=artifact.manifest.batch)
     return export_onnx(reference.loaded.model, artifact.manifest.model, spec, folder)
 
 
@@ -227,17 +248,7 @@ def _logits(runner: Runner, batches: Sequence[Tensor], what: str, progress: Prog
         return logits_of(runner, batches, told)
 
 
-def _step(
-    reference: str,
-    candidate: str,
-    blame: str,
-    logits: Tensor,
-    expected: Tensor,
-    gate: Gate,
-    batches: Sequence[Tensor],
-) -> Step:
-    found = differences(logits, expected)
-    sizes = tuple(dict.fromkeys(len(batch) for batch in batches))
-    return Step(
-        reference, candidate, blame, ParityResult(candidate, reference, gate, sizes, found, gate.failures(found))
-    )
+def _recut(batches: Sequence[Tensor], runner: Runner) -> list[Tensor]:
+    """Cut the images into batches that an engine takes, whose profile may be narrower than its file's range."""
+    images, spec = torch.cat(list(batches)), runner.input_spec
+    return [piece for piece in torch.split(images, batch_sizes(len(images), spec)) if len(piece) >= spec.min_batch]

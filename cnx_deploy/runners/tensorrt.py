@@ -31,7 +31,7 @@ from cnx_deploy.runners.base import RunnerInfo, Split
 from cnx_deploy.runners.cuda import CudaStream
 from cnx_deploy.runners.registry import RunnerEntry, RunnerOptions, register_runner
 
-__all__ = ["TensorRTRunner"]
+__all__ = ["EngineSession", "TensorRTRunner"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,85 @@ class _Buffers:
     host_images: Tensor
     host_logits: Tensor
     graph: Any | None
+
+
+class EngineSession:
+    """A deserialised plan and its execution context on `device`; every answer of TensorRT's API is checked.
+
+    The runtime reads the plan with host code off. A context serves one call at a time. Use it as a context manager.
+
+    Raises CorruptArtifactError when the runtime refuses the plan, BuildError when a call to it fails.
+    """
+
+    def __init__(self, backend: Backend, plan: bytes, name: str, device: torch.device) -> None:
+        self.device = device
+        self._log = backend.recording_logger()
+        self._runtime = backend.trt.Runtime(self._log)
+        self._runtime.engine_host_code_allowed = False
+        self.engine = self._runtime.deserialize_cuda_engine(plan)
+        if self.engine is None:
+            raise CorruptArtifactError(
+                f"{backend.name} {backend.version} refuses {name}: {self._last_message()} Build it again with "
+                "cnx-deploy build-trt --force."
+            )
+        self._context, self.specialisation = backend.execution_context(self.engine)
+        if self._context is None:
+            raise BuildError(
+                f"{backend.name} made no execution context: {self._last_message()} Free GPU memory, or run a smaller "
+                "batch."
+            )
+        self.stream = CudaStream(device)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # The context must go before its engine, and the engine before its runtime.
+        self._context = self.engine = self._runtime = None
+
+    def tensor_types(self) -> dict[str, str]:
+        """Return the type of each input and output by the tensor's name, as TensorRT calls it: "FLOAT", "HALF"."""
+        names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
+        return {name: self.engine.get_tensor_dtype(name).name for name in names}
+
+    def select_profile(self, index: int) -> None:
+        """Change to another optimisation profile, where it is not the current one."""
+        if self._context.active_optimization_profile != index:
+            done = self._context.set_optimization_profile_async(index, self.stream.handle)
+            self._check(done, "set_optimization_profile_async")
+
+    def set_input_shape(self, images: Tensor) -> None:
+        """Tell the context the shape of a batch of images."""
+        self._check(self._context.set_input_shape("images", tuple(images.shape)), "set_input_shape")
+        missing = self._context.infer_shapes()
+        if missing:
+            raise BuildError(
+                f"The engine wants more inputs than images: {', '.join(missing)}. Build it from a file that "
+                "cnx-deploy export wrote."
+            )
+
+    def empty(self, output: str, dtype: torch.dtype) -> Tensor:
+        """Make a tensor for an output, of the shape that it has for the batch set by `set_input_shape`."""
+        return torch.empty(tuple(self._context.get_tensor_shape(output)), dtype=dtype, device=self.device)
+
+    def bind(self, **tensors: Tensor) -> None:
+        """Give the context the address of each tensor by the name of the input or output."""
+        for name, tensor in tensors.items():
+            self._check(self._context.set_tensor_address(name, tensor.data_ptr()), f"set_tensor_address({name})")
+
+    def execute(self) -> None:
+        """Enqueue an inference on the bound tensors."""
+        self._check(self._context.execute_async_v3(self.stream.handle), "execute_async_v3")
+
+    def _check(self, done: bool, call: str) -> None:
+        if not done:
+            raise BuildError(f"TensorRT's {call} failed: {self._last_message()}")
+
+    def _last_message(self) -> str:
+        messages = [text for severity, text in self._log.messages if severity in ("ERROR", "INTERNAL_ERROR")]
+        return " ".join(messages[-1].split()) if messages else "it gave no reason. Build the engine again."
 
 
 class TensorRTRunner:
@@ -76,25 +155,11 @@ class TensorRTRunner:
         """Deserialise and make the execution context; apart from the checks so that a double can stand in."""
         request = artifact.manifest.request
         self.device = device
-        self._log = backend.recording_logger()
-        self._runtime = backend.trt.Runtime(self._log)
-        self._runtime.engine_host_code_allowed = False
-        self._engine = self._runtime.deserialize_cuda_engine(artifact.path.read_bytes())
-        if self._engine is None:
-            raise CorruptArtifactError(
-                f"{backend.name} {backend.version} refuses {artifact.path.name}: {self._last_message()} Build it again "
-                "with cnx-deploy build-trt --force."
-            )
-        _check_types(self._engine, artifact)
-        self._context, specialisation = backend.execution_context(self._engine)
-        if self._context is None:
-            raise BuildError(
-                f"{backend.name} made no execution context: {self._last_message()} Free GPU memory, or run a smaller "
-                "batch."
-            )
+        self._session = EngineSession(backend, artifact.path.read_bytes(), artifact.path.name, device)
+        _check_types(self._session, artifact)
         self._profiles = list(request.batches)
         self._classes = artifact.manifest.model.num_classes
-        self._stream = CudaStream(device)
+        self._stream = self._session.stream
         self._cuda_graph = cuda_graph
         self._buffers: _Buffers | None = None
         self._one_call = threading.Lock()
@@ -111,7 +176,7 @@ class TensorRTRunner:
             precision=request.onnx.deploy.precision,
             arithmetic=request.onnx.deploy.precision,
             details=(
-                ("kernel specialisation", specialisation),
+                ("kernel specialisation", self._session.specialisation),
                 ("tf32", "on" if request.allow_tf32 else "off"),
                 ("cuda graph", "on" if cuda_graph else "off"),
             ),
@@ -123,9 +188,8 @@ class TensorRTRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # The graph must go before its context, the context before its engine, and the engine before its runtime.
-        self._buffers = None
-        self._context = self._engine = self._runtime = None
+        self._buffers = None  # the graph must go before its context
+        self._session.__exit__(kind, error, trace)
 
     def run(self, images: Tensor) -> Tensor:
         """Raw images on the GPU -> (N, num_classes) float32 logits on the GPU; blocks until they are there."""
@@ -153,7 +217,7 @@ class TensorRTRunner:
             return buffers.logits
         self._stream.wait_for_producer()
         logits = self._bind(images)
-        self._execute()
+        self._session.execute()
         self._stream.keep(images, logits)
         return logits
 
@@ -172,7 +236,7 @@ class TensorRTRunner:
         marks.append(stream.mark())
         start = time.perf_counter_ns()
         if buffers.graph is None:
-            self._execute()
+            self._session.execute()
         else:
             stream.replay(buffers.graph)
         enqueue_ms = (time.perf_counter_ns() - start) / 1e6
@@ -200,32 +264,20 @@ class TensorRTRunner:
 
     def _captured(self) -> Any:
         """A graph of one inference on the bound tensors; the run before it does what TensorRT puts off until then."""
-        self._execute()
+        self._session.execute()
         self._stream.synchronize()
         try:
-            return self._stream.capture(self._execute)
+            return self._stream.capture(self._session.execute)
         except RuntimeError as error:  # torch's word for a capture that CUDA refused
             raise BuildError(f"The engine cannot be captured ({error}). Run it without a CUDA graph.") from error
 
     def _bind(self, images: Tensor, logits: Tensor | None = None) -> Tensor:
         """Give the context the shape and address of both tensors, `logits` made where there is none; returns it."""
         self._select_profile(len(images))
-        self._check(self._context.set_input_shape("images", tuple(images.shape)), "set_input_shape")
-        missing = self._context.infer_shapes()
-        if missing:
-            raise BuildError(
-                f"The engine wants more inputs than images: {', '.join(missing)}. Build it from a file that "
-                "cnx-deploy export wrote."
-            )
-        if logits is None:
-            shape = tuple(self._context.get_tensor_shape("logits"))
-            logits = torch.empty(shape, dtype=torch.float32, device=self.device)
-        self._check(self._context.set_tensor_address("images", images.data_ptr()), "set_tensor_address(images)")
-        self._check(self._context.set_tensor_address("logits", logits.data_ptr()), "set_tensor_address(logits)")
+        self._session.set_input_shape(images)
+        logits = self._session.empty("logits", torch.float32) if logits is None else logits
+        self._session.bind(images=images, logits=logits)
         return logits
-
-    def _execute(self) -> None:
-        self._check(self._context.execute_async_v3(self._stream.handle), "execute_async_v3")
 
     def _select_profile(self, batch: int) -> None:
         """The tightest profile that holds the batch."""
@@ -235,18 +287,7 @@ class TensorRTRunner:
                 f"No profile of the engine holds a batch of {batch}; it has {self._profiles}. Run another, or build "
                 "it with --batch."
             )
-        best = min(holding, key=lambda index: self._profiles[index][2])
-        if self._context.active_optimization_profile != best:
-            done = self._context.set_optimization_profile_async(best, self._stream.handle)
-            self._check(done, "set_optimization_profile_async")
-
-    def _check(self, done: bool, call: str) -> None:
-        if not done:
-            raise BuildError(f"TensorRT's {call} failed: {self._last_message()}")
-
-    def _last_message(self) -> str:
-        messages = [text for severity, text in self._log.messages if severity in ("ERROR", "INTERNAL_ERROR")]
-        return " ".join(messages[-1].split()) if messages else "it gave no reason. Build the engine again."
+        self._session.select_profile(min(holding, key=lambda index: self._profiles[index][2]))
 
 
 def _check_release(artifact: Artifact[EngineManifest], backend: Backend) -> None:
@@ -270,10 +311,9 @@ def _current_target() -> str:
     return f"sm{major}{minor}"
 
 
-def _check_types(engine: Any, artifact: Artifact[EngineManifest]) -> None:
+def _check_types(session: EngineSession, artifact: Artifact[EngineManifest]) -> None:
     """TensorRT reads a buffer as the type it was built for, whatever is in it: wrong logits, no error."""
-    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    found = {name: engine.get_tensor_dtype(name).name for name in names}
+    found = session.tensor_types()
     images = "UINT8" if artifact.manifest.deploy.input_kind == "uint8" else "FLOAT"
     expected = {"images": images, "logits": "FLOAT"}
     if found != expected:

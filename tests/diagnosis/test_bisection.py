@@ -16,11 +16,17 @@ from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.gates import GATES
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.diagnosis.bisect.case import Case, case_of
-from cnx_deploy.diagnosis.bisect.find import Tried, find_kept
-from cnx_deploy.diagnosis.bisect.probe import MixedForm, _rounded_operators
-from cnx_deploy.diagnosis.bisect.search import minimal_set, smallest_subset
-from cnx_deploy.diagnosis.bisect.units import in_order, islands_of, spelled, units_of
+from cnx_deploy.diagnosis.bisect import CachedProbes, form_judge
+from cnx_deploy.diagnosis.mixed_precision import Case, MixedForm, RoundedOperators, case_of
+from cnx_deploy.diagnosis.search import (
+    find_kept,
+    in_order,
+    islands_of,
+    minimal_set,
+    smallest_subset,
+    spelled,
+    units_of,
+)
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import BLOCK_PARTS, parts_of
@@ -29,11 +35,8 @@ from tests.support.faulty_networks import DEEP, FAULTS, HIDDEN_2_3, NO_WEIGHTS, 
 UNITS = units_of(DEEP)
 
 
-def tried_on(case: Case) -> Tried:
-    form = MixedForm(case.loaded.model, case.spec.deploy)
-    return Tried(
-        lambda kept: case.judged(kept, form.logits(case.batches, kept), exported=False), case.units, lambda _: None
-    )
+def tried_on(case: Case) -> CachedProbes:
+    return CachedProbes(form_judge(case), case.units, lambda _: None)
 
 
 # The search alone
@@ -173,7 +176,7 @@ def test_a_probe_leaves_no_trace_in_the_next(tiny_model: ConvNeXtV2) -> None:
 
 def test_a_linear_layer_over_tokens_rounds_its_product_before_its_bias_as_the_file_does() -> None:
     ones, weight, bias = torch.ones(1, 2, 2).half(), torch.full((1, 2), 4e4).half(), torch.full((1,), -29952.0).half()
-    with torch.inference_mode(), _rounded_operators():
+    with torch.inference_mode(), RoundedOperators():
         tokens, pooled = F.linear(ones, weight, bias), F.linear(ones[0], weight, bias)
     assert (tokens.dtype, pooled.dtype) == (torch.float16, torch.float16)
     assert bool(torch.isinf(tokens).all())

@@ -1,4 +1,4 @@
-"""`cnx-deploy bisect` over files: what it says of healthy, faulty and hopeless ones, and that its command works."""
+"""`cnx-deploy diagnose bisect` over files: healthy, faulty and hopeless ones, and that the command it prints works."""
 
 import json
 import math
@@ -16,11 +16,17 @@ from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.gates import GATES, Gate
 from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
 from cnx_deploy.core.variants import VARIANTS, Variant
-from cnx_deploy.diagnosis.bisect import find as bisection
-from cnx_deploy.diagnosis.bisect.case import Case, Exported, Probe, Recorded, case_of, recorded_as_it_is
-from cnx_deploy.diagnosis.bisect.find import Tried, bisect_artifact, run_bisection
-from cnx_deploy.diagnosis.bisect.probe import MixedForm
-from cnx_deploy.diagnosis.bisect.report import command_of, document_of, failure, lines_of
+from cnx_deploy.diagnosis import bisect as bisection
+from cnx_deploy.diagnosis.bisect import bisect_artifact, export_command, failure, report_lines, run_bisection
+from cnx_deploy.diagnosis.mixed_precision import (
+    Case,
+    ExportedProbe,
+    MixedForm,
+    Probe,
+    RecordedProbe,
+    case_of,
+    probe_recorded,
+)
 from cnx_deploy.model.checkpoint import LoadedModel, save_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.model.deploy import FORM
@@ -39,17 +45,17 @@ def bisected(artifact: Artifact, model: ConvNeXtV2, gate: Gate = GATES["fp16"]) 
 def without_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are judged as their form is, which agrees with them (shown below): an export takes seconds."""
 
-    def exported_with(kept: Collection[str], case: Case) -> Exported:
+    def export_and_probe(kept: Collection[str], case: Case) -> ExportedProbe:
         logits = MixedForm(case.loaded.model, case.spec.deploy).logits(case.batches, kept)
-        return Exported(case.judged(kept, logits, exported=True), 0.25, 0.5, verifies=True)
+        return ExportedProbe(case.judge(kept, logits, exported=True), 0.25, 0.5, verifies=True)
 
-    monkeypatch.setattr(bisection, "exported_with", exported_with)
+    monkeypatch.setattr(bisection, "export_and_probe", export_and_probe)
 
 
 def test_a_healthy_file_needs_nothing(tiny_onnx_fp16: Artifact, tiny_model: ConvNeXtV2) -> None:
     found = bisected(tiny_onnx_fp16, tiny_model)
     assert (found.outcome, found.kept, found.probes, failure(found)) == ("none needed", None, (), None)
-    (line,) = lines_of(found)
+    (line,) = report_lines(found)
     assert "passes as it is" in line
 
 
@@ -63,7 +69,7 @@ def test_nan_weights_end_in_exit_code_3_and_are_told_from_rounding(
         tiny_model.stage_blocks()[1][0].pwconv1.bias[0] = math.nan
     monkeypatch.setattr(bisection, "recorded_model", lambda _: LoadedModel(tiny_model, NO_WEIGHTS))
     with pytest.raises(SystemExit) as stop:
-        main(["bisect", str(tiny_onnx_fp16.path), "--json"])
+        main(["diagnose", "bisect", str(tiny_onnx_fp16.path), "--json"])
     printed = capsys.readouterr()
     document = json.loads(printed.out)
     assert stop.value.code == 3
@@ -84,17 +90,14 @@ def test_files_that_contradict_the_probes_are_believed(
     tiny_onnx_fp16: Artifact, tiny_model: ConvNeXtV2, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hot_hidden(tiny_model, 2, 1)
-    honest = bisection._tried_on_the_form
 
-    def misled(case: Case, recorded: Recorded, note: Callable[[str], None]) -> Tried:
-        tried = honest(case, recorded, note)
-        tried.judge = lambda kept: case.judged(
+    def misled(case: Case) -> Callable[[Collection[str]], Probe]:
+        return lambda kept: case.judge(
             kept, case.expected if "stages.0.0" in kept else torch.zeros(4, 10), exported=False
         )
-        return tried
 
-    monkeypatch.setattr(bisection, "_tried_on_the_form", misled)
-    monkeypatch.setattr(bisection, "recorded_as_it_is", overflowing)
+    monkeypatch.setattr(bisection, "form_judge", misled)
+    monkeypatch.setattr(bisection, "probe_recorded", overflowing)
     notes: list[str] = []
     loaded = LoadedModel(tiny_model, NO_WEIGHTS)
     found = bisect_artifact(tiny_onnx_fp16, loaded, notes.append, gate=GATES["fp16"])
@@ -106,12 +109,12 @@ def test_files_that_contradict_the_probes_are_believed(
 def test_files_that_fail_with_everything_kept_are_believed_too(
     tiny_onnx_fp16: Artifact, tiny_model: ConvNeXtV2, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def exported_with(kept: Collection[str], case: Case) -> Exported:
-        return Exported(case.judged(kept, torch.zeros(4, 10), exported=True), 0.25, 0.5, verifies=False)
+    def export_and_probe(kept: Collection[str], case: Case) -> ExportedProbe:
+        return ExportedProbe(case.judge(kept, torch.zeros(4, 10), exported=True), 0.25, 0.5, verifies=False)
 
     hot_hidden(tiny_model, 2, 1)
-    monkeypatch.setattr(bisection, "recorded_as_it_is", overflowing)
-    monkeypatch.setattr(bisection, "exported_with", exported_with)
+    monkeypatch.setattr(bisection, "probe_recorded", overflowing)
+    monkeypatch.setattr(bisection, "export_and_probe", export_and_probe)
     found = bisected(tiny_onnx_fp16, tiny_model)
     assert (found.outcome, found.kept, found.final) == ("nothing helps", None, None)
     assert "fails with every module in FP32 too (relative L2 1, gate" in str(failure(found))
@@ -125,16 +128,16 @@ def test_a_file_that_keeps_the_wrong_parts_is_searched_from_nothing_kept(
     manifest = tiny_onnx_fp16.manifest
     request = replace(manifest.request, deploy=replace(manifest.deploy, keep_fp32=("head",)))
     artifact = replace(tiny_onnx_fp16, manifest=replace(tiny_onnx_fp16.manifest, request=request))
-    monkeypatch.setattr(bisection, "recorded_as_it_is", overflowing)
+    monkeypatch.setattr(bisection, "probe_recorded", overflowing)
     found = bisected(artifact, tiny_model)
     assert found.recorded.probe.kept == ("head",)
     assert found.kept == parts("2.1.pwconv1", "2.1.pwconv2")
 
 
-def overflowing(artifact: Artifact, case: Case) -> Recorded:
+def overflowing(artifact: Artifact, case: Case) -> RecordedProbe:
     """As if the file held the network of `case`."""
-    recorded = recorded_as_it_is(artifact, case)
-    return replace(recorded, probe=case.judged(recorded.probe.kept, torch.full((4, 10), math.nan), exported=True))
+    recorded = probe_recorded(artifact, case)
+    return replace(recorded, probe=case.judge(recorded.probe.kept, torch.full((4, 10), math.nan), exported=True))
 
 
 def test_what_is_no_half_precision_file_is_refused(
@@ -142,7 +145,7 @@ def test_what_is_no_half_precision_file_is_refused(
 ) -> None:
     with pytest.raises(InputError, match="no ONNX file of half precision"):
         run_bisection(tiny_onnx_fp32.path, print)
-    with pytest.raises(InputError, match="at least one image"):
+    with pytest.raises(InputError, match="samples must be at least 1"):
         run_bisection(tiny_onnx_fp16.path, print, samples=0)
     manifest = tiny_onnx_fp16.manifest
     engine = replace(tiny_onnx_fp16, manifest=replace(manifest, kind="engine"))
@@ -171,8 +174,8 @@ def command(
     files = (replace(manifest.files[0], name=f"{stem}.onnx"),)
     changed = replace(manifest, model=record or manifest.model, request=asked, stem=stem, files=files)
     probe = Probe((), differences(torch.ones(1, 2), torch.ones(1, 2)), (), exported=True)
-    final = Exported(probe, 0.0, 0.0, verifies)
-    return command_of(replace(artifact, manifest=changed), ("stages.2.1.grn", "head"), final)
+    final = ExportedProbe(probe, 0.0, 0.0, verifies)
+    return export_command(replace(artifact, manifest=changed), ("stages.2.1.grn", "head"), final)
 
 
 def test_the_command_names_weights_of_every_origin(tiny_onnx_fp16: Artifact) -> None:
@@ -211,7 +214,7 @@ class Replayed:
 
     found: bisection.Bisection
     kept: tuple[str, ...]
-    final: Exported
+    final: ExportedProbe
     file: Artifact
     model: ConvNeXtV2
 
@@ -234,7 +237,7 @@ def found_and_replayed(tiny_variant: Variant, tmp_path_factory: pytest.TempPathF
         file = folder / "hot" / f"tiny-test-{FILE_SIZE}-fp16.onnx"
         run(["export", *source, *options])
         found = run_bisection(file, lambda _: None)
-        words = shlex.split(document_of(found)["command"])
+        words = shlex.split(found.to_dict()["command"])
         run([*words[1:], "--output-dir", str(folder / "cool")])
     assert found.kept is not None
     assert found.final is not None
@@ -255,7 +258,7 @@ def test_the_printed_command_writes_a_file_that_passes_where_the_first_one_fails
         replayed.manifest.deploy.keep_fp32 == list(found_and_replayed.kept) == list(parts("2.1.pwconv1", "2.1.pwconv2"))
     )
     case = case_of(replayed, LoadedModel(found_and_replayed.model, NO_WEIGHTS), GATES["fp16"], None, 4)
-    again = recorded_as_it_is(replayed, case)
+    again = probe_recorded(replayed, case)
     assert again.probe.found == found_and_replayed.final.probe.found
     assert (again.probe.passed, again.first_nonfinite) == (True, None)
     assert found.recorded.first_nonfinite is not None
@@ -276,12 +279,12 @@ def test_files_without_one_of_the_names_fail_and_probes_say_what_files_say(found
 @pytest.mark.slow
 def test_the_report_names_island_reason_minimality_share_and_command(found_and_replayed: Replayed) -> None:
     found, kept = found_and_replayed.found, found_and_replayed.kept
-    text = "\n".join(lines_of(found))
+    text = "\n".join(report_lines(found))
     assert "First operator whose result is NaN or infinite: stages.2.1.pwconv1/" in text
     assert "\n  stages.2.1.pwconv1 stages.2.1.pwconv2\n" in text
     assert "Without stages.2.1.pwconv2 among them: FAIL: 40 logits are NaN or infinite" in text
     assert "--keep-fp32 stages.2.1.pwconv1 --keep-fp32 stages.2.1.pwconv2" in text
-    document = json.loads(json.dumps(document_of(found)))
+    document = json.loads(json.dumps(found.to_dict()))
     assert (document["schema_version"], document["outcome"]) == (1, "found")
     assert 0.05 < document["fp32_share"]["parameters"] < 0.5
     assert document["islands"] == [list(kept)]

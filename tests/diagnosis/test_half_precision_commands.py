@@ -12,7 +12,7 @@ from cnx_deploy.cli import cli
 from cnx_deploy.core.artifacts import open_artifact
 from cnx_deploy.core.errors import BuildError, InputError, MissingRequirementError
 from cnx_deploy.core.manifest import Artifact
-from cnx_deploy.diagnosis.chain import verify_steps
+from cnx_deploy.diagnosis.chain import follow_chain
 from cnx_deploy.exporters.trt.backend import load_backend
 from cnx_deploy.exporters.trt.compiling import FilePrecision, _check_half_share
 from cnx_deploy.exporters.trt.network import NetworkBuild
@@ -101,9 +101,9 @@ def test_a_fault_of_the_tokens_form_is_blamed_on_the_export(tmp_path, monkeypatc
     words = "export --variant atto --image-size 32 --precision fp16 --no-verify"
     assert run(*words.split()).exit_code == 0
     artifact = open_artifact(tmp_path / "export" / "atto-32-fp16.onnx")
-    verdict = verify_steps(artifact, (), Reference(artifact, samples=3))
+    verdict = follow_chain(artifact, (), Reference(artifact, samples=3))
     assert len(verdict.steps) == 1
-    assert verdict.sentence().endswith("To blame: the export.")
+    assert verdict.verdict().endswith("To blame: the export.")
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,3 @@ def test_an_fp16_file_that_hides_its_float_parts_is_not_built(tmp_path, tiny_var
     _check_half_share(build, FilePrecision.of(kept.manifest.deploy))
     with pytest.raises(BuildError, match="calls itself FP16, but only"):
         _check_half_share(build, replace(FilePrecision.of(kept.manifest.deploy), keep_fp32=()))
-
-
-def test_the_error_of_steps_names_options_as_they_are_written(tmp_path) -> None:
-    refused = run("verify", "--steps", "--save-outputs", str(tmp_path / "q"))
-    assert "leave --save-outputs out" in refused.output

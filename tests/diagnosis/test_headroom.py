@@ -14,52 +14,35 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cnx_deploy.cli import main
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.manifest import ModelRecord, WeightsRecord
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import Variant
 from cnx_deploy.data import image_like_batches, runner_input
-from cnx_deploy.diagnosis.headroom.analysis import (
+from cnx_deploy.diagnosis.headroom import (
     Headroom,
     HeadroomRequest,
+    failure,
     measure_headroom,
+    report_lines,
     run_headroom,
     safe_image_size,
 )
-from cnx_deploy.diagnosis.headroom.plot import write_plot
-from cnx_deploy.diagnosis.headroom.ranges import HALF_MAX, larger, rank, stage_of
-from cnx_deploy.diagnosis.headroom.recorder import parameter_ranges, recorded_form
-from cnx_deploy.diagnosis.headroom.report import failure, lines_of
+from cnx_deploy.diagnosis.plots import plot_headroom
+from cnx_deploy.diagnosis.ranges import HALF_MAX, larger, parameter_ranges, rank, recorded_form, stage_of
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.checkpoint import LoadedModel, save_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.model.deploy import deploy_form, parts_of
 from cnx_deploy.runners.emulator.graph import Graph
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
+from tests.diagnosis.conftest import Command
 
 WIDE_STEM = Variant("wide-stem", (1, 1, 1, 1), (192, 8, 16, 32), 0, 0.0)
 """Wide enough in stage 1 for the stem's norm to be on the patches, as in large and huge; GRN's gain goes both ways."""
 WEIGHTS = WeightsRecord("random", "0", "0" * 64, "none (random weights)")
 IMAGES = 3
-
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cnx(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run a command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(word) for word in words])
-        printed = capsys.readouterr()
-        return int(stop.value.code or 0), printed.out, printed.err
-
-    return run
 
 
 def measured(model: ConvNeXtV2, size: int = 64, margin: float = 4.0, batch: int = 2) -> Headroom:
@@ -301,7 +284,7 @@ def test_activations_that_are_no_number_fail_and_never_pass(tiny_model: ConvNeXt
     assert str(failure(found)).startswith(f"stages.2.0.dwconv is {value} in FP32 already")
     assert found.naive_image_size == 0
     assert found.keep_fp32 == ()
-    assert any("FAIL" in line for line in lines_of(found))
+    assert any("FAIL" in line for line in report_lines(found))
     assert not json.loads(json.dumps(found.to_dict()))["passed"]
 
 
@@ -353,7 +336,7 @@ def test_requests_and_folders_that_do_not_fit_are_refused(tiny_model: ConvNeXtV2
 
 def test_the_plot_has_a_panel_a_stage_and_the_same_bytes_each_time(tiny_model: ConvNeXtV2, tmp_path: Path) -> None:
     found = measured(tiny_model)
-    first, second = (write_plot(found, tmp_path / "plots" / name).read_bytes() for name in ("a.svg", "b.svg"))
+    first, second = (plot_headroom(found, tmp_path / "plots" / name).read_bytes() for name in ("a.svg", "b.svg"))
     assert first == second
     text = first.decode()
     assert [f"stage {stage}" in text for stage in range(1, 6)] == [True] * 4 + [False]
@@ -365,13 +348,13 @@ def test_the_plot_has_a_panel_a_stage_and_the_same_bytes_each_time(tiny_model: C
 def test_a_plot_says_how_many_values_it_leaves_out(tiny_model: ConvNeXtV2, tmp_path: Path, value: float) -> None:
     with torch.no_grad():
         tiny_model.head.bias[0] = value
-    text = write_plot(measured(tiny_model), tmp_path / "a.svg").read_text()
+    text = plot_headroom(measured(tiny_model), tmp_path / "a.svg").read_text()
     assert "stage 4: 1 NaN or infinite, not drawn" in text
     assert text.count("not drawn") == 1
 
 
 def test_the_command_prints_what_the_function_finds(cnx: Command, tmp_path: Path) -> None:
-    words = ("headroom", "--variant", "atto", "--image-size", 64, "--num-classes", 4, "--samples", 2)
+    words = ("diagnose", "headroom", "--variant", "atto", "--image-size", 64, "--num-classes", 4, "--samples", 2)
     code, out, err = cnx(*words, "--json", "--plot", tmp_path / "atto.svg")
     assert code == 0
     assert "weights are random" in err
@@ -396,13 +379,13 @@ def test_a_checkpoint_without_the_margin_ends_with_exit_code_3(cnx: Command, tmp
     for index, image in enumerate(image_like_batches(2, 80, batch_size=1)):
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.fromarray(image[0].numpy()).save(tmp_path / "images" / f"{index}.png")
-    code, out, err = cnx("headroom", path, "--data", tmp_path / "images")
+    code, out, err = cnx("diagnose", "headroom", path, "--data", tmp_path / "images")
     assert code == 3
     assert "2 images of 64 px" in out
     assert "This project's FP16 file: FAIL" in out
     assert "Error: stages.0.0.pwconv1" in err
     assert "--keep-fp32 stages.0.0" in err
-    code, out, err = cnx("headroom", path, "--samples", 1, "--json")
+    code, out, err = cnx("diagnose", "headroom", path, "--samples", 1, "--json")
     assert code == 3
     assert json.loads(out)["passed"] is False
     assert json.loads(out)["failing"]
@@ -423,7 +406,7 @@ def test_what_cannot_be_measured_is_one_message(
 ) -> None:
     (tmp_path / "empty").mkdir()
     with contextlib.chdir(tmp_path):
-        found, _, err = cnx("headroom", *words)
+        found, _, err = cnx("diagnose", "headroom", *words)
     assert found == code
     assert reason in err
 
@@ -432,7 +415,7 @@ def test_without_matplotlib_nothing_is_measured_and_the_message_says_what_to_ins
     cnx: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    code, out, err = cnx("headroom", "--variant", "atto", "--plot", tmp_path / "plot.svg")
+    code, out, err = cnx("diagnose", "headroom", "--variant", "atto", "--plot", tmp_path / "plot.svg")
     assert code == 5
     assert "cnx-deploy[report]" in err
     assert out == ""

@@ -18,8 +18,7 @@ from cnx_deploy.core.manifest import ModelRecord, WeightsRecord
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import ALL_VARIANTS, V1_VARIANTS, VARIANTS, Variant, find_variant
 from cnx_deploy.data import image_like_batches, runner_input
-from cnx_deploy.diagnosis.bisect.search import smallest_subset
-from cnx_deploy.diagnosis.bisect.units import parts_of_unit
+from cnx_deploy.diagnosis.search import parts_of_unit, smallest_subset
 from cnx_deploy.exporters.graph_checks import check_export
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine

@@ -14,7 +14,7 @@ from cnx_deploy.bench.plan import Plan
 from cnx_deploy.bench.report import plan_document
 from cnx_deploy.bench.statistics import Ratio
 from cnx_deploy.cli import main
-from cnx_deploy.diagnosis.headroom import analysis
+from cnx_deploy.diagnosis import headroom as analysis
 from cnx_deploy.report.html import headroom as reader
 from tests.support.html_documents import PEER, benchmark, headroom, layers, written
 from tests.support.html_page import ROOT, Node, page_of, parsed, put, rows, section

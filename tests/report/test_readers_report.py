@@ -74,9 +74,19 @@ LIES: list[tuple[str, tuple[Any, ...], Any, str]] = [
     ("layers", ("layers",), {}, "layers is an object, expected a list"),
     ("layers", ("layers", 0, "artifact"), None, "layers[0].artifact is null, expected text"),
     ("layers", ("layers", 0, "missing"), [], "layers[0].missing is a list, expected an object"),
-    ("layers", ("layers", 0, "sides", 1, "relative_l2_max"), "1", "layers[0].sides[1].relative_l2_max is '1', exp"),
-    ("layers", ("layers", 0, "sides", 1, "taps", 0, "verdict"), "odd", "a verdict is 'odd', expected one of ok"),
-    ("layers", ("layers", 0, "sides", 1, "taps", 0, "figures"), 1, "layers[0].sides[1].taps[0].figures is 1, exp"),
+    (
+        "layers",
+        ("layers", 0, "backends", 1, "relative_l2_max"),
+        "1",
+        "backends[1].relative_l2_max is '1', exp",
+    ),
+    ("layers", ("layers", 0, "backends", 1, "outputs", 0, "verdict"), "odd", "a verdict is 'odd', expected one of ok"),
+    (
+        "layers",
+        ("layers", 0, "backends", 1, "outputs", 0, "figures"),
+        1,
+        "backends[1].outputs[0].figures is 1, exp",
+    ),
 ]
 
 
@@ -142,7 +152,7 @@ def test_markup_in_the_name_of_the_file_is_shown_as_text(tmp_path: Path, kind: s
     check_markup(page_of(tmp_path, **{kind: (path,)}))
 
 
-EMPTY = {"bench": ("rows",), "headroom": ("blocks",), "layers": ("layers", 0, "sides")}
+EMPTY = {"bench": ("rows",), "headroom": ("blocks",), "layers": ("layers", 0, "backends")}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -194,7 +194,7 @@ def test_specialisation_is_eager_and_said(
 ) -> None:
     runner, _ = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch)
     eager = load_backend("tensorrt-rtx").trt.DynamicShapesKernelSpecializationStrategy.EAGER
-    assert runner._engine.runtime_config.dynamic_shapes_kernel_specialization_strategy == eager
+    assert runner._session.engine.runtime_config.dynamic_shapes_kernel_specialization_strategy == eager
     assert ("kernel specialisation", "EAGER") in runner.info.details
 
 

@@ -26,7 +26,18 @@ PATHS = st.sampled_from(
 )
 HEAVY = {"doctor", "variants"}
 """Without arguments they have nothing to refuse."""
-FUZZED = {name: cli.get_command(click.Context(cli), name) for name in COMMANDS if name not in HEAVY}
+
+
+def commands(name: str) -> Iterator[tuple[str, click.Command]]:
+    """A command by its words, or each command of a group."""
+    command = cli.get_command(click.Context(cli), name)
+    if isinstance(command, click.Group):
+        yield from ((f"{name} {part}", own) for part, own in command.commands.items())
+    elif command is not None:
+        yield name, command
+
+
+FUZZED = {words: command for name in COMMANDS if name not in HEAVY for words, command in commands(name)}
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +64,12 @@ def values_of(parameter: click.Parameter) -> st.SearchStrategy[str]:
 @st.composite
 def command_lines(draw: st.DrawFn, name: str) -> list[str]:
     """Words for one command. Its sources are always files that cannot be read, so no work begins."""
-    words = [name]
+    words = name.split()
     for parameter in FUZZED[name].params:
         if isinstance(parameter, click.Argument):
             count = draw(st.integers(0, 2)) if parameter.nargs == -1 else 1
             words += [draw(PATHS) or "missing" for _ in range(count)]
-        elif parameter.name in ("checkpoint", "init") and name in ("export", "headroom", "train", "pretrain"):
+        elif parameter.name in ("checkpoint", "init") and name in ("export", "train", "pretrain"):
             words += [parameter.opts[0], "corrupt.safetensors"]
         elif draw(st.booleans()):
             words.append(draw(st.sampled_from([*parameter.opts, *parameter.secondary_opts])))

@@ -27,8 +27,8 @@ from cnx_deploy.core.errors import (
 )
 from cnx_deploy.core.manifest import Artifact, FileRecord
 from cnx_deploy.data import image_like_batches
-from cnx_deploy.diagnosis.bisect.find import run_bisection
-from cnx_deploy.diagnosis.layerwise.comparison import layers_of_artifact
+from cnx_deploy.diagnosis.bisect import run_bisection
+from cnx_deploy.diagnosis.layerwise import compare_artifact
 from cnx_deploy.exporters import untrusted
 from cnx_deploy.exporters.graph_checks import admit_onnx, check_graph
 from cnx_deploy.exporters.untrusted import limits_for, read_onnx
@@ -208,7 +208,7 @@ def test_outside_data_swapped_in_beside_what_the_manifest_lists_is_read_by_nobod
     for use in (
         lambda: open_runner(artifact),
         lambda: open_runner(artifact, "emulate-fp16"),
-        lambda: layers_of_artifact(artifact),
+        lambda: compare_artifact(artifact),
         lambda: run_bisection(path, print),
     ):
         with pytest.raises(CorruptArtifactError, match=text):

@@ -10,7 +10,7 @@ from cnx_deploy.core.manifest import ModelRecord, WeightsRecord
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import Variant
 from cnx_deploy.data import image_like_batches, runner_input
-from cnx_deploy.diagnosis.bisect.case import Case
+from cnx_deploy.diagnosis.mixed_precision import Case
 from cnx_deploy.exporters.onnx import ExportSpec
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model

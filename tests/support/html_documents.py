@@ -1,4 +1,4 @@
-"""Documents as bench, headroom and verify --layers print them, with chosen figures, for tests of the HTML page."""
+"""Documents that bench, diagnose headroom and diagnose layers print, with chosen figures, for tests of the page."""
 
 import json
 import math
@@ -14,11 +14,10 @@ from cnx_deploy.bench.report import document
 from cnx_deploy.bench.statistics import Ratio
 from cnx_deploy.cli.options import _finite
 from cnx_deploy.core.gates import GATES
-from cnx_deploy.diagnosis.headroom.analysis import Headroom
-from cnx_deploy.diagnosis.headroom.ranges import NormRange, ParameterRange, ResponseRange, TensorRange
-from cnx_deploy.diagnosis.layerwise.comparison import Figures, LayerComparison, SideResult, TapResult
-from cnx_deploy.diagnosis.layerwise.comparison import Verdict as LayerVerdict
-from cnx_deploy.diagnosis.layerwise.report import document as layers_document
+from cnx_deploy.diagnosis.headroom import Headroom
+from cnx_deploy.diagnosis.layerwise import BackendResult, LayerComparison, OutputDifferences, OutputResult
+from cnx_deploy.diagnosis.layerwise import Verdict as LayerVerdict
+from cnx_deploy.diagnosis.ranges import NormRange, ParameterRange, ResponseRange, TensorRange
 from tests.support.bench_rows import row
 
 PEER = "timm.onnx fp32"
@@ -71,13 +70,13 @@ def headroom(*, largest: float = 100.0) -> Headroom:
 
 
 def layers(error: float, verdict: LayerVerdict) -> dict[str, Any]:
-    """Two modules of one block on two sides, the second's last as told; a third side did not run."""
-    good = TapResult("stages.0.0.dwconv", "ok", Figures(1e-4, 1.0, 0, 3.0))
-    bad = TapResult("stages.0.0.grn", verdict, Figures(error, 0.5, 0 if math.isfinite(error) else 7, 3.0))
+    """Two modules of one block on two backends, the second's last as told; a third did not run."""
+    good = OutputResult("stages.0.0.dwconv", "ok", OutputDifferences(1e-4, 1.0, 0, 3.0))
+    bad = OutputResult("stages.0.0.grn", verdict, OutputDifferences(error, 0.5, 0 if math.isfinite(error) else 7, 3.0))
     gate = GATES["fp16"]
-    sides = (
-        SideResult("torch", gate, (good, replace(good, module="stages.0.0.grn"))),
-        SideResult("emulator", gate, (good, bad)),
-        SideResult("tensorrt", gate, not_run="no GPU here"),
+    backends = (
+        BackendResult("torch", gate, (good, replace(good, module="stages.0.0.grn"))),
+        BackendResult("emulator", gate, (good, bad)),
+        BackendResult("tensorrt", gate, not_run="no GPU here"),
     )
-    return {"layers": [layers_document(LayerComparison("atto-224-fp16.onnx", 2, sides, {}))]}
+    return {"layers": [LayerComparison("atto-224-fp16.onnx", 2, backends, {}).to_dict()]}

@@ -12,10 +12,7 @@ from torch import nn
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.data import image_like_batches, runner_input
-from cnx_deploy.diagnosis.layerwise.comparison import (
-    LayerComparison,
-    compare_layers,
-)
+from cnx_deploy.diagnosis.layerwise import LayerComparison, compare_layers
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from tests.conftest import TINY_TEST
 
@@ -87,10 +84,8 @@ def with_weights_of(form: nn.Module) -> Callable[[onnx.ModelProto], None]:
 
 
 def beginnings(found: LayerComparison) -> dict[str, str | None]:
-    """Where each side that ran diverges, if it does."""
-    return {
-        side.side: side.begins.module if side.diverges and side.begins else None for side in found.sides if side.taps
-    }
+    """Where each backend that ran diverges, if it does."""
+    return {result.backend: result.begins.module if result.diverges and result.begins else None for result in found.ran}
 
 
 def gamma_of(artifact: Artifact, module: str) -> str:

@@ -1,4 +1,4 @@
-"""The document of `cnx-deploy headroom --json` as a page needs it."""
+"""The document of `cnx-deploy diagnose headroom --json` as a page needs it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +8,9 @@ from cnx_deploy.report.html.fields import Fields, Source, read_document
 
 __all__ = ["Headroom", "Reach", "Stretch", "read_headroom"]
 
-COMMAND = "cnx-deploy headroom"
+COMMAND = "cnx-deploy diagnose headroom"
 SCHEMA_VERSION = 1
-"""That of `headroom.analysis`; a test compares. It is not imported, for that loads torch."""
+"""That of `diagnosis.headroom`; a test compares. It is not imported, for that loads torch."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The document of `cnx-deploy verify --layers --json` as a page needs it: the worst of each block on each side."""
+"""The document of `cnx-deploy diagnose layers --json` as a page needs it: the worst of each block on each side."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from cnx_deploy.report.html.fields import Fields, Source, read_document
 
 __all__ = ["BlockResult", "Layers", "Side", "read_layers"]
 
-COMMAND = "cnx-deploy verify --layers"
+COMMAND = "cnx-deploy diagnose layers"
 GRAVITY = ("ok", "jumps", "not lined up", "other order", "fails", "not finite")
 """Verdicts of a module, the gravest last."""
 
@@ -73,7 +73,7 @@ def read_layers(path: Path) -> tuple[Layers, ...]:
 
 def _layers(source: Source, fields: Fields) -> Layers:
     first = fields.maybe_child("first_divergence")
-    where = f"{first.text('module')} on {first.text('side')}: {first.text('verdict')}" if first else ""
+    where = f"{first.text('module')} on {first.text('backend')}: {first.text('verdict')}" if first else ""
     return Layers(
         source=source,
         artifact=fields.text("artifact"),
@@ -81,16 +81,16 @@ def _layers(source: Source, fields: Fields) -> Layers:
         passed=fields.flag("passed"),
         first=where,
         missing=fields.text_items("missing"),
-        sides=tuple(map(_side, fields.children("sides"))),
+        sides=tuple(map(_side, fields.children("backends"))),
     )
 
 
 def _side(fields: Fields) -> Side:
-    taps = fields.children("taps")
+    taps = fields.children("outputs")
     blocks = dict.fromkeys(tap.text("block") for tap in taps)
     verdicts = [tap.text("verdict") for tap in taps]
     return Side(
-        name=fields.text("side"),
+        name=fields.text("backend"),
         limit=fields.number("relative_l2_max"),
         not_run=fields.text("not_run") if fields.has("not_run") else "",
         modules=len(taps),

@@ -95,7 +95,7 @@ def _weights(networks: Sequence[Network]) -> Iterator[Gap]:
 
 def _headroom(headrooms: Sequence[Headroom]) -> Iterator[Gap]:
     if not headrooms:
-        why = "This page was given none (cnx-deploy headroom --json, then --headroom)."
+        why = "This page was given none (cnx-deploy diagnose headroom --json, then --headroom)."
         yield Gap("Headroom to FP16’s limits was not measured", why)
     for arithmetic in dict.fromkeys(headroom.arithmetic for headroom in headrooms):
         names = tuple(headroom.variant for headroom in headrooms if headroom.arithmetic == arithmetic)

@@ -14,8 +14,8 @@ from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError, ParityError
 from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
 from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.diagnosis import chain as steps
-from cnx_deploy.diagnosis.chain import StepVerdict, verify_steps
+from cnx_deploy.diagnosis import chain as chains
+from cnx_deploy.diagnosis.chain import Chain, follow_chain
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.checkpoint import LoadedModel, hash_weights
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
@@ -30,11 +30,11 @@ def recorded(model: ConvNeXtV2, folder: Path, size: int = 32, precision: str = "
     return export_onnx(model, record, spec, folder), LoadedModel(model, weights, None, record.preprocessing)
 
 
-def chain(artifact: Artifact, loaded: LoadedModel, engines: tuple[Artifact, ...] = ()) -> StepVerdict:
+def chain(artifact: Artifact, loaded: LoadedModel, engines: tuple[Artifact, ...] = ()) -> Chain:
     """The chain on six images, with weights that no factory makes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cnx_deploy.verification.verify.recorded_model", lambda _: loaded)
-        return verify_steps(artifact, engines, Reference(artifact, samples=6))
+        return follow_chain(artifact, engines, Reference(artifact, samples=6))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_a_healthy_chain_passes_and_says_what_was_not_run(healthy, tiny_engine) 
     assert verdict.failed is None
     if not torch.cuda.is_available():
         assert "GPU" in str(verdict.steps[-1].not_run)
-        assert verdict.sentence() == "3 steps passed, 1 not run"
+        assert verdict.verdict() == "3 steps passed, 1 not run"
 
 
 @pytest.mark.slow
@@ -70,7 +70,7 @@ def test_the_floor_of_fp32_is_below_what_any_step_finds_in_half(healthy) -> None
 @pytest.mark.slow
 def test_a_fault_of_the_export_stops_the_chain_at_the_first_step(healthy, monkeypatch) -> None:
     artifact, loaded = healthy
-    export = steps._single_precision
+    export = chains._export_fp32
 
     def faulty(*arguments: object) -> Path:
         path = export(*arguments)
@@ -80,40 +80,40 @@ def test_a_fault_of_the_export_stops_the_chain_at_the_first_step(healthy, monkey
         onnx.save(model, path)
         return path
 
-    monkeypatch.setattr(steps, "_single_precision", faulty)
+    monkeypatch.setattr(chains, "_export_fp32", faulty)
     verdict = chain(artifact, loaded)
     assert len(verdict.steps) == 1
-    assert verdict.sentence().startswith("FP32 ONNX (no optimisations) differs from PyTorch FP32 (relative L2")
-    assert verdict.sentence().endswith("To blame: the export.")
+    assert verdict.verdict().startswith("FP32 ONNX (no optimisations) differs from PyTorch FP32 (relative L2")
+    assert verdict.verdict().endswith("To blame: the export.")
 
 
 @pytest.mark.slow
 def test_a_fault_of_the_optimisations_is_told_from_one_of_the_file(healthy, monkeypatch) -> None:
     artifact, loaded = healthy
-    logits = steps._logits
+    logits = chains._logits
 
     def biased(runner, batches, what, progress):
         return logits(runner, batches, what, progress) + (0.01 if "all optimisations" in what else 0.0)
 
-    monkeypatch.setattr(steps, "_logits", biased)
+    monkeypatch.setattr(chains, "_logits", biased)
     verdict = chain(artifact, loaded)
     assert [step.failed for step in verdict.steps] == [False, True]
-    assert "ONNX Runtime's optimisations" in verdict.sentence()
+    assert "ONNX Runtime's optimisations" in verdict.verdict()
 
 
 def test_half_precision_that_overflows_is_blamed_and_not_the_export(tiny_variant, tmp_path) -> None:
     model = with_hot_responses(tiny_variant, 64, 2000.0)
     verdict = chain(*recorded(model, tmp_path, 64))
     assert [step.failed for step in verdict.steps] == [False, False, True]
-    assert "logits are NaN or infinite" in verdict.sentence()
-    assert "To blame: FP16: see `cnx-deploy headroom`" in verdict.sentence()
+    assert "logits are NaN or infinite" in verdict.verdict()
+    assert "To blame: FP16: see `cnx-deploy diagnose headroom`" in verdict.verdict()
 
 
 @pytest.mark.slow
 def test_a_wrong_engine_is_blamed_on_tensorrt(healthy, tiny_engine, monkeypatch) -> None:
     artifact, loaded = healthy
 
-    opened = steps.open_runner
+    opened = chains.open_runner
 
     class Off:
         """Where an engine would run: the right logits and a little more."""
@@ -131,10 +131,10 @@ def test_a_wrong_engine_is_blamed_on_tensorrt(healthy, tiny_engine, monkeypatch)
         def run(self, images: torch.Tensor) -> torch.Tensor:
             return self._inner.run(images) + 0.2
 
-    monkeypatch.setattr(steps, "open_runner", lambda of, *words: Off(of) if of is tiny_engine else opened(of, *words))
+    monkeypatch.setattr(chains, "open_runner", lambda of, *words: Off(of) if of is tiny_engine else opened(of, *words))
     verdict = chain(artifact, loaded, engines=(tiny_engine,))
     assert [step.failed for step in verdict.steps] == [False, False, False, True]
-    assert verdict.sentence().endswith("To blame: TensorRT.")
+    assert verdict.verdict().endswith("To blame: TensorRT.")
 
 
 @pytest.mark.slow
@@ -142,17 +142,15 @@ def test_the_command_follows_recorded_files_and_ends_in_3_where_a_step_fails(tmp
     monkeypatch.chdir(tmp_path)
     made = CliRunner().invoke(cli, ["export", "--variant", "atto", "--image-size", "32", "--precision", "fp16"])
     assert made.exit_code == 0, made.output
-    found = CliRunner().invoke(cli, ["verify", "--steps", "--samples", "3"])
+    found = CliRunner().invoke(cli, ["diagnose", "chain", "--samples", "3"])
     assert found.exit_code == 0, found.output
     assert "atto-32-fp16.onnx: 3 steps passed" in found.stdout
     assert found.stdout.count("pass\n") == 3
-    logits = steps._logits
-    monkeypatch.setattr(steps, "_logits", lambda *given: logits(*given) + (1.0 if given[2] == "emulator" else 0.0))
-    failed = CliRunner().invoke(cli, ["verify", "--steps", "--samples", "3"])
+    logits = chains._logits
+    monkeypatch.setattr(chains, "_logits", lambda *given: logits(*given) + (1.0 if given[2] == "emulator" else 0.0))
+    failed = CliRunner().invoke(cli, ["diagnose", "chain", "--samples", "3"])
     assert isinstance(failed.exception, ParityError)  # exit code 3
     assert "To blame: FP16" in str(failed.exception)
-    refused = CliRunner().invoke(cli, ["verify", "--steps", "--runner", "onnxruntime"])
-    assert (refused.exit_code, "leave --runner out" in refused.output) == (2, True)
 
 
 @pytest.mark.slow
@@ -164,7 +162,7 @@ def test_the_verdict_is_json(healthy) -> None:
 
 def test_an_fp32_file_is_not_what_the_chain_leads_to(tiny_onnx_fp32) -> None:
     with pytest.raises(InputError, match="no half-precision ONNX file"):
-        verify_steps(tiny_onnx_fp32, (), no_reference())
+        follow_chain(tiny_onnx_fp32, (), no_reference())
 
 
 def no_reference() -> Reference:

@@ -1,0 +1,161 @@
+"""`cnx-deploy diagnose`: why a network is not right, or may not be, in half precision."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cnx_deploy.cli import options
+from cnx_deploy.core.errors import CnxDeployError, ParityError
+
+FILES = click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+DATA = click.option(
+    "--data", type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of images [default: seeded images].",
+)  # fmt: skip
+PLOT = click.option(
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="SVG file to draw (needs the extra report)."
+)
+
+
+@click.group()
+def diagnose() -> None:
+    """Find where and why a network goes wrong: by layer, by step of the chain, by module, by range."""
+
+
+@diagnose.command()
+@FILES
+@options.export_dir
+@DATA
+@click.option("--samples", type=click.IntRange(1, 8), default=2, show_default=True, help="Images, at least.")
+@PLOT
+@options.as_json
+def layers(
+    files: tuple[Path, ...], export_dir: Path, data: Path | None, samples: int, plot: Path | None, as_json: bool
+) -> None:
+    """Compare every module's output in ONNX FILES with PyTorch; by default in all recorded files.
+
+    Exit code 3 when a backend diverges.
+    """
+    from cnx_deploy.core.plotting import check_plot
+    from cnx_deploy.diagnosis.layerwise import compare_artifact, recorded_files, report_lines
+    from cnx_deploy.diagnosis.plots import plot_layers
+
+    artifacts = recorded_files(files, export_dir)
+    if plot is not None:
+        check_plot(plot)
+        if len(artifacts) != 1:
+            raise click.UsageError(f"--plot draws one file and {len(artifacts)} are compared: name one.")
+    comparisons = []
+    with options.reporter("Comparing") as progress:
+        for artifact in artifacts:
+            options.note(f"Comparing {artifact.path.name} by layer")
+            compared = compare_artifact(
+                artifact, samples=samples, data=data, progress=lambda text, _: progress(text, 0.0)
+            )
+            comparisons.append(compared)
+    if plot is not None:
+        options.note(f"  {plot_layers(comparisons[0], plot)}")
+    failed = [comparison.artifact for comparison in comparisons if not comparison.passed]
+    error = ParityError(f"{', '.join(failed)} part from PyTorch by layer; see above where.") if failed else None
+    document = {"layers": [comparison.to_dict() for comparison in comparisons]}
+    _show(document, _paragraphs(map(report_lines, comparisons)), error, as_json=as_json)
+
+
+@diagnose.command()
+@FILES
+@options.export_dir
+@options.engines_dir
+@DATA
+@click.option("--samples", type=click.IntRange(min=1), default=16, show_default=True, help="Images, at least.")
+@options.as_json
+def chain(files: tuple[Path, ...], as_json: bool, **arguments: Any) -> None:
+    """Follow half-precision ONNX FILES from PyTorch to the engines, each step against the one before.
+
+    Without FILES, every recorded file is followed. Exit code 3 when a step fails; it is named with what is to blame.
+    """
+    from cnx_deploy.diagnosis.chain import report_lines, run_chains
+
+    with options.reporter("Following") as progress:
+        chains = run_chains(files, options.note, progress=lambda text, _: progress(text, 0.0), **arguments)
+    failed = [chain for chain in chains if chain.failed is not None]
+    error = ParityError(" ".join(f"{chain.artifact}: {chain.verdict()}" for chain in failed)) if failed else None
+    document = {"chains": [chain.to_dict() for chain in chains]}
+    _show(document, _paragraphs(map(report_lines, chains)), error, as_json=as_json)
+
+
+@diagnose.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@DATA
+@click.option("--samples", type=click.IntRange(min=1), default=4, show_default=True, help="Images to judge on.")
+@click.option(
+    "--gate", type=click.Choice(["fp16", "bf16", "tf32-engine", "fp32-engine", "fp32"]),
+    help="What has to hold [default: that of the file's precision].",
+)  # fmt: skip
+@options.as_json
+def bisect(file: Path, as_json: bool, **arguments: Any) -> None:
+    """Find the smallest set of modules to keep in FP32 with which a recorded FP16 or BF16 ONNX FILE passes its gate.
+
+    Exit code 0 when there is one or none is needed, 3 when nothing helps.
+    """
+    from cnx_deploy.diagnosis.bisect import failure, report_lines, run_bisection
+
+    bisection = run_bisection(file, options.note, **arguments)
+    _show(bisection.to_dict(), report_lines(bisection), failure(bisection), as_json=as_json)
+
+
+@diagnose.command()
+@click.argument("checkpoint", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--variant", **{**options.VARIANT, "help": "Size of the network [default: the checkpoint's]."})
+@options.pretrained
+@options.seed
+@options.num_classes
+@click.option("--reset-head", is_flag=True, help="Re-initialise the head when the class count differs.")
+@DATA
+@options.image_size
+@click.option("--samples", type=click.IntRange(min=1), default=16, show_default=True, help="Images, at most.")
+@click.option("--margin", type=click.FloatRange(min=1.0), default=4.0, show_default=True, help="Factor to be kept.")
+@click.option("--all", "lists_all", is_flag=True, help="List every tensor, not the largest alone.")
+@PLOT
+@options.as_json
+def headroom(lists_all: bool, plot: Path | None, as_json: bool, **arguments: Any) -> None:
+    """Measure how far a network (CHECKPOINT, published or random weights) is from what FP16 can hold.
+
+    Exit code 3 when a tensor that the FP16 file stores lacks the margin, or a weight is infinite in FP16.
+    """
+    from cnx_deploy.core.plotting import check_plot
+    from cnx_deploy.diagnosis.headroom import HeadroomRequest, failure, report_lines, run_headroom
+    from cnx_deploy.diagnosis.plots import plot_headroom
+
+    if plot is not None:
+        check_plot(plot)
+    request, done = HeadroomRequest(**arguments), 0
+    with options.reporter("Measuring") as progress:
+
+        def measured(images: int) -> None:
+            nonlocal done
+            done += images
+            progress(f"{done} images", done / request.samples)
+
+        result = run_headroom(request, options.note, measured)
+    if plot is not None:
+        options.note(f"{plot_headroom(result, plot)}")
+    _show(result.to_dict(), report_lines(result, lists_all=lists_all), failure(result), as_json=as_json)
+
+
+def _paragraphs(reports: Iterable[Iterable[str]]) -> Iterable[str]:
+    """Yield the lines of several reports, with an empty line between two."""
+    for index, lines in enumerate(reports):
+        yield from (["", *lines] if index else lines)
+
+
+def _show(document: Any, lines: Iterable[str], error: CnxDeployError | None, *, as_json: bool) -> None:
+    """Print a result as JSON or as lines, and end with the error where there is one."""
+    if as_json:
+        options.echo_json(document)
+    else:
+        for line in lines:
+            options.echo(line)
+    if error is not None:
+        options.fail(error, as_json=as_json)

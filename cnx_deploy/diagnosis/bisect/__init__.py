@@ -1,1 +1,0 @@
-"""Which smallest set of modules has to stay in FP32."""

@@ -1,0 +1,407 @@
+"""FP16 range analysis: how far a network is from the limits of FP16, measured on images in FP32, judged with a margin.
+
+Two forms are judged. The exported file's own (`stored`) keeps ordinary tensors in half and every statistic in FP32: its
+verdict decides. The naive form keeps GRN's sum of squares and LayerNorm's squared deviations in half too, as a plain
+`.half()` export may: its verdict is information.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cnx_deploy.core.errors import CheckFailedError, InputError
+from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.core.variants import STRIDE
+from cnx_deploy.data import ImageLike, evenly, find_images
+from cnx_deploy.data.input_spec import InputSpec
+from cnx_deploy.diagnosis.ranges import (
+    HALF_MAX,
+    NormRange,
+    ParameterRange,
+    Recorder,
+    ResponseRange,
+    TensorRange,
+    parameter_ranges,
+    rank,
+    recorded_form,
+    stage_of,
+    unit_of,
+    worst,
+)
+from cnx_deploy.model.checkpoint import LoadedModel, resolve_model
+from cnx_deploy.model.deploy import BLOCK_PARTS
+
+__all__ = ["Headroom", "HeadroomRequest", "failure", "measure_headroom", "report_lines", "run_headroom"]
+
+SCHEMA_VERSION = 1
+BATCH = 4
+"""Images run at once. Every statistic is an image's own, so that this decides speed and memory alone."""
+MOST_LISTED = 8
+"""Tensors that are listed unless all are asked for."""
+MOST_PARTS = 6
+"""Parts that are named in a message. With more, a file of BF16 is the simpler way out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadroomRequest:
+    """What `cnx-deploy diagnose headroom` takes; weights are resolved as for an export.
+
+    `image_size` None means the checkpoint's own, else 224. `data` None means seeded image-like batches; else a folder
+    of images, of which at most `samples` are taken. `margin` is a factor of at least 1: on a stored tensor's largest
+    absolute value, and on the naive form's sums of squares and squares.
+    """
+
+    checkpoint: Path | None = None
+    variant: str | None = None
+    pretrained: str | None = None
+    seed: int = 0
+    num_classes: int | None = None
+    reset_head: bool = False
+    data: Path | None = None
+    image_size: int | None = None
+    samples: int = 16
+    margin: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise InputError(f"samples must be at least 1, got {self.samples}: ranges are measured on images.")
+        if not 1.0 <= self.margin < math.inf:
+            raise InputError(f"margin must be a finite factor of at least 1, usually 4, got {self.margin}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The worst of each kind within a unit or a stage; None where it has none of a kind."""
+
+    name: str
+    stored: TensorRange | None
+    response: ResponseRange | None
+    norm: NormRange | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the summary for JSON."""
+        kinds = {"stored": self.stored, "response": self.response, "norm": self.norm}
+        return {"name": self.name, **{kind: entry.to_dict() if entry else None for kind, entry in kinds.items()}}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Headroom:
+    """A network's ranges. `network` says which weights, `source` which images; ranges are in order of depth."""
+
+    network: dict[str, Any]
+    source: str
+    images: int
+    image_size: int
+    margin: float
+    tensors: tuple[TensorRange, ...]
+    responses: tuple[ResponseRange, ...]
+    norms: tuple[NormRange, ...]
+    parameters: tuple[ParameterRange, ...]
+
+    def __post_init__(self) -> None:
+        if not self.tensors:
+            raise InputError("There is no image to measure on. Name a folder that holds some, or leave --data out.")
+
+    @property
+    def counted_images(self) -> str:
+        """For people: "16 images"."""
+        return f"{self.images} image{'s' if self.images > 1 else ''}"
+
+    @property
+    def failing_tensors(self) -> tuple[TensorRange, ...]:
+        """Stored tensors that lack the margin. NaN and infinity never have it."""
+        return tuple(tensor for tensor in self.tensors if not tensor.largest * self.margin <= HALF_MAX)
+
+    @property
+    def failing_parameters(self) -> tuple[ParameterRange, ...]:
+        """Parameters with elements that are infinite or NaN in FP16."""
+        return tuple(parameter for parameter in self.parameters if parameter.nonfinite)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the exported file's tensors keep the margin and its weights are finite."""
+        return not self.failing_tensors and not self.failing_parameters
+
+    @property
+    def keep_fp32(self) -> tuple[str, ...]:
+        """The modules to name in `export --keep-fp32` so that nothing that fails is stored in half.
+
+        What leaves a block, stem or downsampling is rounded again by whatever reads it, so its reader is named too;
+        pooling reads the last block in FP32. What is NaN or infinite in FP32 already is not named: no type helps it.
+        """
+        tensors = [tensor for tensor in self.failing_tensors if math.isfinite(tensor.largest)]
+        parts = [part for tensor in tensors for part in self._parts_of(tensor)]
+        parts += [_part_of(entry.module) for entry in self.failing_parameters if math.isfinite(entry.largest)]
+        named = dict.fromkeys(parts)
+        return tuple(part for part in named if unit_of(part) == part or unit_of(part) not in named)
+
+    @property
+    def naive_failures(self) -> tuple[ResponseRange | NormRange, ...]:
+        """Statistics that would lack the margin in FP16, at the image size measured."""
+        statistics: tuple[ResponseRange | NormRange, ...] = (*self.responses, *self.norms)
+        return tuple(statistic for statistic in statistics if not statistic.share * self.margin <= 1.0)
+
+    @property
+    def naive_image_size(self) -> int | None:
+        """The largest image size in pixels at which GRN's sums of squares keep the margin in FP16: `safe_image_size`.
+
+        The smallest over the stages; 0 when there is none, None when nothing limits it.
+        """
+        sizes = [safe_image_size(entry.rms, stage_of(entry.module), self.margin) for entry in self.responses]
+        return min((size for size in sizes if size is not None), default=None)
+
+    @property
+    def stages(self) -> tuple[Summary, ...]:
+        """The worst of each stage."""
+        return tuple(self._summary(f"stage {stage + 1}", stage, stage_of) for stage in range(4))
+
+    @property
+    def blocks(self) -> tuple[Summary, ...]:
+        """The worst of each block, downsampling and the head, in order of depth."""
+        return tuple(self._summary(unit, unit, unit_of) for unit in self._units())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything for JSON."""
+        failing = [tensor.name for tensor in self.failing_tensors]
+        failing += [parameter.name for parameter in self.failing_parameters]
+        lists = ("stages", "blocks", "tensors", "responses", "norms", "parameters")
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "network": dict(self.network),
+            "images": {"source": self.source, "count": self.images, "size": self.image_size},
+            "arithmetic": "FP32 on a CPU; on a GPU: not run",
+            "limit": HALF_MAX,
+            "margin": self.margin,
+            "passed": self.passed,
+            "failing": failing,
+            "keep_fp32": list(self.keep_fp32),
+            "naive": {
+                "passed": not self.naive_failures,
+                "failing": [entry.module for entry in self.naive_failures],
+                "largest_image_size": self.naive_image_size,
+            },
+            **{name: [entry.to_dict() for entry in getattr(self, name)] for name in lists},
+        }
+
+    def _units(self) -> list[str]:
+        return list(dict.fromkeys(unit_of(tensor.module) for tensor in self.tensors))
+
+    def _parts_of(self, tensor: TensorRange) -> tuple[str, ...]:
+        """Return what has to be kept so that one tensor is not stored in half."""
+        unit, units = unit_of(tensor.module), self._units()
+        leaving = [other for other in self.tensors if unit_of(other.module) == unit][-1]
+        if unit == "head" or tensor is not leaving:
+            return (_part_of(tensor.module),)
+        reader = units[units.index(unit) + 1]
+        return (unit,) if reader == "head" else (unit, reader)
+
+    def _summary(self, name: str, key: object, key_of: Callable[[str], object]) -> Summary:
+        return Summary(
+            name,
+            worst(entry for entry in self.tensors if key_of(entry.module) == key),
+            worst(entry for entry in self.responses if key_of(entry.module) == key),
+            worst(entry for entry in self.norms if key_of(entry.module) == key),
+        )
+
+
+def safe_image_size(rms: float, stage: int, margin: float) -> int | None:
+    """Return the largest side in pixels at which a sum of squares over a stage's positions keeps `margin`.
+
+    With `rms` of a channel the sum is HW · rms², so HW may reach 65504 / (margin · rms²); `stage` counts from 0 and has
+    4 · 2^stage pixels a side to a position. The RMS is taken to be the size's own: to first order it does not depend
+    on it.
+
+    Returns:
+        A multiple of 32; 0 when no size keeps it, or `rms` is NaN; None when any does.
+    """
+    mean_square = margin * rms * rms
+    if mean_square == 0.0 or HALF_MAX / mean_square == math.inf:
+        return None
+    positions = HALF_MAX / mean_square
+    if not positions >= 1.0:
+        return 0
+    return (4 << stage) * math.isqrt(int(positions)) // STRIDE * STRIDE
+
+
+def run_headroom(
+    request: HeadroomRequest, note: Callable[[str], None], progress: Callable[[int], None] | None = None
+) -> Headroom:
+    """Load the weights that `request` names and measure them; `progress` is told the images of each batch."""
+    loaded = resolve_model(
+        request.variant,
+        checkpoint=request.checkpoint,
+        pretrained=request.pretrained,
+        seed=request.seed,
+        num_classes=request.num_classes,
+        reset_head=request.reset_head,
+    )
+    if loaded.weights.origin == "random":
+        note(f"No checkpoint: weights are random (seed {request.seed}). Their ranges say nothing of trained ones.")
+    if loaded.head_is_new:
+        note(f"The head for {loaded.model.num_classes} classes is new and random: train it before it is used.")
+    preprocessing = loaded.preprocessing or Preprocessing()
+    if request.image_size is not None:
+        preprocessing = replace(preprocessing, image_size=request.image_size)
+    images = ImageLike(request.samples) if request.data is None else find_images(request.data)
+    spec = InputSpec("uint8", preprocessing.image_size)
+    batches = images.batches(preprocessing, spec, BATCH, evenly(len(images), request.samples))
+    return measure_headroom(
+        loaded,
+        preprocessing,
+        (batch.images for batch in batches),
+        source="seeded image-like" if request.data is None else request.data.as_posix(),
+        margin=request.margin,
+        progress=progress,
+    )
+
+
+def measure_headroom(
+    loaded: LoadedModel,
+    preprocessing: Preprocessing,
+    batches: Iterable[Tensor],
+    *,
+    source: str,
+    margin: float = 4.0,
+    progress: Callable[[int], None] | None = None,
+) -> Headroom:
+    """Run the deploy form over (N, S, S, 3) uint8 batches in FP32 and record what an FP16 file would store.
+
+    Raises InputError when there is no image.
+    """
+    form = recorded_form(loaded.model, preprocessing)
+    recorder = Recorder(form, loaded.model, preprocessing)
+    recorder.run(batches, progress)
+    weights = loaded.weights
+    return Headroom(
+        network={
+            "variant": loaded.model.variant.name,
+            "num_classes": loaded.model.num_classes,
+            "weights": {"origin": weights.origin, "reference": weights.reference, "sha256": weights.sha256},
+        },
+        source=source,
+        images=recorder.images,
+        image_size=preprocessing.image_size,
+        margin=margin,
+        tensors=recorder.tensors,
+        responses=recorder.responses,
+        norms=recorder.norms,
+        parameters=parameter_ranges(form),
+    )
+
+
+def report_lines(headroom: Headroom, *, lists_all: bool = False) -> Iterator[str]:
+    """Yield the report for a terminal: stages, tensors (the largest, or all in order of depth), weights, verdicts."""
+    weights, margin = headroom.network["weights"], f"margin {headroom.margin:g}"
+    images = f"{headroom.counted_images} of {headroom.image_size} px ({headroom.source})"
+    yield f"{headroom.network['variant']}, weights {weights['origin']} {weights['reference']}, {images}"
+    yield f"FP16 holds at most {HALF_MAX:.0f}; {margin}. Measured in FP32 on a CPU; on a GPU: not run."
+    yield ""
+    yield (
+        f"{'':8} {'largest stored in FP16':>22} {'share':>9}   {'GRN RMS':>8} {'sum of squares':>15} {'share':>9}   "
+        f"{'LayerNorm |x-mean|':>18} {'squared':>9}"
+    )
+    yield from (_stage_line(stage) for stage in headroom.stages)
+    yield ""
+    yield f"{'tensor' if lists_all else 'largest tensors':40} {'max |x|':>9} {'share':>9}"
+    largest = sorted(headroom.tensors, key=lambda tensor: rank(tensor.share))[: -MOST_LISTED - 1 : -1]
+    for tensor in headroom.tensors if lists_all else largest:
+        yield f"{tensor.name:40} {tensor.largest:>9.4g} {_percent(tensor.share):>9}"
+    yield ""
+    yield _weights_line(headroom.parameters)
+    yield f"This project's FP16 file: {_own_verdict(headroom)}"
+    yield f"Written the naive way:    {_naive_verdict(headroom)}"
+    if headroom.responses:
+        size = headroom.naive_image_size
+        limit = "at any image size" if size is None else f"up to {size:,} px" if size else "at no image size"
+        yield f"{'':26}GRN's sums keep the margin {limit}, by an RMS that no size changes to first order"
+
+
+def failure(headroom: Headroom) -> CheckFailedError | None:
+    """Return what is wrong with the exported file's own form, with the way out; None when nothing is."""
+    broken = next((tensor for tensor in headroom.tensors if not math.isfinite(tensor.largest)), None)
+    if broken is not None:
+        return CheckFailedError(
+            f"{broken.name} is {broken.largest} in FP32 already, over {headroom.counted_images}: expected finite "
+            "numbers. FP16 is not the cause: check the weights, or train them again."
+        )
+    if (bad := worst(headroom.failing_parameters)) is not None:
+        return CheckFailedError(
+            f"{bad.name} has {bad.nonfinite:,} of {bad.count:,} elements that are no number in FP16: the largest is "
+            f"{bad.largest:,.6g}, FP16 holds at most {HALF_MAX:.0f}. {_way_out(headroom)}"
+        )
+    if (largest := worst(headroom.failing_tensors)) is None:
+        return None
+    more = len(headroom.failing_tensors) - 1
+    return CheckFailedError(
+        f"{largest.name} reaches {largest.largest:,.6g} over {headroom.counted_images}, {_percent(largest.share)} of "
+        f"FP16's {HALF_MAX:.0f}: with a margin of {headroom.margin:g} it may reach {HALF_MAX / headroom.margin:,.6g}"
+        f"{f'; {more} more lack the margin' if more else ''}. {_way_out(headroom)}"
+    )
+
+
+def _part_of(module: str) -> str:
+    """Return the part that `--keep-fp32` can name and that holds a module."""
+    return module if module.rpartition(".")[2] in BLOCK_PARTS else unit_of(module)
+
+
+def _stage_line(stage: Summary) -> str:
+    stored, response, norm = stage.stored, stage.response, stage.norm
+    words = f"{stage.name:8} "
+    words += f"{stored.largest:>22.4g} {_percent(stored.share):>9}   " if stored else f"{'':32}   "
+    sums = (f"{response.rms:.3g}", f"{response.square_sum:,.0f}", _percent(response.share)) if response else "–––"
+    words += "{:>8} {:>15} {:>9}   ".format(*sums)
+    return words + (f"{norm.deviation:>18.4g} {_percent(norm.share):>9}" if norm else "")
+
+
+def _weights_line(parameters: tuple[ParameterRange, ...]) -> str:
+    count, subnormal, flushed, nonfinite = (
+        sum(getattr(parameter, kind) for parameter in parameters)
+        for kind in ("count", "subnormal", "flushed", "nonfinite")
+    )
+    largest = worst(parameters)
+    words = (
+        f"Weights in FP16: {_percent(subnormal / max(1, count))} of {count:,} subnormal, {flushed:,} flushed to zero, "
+        f"{nonfinite or 'none'} infinite or NaN"
+    )
+    return words if largest is None else f"{words}; largest {largest.largest:.4g}"
+
+
+def _own_verdict(headroom: Headroom) -> str:
+    largest = worst(headroom.tensors)
+    if largest is None or not headroom.passed:
+        failing = len(headroom.failing_tensors) + len(headroom.failing_parameters)
+        return f"FAIL at any image size: {failing} tensors or parameters lack the margin"
+    reached = _percent(largest.share * headroom.margin)
+    return f"pass at any image size: {reached} of the limit with the margin; sums over positions are in FP32"
+
+
+def _naive_verdict(headroom: Headroom) -> str:
+    """Say how GRN's sums and LayerNorm's squares fare in FP16; information, never the exit code."""
+    if (largest := worst(headroom.naive_failures)) is None:
+        return f"pass at {headroom.image_size} px (information)"
+    count = f"{len(headroom.naive_failures)} of {len(headroom.responses) + len(headroom.norms)} statistics"
+    return (
+        f"FAIL at {headroom.image_size} px (information): {count} without the margin, {largest.module} most "
+        f"({_percent(largest.share)})"
+    )
+
+
+def _way_out(headroom: Headroom) -> str:
+    parts = headroom.keep_fp32
+    if len(parts) > MOST_PARTS:
+        return (
+            f"Export with --precision bf16, or keep {len(parts)} parts in FP32, from {parts[0]} to {parts[-1]}: "
+            "cnx-deploy export … --keep-fp32 MODULE, once for each of keep_fp32 in cnx-deploy diagnose headroom --json."
+        )
+    words = " ".join(f"--keep-fp32 {part}" for part in parts)
+    return f"Keep it in FP32 with cnx-deploy export … {words}; or export with --precision bf16."
+
+
+def _percent(share: float) -> str:
+    """Write a share with two digits below 10 %, in whole numbers above."""
+    percent = 100.0 * share
+    return f"{percent:,.0f} %" if 10.0 <= percent < 1e7 else f"{percent:.2g} %"

@@ -1,1 +1,0 @@
-"""How far a network's tensors, statistics and weights are from the limits of FP16."""

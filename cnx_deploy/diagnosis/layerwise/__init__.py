@@ -1,1 +1,0 @@
-"""Where two runs of one network part: every module's output, side by side."""

@@ -1,0 +1,258 @@
+"""How accurate a half-precision network is with a set of its modules in FP32: on its deploy form, and on a file.
+
+A set is tried without an export on two deploy forms of the same weights: one in half, one with everything kept in FP32.
+A part that is kept is taken from the second, weights not rounded, and put into the first; parts cast their inputs to
+their own types, so the result is the form that `DeploySpec.keep_fp32` describes. It is run with the rules of
+`emulator.operators`: FP32 inside an operator, rounded to the type in which its result is stored. Files are run by the
+emulator's graph, which rounds after every operator in the types that the file has.
+"""
+
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from cnx_deploy.core.deploy_spec import DeploySpec
+from cnx_deploy.core.errors import InputError, ParityError
+from cnx_deploy.core.gates import Differences, Gate
+from cnx_deploy.core.manifest import Artifact, ModelRecord, OnnxManifest
+from cnx_deploy.data import ImageLike, evenly, find_images
+from cnx_deploy.data.input_spec import InputSpec
+from cnx_deploy.diagnosis.search import in_order, units_of
+from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
+from cnx_deploy.model.checkpoint import LoadedModel
+from cnx_deploy.model.convnextv2 import ConvNeXtV2
+from cnx_deploy.model.deploy import deploy_form
+from cnx_deploy.runners.emulator.graph import Graph
+from cnx_deploy.runners.emulator.operators import OPERATORS
+from cnx_deploy.runners.pytorch import reference_runner
+from cnx_deploy.verification.parity import differences
+from cnx_deploy.verification.verify import verify_export
+
+__all__ = [
+    "Case", "ExportedProbe", "MixedForm", "Probe", "RecordedProbe", "RoundedOperators", "case_of", "export_and_probe",
+    "probe_recorded",
+]  # fmt: skip
+
+BATCH = 8
+"""Images run at once, where the file takes as many: this decides memory alone."""
+LAYER_NORM = OPERATORS["LayerNormalization"]
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One set of modules tried. `exported`: judged on a file written with it, and not on the form alone."""
+
+    kept: tuple[str, ...]
+    found: Differences
+    failures: tuple[str, ...]
+    exported: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether the gate holds."""
+        return not self.failures
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the probe for JSON."""
+        return {
+            "kept": list(self.kept),
+            "exported": self.exported,
+            "passed": self.passed,
+            "failures": list(self.failures),
+            "found": asdict(self.found),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedProbe:
+    """The file as it is. `first_nonfinite`: its first operator whose result is no number on some image.
+
+    `infinite_weights`: the modules with weights that are none.
+    """
+
+    probe: Probe
+    first_nonfinite: str | None
+    infinite_weights: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedProbe:
+    """A file written with a set kept.
+
+    Shares of FP32, 0 to 1: among the parameters and among the results of operators. `verifies`: whether the comparison
+    that `export` makes by itself passes.
+    """
+
+    probe: Probe
+    parameter_share: float
+    result_share: float
+    verifies: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A network and what its logits are compared with: `expected` (N, num_classes) for all images of `batches`.
+
+    `spec` is the file's own with nothing kept.
+    """
+
+    loaded: LoadedModel
+    record: ModelRecord
+    spec: ExportSpec
+    batches: tuple[Tensor, ...]
+    expected: Tensor
+    gate: Gate
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The network's units, in the order in which they run."""
+        return units_of(self.loaded.model.variant)
+
+    @property
+    def reference_nonfinite(self) -> int:
+        """PyTorch's logits that are no numbers."""
+        return int((~torch.isfinite(self.expected)).sum())
+
+    def judge(self, kept: Collection[str], logits: Tensor, *, exported: bool) -> Probe:
+        """Compare logits (N, num_classes) with the reference."""
+        found = differences(logits, self.expected)
+        return Probe(in_order(kept, self.units), found, self.gate.failures(found), exported)
+
+
+class MixedForm:
+    """A network's deploy form in half, whose parts can be kept in FP32 from one call to the next.
+
+    `spec.keep_fp32` is not looked at. Raises InputError for a spec that is not of half precision.
+    """
+
+    def __init__(self, model: ConvNeXtV2, spec: DeploySpec) -> None:
+        if not spec.is_half:
+            raise InputError(f"Parts are kept in FP32 in a file of fp16 or bf16, not in {spec.precision}.")
+        self.half = deploy_form(model, replace(spec, keep_fp32=()))
+        self.single = deploy_form(model, replace(spec, keep_fp32=units_of(model.variant)))
+
+    def logits(self, batches: Sequence[Tensor], kept: Collection[str] = ()) -> Tensor:
+        """Run raw images with the modules called `kept` in FP32 and return (N, num_classes) float32 logits."""
+        rounded = RoundedOperators()  # type: ignore[no-untyped-call]
+        with self._keeping(kept), torch.inference_mode(), rounded:
+            return torch.cat([self.half(images) for images in batches])
+
+    @contextmanager
+    def _keeping(self, names: Collection[str]) -> Iterator[None]:
+        """Put the named modules of the FP32 form into the half one until the context ends."""
+        outermost = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+        own = {name: self.half.get_submodule(name) for name in outermost}
+        try:
+            for name in outermost:
+                self.half.set_submodule(name, self.single.get_submodule(name))
+            yield
+        finally:
+            for name, module in own.items():
+                self.half.set_submodule(name, module)
+
+
+class RoundedOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Compute in FP32 whatever takes half tensors, and round its result once if it takes no wider ones.
+
+    A linear layer over tokens is two operators of the written graph, MatMul and Add, and so it is here; a LayerNorm is
+    the emulator's own, which rounds alike to the last bit of FP32. In inference mode torch's layers arrive whole.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.layer_norm.default:
+            tokens, _, gain, shift, eps = args
+            return LAYER_NORM([tokens, gain, shift], {"axis": -1, "epsilon": eps})
+        floating = {leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+        if func is torch.ops.aten.to.dtype or func.is_view or not floating.intersection(HALVES):
+            return func(*args, **(kwargs or {}))
+        narrow = floating.pop() if len(floating) == 1 else torch.float32
+        wide = tree_map(lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in HALVES else leaf, args)
+        if func is torch.ops.aten.linear.default and wide[0].ndim > 2:
+            tokens, weight, bias = wide
+            return (F.linear(tokens, weight).to(narrow).float() + bias).to(narrow)
+        return func(*wide, **(kwargs or {})).to(narrow)
+
+
+def case_of(artifact: Artifact[OnnxManifest], loaded: LoadedModel, gate: Gate, data: Path | None, samples: int) -> Case:
+    """Make what a recorded file is judged by: images of the folder `data`, or seeded ones, and PyTorch in FP32.
+
+    Raises InputError when the folder holds fewer images than the file takes at once.
+    """
+    deploy = replace(artifact.manifest.deploy, keep_fp32=())
+    spec, record = ExportSpec(deploy=deploy, batch=artifact.manifest.batch), artifact.manifest.model
+    batches = _batches(record, spec, data, samples)
+    with reference_runner(loaded.model, deploy) as runner:
+        expected = torch.cat([runner.run(images) for images in batches])
+    return Case(loaded, record, spec, batches, expected, gate)
+
+
+def probe_recorded(artifact: Artifact[OnnxManifest], case: Case) -> RecordedProbe:
+    """Run a recorded file as it is and judge it."""
+    graph = Graph(artifact.path)
+    with torch.inference_mode():
+        passes = [graph.evaluate(images) for images in case.batches]
+    logits = torch.cat([evaluation.tensors[graph.outputs[0]] for evaluation in passes])
+    nonfinite = [evaluation.first_nonfinite for evaluation in passes if evaluation.first_nonfinite is not None]
+    kept = artifact.manifest.deploy.keep_fp32
+    infinite = {name for name, value in _weights(graph).items() if not bool(torch.isfinite(value).all())}
+    modules = [step.name.partition("/")[0] for step in graph.steps if infinite.intersection(step.inputs)]
+    probe = case.judge(kept, logits, exported=True)
+    return RecordedProbe(probe, next(iter(nonfinite), None), tuple(dict.fromkeys(modules)))
+
+
+def export_and_probe(kept: Collection[str], case: Case) -> ExportedProbe:
+    """Export with `kept` into a temporary folder, as `export --keep-fp32` does, run the file and judge it."""
+    spec = replace(case.spec, deploy=replace(case.spec.deploy, keep_fp32=tuple(kept)))
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = export_onnx(case.loaded.model, case.record, spec, Path(folder))
+        graph, verifies = Graph(artifact.path), _verifies(artifact, case)
+    with torch.inference_mode():
+        logits = torch.cat([graph.evaluate(images).tensors[graph.outputs[0]] for images in case.batches])
+    weights = _weights(graph).values()
+    single = sum(value.numel() for value in weights if value.dtype == torch.float32)
+    return ExportedProbe(
+        case.judge(kept, logits, exported=True),
+        single / sum(value.numel() for value in weights),
+        1.0 - float(artifact.manifest.facts.half_share),
+        verifies,
+    )
+
+
+def _weights(graph: Graph) -> dict[str, Tensor]:
+    return {name: value for name, value in graph.constants.items() if value.is_floating_point()}
+
+
+def _verifies(artifact: Artifact[OnnxManifest], case: Case) -> bool:
+    try:
+        verify_export(artifact, case.loaded.model)
+    except (ParityError, InputError):  # the latter where all is kept, and nothing is left for the emulator to round
+        return False
+    return True
+
+
+def _batches(record: ModelRecord, spec: ExportSpec, data: Path | None, samples: int) -> tuple[Tensor, ...]:
+    """Return raw images in batches that the file takes; `samples` is rounded up where it takes no fewer."""
+    smallest, _, largest = spec.batch
+    size = max(smallest, min(largest, BATCH))
+    rest = samples % size
+    total = samples - rest + max(rest, smallest) if rest else samples
+    source = ImageLike(total) if data is None else find_images(data)
+    preprocessing = replace(record.preprocessing, image_size=spec.deploy.image_size)
+    image_input = InputSpec(spec.deploy.input_kind, spec.deploy.image_size)
+    read = source.batches(preprocessing, image_input, size, evenly(len(source), total))
+    fitting = [batch.images for batch in read if len(batch) >= smallest]
+    if not fitting:
+        raise InputError(f"{data} has fewer images than the {smallest} that the file takes at once. Add some.")
+    return tuple(fitting)
