@@ -14,7 +14,6 @@ from cnx_deploy.diagnosis.mixed_precision import Case
 from cnx_deploy.exporters.onnx import ExportSpec
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
-from cnx_deploy.model.deploy import Precision
 from cnx_deploy.runners.pytorch import reference_runner
 
 DEEP = Variant("deep-test", (1, 1, 6, 1), (8, 16, 32, 64), 0, 0.0)
@@ -106,7 +105,7 @@ def faulty(fault: str, variant: Variant = DEEP) -> ConvNeXtV2:
     return model
 
 
-def case_with(model: ConvNeXtV2, precision: Precision = "fp16", layout: Layout | None = None) -> Case:
+def case_with(model: ConvNeXtV2, precision: str = "fp16", layout: Layout | None = None) -> Case:
     """The network on four images, no file."""
     spec = DeploySpec(precision, SIZE, layout=layout)
     batches = (runner_input(next(image_like_batches(4, SIZE, batch_size=4)), "float"),)
