@@ -29,7 +29,7 @@ COMMANDS = {
     "export": ("export_onnx", "Export a variant to ONNX and write its manifest."),
     "build-trt": ("build_trt", "Build TensorRT engines from recorded ONNX files."),
     "verify": ("verify", "Compare ONNX files and engines with PyTorch."),
-    "diagnose": ("diagnose", "Where and why a network goes wrong: layers, chain, bisect, headroom."),
+    "diagnose": ("diagnose", "Where a network goes wrong: layers, chain, bisect, headroom."),
     "bench": ("bench", "Time ONNX files and engines, PyTorch beside them."),
     "inspect": ("inspect", "Say what a file is: checkpoint, ONNX file or engine."),
     "predict": ("predict", "Classify image files."),

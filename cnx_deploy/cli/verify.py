@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from cnx_deploy.cli import options
 from cnx_deploy.cli.printable import one_line

@@ -374,7 +374,7 @@ def test_the_command_prints_what_the_function_finds(cnx: Command, tmp_path: Path
 def test_a_checkpoint_without_the_margin_ends_with_exit_code_3(cnx: Command, tmp_path: Path) -> None:
     model = random_model("atto", 4)
     scale_hidden(model, 6000.0)
-    size = Preprocessing(image_size=64).to_dict()
+    size = Preprocessing(image_size=64)
     path = save_checkpoint(tmp_path / "hot.safetensors", model, preprocessing=size)
     for index, image in enumerate(image_like_batches(2, 80, batch_size=1)):
         (tmp_path / "images").mkdir(exist_ok=True)

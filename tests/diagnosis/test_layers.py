@@ -198,7 +198,7 @@ def test_a_fault_that_fails_only_further_on_is_named_where_the_error_jumps(
 
     # A jump is only 2.5 times below the gate of FP32 files, 1e-5, so rounding would decide; an FP32 engine's is 1e-4.
     # Where it is planted the fault is 4.6 times a jump and 5.4 times below that gate, and further on 12 times above it.
-    engines_gate = [replace(BACKENDS[1], name="tensorrt")]
+    engines_gate = [replace(BACKENDS[1], is_engine=True)]
     sound = planted(tiny_onnx_fp32, tmp_path, with_the_models_weights)
     assert compare(tiny_onnx_fp32, sound, tiny_model, backends=engines_gate).passed
     path = planted(tiny_onnx_fp32, tmp_path, with_the_fault)

@@ -78,14 +78,14 @@ LIES: list[tuple[str, tuple[Any, ...], Any, str]] = [
         "layers",
         ("layers", 0, "backends", 1, "relative_l2_max"),
         "1",
-        "backends[1].relative_l2_max is '1', exp",
+        "layers[0].backends[1].relative_l2_max is '1'",
     ),
     ("layers", ("layers", 0, "backends", 1, "outputs", 0, "verdict"), "odd", "a verdict is 'odd', expected one of ok"),
     (
         "layers",
         ("layers", 0, "backends", 1, "outputs", 0, "figures"),
         1,
-        "backends[1].outputs[0].figures is 1, exp",
+        "layers[0].backends[1].outputs[0].figures is 1",
     ),
 ]
 

@@ -21,6 +21,7 @@ from cnx_deploy.runners import tensorrt as tensorrt_runner
 from cnx_deploy.runners.base import SplitRunner
 from cnx_deploy.runners.cuda import CudaStream
 from cnx_deploy.runners.onnxruntime import OrtRunner
+from cnx_deploy.runners.registry import open_runner
 from cnx_deploy.runners.tensorrt import TensorRTRunner
 from tests.support import trt_double
 
@@ -302,7 +303,7 @@ def test_engine_bit_flip_never_reaches_the_runtime(
     module, _ = trt_double.double_of(load_backend("tensorrt-rtx").trt, tiny_onnx_fp16.path, list(PROFILES))
     monkeypatch.setattr(tensorrt_runner, "load_backend", lambda name: Backend("tensorrt-rtx", module))
     with pytest.raises(CorruptArtifactError, match="was altered"):
-        TensorRTRunner(replace(tiny_engine, path=copy))
+        open_runner(replace(tiny_engine, path=copy))
     assert module.Runtime.plans == []
 
 
