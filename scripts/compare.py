@@ -16,13 +16,12 @@ from typing import Any
 
 import click
 
-from cnx_deploy.cli.pretrain import PretrainingOnTerminal
 from cnx_deploy.cli.training_progress import TerminalProgress
 from cnx_deploy.core.errors import CnxDeployError, CorruptArtifactError
 from cnx_deploy.data import few_labels, find_dataset
 from cnx_deploy.training import TrainingSpec, initial_model, spec_from_recipe, train
-from cnx_deploy.training.curves import read_table
 from cnx_deploy.training.fcmae import PretrainingSpec, pretrain
+from cnx_deploy.training.metrics import read_table
 
 STUDENT_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Two-sided 95 % points of Student's t with 1 to 9 degrees of freedom."""
@@ -150,9 +149,9 @@ def pretrained_encoder(request: PretrainingSpec) -> Path:
     table, weights = request.run_dir / "metrics.csv", request.run_dir / "last.safetensors"
     if not (table.is_file() and len(table.read_text().splitlines()) > request.epochs):
         click.echo(f"{request.run_dir}", err=True)
-        with TerminalProgress() as terminal:
+        with TerminalProgress() as progress:
             resumed = replace(request, resume=(request.run_dir / "last.ckpt").is_file())
-            if pretrain(resumed, progress=PretrainingOnTerminal(terminal)).interrupted:
+            if pretrain(resumed, progress=progress).interrupted:
                 sys.exit(130)
     return weights
 

@@ -1,12 +1,16 @@
-"""The options of `cnx-deploy train` that a recipe sets and that can be given otherwise, by what they are about."""
+"""The options of `cnx-deploy train` and `cnx-deploy pretrain`: what both take, and what a recipe sets."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
-__all__ = ["recipe_options"]
+from cnx_deploy.cli import options
 
+__all__ = ["recipe_options", "run_options"]
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
 NUMBERS: tuple[tuple[str, type, str], ...] = (
     ("--epochs", int, "Times that every image is seen [plain: 30]."),
     ("--image-size", int, "Side in pixels, a multiple of 32 [224]."),
@@ -37,14 +41,46 @@ CHOSEN: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("--layer-decay-groups", ("single", "group"), "Each block a layer, or three of stage 3 [plain: single]."),
 )
 
+Command = Callable[..., Any]
 
-def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add them all; one that is not given is None, which leaves it to the recipe."""
-    command = click.option("--flip/--no-flip", default=None, help="Mirror images or not: not for digits [flip].")(
-        command
+
+def recipe_options(command: Command) -> Command:
+    """Add all that a recipe sets; an option that is not given is None, which leaves it to the recipe."""
+    return _added(
+        command,
+        *(click.option(name, type=kind, help=text) for name, kind, text in NUMBERS),
+        *(click.option(name, type=click.Choice(values), help=text) for name, values, text in CHOSEN),
+        click.option("--flip/--no-flip", default=None, help="Mirror images or not: not for digits [flip]."),
     )
-    for name, values, text in reversed(CHOSEN):
-        command = click.option(name, type=click.Choice(values), help=text)(command)
-    for name, kind, text in reversed(NUMBERS):
-        command = click.option(name, type=kind, help=text)(command)
+
+
+def run_options(name: str) -> Callable[[Command], Command]:
+    """Add what every run takes; `name` is what a fresh folder is called before its number."""
+
+    def add(command: Command) -> Command:
+        return _added(
+            command,
+            click.option("--seed", type=int, default=0, show_default=True),
+            click.option("--workers", type=int, help="Loader processes [default: 0 where the images fit in memory]."),
+            click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True),
+            click.option("--deterministic", is_flag=True, help="Only GPU kernels that give the same bits again."),
+            click.option(
+                "--output-dir", type=FOLDER, default=Path("runs"), show_default=True, help="A run is a folder in it."
+            ),
+            click.option("--run-dir", type=FOLDER, help=f"The run's folder itself [default: a fresh {name}-NNN]."),
+            click.option("--resume", is_flag=True, help="Go on with the newest run of the variant, or with --run-dir."),
+            click.option(
+                "--no-image-check", is_flag=True, help="Start without decoding every image once to find broken ones."
+            ),
+            click.option("--show-config", is_flag=True, help="Print the whole configuration as JSON, train nothing."),
+            options.as_json,
+        )
+
+    return add
+
+
+def _added(command: Command, *made: Callable[[Command], Command]) -> Command:
+    """Decorate with the first on top, so that --help lists them in this order."""
+    for option in reversed(made):
+        command = option(command)
     return command

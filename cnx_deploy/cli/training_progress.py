@@ -1,23 +1,58 @@
-"""Training's progress on stderr: a bar on a terminal, a line an epoch elsewhere."""
+"""What `train` and `pretrain` show: the check of images, progress on stderr, and the result of a run."""
 
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from cnx_deploy.cli import options
+from cnx_deploy.training.records import Progress
 
 if TYPE_CHECKING:
-    from cnx_deploy.training.records import EpochRecord, StepReport
+    from cnx_deploy.data import ImageCheck
+    from cnx_deploy.training import EpochRecord, Launch, RunResult, StepReport
 
-__all__ = ["TerminalProgress"]
+__all__ = ["TerminalProgress", "checked", "note_once", "tell"]
+
+INTERRUPTED = 130
+Images = TypeVar("Images")
 
 
-class TerminalProgress:
-    """A `training.records.Progress`: loss, learning rate, images/s and the time that is left."""
+def checked(check: "Callable[..., tuple[Images, ImageCheck]]", images: Images) -> tuple[Images, list[str]]:
+    """Decode every image once; gives those that can be read, and lines that say which cannot."""
+    with options.reporter("Checking images") as progress:
+        images, report = check(images, progress=lambda done, total: progress(f"{done} of {total}", done / total))
+    return images, report.lines() if report.broken else []
+
+
+def note_once(lines: Iterable[str], launch: "Launch") -> None:
+    """Print lines on stderr, in the first of several processes."""
+    for line in lines if launch.rank == 0 else ():
+        options.note(line)
+
+
+def tell(result: "RunResult", launch: "Launch", *, as_json: bool) -> None:
+    """Print the result, in the first of several processes, and end the command where Ctrl-C ended the run."""
+    if launch.rank == 0:
+        if as_json:
+            options.echo_json(result.to_dict())
+        else:
+            options.echo(result.summary())
+    if result.interrupted:
+        options.note("Interrupted. Go on with the same command and --resume.")
+        sys.exit(INTERRUPTED)
+
+
+class TerminalProgress(Progress):
+    """A bar on a terminal with loss, rate, images/s and time left; a line an epoch."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self.bar = Bar(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("Reading images", total=None)
         self.epochs = self.steps_per_epoch = 0
 
@@ -44,10 +79,5 @@ class TerminalProgress:
 
     def end_epoch(self, record: "EpochRecord", is_best: bool) -> None:
         """Print the epoch's line."""
-        ema = "" if record.ema_val_top1_percent is None else f" (average {record.ema_val_top1_percent:.2f} %)"
-        line = (
-            f"Epoch {record.epoch}/{self.epochs}: loss {record.train_loss:.4f}, validation loss {record.val_loss:.4f}, "
-            f"top-1 {record.val_top1_percent:.2f} %{ema}{' (best)' if is_best else ''}, {record.seconds:.1f} s, "
-            f"{record.images_per_second:.0f} images/s"
-        )
+        line = f"Epoch {record.epoch}/{self.epochs}: {record.summary(is_best=is_best)}"
         self.console.print(line, highlight=False, soft_wrap=True)

@@ -1,7 +1,7 @@
-"""Images to train on and to validate on, decoded once where memory allows.
+"""Images to train on and to validate on: decoded, cached where memory allows, augmented one by one, mixed by batches.
 
 Every augmentation is drawn from a seed that the sampler sends along with the index, so an epoch is the same for every
-number of workers and after a resume.
+number of workers and after a resume. torchvision's transforms do the work.
 """
 
 from collections.abc import Callable
@@ -9,22 +9,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
+from torchvision.transforms import InterpolationMode, v2
 
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import cpu_count
 from cnx_deploy.data import ImageFiles, load_image, upright_rgb
-from cnx_deploy.training.launch import Launch
-from cnx_deploy.training.sampling import ONE_PROCESS, EpochBatches
+from cnx_deploy.data.preprocessing import to_pixels
+from cnx_deploy.training.distributed import EpochBatches
+from cnx_deploy.training.spec import TrainingSpec
 
-__all__ = ["CACHE_BYTES", "TrainingImages", "ValidationImages", "make_loader"]
+__all__ = ["CACHE_BYTES", "BatchMix", "ImageAugmentation", "TrainingImages", "ValidationImages", "make_loader"]
 
 CACHE_BYTES = 1 << 30
 """Decoded images are kept in memory up to this size, for training and for validation each."""
 MAX_WORKERS = 8
 SAMPLED_HEADERS = 64
+MAGNITUDE_BINS = 11
+"""torchvision's magnitude is an index: with 11, index 9 is nine tenths of the strongest, as 9 of 10 is in timm."""
+MAGNITUDE_STD = 0.5
+ERASED_AREA = (0.02, 1 / 3)
+ERASED_RATIO = (0.3, 3.3)
 
 Item = tuple[Tensor, int]
 
@@ -32,7 +40,7 @@ Item = tuple[Tensor, int]
 class TrainingImages(TorchDataset[Item]):
     """Augmented images. [(index, seed)] -> (S, S, 3) uint8 and the class index.
 
-    `augment`: (3, H, W) uint8 and a seed -> (3, S, S) uint8, see `augmentation.ImageAugmentation`.
+    `augment`: (3, H, W) uint8 and a seed -> (3, S, S) uint8, see `ImageAugmentation`.
     """
 
     def __init__(self, split: ImageFiles, augment: Callable[[Tensor, int], Tensor]) -> None:
@@ -51,17 +59,16 @@ class TrainingImages(TorchDataset[Item]):
 
 
 class ValidationImages(TorchDataset[Item]):
-    """Images as `Preprocessing.pixels` makes them. [index] -> (S, S, 3) uint8 and the class index.
+    """Images as `data.preprocessing.to_pixels` makes them. [index] -> (S, S, 3) uint8 and the class index.
 
-    Of several processes each takes its part, by turns.
+    Each of several processes takes its part, by turns.
     """
 
-    def __init__(self, split: ImageFiles, preprocessing: Preprocessing, launch: Launch = ONE_PROCESS) -> None:
-        mine = slice(launch.rank, None, launch.processes)
+    def __init__(self, split: ImageFiles, spec: TrainingSpec) -> None:
+        mine = slice(spec.launch.rank, None, spec.launch.processes)
         self.split = split.subset(range(len(split))[mine])
-        self.preprocessing = preprocessing
-        size_bytes = len(self.split.paths) * 3 * preprocessing.image_size**2
-        self.cached = _cached(self.split, self._pixels, size_bytes)
+        self.preprocessing = spec.preprocessing
+        self.cached = _cached(self.split, self._pixels, len(self.split.paths) * 3 * spec.image_size**2)
 
     def __len__(self) -> int:
         return len(self.split.paths)
@@ -75,22 +82,111 @@ class ValidationImages(TorchDataset[Item]):
 
 
 def make_loader(
-    images: TrainingImages | ValidationImages,
-    batches: int | EpochBatches,
-    *,
-    workers: int | None,
-    on_gpu: bool,
-    processes: int = 1,
+    images: TrainingImages | ValidationImages, batches: int | EpochBatches, spec: TrainingSpec
 ) -> DataLoader[Item]:
-    """Batches of (N, S, S, 3) uint8 and (N,) int64: by a sampler, or so many images each, in order.
+    """Load batches of (N, S, S, 3) uint8 and (N,) int64: by a sampler, or so many images each, in order.
 
-    `workers` None: none where the images are in memory and the processor trains, else one a processor, at most 8;
-    divided among the `processes` of this machine.
+    `spec.workers` None: no worker where the images are in memory and the processor trains, else one a processor, at
+    most 8, divided among the processes of this machine.
     """
+    workers, on_gpu = spec.workers, torch.cuda.is_available()
     if workers is None:
-        workers = 0 if images.cached and not on_gpu else max(1, min(MAX_WORKERS, cpu_count()) // processes)
+        share = max(1, min(MAX_WORKERS, cpu_count()) // spec.launch.devices)
+        workers = 0 if images.cached and not on_gpu else share
     how: dict[str, Any] = {"batch_size": batches} if isinstance(batches, int) else {"batch_sampler": batches}
     return DataLoader(images, **how, num_workers=workers, persistent_workers=workers > 0, pin_memory=on_gpu)
+
+
+class ImageAugmentation:
+    """Crop, flip, RandAugment and random erasing of one image: (3, H, W) uint8 -> (3, S, S) uint8.
+
+    `spec.min_crop_area` in (0, 1]: least share of the image that a random crop keeps; 1 takes the evaluation crop.
+    RandAugment (Cubuk et al., arXiv:1909.13719): two operations, of a magnitude drawn once an image from a normal
+    distribution around the given one (std 0.5, as "rand-m9-mstd0.5" in timm draws it for each operation). Random
+    erasing (Zhong et al., arXiv:1708.04896): a rectangle becomes normal noise of the data's mean and deviation.
+    """
+
+    def __init__(self, spec: TrainingSpec) -> None:
+        preprocessing = spec.preprocessing
+        steps: list[Callable[[Tensor], Tensor]] = []
+        if spec.min_crop_area < 1.0:
+            size, area = preprocessing.image_size, (spec.min_crop_area, 1.0)
+            steps.append(v2.RandomResizedCrop(size, area, interpolation=InterpolationMode.BICUBIC))
+        else:
+            steps.append(lambda image: _evaluation_crop(image, preprocessing))
+        if spec.flip:
+            steps.append(v2.RandomHorizontalFlip())
+        if spec.randaugment_magnitude > 0:
+            steps.append(_RandAugment(spec.randaugment_magnitude, preprocessing))
+        if spec.erasing_probability > 0:
+            steps.append(_RandomErasing(spec.erasing_probability, preprocessing))
+        self.steps = tuple(steps)
+
+    def __call__(self, image: Tensor, seed: int) -> Tensor:
+        """Augment by the draws of `seed`; the caller's random numbers stay as they are."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for step in self.steps:
+                image = step(image)
+        return image
+
+
+class BatchMix:
+    """Mixup or CutMix on a batch: (N, 3, S, S) floats and (N,) classes -> the same and (N, classes) target shares.
+
+    `mixup_alpha`, `cutmix_alpha`: parameter of the Beta distribution that the share is drawn from, one draw a batch; 0
+    leaves that one out, and with both each batch takes one of them (Zhang et al., arXiv:1710.09412; Yun et al.,
+    arXiv:1905.04899). A batch of one image stays as it is.
+    """
+
+    def __init__(self, mixup_alpha: float, cutmix_alpha: float, num_classes: int) -> None:
+        kinds = ((v2.MixUp, mixup_alpha), (v2.CutMix, cutmix_alpha))
+        mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0]
+        self.mix = v2.RandomChoice(mixes) if mixes else None
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply; see the class for shapes. Without any mixing the labels stay classes."""
+        if self.mix is None or len(images) < 2:
+            return images, labels
+        mixed, targets = self.mix(images, labels)
+        return mixed, targets
+
+
+class _RandAugment:
+    """torchvision's RandAugment with a magnitude drawn around the given one."""
+
+    def __init__(self, magnitude: float, preprocessing: Preprocessing) -> None:
+        self.magnitude = magnitude
+        fill = [round(255 * value) for value in preprocessing.mean]
+        bilinear = InterpolationMode.BILINEAR
+        self.strengths = [
+            v2.RandAugment(magnitude=strength, num_magnitude_bins=MAGNITUDE_BINS, interpolation=bilinear, fill=fill)
+            for strength in range(MAGNITUDE_BINS)
+        ]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        drawn = round(float(torch.randn(())) * MAGNITUDE_STD + self.magnitude)
+        output: Tensor = self.strengths[min(max(drawn, 0), MAGNITUDE_BINS - 1)](image)
+        return output
+
+
+class _RandomErasing:
+    """torchvision's RandomErasing with noise a pixel; its own noise is that of a normalised float image."""
+
+    def __init__(self, probability: float, preprocessing: Preprocessing) -> None:
+        self.rectangle = v2.RandomErasing(probability, ERASED_AREA, ERASED_RATIO, value=0)
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+
+    def __call__(self, image: Tensor) -> Tensor:
+        kept = self.rectangle(torch.ones(1, *image.shape[1:]))
+        if bool(kept.all()):
+            return image
+        noise = (255 * (self.mean + self.std * torch.randn(image.shape))).round().clamp(0, 255).to(torch.uint8)
+        return torch.where(kept.bool(), image, noise)
+
+
+def _evaluation_crop(image: Tensor, preprocessing: Preprocessing) -> Tensor:
+    return to_pixels(Image.fromarray(image.permute(1, 2, 0).numpy()), preprocessing).permute(2, 0, 1)
 
 
 def _cached(split: ImageFiles, read: Callable[[ImageFiles, int], Tensor], size_bytes: int) -> list[Tensor] | None:
@@ -104,9 +200,5 @@ def _decode(split: ImageFiles, index: int) -> Tensor:
 
 def _decoded_bytes(split: ImageFiles) -> int:
     """Estimate from the headers of a few images spread over the split."""
-    step = max(1, len(split.paths) // SAMPLED_HEADERS)
-    areas = []
-    for path in split.paths[::step]:
-        image = load_image(path)
-        areas.append(image.width * image.height)
-    return 3 * sum(areas) * len(split.paths) // len(areas)
+    images = [load_image(path) for path in split.paths[:: max(1, len(split.paths) // SAMPLED_HEADERS)]]
+    return 3 * sum(image.width * image.height for image in images) * len(split.paths) // len(images)

@@ -1,59 +1,100 @@
-"""The classifier as Lightning trains it, and Lightning's Trainer. Importing this module takes the `train` extra."""
+"""The loop that training and pre-training share, on Lightning. Importing this module takes the `train` extra.
+
+`TaskModule` has the sums of losses, the weighting of images and the optimiser; `RunWriter` writes the files of a run
+after each epoch; `run_task` brings both together with a state to resume from.
+"""
 
 import contextlib
 import logging
+import math
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
-from torchmetrics.classification import MulticlassAccuracy
 
-from cnx_deploy.data.preprocessing import normalise
+from cnx_deploy.core.errors import TrainingError
+from cnx_deploy.core.files import write_text
+from cnx_deploy.core.strict_json import typed
+from cnx_deploy.data import Dataset
+from cnx_deploy.model.checkpoint import save_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.training.augmentation import BatchMix
+from cnx_deploy.training.distributed import EpochBatches, mixed_seed
+from cnx_deploy.training.images import ImageAugmentation, TrainingImages, ValidationImages, make_loader
+from cnx_deploy.training.metrics import TABLE, TensorBoardLog, table_of
 from cnx_deploy.training.optimisation import make_optimizer, make_schedule
-from cnx_deploy.training.sampling import EpochBatches, mixed_seed
+from cnx_deploy.training.records import EpochRecord, Progress, StepReport
+from cnx_deploy.training.run_folder import check_optimizers, check_state, corrupt_state, keep_state, usable_state
 from cnx_deploy.training.spec import TrainingSpec
-from cnx_deploy.training.state import check_optimizers, corrupt_state
 
-__all__ = ["Classifier", "EpochFigures", "fit", "quiet_trainer"]
+__all__ = ["EpochClock", "RunWriter", "TaskModule", "run_task", "validation_batch_size"]
 
+Batch = tuple[Tensor, Tensor]
+"""(N, S, S, 3) uint8 pixels and (N,) int64 labels."""
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-
+REPORT_EVERY_STEPS = 10
+"""Reading the loss waits for the GPU, so it is not read every step."""
 UNRESTORABLE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What Lightning and torch raise for a state whose parts are not what they wrote; they check none."""
 
-EpochFigures = dict[str, float | None]
-"""The fields of an `EpochRecord` that are learned, by name."""
 
-
-class Classifier(lightning.LightningModule):
-    """Trains a model on batches of (N, S, S, 3) uint8 pixels and (N,) labels, in the order of `batches`.
+class TaskModule(lightning.LightningModule):
+    """What every task does alike; a subclass has the losses of a batch, the record of an epoch and what is written.
 
     Each image of a step of the optimiser weighs the same, whichever process and batch it is in, so accumulated and
     distributed steps are those of one large batch.
+
+    Args:
+        model: What learns.
+        spec: How it learns; batches are made from it.
+        train_images: Images of an epoch.
+        splits: Names of the sums of losses: training's first, then those of images that are kept out of it.
+        metadata: Arguments of `model.checkpoint.save_checkpoint` for every file of weights.
     """
 
-    def __init__(self, model: ConvNeXtV2, spec: TrainingSpec, batches: EpochBatches) -> None:
+    record_type: type[EpochRecord]
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        spec: TrainingSpec,
+        train_images: int,
+        splits: tuple[str, ...],
+        metadata: dict[str, Any],
+    ) -> None:
         super().__init__()
-        self.model = model.to(memory_format=torch.channels_last) if spec.channels_last else model
+        self.model = model
         self.spec = spec
-        self.batches = batches
-        self.mix = BatchMix(spec.mixup_alpha, spec.cutmix_alpha, model.num_classes)
-        self.averaged = None if spec.ema_decay is None else _averaged(self.model, spec.ema_decay)
-        classes = model.num_classes
-        self.top1 = MulticlassAccuracy(classes, average="micro")
-        self.top5 = MulticlassAccuracy(classes, average="micro", top_k=min(5, classes))
-        self.ema_top1 = MulticlassAccuracy(classes, average="micro")
-        self.sums = {split: torch.zeros(2) for split in ("train", "val", "ema")}  # loss, images
-        self._compiled = (torch.compile(self.model),) if spec.compile else ()  # a tuple: no second set of parameters
+        self.batches = EpochBatches(
+            train_images, spec.batch_size, seed=spec.seed, accumulate=spec.accumulate, launch=spec.launch
+        )
+        self.metadata = metadata
+        self.sums = {split: torch.zeros(2) for split in splits}  # loss, images
+
+    def batch_losses(self, batch: Batch, batch_index: int) -> Tensor:
+        """Training loss of each image: (N,)."""
+        raise NotImplementedError
+
+    def epoch_record(self, losses: dict[str, float], rate: float, clock: "EpochClock") -> EpochRecord:
+        """The record of the epoch from its mean losses by split; each process must call this."""
+        raise NotImplementedError
+
+    def networks(self, records: list[EpochRecord]) -> Iterator[tuple[str, ConvNeXtV2, bool]]:
+        """Networks to write after the newest of `records`: suffix of the files, network, whether it is its best."""
+        raise NotImplementedError
+
+    def draw(self, run_dir: Path, epoch: int) -> None:
+        """Write pictures of an epoch, where the task has any."""
+
+    def reported_rate(self, before: float, after: float) -> float:
+        """Which learning rate is reported: the step's, or that which it leaves for the next."""
+        return after
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start an epoch's sums, and its random numbers (stochastic depth, mixing) from a seed of its own.
@@ -63,99 +104,216 @@ class Classifier(lightning.LightningModule):
         if batch_idx == 0:
             rank = (self.spec.launch.rank,) if self.spec.launch.rank else ()
             torch.manual_seed(mixed_seed(self.spec.seed, self.current_epoch, 1, *rank))
-            self._reset("train")
+            self.reset("train")
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        """Cross-entropy with label smoothing, on mixed images where that is asked for."""
-        pixels, labels = batch
-        images, targets = self.mix(self._images(pixels), labels)
-        logits = (self._compiled or (self.model,))[0](images)
-        losses = F.cross_entropy(logits, targets, label_smoothing=self.spec.label_smoothing, reduction="none")
-        own = losses[: self.batches.own_count(batch_index)]
-        self._add("train", own)
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Mean loss of the step, this process's and batch's share of it."""
+        own = self.batch_losses(batch, batch_index)[: self.batches.own_count(batch_index)]
+        self.add("train", own)
         # Lightning divides by the batches of a step, and DDP takes the mean over the processes.
         spread = self.spec.accumulate * self.spec.launch.processes
         return own.sum() * (spread / self.batches.step_count(batch_index))
 
-    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
-        """Take the step, then move the average."""
-        super().optimizer_step(*arguments, **options)
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.model)
-
     def on_validation_epoch_start(self) -> None:
         """Start the validation's sums."""
-        self._reset("val", "ema")
-        for metric in (self.top1, self.top5, self.ema_top1):
-            metric.reset()
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        """Cross-entropy without smoothing, top-1 and top-5, of the weights and of their average."""
-        pixels, labels = batch
-        images = self._images(pixels)
-        logits = self.model(images).float()
-        self._add("val", F.cross_entropy(logits, labels, reduction="none"))
-        self.top1.update(logits, labels)
-        self.top5.update(logits, labels)
-        if self.averaged is not None:
-            logits = self.averaged.module(images).float()
-            self._add("ema", F.cross_entropy(logits, labels, reduction="none"))
-            self.ema_top1.update(logits, labels)
+        self.reset(*list(self.sums)[1:])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Optimiser, and a schedule that moves every step."""
+        """Make the optimiser, and a schedule that moves every step."""
         optimizer = make_optimizer(self.model, self.spec)
         schedule = make_schedule(optimizer, self.spec, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def mean_loss(self) -> float:
         """Mean training loss over this process's images of this epoch so far."""
-        loss, images = self.sums["train"].tolist()
-        return float(loss / max(1.0, images))
+        return _mean(self.sums["train"])
 
-    def epoch_figures(self) -> EpochFigures:
-        """What the epoch gave, over all processes; each must call this."""
-        losses = {}
-        for split, sums in self.sums.items():
-            loss, images = self.trainer.strategy.reduce(sums.clone(), reduce_op="sum").tolist()
-            losses[split] = loss / max(1.0, images)
-        found: EpochFigures = {
-            "train_loss": losses["train"],
-            "val_loss": losses["val"],
-            "val_top1_percent": _percent(self.top1),
-            "val_top5_percent": _percent(self.top5),
-            "ema_val_loss": None,
-            "ema_val_top1_percent": None,
-        }
-        if self.averaged is not None:
-            found.update(ema_val_loss=losses["ema"], ema_val_top1_percent=_percent(self.ema_top1))
-        return found
+    def epoch_losses(self) -> dict[str, float]:
+        """Mean losses of the epoch by split, over all processes; each must call this."""
+        reduce = self.trainer.strategy.reduce
+        return {split: _mean(reduce(sums.clone(), reduce_op="sum")) for split, sums in self.sums.items()}
 
-    def _images(self, pixels: Tensor) -> Tensor:
-        images = normalise(pixels, self.spec.preprocessing)
-        return images.contiguous(
-            memory_format=torch.channels_last if self.spec.channels_last else torch.contiguous_format
-        )
-
-    def _reset(self, *splits: str) -> None:
+    def reset(self, *splits: str) -> None:
+        """Begin the sums of splits anew."""
         for split in splits:
             self.sums[split] = torch.zeros(2, device=self.device)
 
-    def _add(self, split: str, losses: Tensor) -> None:
+    def add(self, split: str, losses: Tensor) -> None:
+        """Add the losses of images, (N,), to the sum of a split."""
         self.sums[split] += torch.stack([losses.detach().sum().float(), losses.new_tensor(len(losses)).float()])
 
 
-@contextlib.contextmanager
-def quiet_trainer(
-    spec: TrainingSpec, root: Path, callbacks: Sequence[lightning.Callback]
-) -> Iterator[lightning.Trainer]:
-    """Lightning's Trainer on this machine's GPU or processor, or one device a process where several were started.
+class RunWriter(lightning.Callback):
+    """After each epoch: its record, weights and table, and last of all the state to resume from.
 
-    Its log lines and advice are kept off the terminal; errors still come.
+    The sampler is told the epoch on resume, before Lightning fetches the first batch, which it does before it tells
+    it. The state is also written before the first step, so a run can be resumed from its beginning. Of several
+    processes the first one writes and reports.
     """
+
+    def __init__(self, run_dir: Path, module: TaskModule, progress: Progress, resumed: Path | None) -> None:
+        self.run_dir = run_dir
+        self.module = module
+        self.progress = progress
+        self.resumed = resumed
+        self.has_started = False
+        self.records: list[EpochRecord] = []
+        self.clock = EpochClock()
+        self.rate_before = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What Lightning keeps with the state: the records."""
+        return {"records": [asdict(record) for record in self.records]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the records back."""
+        self.records = typed(state_dict["records"], list[self.module.record_type])  # type: ignore[name-defined]
+        self.module.batches.set_epoch(len(self.records))
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Take a last look at what was restored, or write the initial state of a fresh run."""
+        if self.resumed is not None:
+            check_optimizers(trainer.optimizers, self.resumed)
+        self.has_started = True
+        if trainer.is_global_zero:
+            self.progress.begin(trainer.max_epochs or 0, int(trainer.num_training_batches), len(self.records))
+        if not self.records:
+            keep_state(self.run_dir, trainer.save_checkpoint, writes=trainer.is_global_zero)
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start the epoch's clock, or stop waiting."""
+        self.clock.batch_is_there(first=batch_idx == 0)
+        self.rate_before = _highest_rate(trainer)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Report how far the epoch is."""
+        self.clock.batch_is_done(self.module.batches.joint_count(batch_idx))
+        if batch_idx % REPORT_EVERY_STEPS == 0 and trainer.is_global_zero:
+            at = (trainer.current_epoch + 1, batch_idx + 1)
+            pace = self.clock.images_per_second
+            self.progress.step(StepReport(*at, self.module.mean_loss(), self._rate(trainer), pace))
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Record the epoch and write its files. Raises TrainingError where its loss is no number."""
+        record = self.module.epoch_record(self.module.epoch_losses(), self._rate(trainer), self.clock)
+        if not all(map(math.isfinite, record.losses)):
+            loss, validation_loss = record.losses
+            raise TrainingError(
+                f"In epoch {record.epoch} the loss became {loss} (validation {validation_loss}). Train again with a "
+                "lower --learning-rate; what the epochs before wrote is kept."
+            )
+        is_best = all(record.rank > before.rank for before in self.records)
+        self.records.append(record)
+        if trainer.is_global_zero:
+            self._write(record)
+        keep_state(self.run_dir, trainer.save_checkpoint, writes=trainer.is_global_zero)
+        if trainer.is_global_zero:
+            self.progress.end_epoch(record, is_best)
+
+    def _rate(self, trainer: lightning.Trainer) -> float:
+        return self.module.reported_rate(self.rate_before, _highest_rate(trainer))
+
+    def _write(self, record: EpochRecord) -> None:
+        known = {"epoch": str(record.epoch), **self.module.metadata.get("extra", {})}
+        for suffix, network, is_best in self.module.networks(self.records):
+            for name in ("last", "best") if is_best else ("last",):
+                path = self.run_dir / f"{name}{suffix}.safetensors"
+                save_checkpoint(path, network, **{**self.module.metadata, "extra": known})
+        self.module.draw(self.run_dir, record.epoch)
+        write_text(self.run_dir / TABLE, table_of([asdict(each) for each in self.records]))
+
+
+class EpochClock:
+    """How long an epoch takes, and how much of its training time passes before images are there."""
+
+    def __init__(self) -> None:
+        self.started = self.last_done = time.perf_counter()
+        self.waited = 0.0
+        self.images = 0
+
+    def batch_is_there(self, *, first: bool) -> None:
+        """A batch begins; `first` starts the epoch."""
+        now = time.perf_counter()
+        if first:
+            self.started, self.waited, self.images = now, 0.0, 0
+        else:
+            self.waited += now - self.last_done
+
+    def batch_is_done(self, images: int) -> None:
+        """A batch of so many images is done."""
+        self.images += images
+        self.last_done = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since the epoch began."""
+        return time.perf_counter() - self.started
+
+    @property
+    def images_per_second(self) -> float:
+        """Of training alone."""
+        return self.images / max(self.last_done - self.started, 1e-9)
+
+    @property
+    def wait_percent(self) -> float:
+        """Share of the training time."""
+        return 100.0 * self.waited / max(self.last_done - self.started, 1e-9)
+
+
+def run_task(
+    module: TaskModule, run_dir: Path, images: Dataset, progress: Progress | None
+) -> tuple[list[EpochRecord], bool]:
+    """Run a task in its folder, from the start or from its state; gives all records and whether Ctrl-C ended it.
+
+    Raises:
+        InputError: There is no state to resume from.
+        CorruptArtifactError: The state is not one that this run can go on from.
+        MissingRequirementError: TensorBoard is asked for and not installed.
+        TrainingError: A loss is no number any more.
+    """
+    spec = module.spec
+    state = usable_state(run_dir) if spec.resume else None
+    if state is not None:
+        check_state(state, module.state_dict(), RunWriter.__name__, module.record_type)
+    progress = progress or Progress()
+    with contextlib.ExitStack() as stack:
+        if spec.tensorboard and not spec.launch.rank:
+            progress = stack.enter_context(TensorBoardLog(run_dir / "tensorboard", progress))
+        stack.enter_context(_quiet())
+        writer = RunWriter(run_dir, module, progress, state)
+        trainer = _trainer(spec, writer)
+        loaders = (
+            make_loader(TrainingImages(images.train, ImageAugmentation(spec)), module.batches, spec),
+            make_loader(ValidationImages(images.val, spec), validation_batch_size(spec), spec),
+        )
+        try:
+            with torch.random.fork_rng():
+                trainer.fit(module, *loaders, ckpt_path=state, weights_only=True)
+        except SystemExit:  # what Lightning makes of Ctrl-C
+            if not trainer.interrupted:
+                raise
+            return writer.records, True
+        except UNRESTORABLE as error:
+            if state is None or writer.has_started or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise corrupt_state(state, f"{type(error).__name__}: {error}") from error
+    return writer.records, False
+
+
+def validation_batch_size(spec: TrainingSpec) -> int:
+    """Images of a validation step: no gradients are kept, so twice as many fit."""
+    return 2 * spec.batch_size
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's log lines and advice off the terminal; errors still come. torch's settings are put back."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
-    several = spec.launch.processes > 1
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         for logger in loggers:
@@ -163,82 +321,42 @@ def quiet_trainer(
         with warnings.catch_warnings():
             # Its advice on worker counts and logging intervals; those are chosen on purpose here.
             warnings.filterwarnings("ignore", module=r"lightning\.")
-            yield lightning.Trainer(
-                accelerator="auto",
-                # One device by itself: with several, Lightning starts this program again for each.
-                devices=spec.launch.devices,
-                num_nodes=spec.launch.nodes,
-                strategy="ddp" if several else "auto",
-                precision=PRECISIONS[spec.precision],
-                max_epochs=spec.epochs,
-                accumulate_grad_batches=spec.accumulate,
-                gradient_clip_val=spec.clip_norm,
-                deterministic=spec.deterministic or None,
-                default_root_dir=root,
-                callbacks=list(callbacks),
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                num_sanity_val_steps=0,
-                use_distributed_sampler=False,
-            )
+            yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
 
-def fit(
-    trainer: lightning.Trainer, module: lightning.LightningModule, loaders: tuple[Any, Any], state: Path | None
-) -> bool:
-    """Run the loop and return whether Ctrl-C ended it, which Lightning turns into SystemExit.
-
-    Raises CorruptArtifactError for a state that Lightning cannot restore; see `state.check_state`.
-    """
-    start = _Start(state)
-    trainer.callbacks.insert(0, start)  # type: ignore[attr-defined]
-    try:
-        with torch.random.fork_rng():
-            trainer.fit(module, *loaders, ckpt_path=state, weights_only=True)
-    except SystemExit:
-        if not trainer.interrupted:
-            raise
-        return True
-    except UNRESTORABLE as error:
-        if state is None or start.is_past or isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise corrupt_state(state, f"{type(error).__name__}: {error}") from error
-    return False
-
-
-class _Start(lightning.Callback):
-    """Knows whether the state is restored and training begins; its last look at the state."""
-
-    def __init__(self, state: Path | None) -> None:
-        self.state = state
-        self.is_past = False
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Look at what came back."""
-        if self.state is not None:
-            check_optimizers(trainer.optimizers, self.state)
-        self.is_past = True
+def _trainer(spec: TrainingSpec, writer: RunWriter) -> lightning.Trainer:
+    """Lightning's Trainer on this machine's GPU or processor, or one device a process where several were started."""
+    return lightning.Trainer(
+        accelerator="auto",
+        # One device by itself: with several, Lightning starts this program again for each.
+        devices=spec.launch.devices,
+        num_nodes=spec.launch.nodes,
+        strategy="ddp" if spec.launch.processes > 1 else "auto",
+        precision=PRECISIONS[spec.precision],
+        max_epochs=spec.epochs,
+        accumulate_grad_batches=spec.accumulate,
+        gradient_clip_val=spec.clip_norm,
+        deterministic=spec.deterministic or None,
+        default_root_dir=writer.run_dir,
+        callbacks=[writer],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
 
 
-def _averaged(model: ConvNeXtV2, decay: float) -> AveragedModel:
-    """A copy that follows the weights; it follows faster at first, min(decay, (1 + n) / (10 + n)) after n updates.
-
-    Without that a run much shorter than 1 / (1 - decay) steps would end near where it began.
-    """
-
-    def follow(averaged: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
-        done = int(updates)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + done) / (10 + done)))
-
-    moving: Callable[..., None] = follow
-    return AveragedModel(model, multi_avg_fn=moving).requires_grad_(False)
+def _highest_rate(trainer: lightning.Trainer) -> float:
+    """The learning rate of the last layers, which have the highest."""
+    return max(float(group["lr"]) for group in trainer.optimizers[0].param_groups)
 
 
-def _percent(metric: MulticlassAccuracy) -> float:
-    return round(100.0 * float(metric.compute()), 4)
+def _mean(sums: Tensor) -> float:
+    loss, images = sums.tolist()
+    return float(loss / max(1.0, images))

@@ -53,12 +53,13 @@ def parameter_groups(
     layer_decay: float = 1.0,
     groups: str = "single",
 ) -> list[dict[str, Any]]:
-    """Groups by weight decay (matrices and kernels have it; norms, biases, GRN and LayerScale not) and by layer.
+    """Group parameters by weight decay and by layer, for the optimiser.
 
-    Each has its `rate_share`, layer_decay to the power of the layers between it and the head. Parameters that do not
-    learn are left out. `variant` is needed where `layer_decay` is not 1.
+    Matrices and kernels have weight decay; norms, biases, GRN and LayerScale have none. A group's `rate_share` is
+    `layer_decay` to the power of the layers between it and the head. Parameters that do not learn are left out.
+    `variant` is needed where `layer_decay` is not 1.
     """
-    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups_of: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -66,20 +67,19 @@ def parameter_groups(
         share = 1.0
         if variant is not None:
             share = layer_decay ** (layer_count(variant, groups) - layer_index(name, variant, groups))
-        found.setdefault((share, weight_decay if decays else 0.0), []).append(parameter)
-    return [{"params": each, "rate_share": share, "weight_decay": decay} for (share, decay), each in found.items()]
+        groups_of.setdefault((share, weight_decay if decays else 0.0), []).append(parameter)
+    return [
+        {"params": parameters, "rate_share": share, "weight_decay": decay}
+        for (share, decay), parameters in groups_of.items()
+    ]
 
 
 def make_optimizer(model: nn.Module, spec: TrainingSpec) -> torch.optim.Optimizer:
-    """The optimiser, each group at its share of the learning rate."""
+    """Make the optimiser, each group at its share of the learning rate."""
+    rate, layers = spec.resolved_learning_rate, spec.layer_decay_groups
     groups = parameter_groups(
-        model,
-        spec.weight_decay,
-        variant=spec.network,
-        layer_decay=spec.layer_decay,
-        groups=spec.layer_decay_groups,
+        model, spec.weight_decay, variant=spec.network, layer_decay=spec.layer_decay, groups=layers
     )
-    rate = spec.resolved_learning_rate
     for group in groups:
         group["lr"] = rate * group["rate_share"]
     if spec.optimizer == "adamw":
@@ -89,7 +89,7 @@ def make_optimizer(model: nn.Module, spec: TrainingSpec) -> torch.optim.Optimize
 
 
 def cosine_with_warmup(total_steps: int, warmup_steps: int, final_share: float) -> Callable[[int], float]:
-    """Factor on the learning rate at a step: linear up to 1, then half a cosine down to `final_share`."""
+    """Make the factor on the learning rate at a step: linear up to 1, then half a cosine down to `final_share`."""
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -101,7 +101,7 @@ def cosine_with_warmup(total_steps: int, warmup_steps: int, final_share: float) 
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, spec: TrainingSpec, total_steps: int) -> Any:
-    """The schedule over all steps of the optimiser."""
+    """Make the schedule over all steps of the optimiser."""
     warmup = round(total_steps * spec.resolved_warmup_epochs / spec.epochs)
     final = spec.resolved_final_rate / spec.resolved_learning_rate if spec.schedule == "cosine" else 1.0
     return torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(total_steps, warmup, final))

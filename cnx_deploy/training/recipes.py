@@ -61,12 +61,12 @@ RECIPES = ("plain", "fine-tune", "from-scratch", "article")
 
 
 def recipe_options(recipe: str, variant: Variant | str) -> dict[str, Any]:
-    """Fields of `TrainingSpec` that a recipe sets for a variant; the rest have their defaults.
+    """Give the fields of `TrainingSpec` that a recipe sets for a variant; the rest have their defaults.
 
-    Raises InputError for an unknown recipe. A V1 variant takes the recipe of the V2 variant of its size.
+    A V1 variant takes the recipe of the V2 variant of its size. Raises InputError for an unknown recipe.
     """
     if recipe not in RECIPES:
-        raise InputError(f"No recipe is called {recipe!r}. Choose one of: {', '.join(RECIPES)}.")
+        raise InputError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}.")
     network = find_variant(variant) if isinstance(variant, str) else variant
     size = network.name.removeprefix("v1-")
     if recipe == "plain":
@@ -75,8 +75,8 @@ def recipe_options(recipe: str, variant: Variant | str) -> dict[str, Any]:
         return dict(ARTICLE)
     common = {"batch_size": 64, "accumulate": IMAGES_PER_STEP // 64, **PAPERS_AUGMENTATION}
     if recipe == "fine-tune":
-        found = FINE_TUNE.get(size) or FINE_TUNE[_nearest_size(network)]
-        return {**common, **found, "head_init_scale": 0.001}
+        own = FINE_TUNE.get(size) or FINE_TUNE[_nearest_size(network)]
+        return {**common, **own, "head_init_scale": 0.001}
     return {
         **common,
         "accumulate": 4096 // 64,
@@ -90,7 +90,7 @@ def recipe_options(recipe: str, variant: Variant | str) -> dict[str, Any]:
 
 
 def spec_from_recipe(data: Path, variant: Variant | str, recipe: str = "plain", **given: Any) -> TrainingSpec:
-    """A recipe's spec with some fields given otherwise.
+    """Make a recipe's spec with some fields given otherwise.
 
     With other `epochs` a warm-up that is not given keeps its share of them; a given `learning_rate` takes the place of
     the recipe's `base_learning_rate`, and the other way round.

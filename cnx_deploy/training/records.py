@@ -1,10 +1,10 @@
-"""What training says of each epoch, whom it tells, and what it returns."""
+"""What a run says of each epoch and of itself, and whom it tells."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Self
 
-__all__ = ["EpochRecord", "Progress", "Silence", "StepReport", "TrainingResult"]
+__all__ = ["CONDITIONS", "EpochRecord", "Progress", "RunResult", "StepReport", "TrainingRecord", "TrainingResult"]
 
 CONDITIONS = ("seconds", "images_per_second", "data_wait_percent")
 """Fields that say how the work went, not what was learned: two equal runs differ in them."""
@@ -12,13 +12,34 @@ CONDITIONS = ("seconds", "images_per_second", "data_wait_percent")
 
 @dataclass(frozen=True, slots=True)
 class EpochRecord:
-    """One epoch, from 1. Losses are means over images: `train_loss` smoothed, mixed and augmented, `val_loss` none.
-
-    `ema_…` are of the moving average, None without one. `learning_rate`: the last step's, of the last layers.
-    `data_wait_percent`: share of the epoch's training time in which no image was there to be trained on.
-    """
+    """One epoch, from 1; a subclass adds what its task learns, and is what the state of a run keeps."""
 
     epoch: int
+
+    @property
+    def losses(self) -> tuple[float, float]:
+        """Loss in training and on the images that are kept out of it."""
+        raise NotImplementedError
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Greater is better."""
+        raise NotImplementedError
+
+    def summary(self, *, is_best: bool) -> str:
+        """The epoch's figures in one line."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRecord(EpochRecord):
+    """One epoch of a classifier; losses are means over images.
+
+    `train_loss` is of smoothed, mixed and augmented images, `val_loss` of none of that. `ema_…` are of the moving
+    average, None without one. `learning_rate` is of the last layers and stands where the epoch leaves it, so it is
+    the next step's. `data_wait_percent`: share of the epoch's training time in which no image was there.
+    """
+
     train_loss: float
     val_loss: float
     val_top1_percent: float
@@ -31,7 +52,12 @@ class EpochRecord:
     data_wait_percent: float
 
     @property
-    def rank(self) -> tuple[float, float]:
+    def losses(self) -> tuple[float, float]:
+        """Loss in training and in validation."""
+        return self.train_loss, self.val_loss
+
+    @property
+    def weights_rank(self) -> tuple[float, float]:
         """Greater is better: top-1, then validation loss."""
         return self.val_top1_percent, -self.val_loss
 
@@ -42,25 +68,57 @@ class EpochRecord:
             return -1.0, 0.0
         return self.ema_val_top1_percent, -self.ema_val_loss
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types."""
-        return asdict(self)
+    @property
+    def rank(self) -> tuple[float, float]:
+        """That of the weights or of their average, whichever is better."""
+        return max(self.weights_rank, self.ema_rank)
+
+    def summary(self, *, is_best: bool) -> str:
+        """Losses, top-1 and pace."""
+        ema = "" if self.ema_val_top1_percent is None else f" (average {self.ema_val_top1_percent:.2f} %)"
+        return (
+            f"loss {self.train_loss:.4f}, validation loss {self.val_loss:.4f}, top-1 {self.val_top1_percent:.2f} %{ema}"
+            f"{' (best)' if is_best else ''}, {self.seconds:.1f} s, {self.images_per_second:.0f} images/s"
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingResult:
-    """A run and how far it came. `best` and `last` are None when it was interrupted in its first epoch.
-
-    `best` is the better of the best weights and the best moving average, where there is one.
-    """
+class RunResult:
+    """A run and how far it came. `best` and `last` are None when no epoch was finished."""
 
     run_dir: Path
     best: Path | None
     last: Path | None
     metrics: Path
-    best_top1_percent: float | None
     epochs_run: int
     interrupted: bool
+
+    @classmethod
+    def of(cls, run_dir: Path, epochs_run: int, *, best: str = "best", **figures: Any) -> Self:
+        """Make the result of a run by the names that its files have."""
+        weights = [run_dir / f"{name}.safetensors" if epochs_run else None for name in (best, "last")]
+        return cls(run_dir, weights[0], weights[1], run_dir / "metrics.csv", epochs_run, **figures)
+
+    def summary(self) -> str:
+        """One line for people."""
+        return f"{self.run_dir}: no epoch finished"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult(RunResult):
+    """A training run. `best` is the better of the best weights and the best moving average, where there is one."""
+
+    best_top1_percent: float | None
+
+    def summary(self) -> str:
+        """The best weights and their top-1."""
+        if self.best_top1_percent is None:
+            return RunResult.summary(self)
+        return f"{self.best}: top-1 {self.best_top1_percent:.2f} % after {self.epochs_run} epochs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +132,8 @@ class StepReport:
     images_per_second: float
 
 
-class Progress(Protocol):
-    """Who is told how training goes."""
+class Progress:
+    """Who is told how a run goes. This one says nothing; a subclass overrides what it wants to hear."""
 
     def begin(self, epochs: int, steps_per_epoch: int, epochs_done: int) -> None:
         """Training starts or goes on."""
@@ -85,16 +143,3 @@ class Progress(Protocol):
 
     def end_epoch(self, record: EpochRecord, is_best: bool) -> None:
         """An epoch is done and written."""
-
-
-class Silence:
-    """A Progress that says nothing."""
-
-    def begin(self, epochs: int, steps_per_epoch: int, epochs_done: int) -> None:
-        """Say nothing."""
-
-    def step(self, report: StepReport) -> None:
-        """Say nothing."""
-
-    def end_epoch(self, record: EpochRecord, is_best: bool) -> None:
-        """Say nothing."""

@@ -1,39 +1,95 @@
-"""Train or fine-tune a classifier on an image folder.
+"""Train or fine-tune a classifier on labelled images.
 
 A run is a folder: `run.json` (what was asked for), `metrics.csv` (one line an epoch), `best.safetensors` and
 `last.safetensors` (weights for every other command; `best-ema` and `last-ema` of their moving average), `last.ckpt` and
-`previous.ckpt` (the state that `resume` goes on from). The loop is `training.loop`, which takes the `train` extra.
+`previous.ckpt` (the state that `resume` goes on from). `training.loop` has the loop, which takes the `train` extra.
 """
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+import importlib
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import cast
 
 import torch
-from torch import nn
 
 from cnx_deploy.core.errors import CheckpointError, InputError, MissingRequirementError
-from cnx_deploy.core.files import write_text
 from cnx_deploy.data import Dataset, find_dataset
-from cnx_deploy.model.checkpoint import LoadedModel, load_checkpoint, resolve_model, save_checkpoint
+from cnx_deploy.model.checkpoint import LoadedModel, load_checkpoint, resolve_model
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model
-from cnx_deploy.training.augmentation import ImageAugmentation
-from cnx_deploy.training.images import TrainingImages, ValidationImages, make_loader
-from cnx_deploy.training.records import EpochRecord, Progress, Silence, TrainingResult
-from cnx_deploy.training.run_folder import open_run, table_of, usable_state
-from cnx_deploy.training.sampling import EpochBatches
-from cnx_deploy.training.spec import TrainingSpec
-from cnx_deploy.training.state import Expected, check_state
+from cnx_deploy.training.records import Progress, TrainingRecord, TrainingResult
+from cnx_deploy.training.run_folder import open_run
+from cnx_deploy.training.spec import RunSpec, TrainingSpec
 
-if TYPE_CHECKING:
-    from cnx_deploy.training.loop import Classifier
-
-__all__ = ["initial_model", "train"]
+__all__ = ["OWN_LICENCE", "check_machine", "initial_model", "train"]
 
 OWN_LICENCE = "MIT"
+"""Of weights that were not started from anybody's."""
+
+
+def train(
+    spec: TrainingSpec,
+    initial: ConvNeXtV2 | None = None,
+    progress: Progress | None = None,
+    *,
+    licence: str = OWN_LICENCE,
+    dataset: Dataset | None = None,
+) -> TrainingResult:
+    """Train a classifier and return the run; on Ctrl-C the run so far.
+
+    Args:
+        spec: What to train.
+        initial: Model to start from, left as it is; None draws the paper's initialisation from the seed.
+        progress: Who is told how the run goes.
+        licence: Goes into the written weights: that of the weights started from.
+        dataset: Images to train on in place of all that `data.find_dataset` finds in `spec.data`.
+
+    Raises:
+        InputError: Data, folder or resume do not fit.
+        CheckpointError: `initial` is of another variant or other classes.
+        MissingRequirementError: The `train` extra is missing, or the GPU that FP16 takes.
+        TrainingError: The loss stopped being a number.
+    """
+    check_machine(spec)
+    from cnx_deploy.training.classifier import ClassificationModule
+    from cnx_deploy.training.loop import run_task
+
+    dataset = dataset or find_dataset(spec.data, seed=spec.seed)
+    names, images = dataset.class_names, len(dataset.train.paths)
+    model = _model_to_train(spec, initial, len(names))
+    counts = {"train_images": images, "val_images": len(dataset.val.paths)}
+    run_dir = open_run(spec, spec.network.name, class_names=list(names), **counts)
+    metadata = {"class_names": names, "preprocessing": spec.preprocessing, "licence": licence}
+    module = ClassificationModule(model, spec, images, metadata)
+    records, interrupted = run_task(module, run_dir, dataset, progress)
+    known = cast(list[TrainingRecord], records)
+    weights, ema = (max(ranks, default=(-1.0, 0.0)) for ranks in
+                    ([record.weights_rank for record in known], [record.ema_rank for record in known]))  # fmt: skip
+    return TrainingResult.of(
+        run_dir,
+        len(records),
+        best="best-ema" if ema > weights else "best",
+        interrupted=interrupted,
+        best_top1_percent=max(weights, ema)[0] if records else None,
+    )
+
+
+def check_machine(spec: RunSpec) -> None:
+    """Raise MissingRequirementError without the `train` extra, or the GPU that FP16 takes.
+
+    On a processor Lightning would train in BF16 instead of FP16, without a word on the terminal.
+    """
+    try:
+        for package in ("lightning.pytorch", "torchmetrics"):
+            importlib.import_module(package)
+    except ImportError as error:
+        raise MissingRequirementError(
+            f"Training needs {error.name or error}, which is not installed. Install lightning and torchmetrics: "
+            'pip install "cnx-deploy[train]".'
+        ) from error
+    if spec.precision == "fp16" and not torch.cuda.is_available():
+        raise MissingRequirementError(
+            "Training in fp16 needs a GPU, and this machine has none. Choose --precision fp32 or bf16."
+        )
 
 
 def initial_model(
@@ -46,9 +102,18 @@ def initial_model(
 ) -> LoadedModel | None:
     """Load the weights to start from; None when no source is given and the paper's initialisation is meant.
 
-    `init` is a checkpoint whose head is kept where it is of the data's classes and drawn anew where it is of others or
-    missing; with `checkpoint` and `pretrained` a new head must be asked for by `reset_head`. A new head is scaled by
-    `spec.head_init_scale`. Raises CheckpointError for weights that do not fit, InputError for two sources.
+    A new head is scaled by `spec.head_init_scale`.
+
+    Args:
+        spec: What is to be trained; its data has the classes.
+        checkpoint: File of any known layout, whose head must be of the data's classes unless `reset_head`.
+        pretrained: Tag of published weights, under the same rule.
+        reset_head: Draw a new head.
+        init: File whose head is kept where it is of the data's classes and drawn anew where it is not.
+
+    Raises:
+        CheckpointError: The weights do not fit.
+        InputError: Several sources are given, or a head to reset and no source.
     """
     if sum(source is not None for source in (checkpoint, pretrained, init)) > 1:
         raise InputError(
@@ -57,7 +122,7 @@ def initial_model(
         )
     if init is None and checkpoint is None and pretrained is None:
         if reset_head:
-            raise InputError("A fresh model has no head to reset. Give --checkpoint or --pretrained, or leave it out.")
+            raise InputError("A fresh model has no head to reset. Add --checkpoint or --pretrained, or leave it out.")
         return None
     names = find_dataset(spec.data, seed=spec.seed).class_names
     if init is not None:
@@ -69,77 +134,12 @@ def initial_model(
     if loaded.class_names not in (None, names):
         raise CheckpointError(
             f"{loaded.weights.reference} knows the classes {', '.join(loaded.class_names or ())}; {spec.data} has "
-            f"{', '.join(names)}. Give --reset-head for a new head, or rename the class folders."
+            f"{', '.join(names)}. Draw a new head with --reset-head, or rename the class folders."
         )
     if loaded.head_is_new:
         with torch.no_grad():
             loaded.model.head.weight.mul_(spec.head_init_scale)
     return loaded
-
-
-def train(
-    spec: TrainingSpec,
-    initial: ConvNeXtV2 | None = None,
-    progress: Progress | None = None,
-    *,
-    licence: str = OWN_LICENCE,
-    dataset: Dataset | None = None,
-) -> TrainingResult:
-    """Train `initial` (left as it is), or a fresh model, and return the run; on Ctrl-C the run so far.
-
-    `licence` goes into the written weights: that of the weights started from. `dataset`: what to train on in place of
-    all that `data.find_dataset` finds in `spec.data`. Raises InputError for data, folders and resumes that do not fit,
-    MissingRequirementError without the `train` extra or the GPU that FP16 takes, TrainingError when the loss stops
-    being a number.
-    """
-    loop, writing = _import_loop()
-    _check_precision(spec)
-    dataset = dataset or find_dataset(spec.data, seed=spec.seed)
-    model = _model_to_train(spec, initial, len(dataset.class_names))
-    run_dir = _open_run(spec, dataset)
-    state = usable_state(run_dir) if spec.resume else None
-    batches = EpochBatches(
-        len(dataset.train.paths), spec.batch_size, seed=spec.seed, accumulate=spec.accumulate, launch=spec.launch
-    )
-    classifier = loop.Classifier(model, spec, batches)
-    if state is not None:
-        check_state(state, Expected(classifier.state_dict(), writing.EpochWriter.__name__, EpochRecord))
-    with _told(spec, run_dir, progress or Silence()) as listener:
-        writer = writing.EpochWriter(run_dir, batches, _epoch_writer(run_dir, spec, dataset, licence), listener)
-        with loop.quiet_trainer(spec, run_dir, [writer]) as trainer:
-            interrupted = loop.fit(trainer, classifier, _loaders(spec, dataset, batches), state)
-    return _result(run_dir, writer.records, interrupted=interrupted)
-
-
-def _import_loop() -> tuple[ModuleType, ModuleType]:
-    try:
-        from cnx_deploy.training import loop, writer
-    except ImportError as error:
-        raise MissingRequirementError(
-            f"Training needs {error.name or error}, which is not installed: expected lightning and torchmetrics. "
-            'Install them: pip install "cnx-deploy[train]".'
-        ) from error
-    return loop, writer
-
-
-def _check_precision(spec: TrainingSpec) -> None:
-    """On a processor Lightning would train in BF16 instead, without a word on the terminal."""
-    if spec.precision == "fp16" and not torch.cuda.is_available():
-        raise MissingRequirementError(
-            "Training in fp16 needs a GPU, and this machine has none: expected --precision fp32 or bf16. Choose one."
-        )
-
-
-@contextlib.contextmanager
-def _told(spec: TrainingSpec, run_dir: Path, progress: Progress) -> Iterator[Progress]:
-    """Who is told how training goes: `progress`, and TensorBoard's events where they are asked for."""
-    if not spec.tensorboard or spec.launch.rank:
-        yield progress
-        return
-    from cnx_deploy.training.tensorboard_log import TensorBoardLog
-
-    with contextlib.closing(TensorBoardLog(run_dir / "tensorboard", progress)) as log:
-        yield log
 
 
 def _with_fitting_head(path: Path, spec: TrainingSpec, names: tuple[str, ...]) -> LoadedModel:
@@ -153,6 +153,7 @@ def _with_fitting_head(path: Path, spec: TrainingSpec, names: tuple[str, ...]) -
 
 
 def _model_to_train(spec: TrainingSpec, initial: ConvNeXtV2 | None, num_classes: int) -> ConvNeXtV2:
+    """Copy or draw the model, with stochastic depth that rises over the blocks, and the backbone frozen if asked."""
     if initial is None:
         with torch.random.fork_rng():
             torch.manual_seed(spec.seed)
@@ -172,72 +173,3 @@ def _model_to_train(spec: TrainingSpec, initial: ConvNeXtV2 | None, num_classes:
         model.requires_grad_(False)
         model.head.requires_grad_(True)
     return model.train()
-
-
-def _open_run(spec: TrainingSpec, dataset: Dataset) -> Path:
-    """The run's folder; of several processes the first one makes it, and no other writes there."""
-    request = {
-        "spec": spec.to_dict(),
-        "resolved": spec.resolved(),
-        "class_names": list(dataset.class_names),
-        "train_images": len(dataset.train.paths),
-        "val_images": len(dataset.val.paths),
-        "preprocessing": spec.preprocessing.to_dict(),
-    }
-    if spec.launch.rank and not spec.resume:
-        return spec.run_dir or spec.output_dir
-    return open_run(
-        request, name=spec.network.name, output_dir=spec.output_dir, run_dir=spec.run_dir, resume=spec.resume
-    )
-
-
-def _loaders(spec: TrainingSpec, dataset: Dataset, batches: EpochBatches) -> tuple[Any, Any]:
-    on_gpu = torch.cuda.is_available()
-    how: dict[str, Any] = {"workers": spec.workers, "on_gpu": on_gpu, "processes": spec.launch.devices}
-    images = TrainingImages(dataset.train, ImageAugmentation(spec))
-    val_images = ValidationImages(dataset.val, spec.preprocessing, spec.launch)
-    return make_loader(images, batches, **how), make_loader(val_images, 2 * spec.batch_size, **how)
-
-
-def _epoch_writer(
-    run_dir: Path, spec: TrainingSpec, dataset: Dataset, licence: str
-) -> Callable[["Classifier", list[EpochRecord]], None]:
-    def write_weights(name: str, model: nn.Module, epoch: int) -> None:
-        save_checkpoint(
-            run_dir / f"{name}.safetensors",
-            model,  # type: ignore[arg-type]
-            class_names=dataset.class_names,
-            preprocessing=spec.preprocessing,
-            licence=licence,
-            extra={"epoch": str(epoch)},
-        )
-
-    def write(classifier: "Classifier", records: list[EpochRecord]) -> None:
-        *before, record = records
-        kinds: list[tuple[str, nn.Module, bool]] = [
-            ("", classifier.model, all(record.rank > each.rank for each in before))
-        ]
-        if classifier.averaged is not None:
-            is_best = all(record.ema_rank > each.ema_rank for each in before)
-            kinds.append(("-ema", classifier.averaged.module, is_best))
-        for suffix, model, is_best in kinds:
-            for name in ("last", "best") if is_best else ("last",):
-                write_weights(f"{name}{suffix}", model, record.epoch)
-        write_text(run_dir / "metrics.csv", table_of([record.to_dict() for record in records]))
-
-    return write
-
-
-def _result(run_dir: Path, records: list[EpochRecord], *, interrupted: bool) -> TrainingResult:
-    best_rank = max((record.rank for record in records), default=(-1.0, 0.0))
-    ema_rank = max((record.ema_rank for record in records), default=(-1.0, 0.0))
-    best = run_dir / ("best-ema.safetensors" if ema_rank > best_rank else "best.safetensors")
-    return TrainingResult(
-        run_dir=run_dir,
-        best=best if records else None,
-        last=run_dir / "last.safetensors" if records else None,
-        metrics=run_dir / "metrics.csv",
-        best_top1_percent=max(best_rank, ema_rank)[0] if records else None,
-        epochs_run=len(records),
-        interrupted=interrupted,
-    )

@@ -1,4 +1,4 @@
-"""What training is asked for. Imports no Lightning."""
+"""What a run is asked for: the request that training and pre-training share, and training's own. No Lightning here."""
 
 import math
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import Variant, find_variant
-from cnx_deploy.training.launch import Launch
+from cnx_deploy.training.distributed import ONE_PROCESS, Launch
 
-__all__ = ["CHOICES", "TrainingSpec"]
+__all__ = ["RunSpec", "TrainingPrecision", "TrainingSpec"]
 
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["cosine", "constant"]
@@ -24,118 +24,60 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision": get_args(TrainingPrecision),
 }
 LEARNING_RATES = {"adamw": 1e-3, "sgd": 5e-3}
-ONE_PROCESS = Launch()
 RATE_IS_PER = 256
 """Images of an optimiser step that `base_learning_rate` is for (Goyal et al., arXiv:1706.02677)."""
 # Where a run is and how its work is done may differ on resume; what is learned may not.
 FREE_FIELDS = frozenset(
-    {"data", "output_dir", "run_dir", "workers", "resume", "compile", "tensorboard", "deterministic", "launch"}
-)
+    {"data", "output_dir", "run_dir", "workers", "resume", "compile", "tensorboard", "deterministic", "launch",
+     "picture_every"}
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingSpec:
-    """What to train.
+class RunSpec:
+    """What every run is asked for, whatever it learns.
 
-    Data: `data`: see `data.find_dataset`. `crop_ratio`: of validation images. `min_crop_area`, `flip`,
-    `randaugment_magnitude` (0: none; to 10), `erasing_probability`: see `augmentation.ImageAugmentation`.
-    `mixup_alpha`, `cutmix_alpha` (0: none): see `augmentation.BatchMix`. `workers` None: see `images.make_loader`.
-
-    Optimisation: `batch_size` images a process and step, of which `accumulate` make one step of the optimiser.
-    `learning_rate` is absolute; None takes `base_learning_rate` times the images of a step of the optimiser / 256, and
-    without that 1e-3 for AdamW, 5e-3 for SGD (momentum 0.9). `final_learning_rate`: where the cosine ends, None a
-    hundredth. `warmup_epochs` None: a tenth of the epochs, none for a constant rate. `layer_decay` 1: none; see
-    `optimisation.layer_index`. `clip_norm` None: gradients are not clipped.
-
-    Network: `drop_path_rate`: stochastic depth of the last block. `head_init_scale`: on a new head's weights.
-    `ema_decay` None: no moving average. `freeze_backbone`: the head alone learns.
-
-    Machine: `launch`: the processes that were started for this run, one a device (Lightning's DDP).
-    `run_dir` None takes a fresh `<output_dir>/<variant>-NNN`, or with `resume` the newest there. `recipe` is the name
-    of the preset that the values come from.
+    Attributes:
+        data: Folder or file of images.
+        variant: Network, by name or as a record.
+        output_dir: Folder of runs, used where `run_dir` is None.
+        epochs: Times that every image is seen.
+        image_size: Side in pixels, a multiple of 32.
+        batch_size: Images a process and batch.
+        accumulate: Batches that make one step of the optimiser.
+        learning_rate: Highest rate, absolute; None takes it from `base_learning_rate`.
+        base_learning_rate: Highest rate for 256 images a step, scaled to what a step has.
+        weight_decay: On matrices and kernels; norms, biases and GRN have none.
+        warmup_epochs: Epochs of linear warm-up; None takes the task's default.
+        min_crop_area: Least share of an image that a random crop keeps, in (0, 1].
+        seed: Seed of everything drawn.
+        workers: Loader processes; None see `images.make_loader`.
+        precision: Of the computation; weights stay in FP32.
+        deterministic: Only GPU kernels that give the same bits again.
+        launch: This process among those that were started for the run, one a device (Lightning's DDP).
+        run_dir: The run's folder; None takes a fresh `<output_dir>/<name>-NNN`, or with `resume` the newest there.
+        resume: Go on with a run instead of starting one.
     """
 
     data: Path
     variant: Variant | str
     output_dir: Path = Path("runs")
-    recipe: str = "plain"
     epochs: int = 30
     image_size: int = 224
     batch_size: int = 32
     accumulate: int = 1
-    optimizer: Optimizer = "adamw"
-    beta2: float = 0.999
     learning_rate: float | None = None
     base_learning_rate: float | None = None
-    final_learning_rate: float | None = None
-    schedule: Schedule = "cosine"
     weight_decay: float = 0.05
     warmup_epochs: float | None = None
-    layer_decay: float = 1.0
-    layer_decay_groups: LayerDecayGroups = "single"
-    clip_norm: float | None = None
-    drop_path_rate: float = 0.0
-    head_init_scale: float = 1.0
-    ema_decay: float | None = None
-    freeze_backbone: bool = False
-    label_smoothing: float = 0.1
-    crop_ratio: float = 0.875
     min_crop_area: float = 0.5
-    flip: bool = True
-    randaugment_magnitude: float = 0.0
-    erasing_probability: float = 0.0
-    mixup_alpha: float = 0.0
-    cutmix_alpha: float = 0.0
     seed: int = 0
     workers: int | None = None
     precision: TrainingPrecision = "fp32"
-    channels_last: bool = False
-    compile: bool = False
     deterministic: bool = False
     launch: Launch = ONE_PROCESS
-    tensorboard: bool = False
     run_dir: Path | None = None
     resume: bool = False
-
-    def __post_init__(self) -> None:
-        _ = self.network
-        Preprocessing(self.image_size, self.crop_ratio)
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}. Choose one of: {', '.join(allowed)}.")
-        for name, holds, expected in self._rules():
-            if not holds:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be {expected}. Give such a one.")
-        if self.learning_rate is not None and self.base_learning_rate is not None:
-            raise InputError(
-                f"Both learning_rate {self.learning_rate} and base_learning_rate {self.base_learning_rate} were given: "
-                f"expected one, absolute or for {RATE_IS_PER} images a step. Leave one out."
-            )
-
-    def _rules(self) -> Iterator[tuple[str, bool, str]]:
-        for name, value in self.to_dict().items():
-            yield name, not isinstance(value, float) or math.isfinite(value), "finite"
-        for name in ("epochs", "batch_size", "accumulate"):
-            yield name, getattr(self, name) >= 1, "at least 1"
-        for name in ("weight_decay", "seed", "mixup_alpha", "cutmix_alpha"):
-            yield name, getattr(self, name) >= 0, "at least 0"
-        for name in ("learning_rate", "base_learning_rate", "final_learning_rate", "clip_norm"):
-            yield name, getattr(self, name) is None or getattr(self, name) > 0, "above 0"
-        for name in ("drop_path_rate", "label_smoothing", "beta2"):
-            yield name, 0 <= getattr(self, name) < 1, "in [0, 1)"
-        for name in ("min_crop_area", "layer_decay"):
-            yield name, 0 < getattr(self, name) <= 1, "in (0, 1]"
-        yield "head_init_scale", self.head_init_scale > 0, "above 0"
-        yield "erasing_probability", 0 <= self.erasing_probability <= 1, "from 0 to 1"
-        yield "randaugment_magnitude", 0 <= self.randaugment_magnitude <= 10, "from 0 to 10"
-        yield "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1)"
-        yield "warmup_epochs", 0 <= self.resolved_warmup_epochs <= self.epochs, f"from 0 to the {self.epochs} epochs"
-        yield (
-            "final_learning_rate",
-            self.resolved_final_rate <= self.resolved_learning_rate,
-            "at most the learning rate",
-        )
-        yield "workers", self.workers is None or self.workers >= 0, "at least 0"
 
     @property
     def network(self) -> Variant:
@@ -146,6 +88,107 @@ class TrainingSpec:
     def images_per_step(self) -> int:
         """Images of one step of the optimiser, all processes together."""
         return self.batch_size * self.accumulate * self.launch.processes
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What validation images go through."""
+        return Preprocessing(self.image_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that decide what is learned, as plain types."""
+        learned = {name: value for name, value in asdict(self).items() if name not in FREE_FIELDS}
+        return {**learned, "variant": self.network.name, "processes": self.launch.processes}
+
+    def resolved(self) -> dict[str, Any]:
+        """Everything, with the values that None stands for, for people to read."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSpec(RunSpec):
+    """What to train; `RunSpec` has the rest.
+
+    `data` is what `data.find_dataset` takes. Without either learning rate it is 1e-3 for AdamW, 5e-3 for SGD
+    (momentum 0.9). `warmup_epochs` None: a tenth of the epochs, none for a constant rate.
+
+    Attributes:
+        recipe: Name of the preset that the values come from.
+        optimizer, beta2: AdamW with its second momentum, or SGD.
+        schedule, final_learning_rate: Cosine, and where it ends (None: a hundredth), or a constant rate.
+        layer_decay, layer_decay_groups: A layer's rate as a share of the next one's, 1: none; see
+            `optimisation.layer_index`.
+        clip_norm: Largest norm of all gradients; None: not clipped.
+        drop_path_rate: Stochastic depth of the last block.
+        head_init_scale: Factor on a new head's weights.
+        ema_decay: Moving average of the weights; None: none.
+        freeze_backbone: The head alone learns.
+        label_smoothing: Share of the target given to all classes.
+        crop_ratio: Centre crop of validation images, see `data.Preprocessing`.
+        flip, randaugment_magnitude, erasing_probability: See `images.ImageAugmentation`; magnitude to 10, 0: none.
+        mixup_alpha, cutmix_alpha: See `images.BatchMix`; 0: none.
+        channels_last, compile: How the network computes; what it learns is the same.
+        tensorboard: Write TensorBoard's events into the run's folder.
+    """
+
+    recipe: str = "plain"
+    optimizer: Optimizer = "adamw"
+    beta2: float = 0.999
+    final_learning_rate: float | None = None
+    schedule: Schedule = "cosine"
+    layer_decay: float = 1.0
+    layer_decay_groups: LayerDecayGroups = "single"
+    clip_norm: float | None = None
+    drop_path_rate: float = 0.0
+    head_init_scale: float = 1.0
+    ema_decay: float | None = None
+    freeze_backbone: bool = False
+    label_smoothing: float = 0.1
+    crop_ratio: float = 0.875
+    flip: bool = True
+    randaugment_magnitude: float = 0.0
+    erasing_probability: float = 0.0
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    channels_last: bool = False
+    compile: bool = False
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        _ = self.preprocessing, self.network  # their own checks
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        for name, holds, expected in self._rules():
+            if not holds:
+                raise InputError(f"{name} must be {expected}, got {getattr(self, name)}.")
+        if self.learning_rate is not None and self.base_learning_rate is not None:
+            raise InputError(
+                f"Both learning_rate {self.learning_rate} and base_learning_rate {self.base_learning_rate} were given; "
+                f"one is absolute, the other for {RATE_IS_PER} images a step. Leave one out."
+            )
+
+    def _rules(self) -> Iterator[tuple[str, bool, str]]:
+        """Field, whether its value holds, what it must be."""
+        for name, value in self.to_dict().items():
+            yield name, not isinstance(value, float) or math.isfinite(value), "finite"
+        for name in ("epochs", "batch_size", "accumulate"):
+            yield name, getattr(self, name) >= 1, "at least 1"
+        for name in ("weight_decay", "seed", "mixup_alpha", "cutmix_alpha"):
+            yield name, getattr(self, name) >= 0, "at least 0"
+        for name in ("learning_rate", "base_learning_rate", "clip_norm"):
+            yield name, getattr(self, name) is None or getattr(self, name) > 0, "above 0"
+        for name in ("drop_path_rate", "label_smoothing", "beta2"):
+            yield name, 0 <= getattr(self, name) < 1, "in [0, 1)"
+        for name in ("min_crop_area", "layer_decay"):
+            yield name, 0 < getattr(self, name) <= 1, "in (0, 1]"
+        yield "head_init_scale", self.head_init_scale > 0, "above 0"
+        yield "erasing_probability", 0 <= self.erasing_probability <= 1, "from 0 to 1"
+        yield "randaugment_magnitude", 0 <= self.randaugment_magnitude <= 10, "from 0 to 10"
+        yield "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1)"
+        yield "warmup_epochs", 0 <= self.resolved_warmup_epochs <= self.epochs, f"from 0 to the {self.epochs} epochs"
+        highest = self.resolved_learning_rate
+        yield "final_learning_rate", 0 <= self.resolved_final_rate <= highest, "from 0 to the learning rate"
+        yield "workers", self.workers is None or self.workers >= 0, "at least 0"
 
     @property
     def resolved_learning_rate(self) -> float:
@@ -173,13 +216,8 @@ class TrainingSpec:
         """What validation images go through, and every image the trained model will see."""
         return Preprocessing(self.image_size, self.crop_ratio)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields that decide what is learned, as plain types."""
-        learned = {name: value for name, value in asdict(self).items() if name not in FREE_FIELDS}
-        return {**learned, "variant": self.network.name, "processes": self.launch.processes}
-
     def resolved(self) -> dict[str, Any]:
-        """Everything, with what None stands for filled in, for people to read."""
+        """Everything, with the values that None stands for, for people to read."""
         return {
             **self.to_dict(),
             "learning_rate": self.resolved_learning_rate,

@@ -1,11 +1,16 @@
-"""Images that tests train on: learnt within a few steps, small enough for one core."""
+"""Images that tests train on, learnt within a few steps and small enough for one core; what a run of them has left."""
 
+import csv
 from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from cnx_deploy.data import image_like_batches
+from cnx_deploy.training.records import CONDITIONS
+
+Weights = dict[str, torch.Tensor]
 
 
 def write_colours(root: Path, train: int = 12, val: int = 4, side: int = 40) -> Path:
@@ -19,3 +24,21 @@ def write_colours(root: Path, train: int = 12, val: int = 4, side: int = 40) -> 
             for index, image in enumerate(pixels):
                 Image.fromarray(image.numpy()).save(folder / f"{index}.png")
     return root
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    """The table of a run."""
+    with (run_dir / "metrics.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def table(run_dir: Path) -> list[dict[str, str]]:
+    """The same without how long each epoch took."""
+    return [{name: value for name, value in row.items() if name not in CONDITIONS} for row in rows(run_dir)]
+
+
+def difference(first: Weights | Path, second: Weights | Path) -> float:
+    """Largest absolute difference of two files or sets of weights of the same names."""
+    one, two = (load_file(weights) if isinstance(weights, Path) else weights for weights in (first, second))
+    assert one.keys() == two.keys()
+    return max(float((one[name] - two[name]).abs().max()) for name in one)

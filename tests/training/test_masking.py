@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.training.fcmae import encoder as encoder_module
+from cnx_deploy.training.fcmae import autoencoder as autoencoder
 from cnx_deploy.training.fcmae import masked_features
 from cnx_deploy.training.fcmae.masking import enlarged, masked_count, random_masks
 from tests.support.sparse_encoder import sparse_features
@@ -17,6 +17,7 @@ MASKS = torch.tensor([[[True, False], [False, True], [True, True]], [[False, Tru
 """Two images of 96x64 pixels; visible patches touch at a side, at a corner, and not at all."""
 HIDES = 14
 """Times that the masked forward pass of the tiny network hides: 4 stages, and twice in each of 5 blocks."""
+IMAGES = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def model(tiny_variant):
 
 @pytest.fixture
 def images() -> Tensor:
-    return torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    return IMAGES.clone()
 
 
 def with_other_hidden_pixels(images: Tensor, masks: Tensor, value: Tensor) -> Tensor:
@@ -42,9 +43,9 @@ def sparse(model, images: Tensor, masks: Tensor) -> list[Tensor]:
 
 def without_hiding(monkeypatch, number: int) -> None:
     """Leave out the call of the given number."""
-    calls, hide = itertools.count(), encoder_module._hide
+    calls, hide = itertools.count(), autoencoder._hide
     monkeypatch.setattr(
-        encoder_module,
+        autoencoder,
         "_hide",
         lambda features, hidden: features if next(calls) == number else hide(features, hidden),
     )
@@ -89,12 +90,21 @@ def test_masks_of_other_images_are_refused(model, images):
         masked_features(model, images, MASKS.transpose(1, 2))
 
 
-def test_every_stage_equals_the_sparse_computation(model, images):
+@pytest.mark.parametrize("network", ["model", "tiny_v1_model"])
+def test_every_stage_equals_the_sparse_computation(request, images, network):
+    """Of both versions: GRN, and LayerScale in its place."""
+    model = request.getfixturevalue(network).double()
     with torch.no_grad():
         found, expected = masked_features(model, images, MASKS), sparse(model, images, MASKS)
     for stage, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(stage, reference, rtol=0, atol=1e-12)
         assert float(reference.abs().max()) > 1.0
+
+
+@pytest.fixture(scope="module")
+def sparse_reference(tiny_variant):
+    with torch.no_grad():
+        return sparse(random_model(tiny_variant, 1, seed=3).double(), IMAGES, MASKS)
 
 
 @pytest.mark.parametrize("number", range(HIDES))
@@ -106,13 +116,6 @@ def test_without_one_of_the_masks_a_stage_differs_from_the_sparse_computation(
         found = masked_features(model, images, MASKS)
     pairs = zip(found, sparse_reference, strict=True)
     assert max(float((stage - reference).abs().max()) for stage, reference in pairs) > 1e-3
-
-
-@pytest.fixture(scope="module")
-def sparse_reference(tiny_variant):
-    images = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    with torch.no_grad():
-        return sparse(random_model(tiny_variant, 1, seed=3).double(), images, MASKS)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e6, float("nan"), float("inf"), None], ids=str)
@@ -144,15 +147,6 @@ def test_with_nothing_hidden_it_is_the_ordinary_forward_pass(model, images, dtyp
         for number, stage in enumerate(masked_features(model, images, torch.zeros_like(MASKS))):
             expected = model.stages[number](model.downsample_layers[number](expected))
             torch.testing.assert_close(stage, expected, rtol=0, atol=tolerance)
-
-
-def test_a_version_1_encoder_equals_the_sparse_computation(tiny_v1_model, images):
-    """LayerScale in place of GRN."""
-    model = tiny_v1_model.double()
-    with torch.no_grad():
-        found, expected = masked_features(model, images, MASKS), sparse(model, images, MASKS)
-    for stage, reference in zip(found, expected, strict=True):
-        torch.testing.assert_close(stage, reference, rtol=0, atol=1e-12)
 
 
 def test_gradients_are_finite_and_reach_visible_pixels_only(model, images):

@@ -1,251 +1,175 @@
-"""What the autoencoder predicts, what it is judged by, what is drawn, and which files it starts from."""
+"""A pre-training run: its images, its losses and rates, and what goes on from its encoder."""
 
-import itertools
-import math
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from safetensors.torch import load_file
 
-from cnx_deploy.core.errors import CheckpointError
-from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.training.fcmae import MaskedAutoencoder, create_autoencoder, load_autoencoder
-from cnx_deploy.training.fcmae.masking import enlarged, random_masks
-from cnx_deploy.training.fcmae.patches import images_of_patches, masked_losses, patch_statistics, patches_of
-from cnx_deploy.training.fcmae.pictures import reconstruction_cells, save_reconstructions
-from tests.support.foreign_models import fcmae_state, randomise, saved
+from cnx_deploy.core.errors import CheckpointError, InputError
+from cnx_deploy.data import ImageFiles
+from cnx_deploy.model.checkpoint import load_checkpoint, resolve_model
+from cnx_deploy.training import TrainingSpec, initial_model, train
+from cnx_deploy.training.fcmae import (
+    PretrainingSpec,
+    divide_images,
+    find_images_below,
+    load_autoencoder,
+    pretrain,
+    readable_images,
+)
+from cnx_deploy.training.images import ImageAugmentation
+from tests.support.training_data import difference, table
 
-MASKS = torch.tensor([[[True, False, False], [True, False, True]], [[False, False, True], [False, True, True]]])
+ROOT = Path(__file__).parents[2]
+RATE = 2e-3
+
+
+def small(colours, variant, runs, **changes) -> PretrainingSpec:
+    spec = PretrainingSpec(colours, variant, runs, epochs=2, image_size=64, batch_size=4, learning_rate=RATE)
+    return dataclasses.replace(spec, **changes)
 
 
 @pytest.fixture
-def model(tiny_variant) -> MaskedAutoencoder:
-    """Every parameter random, the decoder's too."""
-    return randomise(create_autoencoder(tiny_variant)).eval()
+def spec(colours, tiny_variant, tmp_path) -> PretrainingSpec:
+    return small(colours, tiny_variant, tmp_path / "runs")
 
 
-@pytest.fixture
-def images() -> Tensor:
-    return torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(5))
+@pytest.fixture(scope="module")
+def finished(colours, tiny_variant, tmp_path_factory):
+    """A run of 2 epochs of 6 steps on 22 images, 2 held out. Shared: do not change it."""
+    return pretrain(small(colours, tiny_variant, tmp_path_factory.mktemp("finished")))
 
 
-def reference_state(model: MaskedAutoencoder) -> dict[str, Tensor]:
-    """The whole autoencoder as the reference code writes it."""
-    encoder = {name: each for name, each in fcmae_state(model.encoder).items() if name.startswith("encoder.")}
-    decoder = {name: each for name, each in model.state_dict().items() if not name.startswith("encoder.")}
-    return encoder | decoder
+def test_the_loss_falls_in_training_and_on_held_images(finished):
+    first, last = ({name: float(value) for name, value in row.items()} for row in table(finished.run_dir))
+    assert finished.last_loss < 0.9 * finished.first_loss
+    assert last["held_loss"] < 0.9 * first["held_loss"]
+    assert (finished.first_loss, finished.last_loss) == pytest.approx((first["loss"], last["loss"]), rel=1e-5)
+    assert finished.best_held_loss == pytest.approx(last["held_loss"], rel=1e-5)
+    assert list(first) == ["epoch", "loss", "held_loss", "learning_rate"]
 
 
-def looped_loss(predicted: Tensor, image: Tensor, mask: Tensor, *, correction: int = 1) -> float:
-    """One image's loss, value by value in Python's floats."""
-    losses = []
-    for row, column in itertools.product(range(mask.shape[0]), range(mask.shape[1])):
-        if not mask[row, column]:
-            continue
-        patch = image[:, 32 * row : 32 * row + 32, 32 * column : 32 * column + 32].permute(1, 2, 0).flatten().tolist()
-        mean = math.fsum(patch) / 3072
-        variance = math.fsum((value - mean) ** 2 for value in patch) / (3072 - correction)
-        values = predicted[row * mask.shape[1] + column].tolist()
-        targets = [(value - mean) / math.sqrt(variance + 1e-6) for value in patch]
-        losses.append(math.fsum((value - target) ** 2 for value, target in zip(values, targets, strict=True)) / 3072)
-    return math.fsum(losses) / len(losses)
+def test_the_encoder_is_written_without_a_head_and_training_goes_on_from_it(finished, colours, tiny_variant, tmp_path):
+    written = load_file(finished.best)
+    assert not any(name.startswith(("head.", "norm.", "decoder.")) for name in written)
+    with pytest.raises(CheckpointError, match=r"no classification head.*--reset-head"):
+        resolve_model(tiny_variant, checkpoint=finished.best)
+    assert load_checkpoint(finished.best, tiny_variant, num_classes=3, reset_head=True).model.head.out_features == 3
+    spec = TrainingSpec(colours, tiny_variant, tmp_path / "runs", epochs=1, image_size=32, batch_size=8)
+    loaded = initial_model(spec, checkpoint=finished.best, reset_head=True)
+    state = loaded.model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in written.items())
+    assert train(spec, loaded.model).epochs_run == 1
 
 
-def test_patches_are_cut_row_by_row_and_put_together_again(images):
-    patches = patches_of(images)
-    assert patches.shape == (2, 6, 3072)
-    assert torch.equal(patches[1, 4], images[1, :, 32:64, 32:64].permute(1, 2, 0).flatten())
-    assert torch.equal(images_of_patches(patches, (2, 3)), images)
-
-
-def test_the_loss_is_that_of_a_direct_computation_with_the_unbiased_variance(images):
-    # The smaller the patch's deviation, the more the 1e-6 counts.
-    images = images.double() * torch.tensor([1e-3, 1.0], dtype=torch.float64).view(2, 1, 1, 1)
-    predicted = torch.randn(2, 6, 3072, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    found = masked_losses(predicted, images, MASKS).tolist()
-    triples = list(zip(predicted, images, MASKS, strict=True))
-    assert found == pytest.approx([looped_loss(*each) for each in triples], rel=1e-12)
-    biased = [looped_loss(*each, correction=0) for each in triples]
-    assert min(abs(a / b - 1) for a, b in zip(found, biased, strict=True)) > 1e-6
-
-
-def test_visible_patches_do_not_count_in_the_loss(images):
-    predicted = torch.randn(2, 6, 3072)
-    other = torch.where(MASKS.flatten(1).unsqueeze(2), predicted, torch.randn(2, 6, 3072))
-    assert torch.equal(masked_losses(predicted, images, MASKS), masked_losses(other, images, MASKS))
-    assert not torch.equal(masked_losses(predicted, images, MASKS), masked_losses(other, images, ~MASKS))
-
-
-def test_a_perfect_prediction_has_no_loss_and_a_mean_one_a_loss_of_one(images):
-    patches = patches_of(images.double())
-    targets = patch_statistics(patches).normalise(patches)
-    assert masked_losses(targets, images.double(), MASKS).tolist() == [0.0, 0.0]
-    flat = masked_losses(torch.zeros_like(targets), images.double(), MASKS)
-    assert flat.tolist() == pytest.approx([3071 / 3072] * 2, rel=1e-5)
-
-
-def test_the_decoder_is_one_block_of_width_512_and_predicts_32x32x3_values(model, images):
-    assert model(images, MASKS).shape == (2, 6, 3072)
-    assert [block.dwconv.out_channels for block in model.decoder] == [512]
-    assert model.proj.weight.shape == (512, 64, 1, 1)
-    assert model.mask_token.shape == (1, 512, 1, 1)
-    assert model.pred.weight.shape == (3072, 512, 1, 1)
-
-
-def test_no_prediction_depends_on_hidden_pixels(model, images):
-    other = torch.where(enlarged(MASKS, (64, 96)), torch.randn_like(images), images)
-    with torch.no_grad():
-        assert torch.equal(model(images, MASKS), model(other, MASKS))
-        assert not torch.equal(model(images, ~MASKS), model(other, ~MASKS))
-
-
-def test_hidden_positions_have_the_mask_token_in_place_of_the_projection(model, images):
-    seen = []
-    model.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    with torch.no_grad():
-        model(images, MASKS)
-    hidden = MASKS.unsqueeze(1).expand_as(seen[0])
-    token = model.mask_token.expand_as(seen[0])
-    assert torch.equal(seen[0][hidden], token[hidden])
-    assert not torch.isclose(seen[0][~hidden], token[~hidden]).any(dim=0).all()
-
-
-def test_all_parameters_of_the_autoencoder_learn(model, images):
-    masked_losses(model(images, MASKS), images, MASKS).sum().backward()
-    assert [name for name, each in model.named_parameters() if not bool(each.grad.any())] == []
-    assert all(bool(torch.isfinite(each.grad).all()) for each in model.parameters())
-    assert not any(name.startswith(("encoder.head", "encoder.norm.")) for name, _ in model.named_parameters())
-
-
-@pytest.mark.parametrize("value", [0.0, 1.5])
-def test_a_constant_image_gives_a_finite_loss_and_finite_gradients(tiny_variant, value):
-    fresh = create_autoencoder(tiny_variant)
-    for model in (fresh, randomise(create_autoencoder(tiny_variant))):
-        images = torch.full((2, 3, 64, 96), value)
-        losses = masked_losses(model(images, MASKS), images, MASKS)
-        losses.sum().backward()
-        assert bool(torch.isfinite(losses).all())
-        assert all(bool(torch.isfinite(each.grad).all()) for each in model.parameters())
-
-
-def test_half_precision_predictions_are_judged_in_single_precision(model, images):
-    with torch.autocast("cpu", torch.bfloat16):
-        predicted = model(images, MASKS)
-    losses = masked_losses(predicted, images, MASKS)
-    assert losses.dtype == torch.float32
-    with torch.no_grad():
-        expected = masked_losses(model(images, MASKS), images, MASKS)
-    torch.testing.assert_close(losses, expected, rtol=0.05, atol=0)
-
-
-def test_a_fresh_autoencoder_follows_its_seed_and_leaves_random_numbers_alone(tiny_variant):
-    torch.manual_seed(7)
-    expected = torch.rand(2)
-    torch.manual_seed(7)
-    first, again, other = (create_autoencoder(tiny_variant, seed=seed).state_dict() for seed in (1, 1, 2))
-    assert torch.equal(torch.rand(2), expected)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["pred.weight"], other["pred.weight"])
-    assert float(first["pred.weight"].std()) == pytest.approx(0.02, rel=0.2)
-
-
-def test_the_encoder_is_a_copy(tiny_variant):
-    source = random_model(tiny_variant, 10)
-    MaskedAutoencoder(source)
-    assert source.num_classes == 10
-    assert source.head.out_features == 10
-
-
-def test_the_references_autoencoder_loads_with_its_decoder(model, tiny_variant, images, tmp_path):
-    path = saved({"model": reference_state(model)}, tmp_path / "checkpoint-799.pth")
-    loaded, source = load_autoencoder(path, tiny_variant, seed=9)
-    state = model.state_dict()
-    assert all(torch.equal(each, state[name]) for name, each in loaded.state_dict().items())
-    with torch.no_grad():
-        assert torch.equal(loaded.eval()(images, MASKS), model(images, MASKS))
+def test_the_state_holds_the_autoencoder_that_the_weights_are_of(finished, tiny_variant):
+    model, source = load_autoencoder(finished.run_dir / "last.ckpt", tiny_variant)
     assert source.notes == ("layout fcmae", "the decoder is the file's")
-    assert source.weights.licence.startswith("unknown")
+    assert difference(load_file(finished.last), model.encoder.state_dict()) == 0.0
 
 
-@pytest.mark.parametrize("prefix", ["module.", "model."])
-def test_a_wrapped_autoencoder_loads_with_its_decoder(model, tiny_variant, tmp_path, prefix):
-    state = {prefix + name: each for name, each in reference_state(model).items()}
-    loaded, _ = load_autoencoder(saved(state, tmp_path / "wrapped.pt"), tiny_variant)
-    assert torch.equal(loaded.pred.weight, model.pred.weight)
+@pytest.mark.slow
+def test_bf16_follows_fp32(spec, finished):
+    half = pretrain(dataclasses.replace(spec, precision="bf16"))
+    expected = [float(row["loss"]) for row in table(finished.run_dir)]
+    assert [float(row["loss"]) for row in table(half.run_dir)] == pytest.approx(expected, rel=0.02)
 
 
-def test_an_encoder_alone_gets_a_new_decoder(model, tiny_variant, tmp_path):
-    state = {name: each for name, each in reference_state(model).items() if name.startswith("encoder.")}
-    loaded, source = load_autoencoder(saved(state, tmp_path / "encoder.pt"), tiny_variant)
-    assert torch.equal(loaded.encoder.stages[2][1].grn.gamma, model.encoder.stages[2][1].grn.gamma)
-    assert not torch.equal(loaded.pred.weight, model.pred.weight)
-    assert source.notes[1] == "new decoder, drawn at random"
+def test_the_learning_rate_is_scaled_to_the_images_of_a_step_and_ends_at_zero(spec, finished):
+    base = dataclasses.replace(spec, learning_rate=None, batch_size=64, accumulate=8)
+    assert base.training.resolved_learning_rate == pytest.approx(1.5e-4 * 512 / 256)
+    assert base.training.beta2 == 0.95
+    assert (dataclasses.replace(base, epochs=800).resolved_warmup_epochs, base.resolved_warmup_epochs) == (40.0, 0.1)
+    rates = [float(row["learning_rate"]) for row in table(finished.run_dir)]
+    # The last of 6 steps an epoch, of 12, the first of which is half the warm-up.
+    expected = [RATE / 2 * (1 + np.cos(np.pi * step / 11)) for step in (4, 10)]
+    assert rates == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_classifier_gives_its_encoder(tiny_model, tiny_variant, tmp_path):
-    loaded, source = load_autoencoder(saved(tiny_model.state_dict(), tmp_path / "classifier.pt"), tiny_variant)
-    assert torch.equal(loaded.encoder.stages[3][0].pwconv2.weight, tiny_model.stages[3][0].pwconv2.weight)
-    assert source.notes == ("layout official", "new decoder, drawn at random")
+def test_a_random_crop_is_the_only_augmentation(spec):
+    (crop,) = ImageAugmentation(spec.training).steps
+    assert (type(crop).__name__, crop.scale) == ("RandomResizedCrop", (0.2, 1.0))
 
 
-@pytest.mark.parametrize("damage", ["missing", "narrow", "deeper"])
-def test_a_decoder_that_does_not_fit_is_refused(model, tiny_variant, tmp_path, damage):
-    state = reference_state(model)
-    if damage == "missing":
-        del state["mask_token"]
-    elif damage == "narrow":
-        state["pred.bias"] = state["pred.bias"][:12]
-    else:
-        state["decoder.1.norm.bias"] = state["decoder.0.norm.bias"]
-    with pytest.raises(CheckpointError, match="decoder that does not fit"):
-        load_autoencoder(saved(state, tmp_path / "fcmae.pt"), tiny_variant)
+@pytest.mark.parametrize(
+    "change",
+    [{"mask_ratio": 0.0}, {"mask_ratio": 1.0}, {"image_size": 32}, {"epochs": 0}, {"held_images": 0},
+     {"picture_every": 0}, {"image_size": 100}, {"precision": "int8"}, {"warmup_epochs": 3.0}],
+    ids=str,
+)  # fmt: skip
+def test_a_request_that_cannot_be_pretrained_is_refused(spec, change):
+    with pytest.raises(InputError):
+        dataclasses.replace(spec, **change)
 
 
-@pytest.fixture
-def pixels() -> Tensor:
-    return torch.randint(0, 256, (3, 64, 64, 3), generator=torch.Generator().manual_seed(8)).to(torch.uint8)
+# --- images -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_row_of_a_picture_is_the_image_what_is_visible_and_what_is_predicted(model, pixels):
-    masks = random_masks(3, (2, 2), 0.5, torch.Generator().manual_seed(0))
-    cells = reconstruction_cells(model.train(), Preprocessing(64), pixels, masks)
-    assert model.training
-    hidden = enlarged(masks, (64, 64)).permute(0, 2, 3, 1).expand_as(pixels)
-    image, masked, pasted, alone = cells.unbind(1)
-    assert torch.equal(image, pixels)
-    assert torch.equal(masked[~hidden], pixels[~hidden])
-    assert bool((masked[hidden] == 128).all())
-    assert torch.equal(pasted[~hidden], pixels[~hidden])
-    assert torch.equal(pasted[hidden], alone[hidden])
-    assert not torch.equal(alone, pixels)
+def write_image(path: Path, side: int = 40) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((side, side, 3), 90, np.uint8)).save(path)
+    return path
 
 
-class PredictsTheTruth(MaskedAutoencoder):
-    """Knows the normalised patches of what it is shown."""
-
-    def forward(self, images, masks):
-        patches = patches_of(images)
-        return patch_statistics(patches).normalise(patches)
-
-
-def test_a_true_prediction_is_drawn_as_the_image_itself(tiny_variant, pixels):
-    pixels[1] = 77  # constant: its patches have no deviation
-    model = PredictsTheTruth(random_model(tiny_variant, 1))
-    masks = random_masks(3, (2, 2), 0.5, torch.Generator().manual_seed(0))
-    cells = reconstruction_cells(model, Preprocessing(64), pixels, masks)
-    assert int((cells[:, 3].int() - pixels.int()).abs().max()) <= 1
+def test_images_are_found_at_any_depth_with_or_without_classes(tmp_path):
+    expected = {write_image(tmp_path / name) for name in ("flat.png", "cat/1.png", "cat/deep/2.jpg", "val/3.png")}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    write_image(tmp_path / ".hidden" / "4.png")
+    images = find_images_below(tmp_path)
+    assert set(images.paths) == expected
+    assert images.labels == ()
 
 
-def test_a_picture_has_a_row_an_image_and_four_cells_a_row(model, pixels, tmp_path):
-    masks = random_masks(3, (2, 2), 0.5, torch.Generator().manual_seed(0))
-    path = save_reconstructions(tmp_path / "new" / "epoch.png", model, Preprocessing(64), pixels, masks)
-    sheet = np.array(Image.open(path))
-    assert sheet.shape == (3 * 64 + 2 * 4, 4 * 64 + 3 * 4, 3)
-    cells = reconstruction_cells(model, Preprocessing(64), pixels, masks).numpy()
-    for row, column in itertools.product(range(3), range(4)):
-        top, left = 68 * row, 68 * column
-        assert np.array_equal(sheet[top : top + 64, left : left + 64], cells[row, column])
-    assert [each.name for each in path.parent.iterdir()] == ["epoch.png"]
+def test_beside_a_training_folder_validation_and_test_images_are_left_out(tmp_path):
+    expected = {write_image(tmp_path / name) for name in ("train/a/1.png", "unlabelled/2.png", "3.png")}
+    for name in ("val/a/4.png", "Test/5.png"):
+        write_image(tmp_path / name)
+    assert set(find_images_below(tmp_path).paths) == expected
+
+
+@pytest.mark.parametrize(
+    "make", [lambda root: root / "absent", lambda root: root, lambda root: write_image(root / "a.png")]
+)
+def test_a_path_without_images_below_is_refused(tmp_path, make):
+    with pytest.raises(InputError, match="expected"):
+        find_images_below(make(tmp_path))
+
+
+def test_dataset_bad_files_are_counted_in_pre_training(tmp_path):
+    good = [write_image(tmp_path / f"{number}.png") for number in range(3)]
+    (tmp_path / "broken.png").write_bytes(good[0].read_bytes()[:60])
+    images, report = readable_images(find_images_below(tmp_path))
+    assert (list(images.paths), report.count, len(report.broken)) == (good, 4, 1)
+    for path in good:
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="None of 4 images can be read"):
+        readable_images(find_images_below(tmp_path))
+
+
+@pytest.mark.parametrize(("count", "asked", "held"), [(2, 64, 1), (30, 64, 3), (30, 2, 2), (1000, 64, 64)])
+def test_at_most_a_tenth_is_held_out_and_no_image_is_on_both_sides(count, asked, held):
+    paths = tuple(Path(f"{number}.png") for number in range(count))
+    divided = divide_images(ImageFiles(paths), asked)
+    assert len(divided.val.paths) == held
+    assert sorted((*divided.train.paths, *divided.val.paths)) == sorted(paths)
+
+
+def test_a_single_image_is_not_enough():
+    with pytest.raises(InputError, match="at least two images"):
+        divide_images(ImageFiles((Path("1.png"),)), 64)
+
+
+@pytest.mark.slow
+def test_atto_learns_to_predict_hidden_patches_of_digits(tmp_path):
+    digits = tmp_path / "digits"
+    subprocess.run([sys.executable, ROOT / "scripts" / "make_digits.py", digits], check=True, capture_output=True)
+    result = pretrain(PretrainingSpec(digits, "atto", tmp_path / "runs", epochs=5, image_size=64, learning_rate=1e-3))
+    assert result.first_loss > 0.7
+    assert result.last_loss < 0.55

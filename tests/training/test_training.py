@@ -1,221 +1,253 @@
-import csv
+"""Training a classifier: every option has its effect on what is learned, and the weights to start from fit."""
+
 import dataclasses
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+import torch.nn.functional as F
+from safetensors.torch import load_file
 
-from cnx_deploy.cli.train import train as train_command
-from cnx_deploy.cli.training_progress import TerminalProgress
-from cnx_deploy.core.errors import (
-    CheckpointError,
-    InputError,
-    MissingRequirementError,
-    OutputExistsError,
-    TrainingError,
-)
+from cnx_deploy.core.errors import CheckpointError, InputError
 from cnx_deploy.core.system import cpu_count
+from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from cnx_deploy.model.convnextv2 import create_model, random_model
-from cnx_deploy.training import Silence, StepReport, TrainingSpec, initial_model, train
-from cnx_deploy.training.records import CONDITIONS
-from tests.support.training_data import write_colours
+from cnx_deploy.training import Progress, TrainingSpec, initial_model, train
+from cnx_deploy.training.classifier import ClassificationModule, averaged_model
+from tests.support.training_data import Weights, difference, rows
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks this small only wait for a second thread, for seconds when the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture
+def spec(colours, tiny_variant, tmp_path):
+    return TrainingSpec(colours, tiny_variant, tmp_path / "runs", epochs=1, image_size=32, batch_size=8)
 
 
 @pytest.fixture(scope="module")
-def colours(tmp_path_factory):
-    """Reddish and bluish noise, 12 training and 4 validation images each, 40 px: learnt within a few steps."""
-    return write_colours(tmp_path_factory.mktemp("colours"))
+def plain(colours, tiny_variant, tmp_path_factory) -> Weights:
+    """What `spec` learns as it is."""
+    folder = tmp_path_factory.mktemp("plain")
+    return weights(TrainingSpec(colours, tiny_variant, folder, epochs=1, image_size=32, batch_size=8))
 
 
-@pytest.fixture
-def spec(colours, tiny_variant, tmp_path):
-    return TrainingSpec(colours, tiny_variant, tmp_path / "runs", epochs=2, image_size=32, batch_size=8)
+def weights(spec: TrainingSpec, initial=None, **changes) -> Weights:
+    return load_file(train(dataclasses.replace(spec, **changes), initial).last)
 
 
-def records(run_dir: Path) -> list[dict[str, float]]:
-    """The table without how long each epoch took."""
-    with (run_dir / "metrics.csv").open() as stream:
-        return [
-            {name: float(value) for name, value in row.items() if name not in CONDITIONS and value}
-            for row in csv.DictReader(stream)
-        ]
+def classifier(spec: TrainingSpec, **changes) -> ClassificationModule:
+    """As training makes it, with weights that matter."""
+    return ClassificationModule(random_model(spec.network, 2, seed=3), dataclasses.replace(spec, **changes), 8, {})
 
 
-def weights(path: Path, variant) -> dict[str, torch.Tensor]:
-    return load_checkpoint(path, variant).model.state_dict()
+def one_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (8, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    return pixels, torch.arange(8) % 2
 
 
-class InterruptIn(Silence):
-    """Presses Ctrl-C in an epoch."""
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def step(self, report: StepReport) -> None:
-        if report.epoch == self.epoch:
-            os.kill(os.getpid(), signal.SIGINT)
+def batch_loss(module: ClassificationModule) -> float:
+    torch.manual_seed(0)
+    return float(module.training_step(one_batch(), 0).detach())
 
 
-def test_training_learns_what_is_easy_to_learn(spec):
-    result = train(dataclasses.replace(spec, epochs=8, learning_rate=5e-3))
+@pytest.mark.parametrize("change", [{}, {"optimizer": "sgd", "learning_rate": 0.02}], ids=str)
+def test_training_learns_what_is_easy_to_learn(spec, change):
+    result = train(dataclasses.replace(spec, **{"epochs": 8, "learning_rate": 5e-3, **change}))
+    losses = [float(row["train_loss"]) for row in rows(result.run_dir)]
+    assert losses[-1] < losses[0]
     assert result.best_top1_percent == 100.0
+    assert load_checkpoint(result.best, spec.network).class_names == ("blue", "red")
 
 
-def test_a_run_leaves_weights_records_and_state_and_nothing_else(spec):
-    result = train(spec)
-    assert result.run_dir == spec.output_dir / "tiny-test-001"
-    assert {path.name for path in result.run_dir.iterdir()} == {
-        "best.safetensors",
-        "last.ckpt",
-        "last.safetensors",
-        "metrics.csv",
-        "previous.ckpt",
-        "run.json",
-    }
-    assert [row["epoch"] for row in records(result.run_dir)] == [1.0, 2.0]
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(4, 2), (5, 2), (7, 3)])
+def test_accumulated_batches_learn_what_one_large_batch_does(spec, batch_size, accumulate):
+    sgd = dataclasses.replace(spec, optimizer="sgd", learning_rate=0.05, epochs=2)
+    whole = weights(sgd, batch_size=batch_size * accumulate)  # 24 images: a smaller last step
+    parts = weights(sgd, batch_size=batch_size, accumulate=accumulate)
+    assert difference(whole, parts) < 1e-5
+    assert difference(whole, weights(sgd, batch_size=batch_size)) > 1e-3
 
 
-def test_written_weights_carry_classes_preprocessing_and_licence(spec):
-    result = train(spec, licence="CC-BY-NC-4.0")
-    loaded = load_checkpoint(result.best, spec.network)
-    assert loaded.class_names == ("blue", "red")
-    assert loaded.preprocessing == spec.preprocessing
-    assert loaded.weights.licence == "CC-BY-NC-4.0"
+def test_label_smoothing_is_in_the_training_loss(spec):
+    smoothed = classifier(spec, label_smoothing=0.2)
+    pixels, labels = one_batch()
+    logits = smoothed.model(normalise(pixels, spec.preprocessing)).detach()
+    shares = F.one_hot(labels, 2) * 0.8 + 0.1
+    expected = -(shares * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    assert batch_loss(smoothed) == pytest.approx(float(expected), rel=1e-5)
+    assert batch_loss(classifier(spec, label_smoothing=0.0)) != pytest.approx(float(expected), rel=1e-3)
 
 
-def test_each_run_has_a_folder_of_its_own(spec):
-    one_epoch = dataclasses.replace(spec, epochs=1)
-    assert [train(one_epoch).run_dir.name for _ in range(2)] == ["tiny-test-001", "tiny-test-002"]
+@pytest.mark.parametrize("change", [{"mixup_alpha": 0.8}, {"cutmix_alpha": 1.0}], ids=str)
+def test_mixing_is_in_the_training_loss(spec, change):
+    assert abs(batch_loss(classifier(spec, **change)) - batch_loss(classifier(spec))) > 1e-3
 
 
-def test_the_same_request_gives_the_same_weights_whatever_the_workers(spec):
-    drops = dataclasses.replace(spec, drop_path_rate=0.3, epochs=1)
-    torch.manual_seed(1)
-    alone = train(drops)
-    torch.manual_seed(2)
-    helped = train(dataclasses.replace(drops, workers=1))
-    first, second = weights(alone.last, spec.network), weights(helped.last, spec.network)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def test_stochastic_depth_rises_over_the_blocks_and_drops_branches(spec, plain):
+    model, seen = create_model(spec.network, 2), []
+    model.register_forward_pre_hook(
+        lambda network, images: seen.append([block.drop_path.p for stage in network.stage_blocks() for block in stage])
+    )
+    train(dataclasses.replace(spec, drop_path_rate=0.4), model)
+    assert seen[0] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    assert difference(weights(spec, drop_path_rate=0.4), plain) > 1e-4
 
 
-def test_another_seed_gives_other_weights(spec):
-    one_epoch = dataclasses.replace(spec, epochs=1)
-    first = weights(train(one_epoch).last, spec.network)
-    second = weights(train(dataclasses.replace(one_epoch, seed=1)).last, spec.network)
-    assert not torch.equal(first["head.weight"], second["head.weight"])
+@pytest.mark.parametrize(("scale", "deviation"), [(0.001, 2e-5), (1.0, 2e-2)])
+def test_a_new_head_is_scaled(spec, scale, deviation):
+    still = weights(spec, head_init_scale=scale, learning_rate=1e-12, weight_decay=0.0)
+    assert float(still["head.weight"].std()) == pytest.approx(deviation, rel=0.2)
 
 
-@pytest.mark.parametrize(("epoch", "workers"), [(1, 0), (2, 0), (2, 1)])
-def test_train_resume_exact_after_an_interruption(spec, epoch, workers):
-    whole = train(dataclasses.replace(spec, drop_path_rate=0.3, run_dir=spec.output_dir / "whole"))
-    cut = dataclasses.replace(spec, drop_path_rate=0.3, workers=workers)
-    interrupted = train(cut, progress=InterruptIn(epoch))
-    assert (interrupted.interrupted, interrupted.epochs_run) == (True, epoch - 1)
-    resumed = train(dataclasses.replace(cut, resume=True))
-    assert (resumed.run_dir, resumed.interrupted) == (interrupted.run_dir, False)
-    assert records(resumed.run_dir) == records(whole.run_dir)
-    expected, found = weights(whole.last, spec.network), weights(resumed.last, spec.network)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
-def test_a_resumed_run_goes_on_after_its_last_finished_epoch(spec):
-    class NoteStart(Silence):
-        def begin(self, epochs, steps_per_epoch, epochs_done):
-            started_after.append(epochs_done)
-
-    started_after: list[int] = []
-    train(spec, progress=InterruptIn(2))
-    train(dataclasses.replace(spec, resume=True), progress=NoteStart())
-    assert started_after == [1]
-
-
-def test_resuming_a_finished_run_changes_nothing(spec):
-    first = train(spec)
-    before = records(first.run_dir)
-    again = train(dataclasses.replace(spec, resume=True))
-    assert again == first
-    assert records(first.run_dir) == before
-
-
-def test_a_run_started_from_a_model_resumes_from_it(spec):
+def test_gradients_are_clipped(spec):
+    one_step = {"optimizer": "sgd", "schedule": "constant", "weight_decay": 0.0, "learning_rate": 1.0, "batch_size": 24}
     model = random_model(spec.network, 2, seed=3)
-    whole = train(dataclasses.replace(spec, run_dir=spec.output_dir / "whole"), model)
-    train(spec, model, InterruptIn(1))
-    resumed = train(dataclasses.replace(spec, resume=True))
-    assert records(resumed.run_dir) == records(whole.run_dir)
+    before = model.state_dict()
+
+    def moved(**changes) -> float:
+        after = weights(spec, model, **one_step, **changes)
+        return float(sum(((after[name] - before[name]) ** 2).sum() for name in after)) ** 0.5
+
+    assert moved(clip_norm=0.01) == pytest.approx(0.01, rel=1e-2)
+    assert moved() > 0.1
 
 
-def test_ctrl_c_works_again_after_an_interrupted_run(spec):
-    train(spec, progress=InterruptIn(1))
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
+def test_the_moving_average_follows_by_its_formula():
+    linear = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        linear.weight.fill_(1.0)
+    averaged = averaged_model(linear, 0.5)
+    expected = 1.0
+    for done, value in enumerate((2.0, 5.0, 3.0, 8.0)):
+        with torch.no_grad():
+            linear.weight.fill_(value)
+        averaged.update_parameters(linear)
+        decay = min(0.5, (1 + done) / (10 + done))
+        expected = value if done == 0 else decay * expected + (1 - decay) * value
+        assert float(averaged.module.weight) == pytest.approx(expected)
+    assert not averaged.module.weight.requires_grad
 
 
-@pytest.mark.parametrize("change", [{"epochs": 3}, {"batch_size": 4}, {"flip": False}, {"seed": 1}], ids=str)
-def test_a_run_is_not_resumed_by_another_request(spec, change):
-    train(spec, progress=InterruptIn(1))
-    with pytest.raises(InputError, match=f"started otherwise: {next(iter(change))}"):
-        train(dataclasses.replace(spec, resume=True, **change))
+def test_the_moving_average_is_judged_and_written_beside_the_weights(spec):
+    result = train(dataclasses.replace(spec, ema_decay=0.99, epochs=2))
+    assert difference(result.last, result.run_dir / "last-ema.safetensors") > 1e-5
+    raw, ema = ([float(row[f"{kind}val_top1_percent"]) for row in rows(result.run_dir)] for kind in ("", "ema_"))
+    assert all(row["ema_val_loss"] for row in rows(result.run_dir))
+    assert result.best_top1_percent == max(*raw, *ema)
+    assert max(raw) == max(ema) or result.best.name == ("best-ema" if max(ema) > max(raw) else "best") + ".safetensors"
+    assert (result.run_dir / "best-ema.safetensors").is_file()
+    load_checkpoint(result.run_dir / "last-ema.safetensors", spec.network)
 
 
-def test_resume_without_a_run_is_refused(spec):
-    with pytest.raises(InputError, match="no run of tiny-test to resume"):
-        train(dataclasses.replace(spec, resume=True))
-
-
-def test_a_run_folder_in_use_is_not_overwritten(spec):
-    named = dataclasses.replace(spec, epochs=1, run_dir=spec.output_dir / "mine")
-    train(named)
-    with pytest.raises(OutputExistsError, match="holds a run already"):
-        train(named)
-
-
-def test_a_folder_that_cannot_be_written_is_refused(spec, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="Cannot write"):
-        train(dataclasses.replace(spec, output_dir=tmp_path / "file"))
-
-
-def test_a_loss_that_is_no_number_ends_training_and_keeps_the_epochs_before(spec):
-    factors = [1.0]
-
-    class BreakLogits(Silence):
-        def end_epoch(self, record, is_best):
-            factors[0] = float("nan")
-
-    model = create_model(spec.network, 2)
-    model.register_forward_hook(lambda module, inputs, logits: logits * factors[0])
-    with pytest.raises(TrainingError, match="In epoch 2 the loss became nan"):
-        train(spec, model, BreakLogits())
-    kept = load_checkpoint(spec.output_dir / "tiny-test-001" / "last.safetensors", spec.network)
-    assert torch.isfinite(kept.model.head.bias).all()
-    assert [row["epoch"] for row in records(spec.output_dir / "tiny-test-001")] == [1.0]
-
-
-def test_the_model_to_start_from_is_left_as_it_was(spec):
+def test_a_frozen_backbone_keeps_its_weights_and_the_head_learns(spec):
     model = random_model(spec.network, 2, seed=3)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    train(dataclasses.replace(spec, epochs=1), model)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert not model.training
+    learned, before = weights(spec, model, freeze_backbone=True), model.state_dict()
+    assert {name for name in learned if not torch.equal(learned[name], before[name])} == {"head.weight", "head.bias"}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_mixed_precision_computes_in_half_and_keeps_the_weights_in_fp32(spec):
+    model, seen = create_model(spec.network, 2), set()
+    model.stages[0][0].pwconv1.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    learned = weights(spec, model, precision="bf16")
+    assert torch.bfloat16 in seen
+    assert {tensor.dtype for tensor in learned.values()} == {torch.float32}
+    assert all(bool(tensor.isfinite().all()) for tensor in learned.values())
+
+
+def test_channels_last_reaches_images_and_kernels(spec, plain):
+    last = classifier(spec, channels_last=True)
+    for tensor in (last.network_input(one_batch()[0]), last.model.downsample_layers[1][1].weight):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+    assert not classifier(spec).network_input(one_batch()[0]).is_contiguous(memory_format=torch.channels_last)
+    assert difference(weights(spec, channels_last=True), plain) < 1e-3
+
+
+def test_compile_trains_what_torch_compile_makes(spec, plain, monkeypatch):
+    calls = []
+
+    def compile_by_hand(model):
+        return lambda images: calls.append(len(images)) or model(images)
+
+    monkeypatch.setattr(torch, "compile", compile_by_hand)
+    assert difference(weights(spec, compile=True), plain) == 0.0
+    assert calls == [8, 8, 8]
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same(spec, plain):
+    assert difference(weights(spec, compile=True), plain) < 1e-3
+
+
+def test_deterministic_algorithms_are_asked_for_while_training_and_not_after(spec):
+    seen = []
+
+    class Look(Progress):
+        def step(self, report):
+            seen.append(torch.are_deterministic_algorithms_enabled())
+
+    train(dataclasses.replace(spec, deterministic=True), progress=Look())
+    assert seen == [True]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_run_holds_the_whole_configuration_and_how_fast_images_came(spec):
+    result = train(dataclasses.replace(spec, layer_decay=0.9, base_learning_rate=1e-3))
+    written = json.loads((result.run_dir / "run.json").read_text())
+    assert written["spec"]["layer_decay"] == 0.9
+    assert written["resolved"]["learning_rate"] == pytest.approx(1e-3 * 8 / 256)
+    assert set(TrainingSpec.__dataclass_fields__) - set(written["spec"]) == {
+        "data", "output_dir", "run_dir", "workers", "resume", "compile", "tensorboard", "deterministic", "launch",
+    }  # fmt: skip
+    (row,) = rows(result.run_dir)
+    assert float(row["images_per_second"]) > 0
+    assert 0 <= float(row["data_wait_percent"]) <= 100
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"variant": "micro"}, "micro"),
+        ({"optimizer": "adam"}, "adamw, sgd"),
+        ({"schedule": "step"}, "cosine, constant"),
+        ({"precision": "int8"}, "fp32, bf16, fp16"),
+        ({"epochs": 0}, "at least 1"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"accumulate": 0}, "at least 1"),
+        ({"image_size": 100}, "100"),
+        ({"crop_ratio": 1.5}, "1.5"),
+        ({"learning_rate": 0.0}, "above 0"),
+        ({"clip_norm": 0.0}, "above 0"),
+        ({"clip_norm": float("inf")}, "finite"),
+        ({"weight_decay": float("nan")}, "finite"),
+        ({"head_init_scale": 0.0}, "above 0"),
+        ({"warmup_epochs": 3.0}, "from 0 to the 1 epochs"),
+        ({"final_learning_rate": 1.0}, "from 0 to the learning rate"),
+        ({"drop_path_rate": 1.0}, r"in \[0, 1\)"),
+        ({"label_smoothing": 1.0}, r"in \[0, 1\)"),
+        ({"beta2": 1.0}, r"in \[0, 1\)"),
+        ({"min_crop_area": 0.0}, r"in \(0, 1\]"),
+        ({"layer_decay": 0.0}, r"in \(0, 1\]"),
+        ({"ema_decay": 1.0}, r"in \(0, 1\)"),
+        ({"randaugment_magnitude": 11.0}, "from 0 to 10"),
+        ({"erasing_probability": 1.5}, "from 0 to 1"),
+        ({"mixup_alpha": -1.0}, "at least 0"),
+        ({"workers": -1}, "at least 0"),
+        ({"learning_rate": 1e-3, "base_learning_rate": 1e-3}, "Both learning_rate"),
+    ],
+    ids=str,
+)
+def test_an_option_out_of_range_is_refused(spec, change, text):
+    with pytest.raises(InputError, match=text):
+        dataclasses.replace(spec, **change)
+
+
+# --- weights to start from --------------------------------------------------------------------------------------------
 
 
 def test_a_model_of_other_classes_is_refused(spec, tiny_model):
@@ -226,8 +258,8 @@ def test_a_model_of_other_classes_is_refused(spec, tiny_model):
 def test_a_checkpoint_of_other_classes_takes_reset_head(spec, tiny_model, tmp_path):
     path = save_checkpoint(tmp_path / "ten.safetensors", tiny_model)
     with pytest.raises(CheckpointError, match="--reset-head"):
-        initial_model(spec, checkpoint=path, pretrained=None, reset_head=False)
-    loaded = initial_model(spec, checkpoint=path, pretrained=None, reset_head=True)
+        initial_model(spec, checkpoint=path)
+    loaded = initial_model(spec, checkpoint=path, reset_head=True)
     assert loaded.model.head.out_features == 2
     assert torch.equal(loaded.model.norm.weight, tiny_model.norm.weight)
 
@@ -235,104 +267,41 @@ def test_a_checkpoint_of_other_classes_takes_reset_head(spec, tiny_model, tmp_pa
 def test_a_checkpoint_of_as_many_but_other_classes_is_refused(spec, tmp_path):
     path = save_checkpoint(tmp_path / "two.safetensors", random_model(spec.network, 2), class_names=("cat", "dog"))
     with pytest.raises(CheckpointError, match=r"cat, dog.*blue, red"):
-        initial_model(spec, checkpoint=path, pretrained=None, reset_head=False)
+        initial_model(spec, checkpoint=path)
 
 
-def test_training_leaves_the_callers_random_numbers_alone(spec):
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    train(dataclasses.replace(spec, epochs=1))
-    assert torch.equal(torch.rand(3), expected)
+def test_init_keeps_a_head_of_the_same_classes(spec, tmp_path):
+    model = random_model(spec.network, 2, seed=3)
+    path = save_checkpoint(tmp_path / "two.safetensors", model, class_names=("blue", "red"))
+    assert torch.equal(initial_model(spec, init=path).model.head.weight, model.head.weight)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"epochs": 0},
-        {"batch_size": 0},
-        {"image_size": 100},
-        {"optimizer": "adam"},
-        {"precision": "int8"},
-        {"learning_rate": 0.0},
-        {"warmup_epochs": 3.0},
-        {"drop_path_rate": 1.0},
-        {"label_smoothing": 1.0},
-        {"min_crop_area": 0.0},
-        {"crop_ratio": 1.5},
-        {"workers": -1},
-        {"variant": "micro"},
-    ],
-    ids=str,
-)
-def test_a_request_that_cannot_be_trained_is_refused(spec, change):
-    with pytest.raises(InputError):
-        dataclasses.replace(spec, **change)
+@pytest.mark.parametrize("names", [None, ("cat", "dog")])
+def test_init_draws_a_new_head_for_other_classes_and_says_so(spec, tmp_path, names):
+    model = random_model(spec.network, 2 if names else 10, seed=3)
+    path = save_checkpoint(tmp_path / "other.safetensors", model, class_names=names)
+    loaded = initial_model(dataclasses.replace(spec, head_init_scale=0.5), init=path)
+    assert torch.equal(loaded.model.norm.weight, model.norm.weight)
+    assert loaded.model.head.out_features == 2
+    assert float(loaded.model.head.weight.detach().std()) == pytest.approx(0.01, rel=0.25)
+    assert any("new head for 2 classes" in text for text in loaded.notes)
 
 
-def test_the_default_learning_rate_is_that_of_the_optimiser(spec):
-    assert dataclasses.replace(spec, optimizer="adamw").resolved_learning_rate == 1e-3
-    assert dataclasses.replace(spec, optimizer="sgd").resolved_learning_rate == 5e-3
-
-
-def test_sgd_trains(spec):
-    result = train(dataclasses.replace(spec, optimizer="sgd", epochs=3))
-    losses = [row["train_loss"] for row in records(result.run_dir)]
-    assert losses[-1] < losses[0]
-
-
-def test_without_the_train_extra_the_error_names_it(spec, monkeypatch):
-    for name in ("loop", "writer"):
-        monkeypatch.delitem(sys.modules, f"cnx_deploy.training.{name}", raising=False)
-        monkeypatch.delattr(f"cnx_deploy.training.{name}", raising=False)
-    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
-    with pytest.raises(MissingRequirementError, match=r"pip install .cnx-deploy\[train\]"):
-        train(spec)
-
-
-def test_the_command_prints_one_json_document_and_progress_apart(colours, tmp_path):
-    arguments = [str(colours), "--variant", "atto", "--image-size", "32", "--epochs", "1", "--json"]
-    done = CliRunner().invoke(train_command, [*arguments, "--output-dir", str(tmp_path)])
-    assert done.exit_code == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["best"] == str(tmp_path / "atto-001" / "best.safetensors")
-    assert len(done.stderr.splitlines()) == 5  # the classes, and one epoch
-    assert "Epoch 1/1: loss" in done.stderr
-
-
-def test_the_command_exits_130_on_ctrl_c_and_resumes(colours, tmp_path, monkeypatch):
-    class PressCtrlC(TerminalProgress):
-        def end_epoch(self, record, is_best):
-            super().end_epoch(record, is_best)
-            signal.raise_signal(signal.SIGINT)
-
-    arguments = [
-        str(colours),
-        "--variant",
-        "atto",
-        "--image-size",
-        "32",
-        "--epochs",
-        "2",
-        "--output-dir",
-        str(tmp_path),
-    ]
-    with monkeypatch.context() as patched:
-        patched.setattr("cnx_deploy.cli.training_progress.TerminalProgress", PressCtrlC)
-        stopped = CliRunner().invoke(train_command, arguments)
-    assert stopped.exit_code == 130
-    assert "same command and --resume" in stopped.stderr
-    resumed = CliRunner().invoke(train_command, [*arguments, "--resume"])
-    assert resumed.exit_code == 0, resumed.stderr
-    assert "Epoch 2/2" in resumed.stderr
-    assert "Epoch 1/2" not in resumed.stderr
+def test_sources_that_do_not_fit_are_refused(spec, tmp_path):
+    path = save_checkpoint(tmp_path / "atto.safetensors", random_model("atto", 2))
+    with pytest.raises(CheckpointError, match="does not fit"):
+        initial_model(spec, init=path)
+    with pytest.raises(InputError, match="expected one of"):
+        initial_model(spec, init=path, checkpoint=path)
+    with pytest.raises(InputError, match="no head to reset"):
+        initial_model(spec, reset_head=True)
+    assert initial_model(spec) is None
 
 
 @pytest.mark.slow
 def test_atto_learns_the_digits_to_98_percent_in_ten_epochs(tmp_path):
     digits = tmp_path / "digits"
     subprocess.run([sys.executable, ROOT / "scripts" / "make_digits.py", digits], check=True, capture_output=True)
-    request = TrainingSpec(digits, "atto", tmp_path / "runs", epochs=10, image_size=64, flip=False)
     torch.set_num_threads(cpu_count())
-    result = train(request)
+    result = train(TrainingSpec(digits, "atto", tmp_path / "runs", epochs=10, image_size=64, flip=False))
     assert result.best_top1_percent >= 98.0

@@ -1,7 +1,12 @@
 """The masked autoencoder: an encoder that sees visible patches, a light decoder that predicts the hidden ones.
 
-Source: Woo et al., arXiv:2301.00808, section 3.1 (decoder of one block, width 512). The decoder's parameters have the
-names and shapes of the reference code (facebookresearch/ConvNeXt-V2, models/fcmae.py), so its files can be read.
+The encoder is the training form's own layers, with dense convolutions and masks between them. That equals submanifold
+sparse convolution, in which hidden positions do not exist: a window of the stem or of a downsampling lies within one
+patch, so only the depthwise convolutions and GRN's statistics look across patches.
+
+Source: Woo et al., arXiv:2301.00808, section 3.1 (decoder of one block, width 512). "The binary masking is numerically
+identical to sparse conv": facebookresearch/ConvNeXt-V2, TRAINING.md. The decoder's parameters have the names and shapes
+of the reference code (models/fcmae.py), so its files can be read.
 """
 
 import copy
@@ -11,36 +16,97 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from cnx_deploy.core.errors import CheckpointError
-from cnx_deploy.core.variants import Variant
+from cnx_deploy.core.files import whole_file
+from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.core.variants import Variant, check_image_size
+from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.model.checkpoint import LoadedModel, load_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model
 from cnx_deploy.model.layers import Block
 from cnx_deploy.model.layouts import WRAPPERS, difference_table, shape_differences
 from cnx_deploy.model.weight_files import read_weight_file
-from cnx_deploy.training.fcmae.encoder import masked_features
-from cnx_deploy.training.fcmae.patches import PATCH_VALUES
+from cnx_deploy.training.fcmae.masking import PATCH_VALUES, enlarged, images_of_patches, normalised_patches
 
-__all__ = ["DECODER_WIDTH", "MaskedAutoencoder", "create_autoencoder", "load_autoencoder", "without_head"]
+__all__ = ["MaskedAutoencoder", "create_autoencoder", "load_autoencoder", "masked_features", "reconstruction_cells",
+           "save_reconstructions"]  # fmt: skip
 
 DECODER_WIDTH = 512
 ENCODER = "encoder."
 WRAPPED = f"^(?:{'|'.join(map(re.escape, WRAPPERS))})+"
+GREY = 128
+"""Of hidden patches in a picture."""
+GAP = 4
+"""Pixels between the cells of a picture."""
+
+
+def masked_features(encoder: ConvNeXtV2, images: Tensor, masks: Tensor) -> list[Tensor]:
+    """Compute the features of each stage from visible patches; they are zero where hidden.
+
+    No value of a hidden pixel, not even NaN, is in the result. Without anything hidden these are the features of the
+    ordinary forward pass.
+
+    Args:
+        encoder: Network of either version; its head is not used.
+        images: (N, 3, H, W), normalised.
+        masks: (N, H/32, W/32), True where hidden.
+
+    Raises:
+        InputError: The masks are not of the images' patches.
+    """
+    check_image_size(images.shape[-2], images.shape[-1])
+    conv, norm = encoder.stem_layers()
+    features = norm(conv(images))
+    downsamplings = encoder.downsampling_layers()
+    stages: list[Tensor] = []
+    for blocks in encoder.stage_blocks():
+        if stages:
+            norm, conv = downsamplings[len(stages) - 1]
+            features = conv(norm(features))
+        hidden = enlarged(masks, (features.shape[-2], features.shape[-1]))  # (N, 1, h, w)
+        features = _hide(features, hidden)
+        for block in blocks:
+            features = _hide(_masked_block(block, features, hidden), hidden)
+        stages.append(features)
+    return stages
+
+
+def _masked_block(block: Block, features: Tensor, hidden: Tensor) -> Tensor:
+    """One block of either version: V2 has GRN, V1 has LayerScale (`gamma`) in its place."""
+    last = block.dwconv(features).permute(0, 2, 3, 1)  # (N, h, w, C)
+    wide = block.act(block.pwconv1(block.norm(last)))  # (N, h, w, 4C)
+    # The depthwise convolution spreads visible values to hidden positions, which GRN would count.
+    branch = block.pwconv2(block.grn(_hide(wide, hidden.permute(0, 2, 3, 1))))
+    if block.gamma is not None:
+        branch = block.gamma * branch
+    output: Tensor = features + block.drop_path(branch.permute(0, 3, 1, 2))
+    return output
+
+
+def _hide(features: Tensor, hidden: Tensor) -> Tensor:
+    """Zero where hidden; a product with zero would keep NaN and infinity."""
+    return features.masked_fill(hidden, 0.0)
 
 
 class MaskedAutoencoder(nn.Module):
     """Predicts the hidden patches of images.
 
     Shape: (N, 3, H, W) normalised images and (N, H/32, W/32) masks, True where hidden -> (N, L, 3072) values of all
-    patches, normalised as `patches.patch_statistics` has it. The encoder is a copy without a head.
+    patches, normalised as `masking.normalised_patches` has it. The encoder is a copy of which no parameter belongs to
+    classification: it has neither the head nor the norm before it.
     """
 
     def __init__(self, encoder: ConvNeXtV2) -> None:
         super().__init__()
-        self.encoder = without_head(encoder)
+        self.encoder = copy.deepcopy(encoder)
+        self.encoder.norm = cast(nn.LayerNorm, nn.Identity())
+        self.encoder.head = cast(nn.Linear, nn.Identity())
+        self.encoder.num_classes = 0
         self.proj = nn.Conv2d(encoder.variant.dims[-1], DECODER_WIDTH, kernel_size=1)
         self.mask_token = nn.Parameter(torch.zeros(1, DECODER_WIDTH, 1, 1))
         self.decoder = nn.Sequential(Block(DECODER_WIDTH))
@@ -57,17 +123,15 @@ class MaskedAutoencoder(nn.Module):
         return predicted.flatten(2).transpose(1, 2)
 
 
-def without_head(model: ConvNeXtV2) -> ConvNeXtV2:
-    """A copy of which no parameter belongs to classification: neither the head nor the norm before it."""
-    encoder = copy.deepcopy(model)
-    encoder.norm = cast(nn.LayerNorm, nn.Identity())
-    encoder.head = cast(nn.Linear, nn.Identity())
-    encoder.num_classes = 0
-    return encoder
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def create_autoencoder(variant: Variant | str, *, seed: int = 0) -> MaskedAutoencoder:
-    """Freshly initialised from `seed`, the caller's random numbers left alone: truncated normal (0.02), zero biases.
+    """Draw an autoencoder from `seed`, the caller's random numbers left alone: truncated normal (0.02), zero biases.
 
     The reference code draws the decoder, the linear layers and the depthwise kernels with deviation 1, which is what
     its initialiser does when no deviation is given; here all are as in the classifier.
@@ -83,7 +147,9 @@ def load_autoencoder(
     """Read an encoder from a file of any known layout, and the decoder where the file is an autoencoder's.
 
     Else the decoder is drawn from `seed`. What is known of the weights comes along, and its notes say which it was.
-    Raises CheckpointError when the encoder or a part of the decoder does not fit; see `model.checkpoint`.
+
+    Raises:
+        CheckpointError: The encoder or a part of the decoder does not fit; see `model.checkpoint`.
     """
     loaded = load_checkpoint(path, variant, num_classes=1, reset_head=True)
     with torch.random.fork_rng():
@@ -109,8 +175,45 @@ def _decoder_of(tensors: Mapping[str, Tensor], parts: set[str]) -> dict[str, Ten
     return {name: tensor for name, tensor in bare.items() if name.partition(".")[0] in parts}
 
 
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def save_reconstructions(
+    path: Path, model: MaskedAutoencoder, preprocessing: Preprocessing, pixels: Tensor, masks: Tensor
+) -> Path:
+    """Write a PNG file of `reconstruction_cells`, one row an image, whole or not at all."""
+    rows = [np.pad(row, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
+            for row in reconstruction_cells(model, preprocessing, pixels, masks).numpy()]  # fmt: skip
+    sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)[:-GAP, :-GAP]
+    with whole_file(path) as temporary:
+        Image.fromarray(sheet).save(temporary)
+    return path
+
+
+def reconstruction_cells(
+    model: MaskedAutoencoder, preprocessing: Preprocessing, pixels: Tensor, masks: Tensor
+) -> Tensor:
+    """(N, S, S, 3) uint8 and (N, h, w) masks -> (N, 4, S, S, 3) uint8.
+
+    The four: the image; the same with hidden patches grey; with them predicted; the prediction alone. The decoder
+    predicts normalised patches, so each is given back the mean and deviation of the true one.
+    """
+    device = model.mask_token.device
+    images = normalise(pixels.to(device), preprocessing)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        predicted = model(images, masks.to(device)).float()
+    model.train(was_training)
+    _, mean, deviation = normalised_patches(images)
+    restored = images_of_patches(predicted * deviation + mean, (masks.shape[1], masks.shape[2]))
+    alone = _pixels(restored, preprocessing)
+    hidden = enlarged(masks, (pixels.shape[1], pixels.shape[2])).permute(0, 2, 3, 1)  # (N, S, S, 1)
+    return torch.stack([pixels, pixels.masked_fill(hidden, GREY), torch.where(hidden, alone, pixels), alone], dim=1)
+
+
+def _pixels(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """(N, 3, S, S) normalised -> (N, S, S, 3) uint8 on the processor."""
+    mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    unit = (images * std + mean).clamp(0.0, 1.0)
+    return (unit * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()

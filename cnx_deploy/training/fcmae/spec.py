@@ -1,108 +1,65 @@
-"""What masked pre-training is asked for. Imports no Lightning.
+"""What masked pre-training is asked for, what it says of an epoch and what it returns. Imports no Lightning.
 
 Defaults are those of Woo et al., arXiv:2301.00808, appendix A.1, and of the reference code
 (facebookresearch/ConvNeXt-V2, main_pretrain.py), except for the horizontal flip that the code has and the paper not.
 """
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
 
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.core.variants import STRIDE, Variant
+from cnx_deploy.core.variants import STRIDE
 from cnx_deploy.training.fcmae.masking import masked_count
-from cnx_deploy.training.launch import Launch
-from cnx_deploy.training.spec import ONE_PROCESS, TrainingPrecision, TrainingSpec
+from cnx_deploy.training.records import EpochRecord, RunResult
+from cnx_deploy.training.spec import RunSpec, TrainingSpec
 
-__all__ = ["PretrainingSpec"]
+__all__ = ["PretrainingRecord", "PretrainingResult", "PretrainingSpec"]
 
 BETA2 = 0.95
 WARMUP_EPOCHS = 40.0
 WARMUP_SHARE = 0.05
 """40 of the reference's 800 epochs; shorter runs warm up for the same share."""
-# Where a run is and how its work is done may differ on resume; what is learned may not.
-FREE_FIELDS = frozenset(
-    {"data", "output_dir", "run_dir", "workers", "resume", "deterministic", "launch", "picture_every"}
-)
 
 
 @dataclass(frozen=True, slots=True)
-class PretrainingSpec:
-    """What to pre-train.
+class PretrainingSpec(RunSpec):
+    """What to pre-train; `RunSpec` has the rest.
 
-    `data`: see `images.find_images_below`. `mask_ratio`: share of hidden patches. `min_crop_area`: least share of an
-    image that a random crop keeps; there is no other augmentation. `held_images`: kept out of training, at most a
-    tenth of all; their loss under fixed masks says which weights are best.
+    `data` is any folder of images, see `run.find_images_below`. A random crop is the only augmentation.
+    `warmup_epochs` None: 40, or a twentieth of the epochs where those are fewer. A run is called
+    `<variant>-fcmae-NNN`.
 
-    `batch_size` images a process and step, of which `accumulate` make one step of the optimiser. `learning_rate` is
-    absolute; None takes `base_learning_rate` times the images of a step of the optimiser / 256. `warmup_epochs` None:
-    40, or a twentieth of the epochs where those are fewer.
-
-    `picture_every`: epochs between pictures of reconstructions; None makes about ten in a run. `workers`, `launch`,
-    `run_dir` and `resume` are as in `TrainingSpec`; a run is called `<variant>-fcmae-NNN`.
+    Attributes:
+        mask_ratio: Share of hidden patches.
+        held_images: Kept out of training, at most a tenth of all; their loss under fixed masks says which weights are
+            best.
+        picture_every: Epochs between pictures of reconstructions; None makes about ten in a run.
     """
 
-    data: Path
-    variant: Variant | str
-    output_dir: Path = Path("runs")
-    mask_ratio: float = 0.6
     epochs: int = 800
-    image_size: int = 224
     batch_size: int = 64
-    accumulate: int = 1
-    learning_rate: float | None = None
     base_learning_rate: float = 1.5e-4
-    weight_decay: float = 0.05
-    warmup_epochs: float | None = None
     min_crop_area: float = 0.2
+    mask_ratio: float = 0.6
     held_images: int = 64
     picture_every: int | None = None
-    seed: int = 0
-    workers: int | None = None
-    precision: TrainingPrecision = "fp32"
-    deterministic: bool = False
-    launch: Launch = ONE_PROCESS
-    run_dir: Path | None = None
-    resume: bool = False
 
     def __post_init__(self) -> None:
         _ = self.training  # its own checks
-        height, width = self.grid
-        masked_count(height * width, self.mask_ratio)
-        if self.held_images < 1:
-            raise InputError(f"held_images is {self.held_images}; it must be at least 1. Give more.")
-        if self.picture_every is not None and self.picture_every < 1:
-            raise InputError(f"picture_every is {self.picture_every}; it must be at least 1. Give more.")
+        masked_count(self.patches, self.mask_ratio)
+        for name in ("held_images", "picture_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}.")
 
     @property
     def training(self) -> TrainingSpec:
-        """The same as far as training has it: optimiser, augmentation, precision, processes. Its head is unused."""
-        return TrainingSpec(
-            self.data,
-            self.variant,
-            epochs=self.epochs,
-            image_size=self.image_size,
-            batch_size=self.batch_size,
-            accumulate=self.accumulate,
-            beta2=BETA2,
-            learning_rate=self.learning_rate,
-            base_learning_rate=self.base_learning_rate if self.learning_rate is None else None,
-            weight_decay=self.weight_decay,
-            warmup_epochs=self.resolved_warmup_epochs,
-            min_crop_area=self.min_crop_area,
-            flip=False,
-            seed=self.seed,
-            workers=self.workers,
-            precision=self.precision,
-            deterministic=self.deterministic,
-            launch=self.launch,
-        )
-
-    @property
-    def network(self) -> Variant:
-        """The variant itself."""
-        return self.training.network
+        """The same as far as training has it: AdamW, a cosine to zero, a random crop. Its head is unused."""
+        shared = {field.name: getattr(self, field.name) for field in fields(RunSpec)}
+        if self.learning_rate is not None:
+            shared["base_learning_rate"] = None
+        shared["warmup_epochs"] = self.resolved_warmup_epochs
+        return TrainingSpec(**shared, beta2=BETA2, final_learning_rate=0.0, flip=False)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -110,9 +67,9 @@ class PretrainingSpec:
         return self.image_size // STRIDE, self.image_size // STRIDE
 
     @property
-    def preprocessing(self) -> Preprocessing:
-        """What held images go through."""
-        return Preprocessing(self.image_size)
+    def patches(self) -> int:
+        """Patches of an image."""
+        return self.grid[0] * self.grid[1]
 
     @property
     def resolved_warmup_epochs(self) -> float:
@@ -124,20 +81,65 @@ class PretrainingSpec:
         """Epochs between pictures."""
         return max(1, self.epochs // 10) if self.picture_every is None else self.picture_every
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields that decide what is learned, as plain types."""
-        learned = {name: value for name, value in asdict(self).items() if name not in FREE_FIELDS}
-        return {**learned, "variant": self.network.name, "processes": self.launch.processes}
-
     def resolved(self) -> dict[str, Any]:
-        """Everything, with what None stands for filled in, for people to read."""
+        """Everything, with the values that None stands for, for people to read."""
         return {
             **self.to_dict(),
             "optimizer": "adamw",
             "beta2": BETA2,
             "learning_rate": self.training.resolved_learning_rate,
             "warmup_epochs": self.resolved_warmup_epochs,
-            "images_per_step": self.training.images_per_step,
-            "patches": self.grid[0] * self.grid[1],
-            "hidden_patches": masked_count(self.grid[0] * self.grid[1], self.mask_ratio),
+            "images_per_step": self.images_per_step,
+            "patches": self.patches,
+            "hidden_patches": masked_count(self.patches, self.mask_ratio),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class PretrainingRecord(EpochRecord):
+    """One epoch. Losses are mean squared errors of hidden patches, in units of each patch's variance.
+
+    `held_loss`: of the held images, uncropped by chance and under the same masks in every epoch. `learning_rate`: the
+    last step's. `images_per_second`: of training alone; `seconds`: of the whole epoch.
+    """
+
+    loss: float
+    held_loss: float
+    learning_rate: float
+    images_per_second: float
+    seconds: float
+
+    @property
+    def losses(self) -> tuple[float, float]:
+        """Loss in training and on held images."""
+        return self.loss, self.held_loss
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The lower the held loss the better."""
+        return -self.held_loss, 0.0
+
+    def summary(self, *, is_best: bool) -> str:
+        """Losses and pace."""
+        return (
+            f"loss {self.loss:.4f}, held images {self.held_loss:.4f}{' (best)' if is_best else ''}, "
+            f"{self.seconds:.1f} s, {self.images_per_second:.0f} images/s"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PretrainingResult(RunResult):
+    """A pre-training run. Losses are None without a finished epoch; `best` and `last` are encoders without a head."""
+
+    first_loss: float | None
+    last_loss: float | None
+    best_held_loss: float | None
+
+    def summary(self) -> str:
+        """The best weights, and how the losses fell."""
+        if self.best is None:
+            return RunResult.summary(self)
+        return (
+            f"{self.best}: loss {self.first_loss:.4f} in the first epoch, {self.last_loss:.4f} in the last of "
+            f"{self.epochs_run}; held images {self.best_held_loss:.4f} at best"
+        )

@@ -1,4 +1,4 @@
-"""What is done to training images and batches, without a trainer."""
+"""What is done to training images and batches, and how they are loaded."""
 
 import dataclasses
 from pathlib import Path
@@ -9,8 +9,7 @@ from PIL import Image
 
 from cnx_deploy.data import ImageFiles, image_like_batches
 from cnx_deploy.training import TrainingSpec
-from cnx_deploy.training.augmentation import BatchMix, ImageAugmentation
-from cnx_deploy.training.images import TrainingImages, ValidationImages, make_loader
+from cnx_deploy.training.images import BatchMix, ImageAugmentation, TrainingImages, ValidationImages, make_loader
 
 SPEC = TrainingSpec(Path("images"), "atto", image_size=64, flip=False, min_crop_area=1.0, crop_ratio=1.0)
 IMAGE = next(image_like_batches(1, 64, batch_size=1))[0].permute(2, 0, 1)  # (3, 64, 64) uint8
@@ -145,16 +144,19 @@ def one_image(tmp_path) -> ImageFiles:
 def test_without_random_crops_training_images_are_the_evaluation_crop(one_image):
     spec = dataclasses.replace(SPEC, image_size=32, crop_ratio=0.875)
     trained, _ = TrainingImages(one_image, ImageAugmentation(spec))[0, 0]
-    validated, _ = ValidationImages(one_image, spec.preprocessing)[0]
+    validated, _ = ValidationImages(one_image, spec)[0]
     assert torch.equal(trained, validated)
 
 
 def test_images_too_large_for_memory_are_read_when_they_are_needed(one_image, monkeypatch):
-    augment = ImageAugmentation(dataclasses.replace(SPEC, image_size=32, min_crop_area=0.5))
+    spec = dataclasses.replace(SPEC, image_size=32, min_crop_area=0.5)
+    augment = ImageAugmentation(spec)
     in_memory = TrainingImages(one_image, augment)
     monkeypatch.setattr("cnx_deploy.training.images.CACHE_BYTES", 40 * 40 * 3 - 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     on_demand = TrainingImages(one_image, augment)
     assert (in_memory.cached is None, on_demand.cached) == (False, None)
     assert torch.equal(in_memory[0, 7][0], on_demand[0, 7][0])
-    loaders = [make_loader(images, 1, workers=None, on_gpu=False) for images in (in_memory, on_demand)]
+    loaders = [make_loader(images, 1, spec) for images in (in_memory, on_demand)]
     assert loaders[0].num_workers == 0 < loaders[1].num_workers
+    assert make_loader(on_demand, 1, dataclasses.replace(spec, workers=3)).num_workers == 3

@@ -1,0 +1,120 @@
+"""Training a classifier, as the shared loop runs it. Importing this module takes the `train` extra."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+from torchmetrics.classification import MulticlassAccuracy
+
+from cnx_deploy.data.preprocessing import normalise
+from cnx_deploy.model.convnextv2 import ConvNeXtV2
+from cnx_deploy.training.images import BatchMix
+from cnx_deploy.training.loop import Batch, EpochClock, TaskModule
+from cnx_deploy.training.records import EpochRecord, TrainingRecord
+from cnx_deploy.training.spec import TrainingSpec
+
+__all__ = ["ClassificationModule", "averaged_model"]
+
+
+class ClassificationModule(TaskModule):
+    """Cross-entropy on mixed and smoothed labels; top-1 and top-5 of the weights and of their moving average."""
+
+    record_type = TrainingRecord
+    model: ConvNeXtV2
+
+    def __init__(self, model: ConvNeXtV2, spec: TrainingSpec, train_images: int, metadata: dict[str, Any]) -> None:
+        kept = model.to(memory_format=torch.channels_last) if spec.channels_last else model
+        super().__init__(kept, spec, train_images, ("train", "val", "ema"), metadata)
+        self.mix = BatchMix(spec.mixup_alpha, spec.cutmix_alpha, model.num_classes)
+        self.averaged = None if spec.ema_decay is None else averaged_model(kept, spec.ema_decay)
+        classes = model.num_classes
+        self.top1 = MulticlassAccuracy(classes, average="micro")
+        self.top5 = MulticlassAccuracy(classes, average="micro", top_k=min(5, classes))
+        self.ema_top1 = MulticlassAccuracy(classes, average="micro")
+        self._compiled = (torch.compile(kept),) if spec.compile else ()  # a tuple: no second set of parameters
+
+    def batch_losses(self, batch: Batch, batch_index: int) -> Tensor:
+        """Cross-entropy with label smoothing, on mixed images where that is asked for: (N,)."""
+        pixels, labels = batch
+        images, targets = self.mix(self.network_input(pixels), labels)
+        logits = (self._compiled or (self.model,))[0](images)
+        return F.cross_entropy(logits, targets, label_smoothing=self.spec.label_smoothing, reduction="none")
+
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        """Take the step, then move the average."""
+        super().optimizer_step(*arguments, **options)
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the validation's sums and metrics."""
+        super().on_validation_epoch_start()
+        for metric in (self.top1, self.top5, self.ema_top1):
+            metric.reset()
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Cross-entropy without smoothing, top-1 and top-5, of the weights and of their average."""
+        pixels, labels = batch
+        images = self.network_input(pixels)
+        logits = self.model(images).float()
+        self.add("val", F.cross_entropy(logits, labels, reduction="none"))
+        self.top1.update(logits, labels)
+        self.top5.update(logits, labels)
+        if self.averaged is not None:
+            logits = self.averaged.module(images).float()
+            self.add("ema", F.cross_entropy(logits, labels, reduction="none"))
+            self.ema_top1.update(logits, labels)
+
+    def epoch_record(self, losses: dict[str, float], rate: float, clock: EpochClock) -> TrainingRecord:
+        """Losses and accuracy over all processes; each must call this."""
+        has_average = self.averaged is not None
+        return TrainingRecord(
+            epoch=self.current_epoch + 1,
+            train_loss=losses["train"],
+            val_loss=losses["val"],
+            val_top1_percent=_percent(self.top1),
+            val_top5_percent=_percent(self.top5),
+            ema_val_loss=losses["ema"] if has_average else None,
+            ema_val_top1_percent=_percent(self.ema_top1) if has_average else None,
+            learning_rate=rate,
+            seconds=clock.seconds,
+            images_per_second=clock.images_per_second,
+            data_wait_percent=clock.wait_percent,
+        )
+
+    def networks(self, records: list[EpochRecord]) -> Iterator[tuple[str, ConvNeXtV2, bool]]:
+        """The weights, and their moving average as `-ema`; each has a best epoch of its own."""
+        *before, newest = cast(list[TrainingRecord], records)
+        yield "", self.model, all(newest.weights_rank > record.weights_rank for record in before)
+        if self.averaged is not None:
+            average = cast(ConvNeXtV2, self.averaged.module)
+            yield "-ema", average, all(newest.ema_rank > record.ema_rank for record in before)
+
+    def network_input(self, pixels: Tensor) -> Tensor:
+        """(N, S, S, 3) uint8 -> (N, 3, S, S) normalised, in the memory format of the kernels."""
+        images = normalise(pixels, self.spec.preprocessing)
+        return images.contiguous(
+            memory_format=torch.channels_last if self.spec.channels_last else torch.contiguous_format
+        )
+
+
+def averaged_model(model: torch.nn.Module, decay: float) -> AveragedModel:
+    """Copy a model into one that follows its weights, by min(decay, (1 + n) / (10 + n)) after n updates.
+
+    It follows faster at first: without that a run much shorter than 1 / (1 - decay) steps would end near where it
+    began.
+    """
+
+    def follow(averaged: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
+        done = int(updates)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + done) / (10 + done)))
+
+    moving: Callable[..., None] = follow
+    return AveragedModel(model, multi_avg_fn=moving).requires_grad_(False)
+
+
+def _percent(metric: MulticlassAccuracy) -> float:
+    return round(100.0 * float(metric.compute()), 4)

@@ -1,0 +1,101 @@
+"""`cnx-deploy train` and `cnx-deploy pretrain` from the command line's end."""
+
+import json
+import shutil
+import signal
+
+import pytest
+from click.testing import CliRunner
+
+from cnx_deploy.cli.pretrain import pretrain
+from cnx_deploy.cli.train import train
+from cnx_deploy.cli.training_progress import TerminalProgress
+from tests.support.training_data import write_colours
+
+COMMANDS = {
+    train: ("--image-size", "32", "--batch-size", "12"),
+    pretrain: ("--image-size", "64", "--batch-size", "22"),
+}
+
+
+def invoke(command, data, *more):
+    done = CliRunner().invoke(command, [str(word) for word in (data, "--variant", "atto", *COMMANDS[command], *more)])
+    assert done.exit_code in (0, 130), done.stderr
+    return done
+
+
+def test_train_prints_one_json_document_and_progress_apart(colours, tmp_path):
+    done = invoke(train, colours, "--epochs", 1, "--json", "--output-dir", tmp_path)
+    result = json.loads(done.stdout)
+    assert result["best"] == str(tmp_path / "atto-001" / "best.safetensors")
+    assert (result["epochs_run"], result["interrupted"]) == (1, False)
+    assert len(done.stderr.splitlines()) == 5  # the classes, and one epoch
+    assert "Epoch 1/1: loss" in done.stderr
+    assert (tmp_path / "atto-001" / "curves.svg").is_file()
+
+
+@pytest.mark.slow
+def test_pretrain_leaves_broken_images_out_and_train_takes_its_weights(colours, tmp_path):
+    shutil.copytree(colours / "train", tmp_path / "images" / "train")
+    (tmp_path / "images" / "train" / "red" / "broken.png").write_bytes(b"\x89PNG\r\n")
+    done = invoke(pretrain, tmp_path / "images", "--epochs", 1, "--json", "--output-dir", tmp_path)
+    result = json.loads(done.stdout)
+    assert result["best"] == str(tmp_path / "atto-fcmae-001" / "best.safetensors")
+    assert "1 of 25 images cannot be read and are left out" in done.stderr
+    assert "22 images to train on, 2 held out" in done.stderr
+    assert "Epoch 1/1: loss" in done.stderr
+    words = ("--epochs", 1, "--checkpoint", result["best"], "--reset-head", "--output-dir", tmp_path)
+    assert "Note: new head for 2 classes" in invoke(train, colours, *words).stderr
+    assert (tmp_path / "atto-001" / "best.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", [train, pytest.param(pretrain, marks=pytest.mark.slow)])
+def test_ctrl_c_ends_with_130_and_the_same_command_resumes(colours, tmp_path, monkeypatch, command):
+    class PressCtrlC(TerminalProgress):
+        def end_epoch(self, record, is_best):
+            super().end_epoch(record, is_best)
+            signal.raise_signal(signal.SIGINT)
+
+    words = ("--epochs", "2", "--output-dir", tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("cnx_deploy.cli.training_progress.TerminalProgress", PressCtrlC)
+        stopped = invoke(command, colours, *words)
+    assert stopped.exit_code == 130
+    assert "same command and --resume" in stopped.stderr
+    resumed = invoke(command, colours, *words, "--resume")
+    assert resumed.exit_code == 0
+    assert "Epoch 2/2: loss" in resumed.stderr
+    assert "Epoch 1/2" not in resumed.stderr
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_whole_configuration_is_printed_and_nothing_trained(colours, tmp_path):
+    words = ("--show-config", "--output-dir", tmp_path)
+    shown = json.loads(invoke(train, "nowhere", "--recipe", "fine-tune", "--epochs", 3, *words).stdout)
+    assert (shown["recipe"], shown["epochs"], shown["layer_decay"], shown["ema_decay"]) == ("fine-tune", 3, 0.9, 0.9999)
+    assert shown["learning_rate"] == pytest.approx(2e-4 * 12 * 16 / 256)
+    shown = json.loads(invoke(pretrain, "nowhere", *words).stdout)
+    assert (shown["learning_rate"], shown["hidden_patches"]) == (pytest.approx(1.5e-4 * 22 / 256), 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_train_takes_a_recipe_and_options_beside_it(colours, tmp_path):
+    words = ("--recipe", "fine-tune", "--epochs", 2, "--accumulate", 2, "--learning-rate", 1e-3, "--run-dir", tmp_path)
+    assert "average" in invoke(train, colours, *words).stderr
+    written = json.loads((tmp_path / "run.json").read_text())
+    assert (written["spec"]["recipe"], written["spec"]["layer_decay"]) == ("fine-tune", 0.9)
+    assert written["resolved"]["learning_rate"] == 1e-3
+
+
+def test_dataset_bad_files_and_uneven_classes_are_said(tmp_path):
+    data = write_colours(tmp_path / "colours", train=22)
+    (data / "train" / "red" / "0.png").write_bytes(b"no image")
+    for index in range(3, 22):
+        (data / "train" / "red" / f"{index}.png").unlink()
+    done = invoke(train, data, "--epochs", 1, "--run-dir", tmp_path / "run")
+    assert "1 of 33 images cannot be read and are left out" in done.stderr
+    assert "red/0.png" in done.stderr
+    assert "largest to smallest 11.0:1" in done.stderr
+    assert "Warning: The classes are uneven" in done.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["train_images"] == 24
