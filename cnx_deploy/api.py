@@ -34,7 +34,7 @@ from cnx_deploy.verification.saved_results import SavedResults, save_for_polygra
 from cnx_deploy.verification.verify import Progress, Reference, verify_artifact, verify_export
 
 if TYPE_CHECKING:
-    from cnx_deploy.bench.run import BenchReport
+    from cnx_deploy.bench.record import BenchmarkRecord
     from cnx_deploy.diagnosis.headroom import Headroom
     from cnx_deploy.training import TrainingResult
     from cnx_deploy.verification.evaluation import Evaluation
@@ -132,27 +132,26 @@ def benchmark(
     note: Note = _silent,
     progress: Callable[[str, float], None] | None = None,
     **options: Any,
-) -> "BenchReport":
+) -> "BenchmarkRecord":
     """Time ONNX files and engines in turns with PyTorch and others, as `cnx-deploy bench` does.
 
     Args:
         artifacts: artifacts or paths; none means everything recorded.
         batch: images a call; several are measured one after the other.
         compare: peers in the same turns: "torch", "compile", "timm", "timm-whole", "timm-18"; first the baseline.
-        note: is told of recorded artifacts that are not here.
+        note: is told of recorded artifacts that are not here, and of reasons to doubt the figures.
         progress: is told a text and the share that is done.
-        **options: fields of `bench.comparison.BenchRequest`: duration, threads, spin, seed …
+        **options: fields of `bench.comparison.BenchSpec`: duration_seconds, threads, spin, seed, sweep_to …
 
     Returns:
-        The report with latencies in milliseconds and images a second; `print(report)` shows the table.
+        The record with latencies in milliseconds and images a second; `print(record)` shows the table.
     """
-    from cnx_deploy.bench.comparison import BenchRequest
-    from cnx_deploy.bench.run import run_bench
+    from cnx_deploy.bench.comparison import BenchSpec, run_benchmark
 
     batches = (batch,) if isinstance(batch, int) else tuple(batch)
-    request = BenchRequest(files=_paths_of(artifacts), batches=batches, compare=tuple(compare), **options)
-    recorded = list(select_artifacts(request.files, request.export_dir, request.engines_dir, note))
-    return run_bench(recorded, request, omp_threads=os.environ.get("OMP_NUM_THREADS"), progress=progress)
+    options.setdefault("omp_threads", os.environ.get("OMP_NUM_THREADS"))
+    spec = BenchSpec(files=_paths_of(artifacts), batches=batches, compare=tuple(compare), **options)
+    return run_benchmark(spec, note, progress)
 
 
 def load(model: Source, *, device: str = "cpu") -> "Model":

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cnx_deploy.bench.roofline import work_of
+from cnx_deploy.bench.bounds import work_of
 from cnx_deploy.core.errors import CnxDeployError, InputError, RecordsError
 from cnx_deploy.core.files import write_bytes
 from cnx_deploy.core.plotting import BLUE, GREEN, GREY, GRID, ORANGE, PURPLE, SKY, require_packages, svg_bytes

@@ -1,9 +1,10 @@
 """A benchmark over recorded artifacts: which runners take turns, on which images, and what could not run.
 
-Timing itself is `benchmark`; this puts the peers beside the artifacts of one network, judges what was timed, and
-stops a sweep over batch sizes where going on would show nothing.
+The artifacts of one network take turns with each other and with the peers that it is compared with. Every row is judged
+against PyTorch's training form on the same images. A plan says what would run here, and measures nothing.
 """
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -14,207 +15,317 @@ from typing import Any
 
 import torch
 
-from cnx_deploy.bench.candidate import Candidate, create
-from cnx_deploy.bench.networks import network_facts, network_name, networks_of, precisions_of
-from cnx_deploy.bench.peers import PEERS, OrtSettings, PeerSetup, place_of_peers
-from cnx_deploy.bench.sweep import is_over, sweep_batches
-from cnx_deploy.bench.timing import BenchSpec, Timing, measure_together
+from cnx_deploy.bench.bounds import DEVICES, Bound, bound_of, find_device, work_of
+from cnx_deploy.bench.conditions import conditions_now, doubts, gpu_states, throttling
+from cnx_deploy.bench.peers import PEERS, PeerSetup, place_of_peers
+from cnx_deploy.bench.record import (
+    BenchmarkRecord,
+    CompiledFacts,
+    FileFacts,
+    NetworkFacts,
+    NotRun,
+    Plan,
+    PlannedRow,
+    Timing,
+    WeightsFacts,
+)
+from cnx_deploy.bench.statistics import knees, sweep_batches, sweep_is_over
+from cnx_deploy.bench.timing import Contender, Progress, TimingSpec, measure_together, open_contender
+from cnx_deploy.core.artifacts import find_artifacts, open_artifact, select_artifacts
 from cnx_deploy.core.errors import InputError, MissingRequirementError
-from cnx_deploy.core.gates import GATES
-from cnx_deploy.core.manifest import Artifact, EngineFacts
-from cnx_deploy.core.system import cpu_count, find_gpus
+from cnx_deploy.core.manifest import Artifact, EngineFacts, OnnxFacts
+from cnx_deploy.core.precision import PRECISIONS, find_precision
+from cnx_deploy.core.system import cpu_count
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.recorded import recorded_model
-from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.runners.registry import RunnerOptions, open_runner
+from cnx_deploy.runners.registry import RunnerOptions, default_runner, open_runner
 from cnx_deploy.verification.parity import logits_of
 
-__all__ = ["BenchRequest", "Benchmark", "NotRun", "bench_artifacts"]
+__all__ = ["BenchSpec", "bound_of_row", "plan_benchmark", "run_benchmark"]
 
-Progress = Callable[[str, float], None]
+Note = Callable[[str], None]
 
 REFERENCE_BATCH = 8
-"""The reference runs in pieces of this size: a large batch of it would take the memory of the candidates."""
+"""The reference runs in pieces of this size: a large batch of it would take the memory of the contenders."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BenchRequest:
-    """What `cnx-deploy bench` takes. Without `files`, everything recorded in both folders.
+class BenchSpec:
+    """What to time, and how. Without `files`, everything recorded in both folders.
 
-    `compare`: words of `bench.peers.PEERS`, the first is the baseline of the table. `threads` None means all;
-    `spin`, `thread_per_image`: see `runners.ort.OrtRunner`.
-    `sweep`: batches 1, 2, 4, … to `max_batch` instead of `batches`. `cuda_graph`: engines replay a captured graph.
+    `compare`: words of `bench.peers.PEERS`; the first is the baseline of the table. `duration_seconds` is for a row.
+    `sweep_to`: batches 1, 2, 4, … up to this one instead of `batches`; `slo_ms` finds the largest batch within it.
+    `threads` None means all processors. `spin`, `thread_per_image`: see `runners.onnxruntime.OrtRunner`.
+    `cuda_graph`: engines replay a captured graph. `omp_threads`: the value of OMP_NUM_THREADS, to warn of.
     """
 
     files: tuple[Path, ...] = ()
     export_dir: Path = Path("export")
     engines_dir: Path = Path("engines")
     batches: tuple[int, ...] = (1, 8)
-    duration: float = 3.0
+    sweep_to: int | None = None
+    slo_ms: float | None = None
     compare: tuple[str, ...] = ()
+    duration_seconds: float = 3.0
     threads: int | None = None
     spin: bool = True
     thread_per_image: bool = True
-    sweep: bool = False
-    max_batch: int = 256
     cuda_graph: bool = False
     seed: int = 0
+    omp_threads: str | None = None
 
     def __post_init__(self) -> None:
         unknown = [word for word in self.compare if word not in PEERS]
         if unknown:
-            raise InputError(f"Nothing to compare with is called {unknown[0]!r}. Choose from: {', '.join(PEERS)}.")
+            raise InputError(f"compare takes {', '.join(PEERS)}, got {unknown[0]!r}.")
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
         """The batches to measure, in this order."""
-        return sweep_batches(self.max_batch) if self.sweep else self.batches
+        return self.batches if self.sweep_to is None else sweep_batches(self.sweep_to)
 
     @property
-    def gives_images_to_threads(self) -> bool:
-        """Whether a thread gets images of its own: only where a batch has one for each, as it costs memory."""
-        return self.thread_per_image and max(self.batch_sizes) >= (self.threads or cpu_count())
-
-
-@dataclass(frozen=True, slots=True)
-class NotRun:
-    """Something that was not timed and why, with what its compiler says of it.
-
-    `batch` is the one that it does not take, or that of the compiler's figures; None where no batch would do.
-    """
-
-    name: str
-    network: str
-    batch: int | None
-    kernels: int | None
-    megabytes_per_image: float | None
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Benchmark:
-    """Timed rows and rows that were not run; `networks` says what each network is, by the name rows have for it."""
-
-    rows: tuple[Timing, ...]
-    not_run: tuple[NotRun, ...]
-    networks: dict[str, dict[str, Any]]
+    def runner_options(self) -> RunnerOptions:
+        """How files are opened. A thread gets images of its own only where a batch has one for each, as it costs."""
+        alone = self.thread_per_image and max(self.batch_sizes) >= (self.threads or cpu_count())
+        return RunnerOptions(
+            threads=self.threads, spin=self.spin, thread_per_image=alone, cuda_graph=self.cuda_graph, hashes_hold=True
+        )
 
 
 @dataclass(slots=True)
 class _Network:
     """One network being measured: its artifacts, weights and open runners, and what has become of it so far."""
 
-    name: str
     artifacts: Sequence[Artifact]
     loaded: LoadedModel
-    candidates: list[Candidate] = field(default_factory=list)
+    contenders: list[Contender] = field(default_factory=list)
     rows: list[Timing] = field(default_factory=list)
     not_run: list[NotRun] = field(default_factory=list)
 
+    @property
+    def name(self) -> str:
+        """The name that rows have for it."""
+        return _network_name(self.artifacts[0])
 
-def bench_artifacts(
-    artifacts: Sequence[Artifact], request: BenchRequest, progress: Progress | None = None
-) -> Benchmark:
-    """Time the artifacts network by network; those of one network take turns with each other and with the peers."""
-    torch.set_num_threads(request.threads or cpu_count())
-    measured = []
-    for group in networks_of(artifacts):
-        network = _Network(network_name(group[0]), group, recorded_model(group[0]))
-        measured.append(network)
-        with ExitStack() as stack:
-            _open_peers(network, request, stack)
-            _open_artifacts(network, request, stack)
-            for batch in request.batch_sizes:
-                _measure(network, batch, request, progress)
-    return Benchmark(
-        tuple(row for network in measured for row in network.rows),
-        tuple(missing for network in measured for missing in network.not_run),
-        {network.name: network_facts(network.artifacts) for network in measured},
+
+def run_benchmark(spec: BenchSpec, note: Note, progress: Progress | None = None) -> BenchmarkRecord:
+    """Time artifacts and their peers, network by network, and return the whole record.
+
+    Args:
+        spec: What to time, and how.
+        note: Is told one line at a time: files that are missing, and reasons to doubt the figures.
+        progress: Is told what is going on and the share of it that is done.
+
+    Raises:
+        InputError: Nothing is recorded, or a file that was named is no artifact.
+        CorruptArtifactError: A file's hash is not the recorded one.
+    """
+    conditions = conditions_now(threads=spec.threads, duration_seconds=spec.duration_seconds, seed=spec.seed)
+    warnings = list(doubts(conditions, spec.omp_threads))
+    artifacts = list(select_artifacts(spec.files, spec.export_dir, spec.engines_dir, note))
+    if not spec.files:  # files that are named were hashed when they were selected
+        artifacts = [open_artifact(artifact.path) for artifact in artifacts]
+    torch.set_num_threads(conditions.threads)
+    networks = [_measure_network(group, spec, progress) for group in _networks_of(artifacts)]
+    warnings.extend(throttling(gpu_states()))
+    for warning in warnings:
+        note(f"Warning: {warning}.")
+    rows = tuple(row for network in networks for row in network.rows)
+    return BenchmarkRecord(
+        environment=conditions,
+        networks={network.name: _network_facts(network.artifacts) for network in networks},
+        rows=rows,
+        not_run=tuple(missing for network in networks for missing in network.not_run),
+        sweep=knees(rows, spec.slo_ms) if spec.sweep_to is not None else (),
+        warnings=tuple(warnings),
     )
 
 
-def _open_peers(network: _Network, request: BenchRequest, stack: ExitStack) -> None:
+def plan_benchmark(spec: BenchSpec, note: Note) -> Plan:
+    """Say what `run_benchmark` would measure, from manifests alone: a fresh clone has no files.
+
+    The bounds are at the largest batch: of this machine's GPU where it is known, else of all GPUs in the table.
+    """
+    artifacts: list[Artifact] = [
+        *find_artifacts(spec.export_dir, "onnx"), *find_artifacts(spec.engines_dir, "engine"),
+    ]  # fmt: skip
+    if spec.files or not artifacts:
+        artifacts = list(select_artifacts(spec.files, spec.export_dir, spec.engines_dir, note))
+    groups = list(_networks_of(artifacts))
+    conditions = conditions_now(threads=spec.threads, duration_seconds=spec.duration_seconds, seed=spec.seed)
+    # The driver's tool gives a part of a divided GPU the name of the whole one.
+    whole = [gpu.name for gpu in conditions.gpus if gpu.mig != "Enabled"]
+    own = [device for name in whole if (device := find_device(name)) is not None]
+    models = [group[0].manifest.model for group in groups]
+    works = [work_of(*shape, "fp16") for shape in dict.fromkeys((model.variant, model.image_size) for model in models)]
+    return Plan(
+        environment=conditions,
+        networks={_network_name(group[0]): _network_facts(group) for group in groups},
+        planned=tuple(row for group in groups for row in _planned(group, spec)),
+        roofline=tuple(
+            bound_of(work, device, batch=max(spec.batch_sizes)) for work in works for device in own or DEVICES
+        ),
+    )
+
+
+def _networks_of(artifacts: Sequence[Artifact]) -> Iterator[list[Artifact]]:
+    """Artifacts that hold the same weights for the same input, together; in the order they come in."""
+    groups: dict[tuple[Any, ...], list[Artifact]] = {}
+    for artifact in artifacts:
+        model, deploy = artifact.manifest.model, artifact.manifest.deploy
+        key = (model.weights.sha256, model.image_size, deploy.input_kind, deploy.mean, deploy.std)
+        groups.setdefault(key, []).append(artifact)
+    yield from groups.values()
+
+
+def _precisions_of(artifacts: Sequence[Artifact]) -> tuple[str, ...]:
+    return tuple(artifact.manifest.precision.name for artifact in artifacts)
+
+
+def _network_name(artifact: Artifact) -> str:
+    """`atto-224-1a2b3c4d`: variant, image size, the first digits of the weights' hash; `-uint8` for that input."""
+    model, kind = artifact.manifest.model, artifact.manifest.deploy.input_kind
+    name = f"{model.variant}-{model.image_size}-{model.weights.sha256[:8]}"
+    return name if kind == "float" else f"{name}-{kind}"
+
+
+def _network_facts(artifacts: Sequence[Artifact]) -> NetworkFacts:
+    """What the record says of one network, from the manifests of its artifacts."""
+    model, kind = artifacts[0].manifest.model, artifacts[0].manifest.deploy.input_kind
+    work = work_of(model.variant, model.image_size, "fp32", model.num_classes)
+    return NetworkFacts(
+        variant=model.variant,
+        image_size=model.image_size,
+        num_classes=model.num_classes,
+        input="uint8 NHWC" if kind == "uint8" else "float32 NCHW",
+        weights=WeightsFacts(model.weights.origin, model.weights.sha256),
+        parameters=work.parameters,
+        gmacs=round(work.macs / 1e9, 3),
+        macts=round(work.activations / 1e6, 2),
+        files={artifact.path.name: _file_facts(artifact) for artifact in artifacts},
+    )
+
+
+def _file_facts(artifact: Artifact) -> FileFacts:
+    facts = artifact.manifest.facts
+    return FileFacts(
+        sha256=artifact.sha256,
+        precision=artifact.manifest.precision.name,
+        fp32_layers=facts.census.float_layers if isinstance(facts, EngineFacts) else None,
+        tensors_by_type=facts.types if isinstance(facts, OnnxFacts) else None,
+        compiled=_compiled_facts(artifact),
+    )
+
+
+def _compiled_facts(artifact: Artifact) -> CompiledFacts:
+    facts = artifact.manifest.facts
+    if not isinstance(facts, EngineFacts) or facts.compiled is None:
+        return CompiledFacts()
+    return CompiledFacts(facts.compiled.batch, facts.compiled.kernels, facts.compiled.megabytes_per_image)
+
+
+def _planned(group: Sequence[Artifact], spec: BenchSpec) -> Iterator[PlannedRow]:
+    network = _network_name(group[0])
+    _, precision = place_of_peers(_precisions_of(group))
+    for batch in spec.batch_sizes:
+        for peer in (PEERS[word] for word in spec.compare):
+            yield PlannedRow(network, peer.row_name(precision), batch, peer.missing())
+        for artifact in group:
+            smallest, _, largest = artifact.manifest.batch
+            if smallest <= batch <= largest:
+                yield PlannedRow(network, artifact.path.name, batch, _missing(artifact))
+
+
+def _missing(artifact: Artifact) -> str | None:
+    """What this machine lacks to run an artifact; None where a runner takes it."""
+    try:
+        default_runner(artifact)
+    except MissingRequirementError as error:
+        return str(error)
+    return None
+
+
+def _measure_network(artifacts: Sequence[Artifact], spec: BenchSpec, progress: Progress | None) -> _Network:
+    network = _Network(artifacts, recorded_model(artifacts[0]))
+    with ExitStack() as stack:
+        _open_peers(network, spec, stack)
+        _open_artifacts(network, spec, stack)
+        for batch in spec.batch_sizes:
+            _measure(network, batch, spec, progress)
+    return network
+
+
+def _open_peers(network: _Network, spec: BenchSpec, stack: ExitStack) -> None:
     deploy = network.artifacts[0].manifest.deploy
-    place = place_of_peers(precisions_of(network.artifacts))
-    for peer in (PEERS[word] for word in request.compare):
-        name, gate = peer.row_name(place[1]), GATES[peer.precision_here(place[1])]
+    place = place_of_peers(_precisions_of(network.artifacts))
+    for peer in (PEERS[word] for word in spec.compare):
+        name, gate = peer.row_name(place[1]), find_precision(peer.precision_here(place[1])).gate
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         # A model of its own: the peer may move it to a GPU, and the reference stays on the CPU.
-        model = recorded_model(network.artifacts[0]).model
-        settings = OrtSettings(request.threads, request.spin, request.gives_images_to_threads)
-        setup = PeerSetup(model, deploy, settings, folder, *place)
+        setup = PeerSetup(copy.deepcopy(network.loaded.model), deploy, spec.runner_options, folder, *place)
         try:
-            candidate = create(name, network.name, peer.prepare(setup), gate, stack)
-            take = peer.input_from_pixels(deploy)
-            network.candidates.append(replace(candidate, is_peer=True, input_from_pixels=take))
+            contender = open_contender(name, network.name, peer.prepare(setup), gate, stack)
         except MissingRequirementError as error:
             network.not_run.append(NotRun(name, network.name, None, None, None, str(error)))
+        else:
+            take = peer.input_from_pixels(deploy)
+            network.contenders.append(replace(contender, is_peer=True, input_from_pixels=take))
 
 
-def _open_artifacts(network: _Network, request: BenchRequest, stack: ExitStack) -> None:
+def _open_artifacts(network: _Network, spec: BenchSpec, stack: ExitStack) -> None:
     for artifact in network.artifacts:
+        name, make = artifact.path.name, partial(open_runner, artifact, options=spec.runner_options)
         try:
-            make = partial(_artifact_runner, artifact, request)
-            network.candidates.append(create(artifact.path.name, network.name, make, artifact.manifest.gate, stack))
+            network.contenders.append(open_contender(name, network.name, make, artifact.manifest.gate, stack))
         except MissingRequirementError as error:
-            facts = artifact.manifest.facts
-            compiled = facts.compiled if isinstance(facts, EngineFacts) else None
-            figures = (
-                (compiled.batch, compiled.kernels, compiled.megabytes_per_image) if compiled else (None, None, None)
-            )
-            reason = _reason_not_run(artifact, error)
-            network.not_run.append(NotRun(artifact.path.name, network.name, figures[0], figures[1], figures[2], reason))
-    if not request.compare and network.candidates:
-        network.candidates[0] = replace(network.candidates[0], is_peer=True)
+            compiled = _compiled_facts(artifact)
+            figures = (compiled.batch, compiled.kernels, compiled.megabytes_per_image)
+            network.not_run.append(NotRun(name, network.name, *figures, str(error)))
+    if not spec.compare and network.contenders:
+        network.contenders[0] = replace(network.contenders[0], is_peer=True)
 
 
-def _reason_not_run(artifact: Artifact, error: MissingRequirementError) -> str:
-    """Why an artifact cannot be timed here, in few words where an engine has no GPU."""
-    return "no GPU" if artifact.manifest.kind == "engine" and not find_gpus() else str(error)
-
-
-def _artifact_runner(artifact: Artifact, request: BenchRequest) -> Runner:
-    options = RunnerOptions(
-        threads=request.threads,
-        spin=request.spin,
-        thread_per_image=request.gives_images_to_threads,
-        cuda_graph=request.cuda_graph,
-    )
-    return open_runner(artifact, options=options)
-
-
-def _measure(network: _Network, batch: int, request: BenchRequest, progress: Progress | None) -> None:
-    """Time those candidates that take a batch of this size and whose sweep is not over."""
-    going = [each for each in network.candidates if not (request.sweep and is_over(_rows_of(network, each)))]
-    fitting = [candidate for candidate in going if _takes(candidate, batch)]
-    if not request.sweep:
-        network.not_run.extend(_outside_range(going, batch))
+def _measure(network: _Network, batch: int, spec: BenchSpec, progress: Progress | None) -> None:
+    """Time those contenders that take a batch of this size and whose sweep is not over."""
+    fitting = []
+    for contender in network.contenders:
+        if spec.sweep_to is not None and sweep_is_over([row for row in network.rows if row.name == contender.name]):
+            continue
+        if contender.takes(batch):
+            fitting.append(contender)
+        elif spec.sweep_to is None:
+            limits = contender.runner.input_spec
+            reason = f"a batch of {batch} is outside its range of {limits.min_batch} to {limits.max_batch}"
+            network.not_run.append(NotRun(contender.name, network.name, batch, None, None, reason))
     if not fitting:
         return
     deploy = network.artifacts[0].manifest.deploy
-    pixels = next(image_like_batches(batch, deploy.image_size, batch_size=batch, seed=request.seed))
+    pixels = next(image_like_batches(batch, deploy.image_size, batch_size=batch, seed=spec.seed))
     with reference_runner(network.loaded.model, deploy) as reference:
         pieces = torch.split(runner_input(pixels, deploy.input_kind), REFERENCE_BATCH)
         expected = logits_of(reference, pieces)
-    images = [candidate.images_from_pixels(pixels) for candidate in fitting]
-    spec = BenchSpec(duration_seconds=request.duration, seed=request.seed)
-    network.rows.extend(measure_together(fitting, images, spec, expected=expected, progress=progress))
+    images = [contender.images_from_pixels(pixels) for contender in fitting]
+    timing = TimingSpec(duration_seconds=spec.duration_seconds, seed=spec.seed)
+    rows = measure_together(fitting, images, timing, expected=expected, progress=progress)
+    facts = _network_facts(network.artifacts)
+    network.rows.extend(replace(row, roofline=bound_of_row(row, facts)) for row in rows)
 
 
-def _rows_of(network: _Network, candidate: Candidate) -> list[Timing]:
-    return [row for row in network.rows if row.name == candidate.name]
+def bound_of_row(row: Timing, network: NetworkFacts) -> Bound | None:
+    """The bound of a row on a GPU of the table, with the measured share; None on other devices.
 
-
-def _outside_range(candidates: Sequence[Candidate], batch: int) -> Iterator[NotRun]:
-    for candidate in candidates:
-        if not _takes(candidate, batch):
-            spec = candidate.runner.input_spec
-            reason = f"a batch of {batch} is outside its range of {spec.min_batch} to {spec.max_batch}"
-            yield NotRun(candidate.name, candidate.network, batch, None, None, reason)
-
-
-def _takes(candidate: Candidate, batch: int) -> bool:
-    spec = candidate.runner.input_spec
-    return spec.min_batch <= batch and (spec.max_batch is None or batch <= spec.max_batch)
+    The bytes are those of the compiled engine where it was inspected at this batch, else the fewest that are possible.
+    """
+    # Runners name their arithmetic by the precision's name or by torch's type.
+    names = {name: precision.name for precision in PRECISIONS.values() for name in (precision.name, precision.dtype)}
+    device, precision = find_device(row.device), names.get(row.arithmetic)
+    if device is None or precision is None or device.peak_tflops(precision) is None:
+        return None
+    work = work_of(network.variant, network.image_size, precision, network.num_classes)
+    compiled = network.files[row.name].compiled if row.name in network.files else CompiledFacts()
+    known = compiled.megabytes_per_image if compiled.batch == row.batch else None
+    moved = known * 1e6 if known else None
+    return bound_of(work, device, batch=row.batch, compiled_bytes=moved, measured=row.images_per_second)

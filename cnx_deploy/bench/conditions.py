@@ -1,6 +1,7 @@
-"""Under what conditions a benchmark was made, and what about them makes its figures doubtful.
+"""The machine that a benchmark ran on, the state of its GPUs, and reasons to doubt what was measured.
 
-A latency without its machine, versions and threads means nothing; `Conditions` is the head of every report.
+A latency without its machine, versions and threads means nothing. A GPU's state is what the driver's own tool says, and
+absent without it; that part was not run on a GPU by the machines this project was written on.
 """
 
 import datetime
@@ -8,55 +9,39 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from cnx_deploy.bench.gpu import GpuState, gpu_states, processes_on_gpus
+from cnx_deploy.bench.record import Conditions, GpuState
 from cnx_deploy.core.system import cpu_count, cpu_name, tool_versions
 
-__all__ = ["Conditions", "conditions_now", "doubts"]
+__all__ = ["conditions_now", "doubts", "gpu_states", "isa_flags", "states_from_csv", "throttling"]
 
 ISA_FLAGS = (
     "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "sve",
 )  # fmt: skip
-"""Instruction sets that decide how fast matrix products are, in the words of /proc/cpuinfo."""
+"""Instruction sets that decide how fast matrix products are, as /proc/cpuinfo names them."""
+
+THROTTLE_BITS = {
+    0x04: "power cap",
+    0x08: "hardware slowdown",
+    0x20: "thermal slowdown (software)",
+    0x40: "thermal slowdown (hardware)",
+    0x80: "power brake",
+}
+"""NVML's clock event reasons that mean a slower clock than asked for (nvml.h, nvmlClocksEventReason…)."""
+
+STATE_FIELDS = (
+    "name", "driver_version", "clocks.sm", "clocks.max.sm", "power.draw", "power.limit", "ecc.mode.current",
+    "mig.mode.current", "clocks_throttle_reasons.active",
+)  # fmt: skip
+"""What nvidia-smi is asked, in the order of `GpuState`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Conditions:
-    """The machine and the settings of one run. `load_average` is of the last minute, None where the system has none.
-
-    `commit` is that of the checkout this package runs from, with "+" where files were changed; None outside one.
-    `gpus` is empty without an NVIDIA driver.
-    """
-
-    date: str
-    commit: str | None
-    tools: Mapping[str, str]
-    system: str
-    cpu: str
-    isa: tuple[str, ...]
-    processors: int
-    threads: int
-    load_average: float | None
-    gpus: tuple[GpuState, ...]
-    gpu_processes: int
-    duration_seconds: float
-    seed: int
-
-    @property
-    def machine(self) -> dict[str, object]:
-        """What has to be equal for absolute speeds to be comparable."""
-        names = [gpu.name for gpu in self.gpus]
-        return {"cpu": self.cpu, "processors": self.processors, "threads": self.threads, "gpus": names}
-
-
-def conditions_now(*, threads: int | None, duration_seconds: float, seed: int) -> Conditions:
+def conditions_now(*, threads: int | None = None, duration_seconds: float, seed: int = 0) -> Conditions:
     """Look at this machine; call it before anything is loaded, so that the load is the others'."""
     return Conditions(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        commit=_commit(Path(__file__).parent.parent),
+        commit=_commit(Path(__file__).parents[2]),
         tools=tool_versions(),
         system=platform.platform(),
         cpu=cpu_name(),
@@ -65,33 +50,46 @@ def conditions_now(*, threads: int | None, duration_seconds: float, seed: int) -
         threads=threads or cpu_count(),
         load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         gpus=gpu_states(),
-        gpu_processes=processes_on_gpus(),
+        gpu_processes=len(_nvidia_smi("--query-compute-apps=pid").splitlines()),
         duration_seconds=duration_seconds,
         seed=seed,
     )
 
 
 def doubts(conditions: Conditions, omp_threads: str | None = None) -> tuple[str, ...]:
-    """Reasons to doubt what is measured under these conditions, in words; empty when there are none.
+    """Reasons to doubt what is measured under these conditions, a clause each; empty when there are none.
 
     `omp_threads` is the value of OMP_NUM_THREADS, which the caller reads.
     """
-    threads, processors, found = conditions.threads, conditions.processors, []
+    threads, processors, reasons = conditions.threads, conditions.processors, []
     if threads > processors:
-        found.append(f"{threads} threads on {processors} processors wait for each other: use --threads {processors}")
+        reasons.append(f"{threads} threads on {processors} processors wait for each other: use --threads {processors}")
     if omp_threads is not None and omp_threads != str(threads):
-        found.append(f"OMP_NUM_THREADS is {omp_threads}, and {threads} threads are measured: unset it or set --threads")
+        reasons.append(
+            f"OMP_NUM_THREADS is {omp_threads}, and {threads} threads are measured: unset it or set --threads"
+        )
     if conditions.load_average is not None and conditions.load_average > processors:
         load = f"{conditions.load_average:.1f}"
-        found.append(f"the load average was {load} on {processors} processors before the start: others are working")
+        reasons.append(f"the load average was {load} on {processors} processors before the start: others are working")
     if conditions.gpu_processes:
-        found.append(f"{conditions.gpu_processes} other processes were on the GPU before the start")
-    return (*found, *throttling(conditions.gpus))
+        reasons.append(f"{conditions.gpu_processes} other processes were on the GPU before the start")
+    return (*reasons, *throttling(conditions.gpus))
 
 
 def throttling(gpus: tuple[GpuState, ...]) -> tuple[str, ...]:
-    """A sentence for each GPU whose clock is lowered now."""
+    """Name each GPU whose clock is lowered, with the reasons."""
     return tuple(f"{gpu.name} is throttled by {', '.join(gpu.throttled_by)}" for gpu in gpus if gpu.throttled_by)
+
+
+def gpu_states() -> tuple[GpuState, ...]:
+    """The state of every NVIDIA GPU now; empty where the driver's tool is missing or does not answer."""
+    return states_from_csv(_nvidia_smi(f"--query-gpu={','.join(STATE_FIELDS)}"))
+
+
+def states_from_csv(text: str) -> tuple[GpuState, ...]:
+    """Read the tool's CSV, one line a GPU in the order of `STATE_FIELDS`; other lines are left out."""
+    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
+    return tuple(_state(*row) for row in rows if len(row) == len(STATE_FIELDS))
 
 
 def isa_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
@@ -102,6 +100,25 @@ def isa_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     present = set(flags.partition(":")[2].split())
     return tuple(flag for flag in ISA_FLAGS if flag in present)
+
+
+def _state(
+    name: str, driver: str, sm: str, max_sm: str, draw: str, limit: str, ecc: str, mig: str, mask: str
+) -> GpuState:
+    bits = int(mask, 16) if mask.startswith("0x") else 0
+    reasons = tuple(reason for bit, reason in THROTTLE_BITS.items() if bits & bit)
+    return GpuState(name, driver, sm, max_sm, draw, limit, ecc, mig, reasons)
+
+
+def _nvidia_smi(query: str) -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ""
+    command = [tool, query, "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def _commit(checkout: Path) -> str | None:

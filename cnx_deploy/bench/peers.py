@@ -5,7 +5,7 @@ our files do: FP16 files against FP16 under autocast, for FP32 would flatter the
 (exported, where that is needed) and then made, so that what making it takes is comparable.
 """
 
-import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import MissingRequirementError
-from cnx_deploy.core.precision import find_precision
+from cnx_deploy.core.precision import PRECISIONS, find_precision
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import package_version
 from cnx_deploy.data.preprocessing import normalise
@@ -28,32 +28,27 @@ from cnx_deploy.model.layouts import official_state
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.pytorch import TorchRunner, reference_runner
+from cnx_deploy.runners.registry import RunnerOptions
 
-__all__ = ["PEERS", "CompiledRunner", "HalfAutocast", "OrtSettings", "Peer", "PeerSetup", "place_of_peers", "timm_twin"]
+__all__ = ["PEERS", "CompiledRunner", "HalfAutocast", "Peer", "PeerSetup", "place_of_peers", "timm_twin"]
 
 OPSET, OLDER_OPSET = 20, 18
 """The exporter's default in torch 2.14, and an older one: in 18 GELU is five operators, which costs 1 to 12 %."""
 
-
-@dataclass(frozen=True, slots=True)
-class OrtSettings:
-    """How ONNX Runtime runs our files in the same benchmark; see `runners.ort.OrtRunner`."""
-
-    threads: int | None = None
-    spin: bool = True
-    thread_per_image: bool = False
+TIMM_MISSING = "timm is not installed: pip install timm"
 
 
 @dataclass(frozen=True, slots=True)
 class PeerSetup:
     """What a peer is made from: one network and its deployment; `folder` must live as long as the runner.
 
-    `device` and `precision` are PyTorch's, as `place_of_peers` gives them.
+    `options`: how our files are run in the same benchmark. `device` and `precision` are PyTorch's, as
+    `place_of_peers` gives them.
     """
 
     model: ConvNeXtV2
     deploy: DeploySpec
-    ort: OrtSettings
+    options: RunnerOptions
     folder: Path
     device: str = "cpu"
     precision: str = "fp32"
@@ -61,28 +56,32 @@ class PeerSetup:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """How a peer is called and prepared; `takes_normalised` images instead of what our files take.
+    """One word of `--compare`. `prepare` returns what makes the runner.
 
-    `prepare` returns what makes the runner. It raises MissingRequirementError where this machine lacks something.
-    `is_torch`: it runs where PyTorch does, else on ONNX Runtime's CPU provider in FP32.
+    `is_timm`: timm's model on ONNX Runtime's CPU provider in FP32, which takes normalised images. Other peers run
+    where PyTorch does and take what our files take.
     """
 
     title: str
     prepare: Callable[[PeerSetup], Callable[[], Runner]]
-    takes_normalised: bool = False
-    is_torch: bool = True
+    is_timm: bool = False
 
     def precision_here(self, torch_precision: str) -> str:
         """The precision it computes in, where PyTorch's peers compute in `torch_precision`."""
-        return torch_precision if self.is_torch else "fp32"
+        return "fp32" if self.is_timm else torch_precision
 
     def row_name(self, torch_precision: str) -> str:
         """The name of its rows: "torch eager fp32"."""
         return f"{self.title} {self.precision_here(torch_precision)}"
 
+    def missing(self) -> str | None:
+        """What it lacks on this machine, None where it can be prepared."""
+        has_timm = importlib.util.find_spec("timm") is not None
+        return TIMM_MISSING if self.is_timm and not has_timm else None
+
     def input_from_pixels(self, deploy: DeploySpec) -> Callable[[Tensor], Tensor] | None:
         """(N, S, S, 3) uint8 pixels -> the peer's input; None where it takes what our files take."""
-        if not self.takes_normalised:
+        if not self.is_timm:
             return None
         preprocessing = Preprocessing(image_size=deploy.image_size, mean=deploy.mean, std=deploy.std)
         return lambda pixels: normalise(pixels, preprocessing)
@@ -92,8 +91,9 @@ def place_of_peers(precisions: Iterable[str]) -> tuple[str, str]:
     """Device and precision of PyTorch's peers beside files of these precisions: as the files are on a GPU."""
     if not torch.cuda.is_available():
         return "cpu", "fp32"
-    found = set(precisions)
-    return "cuda", next((half for half in ("fp16", "bf16") if half in found), "fp32")
+    present = set(precisions)
+    halves = (row.name for row in PRECISIONS.values() if row.has_islands and row.name in present)
+    return "cuda", next(halves, "fp32")
 
 
 class HalfAutocast(nn.Module):
@@ -148,7 +148,7 @@ def timm_twin(model: ConvNeXtV2) -> nn.Module:
     try:
         convnext = importlib.import_module("timm.models.convnext")
     except ImportError as error:
-        raise MissingRequirementError("timm is not installed: pip install timm") from error
+        raise MissingRequirementError(TIMM_MISSING) from error
     size = model.variant
     twin: nn.Module = convnext.ConvNeXt(
         depths=size.depths,
@@ -169,11 +169,11 @@ def _eager(setup: PeerSetup) -> Callable[[], TorchRunner]:
 
     def make() -> TorchRunner:
         runner = reference_runner(model, setup.deploy)
-        if setup.precision == "fp32":
-            return runner
         half = setup.precision
+        if not find_precision(half).has_islands:
+            return runner
         info = replace(runner.info, precision=half, arithmetic=half, details=(("autocast", half),))
-        dtype = getattr(torch, find_precision(setup.precision).dtype)
+        dtype = getattr(torch, find_precision(half).dtype)
         return TorchRunner(HalfAutocast(runner.module, setup.device, dtype).to(setup.device), runner.input_spec, info)
 
     return make
@@ -184,19 +184,8 @@ def _compiled(setup: PeerSetup) -> Callable[[], Runner]:
     return lambda: CompiledRunner(make())
 
 
-def _timm(setup: PeerSetup) -> Callable[[], Runner]:
-    """Run as our files are, so a ratio to it is the graph's alone."""
-    path = _timm_export(setup, OPSET)
-    return lambda: _timm_runner(path, setup.ort)
-
-
-def _timm_in_whole_batches(setup: PeerSetup, opset: int = OPSET) -> Callable[[], Runner]:
-    """Run by ONNX Runtime alone, as who exports timm's model has it."""
-    path = _timm_export(setup, opset)
-    return lambda: _timm_runner(path, replace(setup.ort, thread_per_image=False))
-
-
-def _timm_export(setup: PeerSetup, opset: int) -> Path:
+def _timm(setup: PeerSetup, opset: int = OPSET, *, in_whole_batches: bool = False) -> Callable[[], Runner]:
+    """Export timm's model; run it as our files are, so that a ratio is the graph's alone, or by ONNX Runtime alone."""
     path = setup.folder / "timm.onnx"
     twin = timm_twin(setup.model.cpu())
     example = torch.zeros(2, 3, setup.deploy.image_size, setup.deploy.image_size)
@@ -206,25 +195,22 @@ def _timm_export(setup: PeerSetup, opset: int) -> Path:
             twin, (example,), path, dynamo=True, opset_version=opset, input_names=["images"], output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},), verbose=False,
         )  # fmt: skip
-    return path
+    alone = setup.options.thread_per_image and not in_whole_batches
 
+    def make() -> OrtRunner:
+        runner = OrtRunner(path, threads=setup.options.threads, spin=setup.options.spin, thread_per_image=alone)
+        details = (("timm", str(package_version("timm"))), *runner.info.details)
+        runner.info = replace(runner.info, precision="fp32", details=details)
+        return runner
 
-def _timm_runner(path: Path, settings: OrtSettings) -> OrtRunner:
-    runner = OrtRunner(
-        path, threads=settings.threads, spin=settings.spin, thread_per_image=settings.thread_per_image
-    )  # fmt: skip
-    details = (("timm", str(package_version("timm"))), *runner.info.details)
-    runner.info = replace(runner.info, precision="fp32", details=details)
-    return runner
+    return make
 
 
 PEERS = {
     "torch": Peer("torch eager", _eager),
     "compile": Peer("torch.compile", _compiled),
-    "timm": Peer("timm.onnx", _timm, takes_normalised=True, is_torch=False),
-    "timm-whole": Peer("timm.onnx whole batch", _timm_in_whole_batches, takes_normalised=True, is_torch=False),
-    "timm-18": Peer(
-        "timm.onnx opset 18", partial(_timm_in_whole_batches, opset=OLDER_OPSET), takes_normalised=True, is_torch=False
-    ),
+    "timm": Peer("timm.onnx", _timm, is_timm=True),
+    "timm-whole": Peer("timm.onnx whole batch", partial(_timm, in_whole_batches=True), is_timm=True),
+    "timm-18": Peer("timm.onnx opset 18", partial(_timm, opset=OLDER_OPSET, in_whole_batches=True), is_timm=True),
 }
 """The peers by the word that `--compare` takes."""

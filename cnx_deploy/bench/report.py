@@ -1,31 +1,15 @@
-"""A benchmark in words: the table for a terminal, the JSON document, and CSV that lies beside timm's."""
+"""A benchmark for people: the table for a terminal, CSV that lies beside timm's, a plan and the gate's verdicts."""
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
-from cnx_deploy.bench.comparison import Benchmark, NotRun
-from cnx_deploy.bench.conditions import Conditions
-from cnx_deploy.bench.gate import SCHEMA_VERSION, Verdict
-from cnx_deploy.bench.plan import NOT_MEASURED, Plan, share_of_bound
+from cnx_deploy.bench.gate import Verdict
+from cnx_deploy.bench.record import BenchmarkRecord, Conditions, Knee, NetworkFacts, NotRun, Plan, Timing
 from cnx_deploy.bench.statistics import PERCENTILES
-from cnx_deploy.bench.sweep import Knee
-from cnx_deploy.bench.timing import Timing
 
-__all__ = [
-    "as_csv",
-    "baseline_of",
-    "document",
-    "gate_lines",
-    "head_lines",
-    "plan_document",
-    "plan_lines",
-    "table_lines",
-]
+__all__ = ["as_csv", "gate_lines", "plan_lines", "record_lines"]
 
-CLOCK = "time.perf_counter_ns around blocking calls, images on the runner's device"
 CSV_COLUMNS = (
     "model", "infer_img_size", "infer_samples_per_sec", "infer_step_time", "infer_batch_size", "param_count",
     "infer_gmacs", "infer_macts", "artifact", "backend", "precision", "images_per_second", "median_ms", "p90_ms",
@@ -34,85 +18,32 @@ CSV_COLUMNS = (
 """timm's columns of results/benchmark-infer-*.csv, from means as there; then ours, from medians."""
 
 
-def document(
-    result: Benchmark,
-    conditions: Conditions,
-    *,
-    knees: Sequence[Knee] = (),
-    warnings: Sequence[str] = (),
-    gate: Sequence[Verdict] = (),
-) -> dict[str, Any]:
-    """Everything about a run, as `--json` prints it and `--gate` reads it."""
-    shares = {id(row): share_of_bound(row, result.networks[row.network]) for row in result.rows}
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "environment": _environment(conditions),
-        "clock": CLOCK,
-        "warnings": list(warnings),
-        "networks": result.networks,
-        "rows": [{**row.to_dict(), "roofline": shares[id(row)]} for row in result.rows],
-        "not_run": [asdict(row) for row in result.not_run],
-        "sweep": [asdict(knee) for knee in knees],
-        "gate": [asdict(verdict) for verdict in gate],
-    }
-
-
-def plan_document(plan: Plan, conditions: Conditions) -> dict[str, Any]:
-    """A plan as `--dry-run --json` prints it: no row has a figure."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "dry_run": NOT_MEASURED,
-        "environment": _environment(conditions),
-        "networks": plan.networks,
-        "planned": [asdict(row) for row in plan.rows],
-        "roofline": list(plan.roofline),
-    }
-
-
-def head_lines(conditions: Conditions, networks: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """What was measured and on what, a few lines."""
-    tools = conditions.tools
-    commit = f" (commit {conditions.commit})" if conditions.commit else ""
-    runtimes = ", ".join(f"{name} {tools[name]}" for name in tools if name.startswith(("torch", "onnxrun", "tensorrt")))
-    yield f"cnx-deploy {tools['cnx-deploy']}{commit}, {runtimes}, {conditions.system}, {conditions.date}"
-    yield (
-        f"{conditions.cpu} ({' '.join(conditions.isa)}), {conditions.processors} processors, {conditions.threads} "
-        f"threads; {conditions.duration_seconds:g} s a row, host clock, seed {conditions.seed}"
-    )
-    for gpu in conditions.gpus:
-        clocks = f"SM clock {gpu.sm_clock} of {gpu.max_sm_clock}, power cap {gpu.power_limit}"
-        yield f"{gpu.name}, driver {gpu.driver}, {clocks}, ECC {gpu.ecc}, MIG {gpu.mig}"
-    for name, facts in networks.items():
-        weights = f"{facts['weights']['origin']} weights {facts['weights']['sha256'][:12]}"
-        counts = f"{facts['gmacs']:.3g} GMAC, {facts['parameters'] / 1e6:.2f} M parameters"
-        yield f"{name}: {facts['variant']}, {facts['image_size']} px {facts['input']}, {weights}, {counts}"
-        for file, found in facts["files"].items():
-            islands = found["fp32_layers"] or found["tensors_by_type"] or {}
-            types = ", ".join(f"{count} {kind}" for kind, count in islands.items())
-            label = "in FP32: " if found["fp32_layers"] else "tensors: "
-            yield f"  {file} {found['sha256'][:12]}, {found['precision']}" + (f", {label}{types}" if types else "")
-
-
-def table_lines(result: Benchmark, knees: Sequence[Knee] = (), slo_ms: float | None = None) -> Iterator[str]:
-    """One line a row, its remarks below it; then what was not run and what the sweep shows."""
-    peer = baseline_of(result.rows)
-    ratio = f"x {peer} (95 %)" if peer else ""
+def record_lines(record: BenchmarkRecord) -> Iterator[str]:
+    """What was measured and on what; one line a row with its remarks below; what was not run; what a sweep shows."""
+    yield from _head_lines(record.environment, record.networks)
+    ratio = f"x {record.baseline} (95 %)" if record.baseline else ""
     yield (
         f"{'artifact':30} {'batch':>5} {'images/s':>9} {'median ms':>10} {'p95 ms':>8} {'p99 ms':>8} {'CV %':>5} "
         f"{'start s':>8} {'MiB':>6} {'rel. L2':>8} {ratio:>34}  status"
     )
-    for row in result.rows:
-        yield from _row_lines(row, peer, result.networks[row.network])
-    for missing in result.not_run:
-        yield _not_run_line(missing)
-    for knee in knees:
-        yield _knee_line(knee, slo_ms)
+    for row in record.rows:
+        yield from _row_lines(row, record.baseline)
+    yield from map(_not_run_line, record.not_run)
+    yield from map(_knee_line, record.sweep)
 
 
-def baseline_of(rows: Sequence[Timing]) -> str:
-    """The peer whose ratios tables show: the first row that others have a ratio to; empty where there is none."""
-    peers = {ratio.peer for row in rows for ratio in row.ratios}
-    return next((row.name for row in rows if row.name in peers), "")
+def plan_lines(plan: Plan) -> Iterator[str]:
+    """The rows that would be measured, then the bounds of GPUs; nothing measured in either."""
+    yield from _head_lines(plan.environment, plan.networks)
+    yield "plan, not measured:"
+    for row in plan.planned:
+        missing = f"; would not run here: {row.missing}" if row.missing else ""
+        yield f"  {row.name:30} batch {row.batch:>4}{missing}"
+    yield "roofline, bounds from data sheets, not measured:"
+    for bound in plan.roofline:
+        figure = f"at most {bound.bound_images_per_second:>9.0f} images/s by {bound.bound_by}"
+        where = f"{bound.variant} {bound.image_size} px {bound.precision} batch {bound.batch}"
+        yield f"  {bound.device:32} {where:32} {figure}{', L2 may pass it' if bound.stage_1_fits_l2 else ''}"
 
 
 def gate_lines(verdicts: Sequence[Verdict]) -> Iterator[str]:
@@ -124,31 +55,18 @@ def gate_lines(verdicts: Sequence[Verdict]) -> Iterator[str]:
         yield f"gate: {verdict.name} batch {verdict.batch}: {verdict.verdict}, {figures}"
 
 
-def plan_lines(plan: Plan) -> Iterator[str]:
-    """The rows that would be measured, then the bounds of GPUs; nothing measured in either."""
-    yield f"plan, {NOT_MEASURED}:"
-    for row in plan.rows:
-        missing = f"; would not run here: {row.missing}" if row.missing else ""
-        yield f"  {row.name:30} batch {row.batch:>4}  {row.status}{missing}"
-    yield f"roofline, bounds from data sheets, {NOT_MEASURED}:"
-    for bound in plan.roofline:
-        figure = f"at most {bound['bound_images_per_second']:>9.0f} images/s by {bound['bound_by']}"
-        where = f"{bound['variant']} {bound['image_size']} px {bound['precision']} batch {bound['batch']}"
-        yield f"  {bound['device']:32} {where:32} {figure}{', L2 may pass it' if bound['stage_1_fits_l2'] else ''}"
-
-
-def as_csv(result: Benchmark) -> str:
+def as_csv(record: BenchmarkRecord) -> str:
     """One line a row under `CSV_COLUMNS`."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(CSV_COLUMNS)
-    for row in result.rows:
-        facts, latency, ratio = result.networks[row.network], row.latency, row.ratio_to(baseline_of(result.rows))
+    for row in record.rows:
+        network, latency, ratio = record.networks[row.network], row.latency, row.ratio_to(record.baseline)
         writer.writerow(
             (
-                f"convnextv2_{facts['variant']}", facts["image_size"], f"{row.batch * 1000 / latency.mean_ms:.2f}",
-                f"{latency.mean_ms:.3f}", row.batch, f"{facts['parameters'] / 1e6:.2f}", f"{facts['gmacs']:.2f}",
-                f"{facts['macts']:.2f}", row.name, row.backend, row.precision, f"{row.images_per_second:.2f}",
+                f"convnextv2_{network.variant}", network.image_size, f"{row.batch * 1000 / latency.mean_ms:.2f}",
+                f"{latency.mean_ms:.3f}", row.batch, f"{network.parameters / 1e6:.2f}", f"{network.gmacs:.2f}",
+                f"{network.macts:.2f}", row.name, row.backend, row.precision, f"{row.images_per_second:.2f}",
                 f"{latency.median_ms:.3f}", latency.p90_ms, latency.p95_ms, latency.p99_ms, f"{latency.min_ms:.3f}",
                 f"{latency.max_ms:.3f}", f"{latency.cv_percent:.1f}", latency.calls, ratio and ratio.peer,
                 ratio and f"{ratio.ratio:.3f}", row.status,
@@ -157,19 +75,37 @@ def as_csv(result: Benchmark) -> str:
     return text.getvalue()
 
 
-def _environment(conditions: Conditions) -> dict[str, Any]:
-    """The conditions, with what has to be equal for absolute speeds to be compared as `machine`."""
-    return {**asdict(conditions), "tools": dict(conditions.tools), "machine": conditions.machine}
+def _head_lines(conditions: Conditions, networks: Mapping[str, NetworkFacts]) -> Iterator[str]:
+    tools = conditions.tools
+    commit = f" (commit {conditions.commit})" if conditions.commit else ""
+    runtimes = ", ".join(f"{name} {tools[name]}" for name in tools if name.startswith(("torch", "onnxrun", "tensorrt")))
+    yield f"cnx-deploy {tools['cnx-deploy']}{commit}, {runtimes}, {conditions.system}, {conditions.date}"
+    yield (
+        f"{conditions.cpu} ({' '.join(conditions.isa)}), {conditions.processors} processors, {conditions.threads} "
+        f"threads; {conditions.duration_seconds:g} s a row, host clock, seed {conditions.seed}"
+    )
+    for gpu in conditions.gpus:
+        clocks = f"SM clock {gpu.sm_clock} of {gpu.max_sm_clock}, power cap {gpu.power_limit}"
+        yield f"{gpu.name}, driver {gpu.driver}, {clocks}, ECC {gpu.ecc}, MIG {gpu.mig}"
+    for name, network in networks.items():
+        weights = f"{network.weights.origin} weights {network.weights.sha256[:12]}"
+        counts = f"{network.gmacs:.3g} GMAC, {network.parameters / 1e6:.2f} M parameters"
+        yield f"{name}: {network.variant}, {network.image_size} px {network.input}, {weights}, {counts}"
+        for file_name, file in network.files.items():
+            parts = file.fp32_layers or file.tensors_by_type or {}
+            types = ", ".join(f"{count} {kind}" for kind, count in parts.items())
+            label = "in FP32: " if file.fp32_layers else "tensors: "
+            yield f"  {file_name} {file.sha256[:12]}, {file.precision}" + (f", {label}{types}" if types else "")
 
 
-def _row_lines(row: Timing, peer: str, network: dict[str, Any]) -> Iterator[str]:
-    latency, ratio = row.latency, row.ratio_to(peer)
+def _row_lines(row: Timing, baseline: str) -> Iterator[str]:
+    latency, ratio = row.latency, row.ratio_to(baseline)
     speed = f"{ratio.ratio:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" if ratio else ""
     tails = f"{_tail(latency.p95_ms, 95)} {_tail(latency.p99_ms, 99)} {latency.cv_percent:>5.1f}"
     error = row.correctness.relative_l2 if row.correctness else None
     start = f"{row.create_seconds:>8.2f} {_cell(row.peak_memory_mib, '6.0f')} {_cell(error, '8.1e')}"
-    widened = "" if row.arithmetic in (row.precision, "float32") else ", computed in FP32"
     numbers = f"{row.images_per_second:>9.1f} {latency.median_ms:>10.2f} {tails}"
+    widened = ", computed in FP32" if row.is_widened else ""
     yield f"{row.name:30} {row.batch:>5} {numbers} {start} {speed:>34}  {row.status}{widened}"
     if row.gpu is not None:
         compute = f"compute {row.gpu.compute.median_ms:.3f} ms (CV {row.gpu.compute.cv_percent:.1f} %)"
@@ -177,29 +113,28 @@ def _row_lines(row: Timing, peer: str, network: dict[str, Any]) -> Iterator[str]
         yield f"    {compute}, {transfers}"
     if row.device_memory_mib is not None:
         yield f"    device memory {row.device_memory_mib:.0f} MiB after the smallest batch, if alone on the GPU"
-    share = share_of_bound(row, network)
-    if share is not None:
-        yield f"    {share['measured_over_bound']:.0%} of its bound by {share['bound_by']} ({share['traffic']} bytes)"
+    if row.roofline is not None and row.roofline.measured_over_bound is not None:
+        share = f"{row.roofline.measured_over_bound:.0%} of its bound by {row.roofline.bound_by}"
+        yield f"    {share} ({row.roofline.traffic} bytes)"
     for remark in row.remarks:
         yield f"    {remark}"
 
 
 def _not_run_line(missing: NotRun) -> str:
-    figures = (
-        f"{missing.kernels} kernels, {missing.megabytes_per_image:.1f} MB an image at batch {missing.batch}; "
-        if missing.megabytes_per_image is not None
-        else ""
-    )
-    return f"{missing.name:30} {figures}latency: not run ({missing.reason})"
+    figures = ""
+    if missing.megabytes_per_image is not None:
+        moved = f"{missing.megabytes_per_image:.1f} MB an image at batch {missing.batch}"
+        figures = f"{missing.kernels} kernels, {moved}; "
+    return f"{missing.name:30} {figures}latency: not run: {missing.reason}"
 
 
-def _knee_line(knee: Knee, slo_ms: float | None) -> str:
+def _knee_line(knee: Knee) -> str:
     best = f"best {knee.best_images_per_second:.1f} images/s at batch {knee.best_batch}"
     rising = " (the largest measured: it may still rise)" if knee.still_rising else ""
     line = f"{knee.name:30} {best}{rising}; batch {knee.knee_batch} is the smallest within 5 %"
-    if slo_ms is not None:
+    if knee.slo_ms is not None:
         within = f"batch {knee.slo_batch} ({knee.slo_percentile})" if knee.slo_batch else "no batch measured"
-        line += f"; within {slo_ms:g} ms: {within}"
+        line += f"; within {knee.slo_ms:g} ms: {within}"
     return f"{line}; UNSTABLE rows among them" if knee.is_unstable else line
 
 

@@ -1,18 +1,15 @@
-"""`cnx-deploy bench`."""
+"""`cnx-deploy bench`, `bench sweep`, `bench plan` and `bench gate`."""
 
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from cnx_deploy.cli import options
 from cnx_deploy.core.errors import CheckFailedError
-
-if TYPE_CHECKING:
-    from cnx_deploy.bench.comparison import BenchRequest
-    from cnx_deploy.bench.run import BenchReport
 
 PEERS = ("torch", "compile", "timm", "timm-whole", "timm-18")
 
@@ -42,103 +39,135 @@ class _Percent(click.ParamType[float]):
         return float(text) / 100
 
 
-@click.command()
-@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+def _merged(ctx: click.Context, param: click.Parameter, given: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """Peers that were given with commas or one by one, each once."""
+    return tuple(dict.fromkeys(word for words in given for word in words))
+
+
+files = click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+batches = click.option(
+    "--batch", "batches", type=click.IntRange(min=1), multiple=True, default=(1, 8), help="Repeatable [default: 1, 8]."
+)
+compare = click.option(
+    "--compare", type=_Peers(), multiple=True, callback=_merged,
+    help="Measure these in turns and print speed-ups over them.",
+)  # fmt: skip
+csv = click.option("--csv", "as_csv", is_flag=True, help="Print CSV with timm's column names first.")
+
+
+def timing_options(command: Callable[..., None]) -> Callable[..., None]:
+    """How runners are timed, the same for a benchmark and a sweep."""
+    for option in (
+        click.option("--cuda-graph", is_flag=True, help="Capture engines in a CUDA graph."),
+        click.option(
+            "--thread-per-image/--whole-batch", default=True, show_default=True,
+            help="ONNX Runtime's threads get images of their own, or share each operator.",
+        ),
+        click.option(
+            "--spin/--no-spin", default=True, show_default=True, help="ONNX Runtime's threads wait by spinning."
+        ),
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: all]."),
+        click.option(
+            "--duration", "duration_seconds", type=click.FloatRange(min=0.1), default=3.0, show_default=True,
+            help="Seconds a row.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@click.command("measure")
+@files
 @options.export_dir
 @options.engines_dir
-@click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, help="Repeatable [default: 1 and 8].")
-@click.option("--sweep", is_flag=True, help="Batches 1, 2, 4, … and the smallest that is nearly as good as the best.")
-@click.option("--max-batch", type=click.IntRange(min=1), default=256, show_default=True, help="Where --sweep ends.")
-@click.option("--slo-ms", type=click.FloatRange(min=0, min_open=True), help="Find the largest batch within this time.")
-@click.option("--duration", type=click.FloatRange(min=0.1), default=3.0, show_default=True, help="Seconds a row.")
-@click.option("--compare", type=_Peers(), multiple=True, help="Measure these in turns and print speed-ups over them.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: all].")
-@click.option("--spin/--no-spin", default=True, show_default=True, help="ONNX Runtime's threads wait by spinning.")
-@click.option(
-    "--thread-per-image/--whole-batch", default=True, show_default=True,
-    help="ONNX Runtime's threads get images of their own, or share each operator.",
-)  # fmt: skip
-@click.option("--cuda-graph", is_flag=True, help="Capture engines in a CUDA graph.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the images and of the intervals.")
-@click.option("--gate", type=click.Path(path_type=Path), help="An earlier --json document; slower is exit code 3.")
-@click.option("--max-regress", type=_Percent(), default="5%", show_default=True, help="What --gate allows.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and the bounds of GPUs; measure nothing.")
-@click.option("--csv", "as_csv", is_flag=True, help="Print CSV with timm's column names first.")
+@batches
+@compare
+@timing_options
+@csv
 @options.as_json
-def bench(
-    slo_ms: float | None, gate: Path | None, max_regress: float, dry_run: bool, as_csv: bool, as_json: bool,
-    **arguments: Any,
-) -> None:  # fmt: skip
+def measure(as_csv: bool, as_json: bool, **values: Any) -> None:
     """Time ONNX FILES and engines; by default everything recorded that can run here.
 
-    Exit code 3 when a row is INVALID or slower than --gate allows.
+    Exit code 3 when a row is INVALID.
     """
-    _check_used(sweep=arguments["sweep"], gate=gate)
-    if not dry_run:
-        options.refuse_engines_without_gpu(arguments["files"])
-    request = _request(**arguments)
-    if dry_run:
-        _show_plan(request, as_json=as_json)
-        return
+    _measure(values, as_csv=as_csv, as_json=as_json)
+
+
+@click.command("sweep")
+@files
+@options.export_dir
+@options.engines_dir
+@click.option(
+    "--max-batch", "sweep_to", type=click.IntRange(min=1), default=256, show_default=True, help="The largest batch."
+)
+@click.option("--slo-ms", type=click.FloatRange(min=0, min_open=True), help="Find the largest batch within this time.")
+@compare
+@timing_options
+@csv
+@options.as_json
+def sweep(as_csv: bool, as_json: bool, **values: Any) -> None:
+    """Time batches 1, 2, 4, …, and find the smallest that is nearly as good as the best."""
+    _measure(values, as_csv=as_csv, as_json=as_json)
+
+
+@click.command("plan")
+@files
+@options.export_dir
+@options.engines_dir
+@batches
+@compare
+@options.as_json
+def plan(as_json: bool, **values: Any) -> None:
+    """Print what would be measured and the bounds of GPUs; measure nothing."""
+    from cnx_deploy.bench.comparison import BenchSpec, plan_benchmark
+    from cnx_deploy.bench.report import plan_lines
+
+    planned = plan_benchmark(BenchSpec(**values), options.note)
+    if as_json:
+        options.echo_json(planned.to_document())
+    else:
+        options.echo("\n".join(plan_lines(planned)))
+
+
+@click.command("gate")
+@click.argument("baseline", type=click.Path(path_type=Path))
+@click.argument("current", type=click.Path(path_type=Path))
+@click.option("--max-regress", type=_Percent(), default="5%", show_default=True, help="How much slower is allowed.")
+@options.as_json
+def gate(baseline: Path, current: Path, max_regress: float, as_json: bool) -> None:
+    """Judge the document CURRENT that `bench --json` printed against BASELINE.
+
+    Exit code 3 when a file got slower than is allowed, or nothing can be judged.
+    """
+    from cnx_deploy.bench.gate import failures, judge_files
+    from cnx_deploy.bench.report import gate_lines
+
+    verdicts = judge_files(baseline, current, max_regress)
+    if as_json:
+        options.echo_json({"gate": [asdict(verdict) for verdict in verdicts]})
+    else:
+        options.echo("\n".join(gate_lines(verdicts)))
+    _fail(failures(verdicts), as_json=as_json)
+
+
+bench = options.DefaultGroup("bench", measure, (sweep, plan, gate))
+
+
+def _measure(values: dict[str, Any], *, as_csv: bool, as_json: bool) -> None:
+    options.refuse_engines_without_gpu(values["files"])
+    from cnx_deploy.bench.comparison import BenchSpec, run_benchmark
     from cnx_deploy.bench.report import as_csv as csv_of
-    from cnx_deploy.bench.run import run_bench
-    from cnx_deploy.core.artifacts import select_artifacts
 
-    artifacts = list(select_artifacts(request.files, request.export_dir, request.engines_dir, options.note))
+    spec = BenchSpec(**values, omp_threads=os.environ.get("OMP_NUM_THREADS"))
     with options.reporter("Measuring") as progress:
-        report = run_bench(
-            artifacts, request, slo_ms=slo_ms, gate=gate, max_regress=max_regress,
-            omp_threads=os.environ.get("OMP_NUM_THREADS"), progress=progress,
-        )  # fmt: skip
-    _show(report, csv_of(report.benchmark) if as_csv else "\n".join(report.lines()), as_json=as_json)
-
-
-def _check_used(*, sweep: bool, gate: Path | None) -> None:
-    """Refuse an option that was given where nothing reads it."""
-    source = click.get_current_context().get_parameter_source
-    for name, reader, is_read in (("max_batch", "--sweep", sweep), ("max_regress", "--gate", gate is not None)):
-        if source(name) is ParameterSource.COMMANDLINE and not is_read:
-            option = f"--{name.replace('_', '-')}"
-            raise click.UsageError(f"{option} is read with {reader}, which was not given: add that, or leave it out.")
-
-
-def _show(report: "BenchReport", text: str, *, as_json: bool) -> None:
-    for warning in report.warnings:
-        options.note(f"Warning: {warning}.")
+        record = run_benchmark(spec, options.note, progress)
     if as_json:
-        options.echo_json(report.to_dict())
+        options.echo_json(record.to_document())
     else:
-        options.echo(text)
-    if report.failures:
-        options.fail(CheckFailedError(" ".join(report.failures)), as_json=as_json)
+        options.echo(csv_of(record) if as_csv else str(record))
+    _fail(record.failures, as_json=as_json)
 
 
-def _request(batches: tuple[int, ...], compare: tuple[tuple[str, ...], ...], **others: Any) -> "BenchRequest":
-    if batches and others["sweep"]:
-        raise click.UsageError("--sweep chooses the batches: leave out --batch, or use --max-batch.")
-    from cnx_deploy.bench.comparison import BenchRequest
-
-    words = dict.fromkeys(word for given in compare for word in given)
-    return BenchRequest(batches=batches or (1, 8), compare=tuple(words), **others)
-
-
-def _show_plan(request: "BenchRequest", *, as_json: bool) -> None:
-    from cnx_deploy.bench.conditions import conditions_now
-    from cnx_deploy.bench.plan import plan_of
-    from cnx_deploy.bench.report import head_lines, plan_document, plan_lines
-    from cnx_deploy.core.artifacts import find_artifacts, select_artifacts
-    from cnx_deploy.core.manifest import Artifact
-
-    # A plan needs the manifests only, and a fresh clone has no more.
-    recorded: list[Artifact] = [
-        *find_artifacts(request.export_dir, "onnx"),
-        *find_artifacts(request.engines_dir, "engine"),
-    ]
-    if request.files or not recorded:
-        recorded = list(select_artifacts(request.files, request.export_dir, request.engines_dir, options.note))
-    conditions = conditions_now(threads=request.threads, duration_seconds=request.duration, seed=request.seed)
-    plan = plan_of(recorded, request)
-    if as_json:
-        options.echo_json(plan_document(plan, conditions))
-    else:
-        options.echo("\n".join((*head_lines(conditions, plan.networks), *plan_lines(plan))))
+def _fail(failures: Sequence[str], *, as_json: bool) -> None:
+    if failures:
+        options.fail(CheckFailedError(" ".join(failures)), as_json=as_json)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cnx_deploy.data.input_spec import InputSpec
 
-__all__ = ["HoldsNothing", "Runner", "RunnerInfo", "Split", "SplitRunner"]
+__all__ = ["HoldsNothing", "PhaseTimes", "PhasedRunner", "Runner", "RunnerInfo"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class PhaseTimes:
     """Where the time of one call went, in milliseconds: CUDA events, and the host clock for `enqueue_ms`.
 
     `h2d_ms` and `d2h_ms` are the copies from and to pinned host memory, `compute_ms` what lies between.
@@ -64,10 +64,10 @@ class Split:
 
 
 @runtime_checkable
-class SplitRunner(Protocol):
+class PhasedRunner(Protocol):
     """A runner that can also say where the time of a call goes."""
 
-    def run_split(self, images: Tensor) -> tuple[Tensor, Split]:
+    def run_phases(self, images: Tensor) -> tuple[Tensor, PhaseTimes]:
         """Images in host memory -> (N, num_classes) float32 logits in host memory, and the parts of the call."""
         ...
 

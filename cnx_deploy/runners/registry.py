@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RunnerEntry",
     "RunnerOptions",
+    "default_runner",
     "find_runner",
     "open_runner",
     "register_runner",
@@ -109,6 +110,17 @@ def runners_for(artifact: Artifact) -> tuple[str, ...]:
     return ("tensorrt",) if artifact.manifest.kind == "engine" else artifact.manifest.precision.proven_by
 
 
+def default_runner(artifact: Artifact, device: str = "cpu") -> RunnerEntry:
+    """Return the first default runner that can run an artifact here; MissingRequirementError says why none can."""
+    entries = [find_runner(name) for name in runner_names(artifact.manifest.kind)]
+    reasons = []
+    for entry in (entry for entry in entries if entry.is_default):
+        if (reason := entry.reason_against(artifact, this_machine(device))) is None:
+            return entry
+        reasons.append(reason)
+    raise MissingRequirementError(str(reasons[0]))
+
+
 def open_runner(artifact: Artifact, name: str | None = None, options: RunnerOptions | None = None) -> "Runner":
     """Open a runner for a recorded artifact; `name` None takes the first default one that can run it.
 
@@ -119,18 +131,9 @@ def open_runner(artifact: Artifact, name: str | None = None, options: RunnerOpti
     options = options or RunnerOptions()
     if not options.hashes_hold:
         artifact = open_artifact(artifact.path)
-    machine = this_machine(options.device)
-    if name is not None:
-        entry = find_runner(name)
-        if (reason := entry.reason_against(artifact, machine)) is not None:
-            raise reason
-        return entry.open(artifact, options)
-    reasons = []
-    for candidate in runner_names(artifact.manifest.kind):
-        entry = find_runner(candidate)
-        if not entry.is_default:
-            continue
-        if (reason := entry.reason_against(artifact, machine)) is None:
-            return entry.open(artifact, options)
-        reasons.append(reason)
-    raise MissingRequirementError(str(reasons[0]))
+    if name is None:
+        return default_runner(artifact, options.device).open(artifact, options)
+    entry = find_runner(name)
+    if (reason := entry.reason_against(artifact, this_machine(options.device))) is not None:
+        raise reason
+    return entry.open(artifact, options)

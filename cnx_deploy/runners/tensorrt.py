@@ -27,7 +27,7 @@ from cnx_deploy.core.system import Machine
 from cnx_deploy.data.input_spec import InputSpec, check_input
 from cnx_deploy.exporters.trt.backend import Backend, load_backend, require_gpu
 from cnx_deploy.exporters.untrusted import describe_engine
-from cnx_deploy.runners.base import RunnerInfo, Split
+from cnx_deploy.runners.base import PhaseTimes, RunnerInfo
 from cnx_deploy.runners.cuda import CudaStream
 from cnx_deploy.runners.registry import RunnerEntry, RunnerOptions, register_runner
 
@@ -131,7 +131,7 @@ class TensorRTRunner:
     `cuda_graph`: each batch size is captured at its first call and replayed with one launch from then on.
     `in_child_first`: have a child process read it before this one does, so that what ends the reader is an error.
     A context serves one call at a time, so threads that share a runner wait for each other in `run`. With a CUDA graph,
-    and in `run_split`, every call gives the same buffer: threads that read it later take a runner each.
+    and in `run_phases`, every call gives the same buffer: threads that read it later take a runner each.
 
     Raises MissingRequirementError without a GPU (in under two seconds), for an engine of another release or another
     GPU; CorruptArtifactError when the runtime refuses it all the same or it takes other types than its manifest says.
@@ -221,7 +221,7 @@ class TensorRTRunner:
         self._stream.keep(images, logits)
         return logits
 
-    def run_split(self, images: Tensor) -> tuple[Tensor, Split]:
+    def run_phases(self, images: Tensor) -> tuple[Tensor, PhaseTimes]:
         """Images in host memory -> logits in host memory, and the milliseconds of each part of the call.
 
         Both go through pinned memory; filling it is not timed. The logits are overwritten by the next call.
@@ -245,7 +245,7 @@ class TensorRTRunner:
         marks.append(stream.mark())
         stream.synchronize()
         h2d, compute, d2h = (stream.milliseconds(*pair) for pair in itertools.pairwise(marks))
-        return buffers.host_logits, Split(h2d, compute, d2h, enqueue_ms)
+        return buffers.host_logits, PhaseTimes(h2d, compute, d2h, enqueue_ms)
 
     def _buffers_for(self, images: Tensor) -> _Buffers:
         """The buffers of this batch size, made at its first call.

@@ -79,8 +79,9 @@ def test_what_is_no_image_is_said_in_its_prediction(onnx: cnx.Artifact, image: o
 
 
 def test_a_benchmark_times_the_file_beside_torch(onnx: cnx.Artifact) -> None:
-    report = cnx.benchmark(onnx, batch=1, compare=["torch"], duration=0.05, threads=1)
-    assert {row.backend for row in report.benchmark.rows} == {"onnxruntime", "torch"}
+    record = cnx.benchmark(onnx, batch=1, compare=["torch"], duration_seconds=0.05, threads=1)
+    assert {row.backend for row in record.rows} == {"onnxruntime", "torch"}
+    assert "x torch eager fp32 (95 %)" in str(record)
 
 
 def test_an_engine_is_built_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ def test_a_precision_from_outside_is_exported_verified_timed_and_used(half_opset
     assert (half_opset_21.path.name, manifest.request.opset) == ("atto-32-half21.onnx", 21)
     (found,) = cnx.verify(half_opset_21, samples=2).results
     assert (found.passed, [result.gate.name for result in found.results]) == (True, ["half21"])
-    report = cnx.benchmark(half_opset_21, batch=1, duration=0.05, threads=1)
-    assert [row.precision for row in report.benchmark.rows] == ["half21"]
+    report = cnx.benchmark(half_opset_21, batch=1, duration_seconds=0.05, threads=1)
+    assert [row.precision for row in report.rows] == ["half21"]
     assert len(cnx.predict(half_opset_21, PICTURE).scores) == 5
 
 
@@ -96,8 +96,8 @@ def test_a_runner_from_outside_is_verified_timed_and_used(
     report = cnx.verify(fp32, samples=2, runners=("zeros",))
     assert not report.passed, "zeros are not the network's answers"
     assert report.results[0].results[0].candidate == "zeros fp32"
-    timed = cnx.benchmark(fp32, batch=1, duration=0.05)
-    assert [(row.backend, row.status) for row in timed.benchmark.rows] == [("zeros", "INVALID")]
+    timed = cnx.benchmark(fp32, batch=1, duration_seconds=0.05)
+    assert [(row.backend, row.status) for row in timed.rows] == [("zeros", "INVALID")]
     assert {score.probability for score in cnx.predict(fp32, PICTURE).scores} == {0.1}
     with pytest.raises(InputError, match="zeros takes FP32 files only"):
         cnx.verify(half_opset_21, runners=("zeros",))

@@ -192,7 +192,7 @@ def test_fuzz_whatever_a_manifest_says_the_reader_reads_it_or_says_what_is_wrong
 
 
 COMMANDS = (
-    "report", pytest.param("report --html page.html", marks=pytest.mark.slow), "inspect", "verify", "bench --dry-run",
+    "report", pytest.param("report --html page.html", marks=pytest.mark.slow), "inspect", "verify", "bench plan",
     "build-trt",
 )  # fmt: skip
 

@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from cnx_deploy.bench.bounds import work_of
 from cnx_deploy.bench.peers import timm_twin
-from cnx_deploy.bench.roofline import work_of
 from cnx_deploy.core.deploy_spec import FOLDS, DeploySpec
 from cnx_deploy.core.errors import CheckpointError, GraphCheckError, InputError, ParityError
 from cnx_deploy.core.gates import GATES

@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 
-from cnx_deploy.bench.conditions import conditions_now
-from cnx_deploy.bench.plan import Plan
-from cnx_deploy.bench.report import plan_document
-from cnx_deploy.bench.statistics import Ratio
+from cnx_deploy.bench.record import Plan, Ratio
 from cnx_deploy.cli import main
 from cnx_deploy.diagnosis import headroom as analysis
 from cnx_deploy.report.html import headroom as reader
+from tests.support.bench_rows import QUIET
 from tests.support.html_documents import PEER, benchmark, headroom, layers, written
 from tests.support.html_page import ROOT, Node, page_of, parsed, put, rows, section
 
@@ -68,10 +66,9 @@ def test_an_unstable_row_says_so_and_its_mark_is_hollow(bench_page: Node) -> Non
     assert drawn.one("path", class_="hollow").tag == "path"
 
 
-def test_conditions_doubts_verdicts_and_what_was_not_timed_are_told(bench_page: Node) -> None:
+def test_conditions_doubts_and_what_was_not_timed_are_told(bench_page: Node) -> None:
     shown = section(bench_page, "benchmark").text
     assert "doubt others are working" in shown
-    assert "gate atto.onnx at batch 1: regression, images/s 200 to 125 (-37.5%)" in shown
     assert "3 s a row, images of seed 0" in shown
     missing = section(bench_page, "not-run").text
     assert "1 candidate was not timed in bench.json. The reason given: no GPU." in missing
@@ -150,7 +147,7 @@ def test_without_a_comparison_by_layer_there_is_no_such_section(bench_page: Node
 
 
 def _plan() -> dict[str, Any]:
-    return plan_document(Plan((), {}, ()), conditions_now(threads=1, duration_seconds=1.0, seed=0))
+    return Plan(environment=QUIET, networks={}, planned=(), roofline=()).to_document()
 
 
 def _without(key: str) -> dict[str, Any]:
@@ -166,10 +163,10 @@ def _renamed() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("option", "make", "message"),
     [
-        ("--bench", _plan, "it is a plan (--dry-run)"),
+        ("--bench", _plan, "it is a plan, which measured nothing"),
         ("--bench", lambda: {**benchmark(), "schema_version": 1}, "it has schema version 1, expected 3"),
-        ("--bench", lambda: _without("rows"), "rows is missing"),
-        ("--bench", _renamed, "rows[0].latency.median_ms is missing"),
+        ("--bench", lambda: _without("rows"), "it: Object missing required field rows"),
+        ("--bench", _renamed, "rows[0].latency: Object missing required field"),
         ("--bench", lambda: {"error": "InputError", "message": "no such file", "exit_code": 2}, "'no such file'"),
         ("--bench", list, "the document is a list, expected an object"),
         ("--headroom", benchmark, "it has schema version 3, expected 1"),

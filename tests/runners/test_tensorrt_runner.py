@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cnx_deploy.bench.candidate import Candidate
-from cnx_deploy.bench.timing import BenchSpec, measure_together
+from cnx_deploy.bench.timing import Contender, TimingSpec, measure_together
 from cnx_deploy.core.errors import BuildError, CnxDeployError, CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.system import Gpu
 from cnx_deploy.exporters.trt import backend as backend_module
 from cnx_deploy.exporters.trt.backend import Backend, load_backend
 from cnx_deploy.runners import tensorrt as tensorrt_runner
-from cnx_deploy.runners.base import SplitRunner
+from cnx_deploy.runners.base import PhasedRunner
 from cnx_deploy.runners.cuda import CudaStream
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.registry import open_runner
@@ -142,7 +141,7 @@ def test_without_a_graph_nothing_is_captured(
 ) -> None:
     runner, _ = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch)
     runner.run(torch.rand(2, 3, 32, 32))
-    runner.run_split(torch.rand(2, 3, 32, 32))
+    runner.run_phases(torch.rand(2, 3, 32, 32))
     assert not {"capture", "replay"} & set(runner._stream.calls)
 
 
@@ -163,7 +162,7 @@ def test_a_split_call_has_the_same_logits_and_each_part_between_its_marks(
     images = torch.rand(4, 3, 32, 32)
     expected = runner.run(images).clone()
     runner._stream.calls.clear()
-    logits, split = runner.run_split(images)
+    logits, split = runner.run_phases(images)
     torch.testing.assert_close(logits, expected, rtol=0, atol=0)
     assert (split.h2d_ms, split.compute_ms, split.d2h_ms) == (3.0, 5.0, 7.0)  # marks at 1, 4, 9, 16 ms
     assert split.enqueue_ms > 0.0
@@ -177,9 +176,9 @@ def test_a_split_call_after_another_batch_uses_its_own_buffers(
 ) -> None:
     runner, _ = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch)
     first, second = torch.rand(3, 3, 32, 32), torch.rand(6, 3, 32, 32)
-    runner.run_split(first)
+    runner.run_phases(first)
     logits = runner.run(second).clone()
-    torch.testing.assert_close(runner.run_split(second)[0], logits, rtol=0, atol=0)
+    torch.testing.assert_close(runner.run_phases(second)[0], logits, rtol=0, atol=0)
 
 
 def test_the_double_of_the_stream_has_the_real_streams_methods() -> None:
@@ -311,10 +310,10 @@ def test_the_benchmark_sees_that_this_runner_splits_its_time(
     tiny_engine: Artifact, tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, _ = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch)
-    assert isinstance(runner, SplitRunner)
-    assert not isinstance(OrtRunner(tiny_onnx_fp16.path), SplitRunner)
+    assert isinstance(runner, PhasedRunner)
+    assert not isinstance(OrtRunner(tiny_onnx_fp16.path), PhasedRunner)
     images = torch.rand(2, 3, 32, 32)
-    candidate = Candidate("engine", runner, 0.0, None)
-    (timing,) = measure_together([candidate], [images], BenchSpec(duration_seconds=0.01, min_calls=9))
+    contender = Contender("engine", runner)
+    (timing,) = measure_together([contender], [images], TimingSpec(duration_seconds=0.01, min_calls=9))
     assert timing.gpu is not None
     assert timing.gpu.compute.calls == timing.latency.calls

@@ -12,12 +12,9 @@ from typing import Any
 import matplotlib
 import pytest
 
-from cnx_deploy.bench.comparison import Benchmark, NotRun
-from cnx_deploy.bench.conditions import conditions_now
-from cnx_deploy.bench.report import document
-from cnx_deploy.bench.roofline import work_of
-from cnx_deploy.bench.statistics import Ratio
-from tests.support.bench_rows import row
+from cnx_deploy.bench.bounds import work_of
+from cnx_deploy.bench.record import NotRun, Ratio
+from tests.support.bench_rows import record_of, row
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "plot_performance.py"
@@ -69,8 +66,7 @@ def benchmark() -> dict[str, Any]:
     ratio = (Ratio(BASELINE, 1.25, 1.2, 1.3), Ratio(WHOLE, 1.5, 1.4, 1.6))
     rows = (row(1, 80, name=BASELINE), row(1, 100, name="atto-32-fp32.onnx", ratios=ratio, status="UNSTABLE"))
     missing = (NotRun("atto-32-fp16-rtx-sm89.engine", "atto-32", 64, 98, 31.2, "no GPU"),)
-    networks = {"atto-32": {"variant": "atto", "image_size": 32}}
-    return document(Benchmark(rows, missing, networks), conditions_now(threads=1, duration_seconds=3, seed=0))
+    return record_of(*rows, not_run=missing).to_document()
 
 
 def part(docs: Path, name: str) -> str:

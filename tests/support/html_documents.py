@@ -6,19 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cnx_deploy.bench.comparison import Benchmark, NotRun
-from cnx_deploy.bench.conditions import conditions_now
-from cnx_deploy.bench.correctness import Correctness
-from cnx_deploy.bench.gate import Verdict
-from cnx_deploy.bench.report import document
-from cnx_deploy.bench.statistics import Ratio
+from cnx_deploy.bench.record import Correctness, NotRun, Ratio
 from cnx_deploy.cli.options import _finite
 from cnx_deploy.core.gates import GATES
 from cnx_deploy.diagnosis.headroom import Headroom
 from cnx_deploy.diagnosis.layerwise import BackendResult, LayerComparison, OutputDifferences, OutputResult
 from cnx_deploy.diagnosis.layerwise import Verdict as LayerVerdict
 from cnx_deploy.diagnosis.ranges import NormRange, ParameterRange, ResponseRange, TensorRange
-from tests.support.bench_rows import row
+from tests.support.bench_rows import NETWORK, record_of, row
 
 PEER = "timm.onnx fp32"
 
@@ -41,16 +36,9 @@ def benchmark(name: str = "atto.onnx") -> dict[str, Any]:
         replace(shaky, remarks=("medians of 9, 12 ms",)),
         replace(wrong, remarks=fails, correctness=Correctness(3, 1.0, 0.5, 0.1, 0.0, 0, fails)),
     )
-    network = {
-        "variant": "atto", "image_size": 32, "num_classes": 1000, "input": "float32 NCHW",
-        "weights": {"origin": "random", "sha256": "a" * 64},
-        "files": {name: {}, "wrong.onnx": {}},
-    }  # fmt: skip
-    missing = (NotRun("other.engine", "atto-32", 64, 9, 3.0, "no GPU"),)
-    conditions = conditions_now(threads=1, duration_seconds=3.0, seed=0)
-    verdict = Verdict(name, 1, "regression", "images/s", 200.0, 125.0, 0.625)
-    found = Benchmark(rows, missing, {"atto-32": network})
-    return document(found, conditions, warnings=("others are working",), gate=(verdict,))
+    missing = (NotRun("other.engine", NETWORK, 64, 9, 3.0, "no GPU"),)
+    record = record_of(*rows, files=(name, "wrong.onnx"), not_run=missing, warnings=("others are working",))
+    return record.to_document()
 
 
 def headroom(*, largest: float = 100.0) -> Headroom:

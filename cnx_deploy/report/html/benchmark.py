@@ -1,60 +1,35 @@
-"""The document of `cnx-deploy bench --json` as a page needs it."""
+"""The record of `cnx-deploy bench --json` as the page shows it."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from cnx_deploy.bench.gate import check_kind
+from cnx_deploy.bench.record import COMMAND, BenchmarkRecord, Conditions, NotRun, Ratio, Timing
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.report.html.fields import Fields, Source, read_document
+from cnx_deploy.report.html.fields import Source, read_document
 
-__all__ = ["BenchNetwork", "BenchRow", "Benchmark", "NotTimed", "Ratio", "read_benchmark"]
-
-COMMAND = "cnx-deploy bench"
-
-
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """How many times as fast as a peer, with its 95 % interval."""
-
-    peer: str
-    ratio: float
-    low: float
-    high: float
+__all__ = ["BenchNetwork", "BenchRow", "Benchmark", "read_benchmark"]
 
 
 @dataclass(frozen=True, slots=True)
 class BenchRow:
-    """One candidate at one batch. `ratio` is to the baseline, None for the baseline itself and where it did not run.
+    """One contender at one batch. `ratio` is to the baseline, None for the baseline itself and where it did not run.
 
     A percentile is None where the sample is too small for it, `relative_l2` where a logit is not finite. `notes` are
     the numbers of its remarks among those of its network.
     """
 
     name: str
-    network: str
     batch: int
     is_file: bool
-    backend: str
-    device: str
     images_per_second: float
     median_ms: float
     p95_ms: float | None
     p99_ms: float | None
     cv_percent: float
     relative_l2: float | None
-    ratios: tuple[Ratio, ...]
     ratio: Ratio | None
     status: str
-    remarks: tuple[str, ...]
     notes: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class NotTimed:
-    """Something that was not timed, and why."""
-
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +56,7 @@ class Benchmark:
     warnings: tuple[str, ...]
     baseline: str
     networks: tuple[BenchNetwork, ...]
-    not_timed: tuple[NotTimed, ...]
-    gate: tuple[str, ...]
+    not_run: tuple[NotRun, ...]
 
     @property
     def rows(self) -> tuple[BenchRow, ...]:
@@ -94,107 +68,66 @@ def read_benchmark(path: Path) -> Benchmark:
     """Read a benchmark's document; InputError for anything else, a plan included."""
     source, fields = read_document(path, COMMAND)
     try:
-        return _benchmark(source, fields)
+        record = BenchmarkRecord.from_document(fields.values)
     except ValueError as error:
         raise InputError(f"{path} is no benchmark: {error}. Give what `{COMMAND} --json` printed.") from error
-
-
-def _benchmark(source: Source, fields: Fields) -> Benchmark:
-    check_kind(fields.values)
-    environment, rows = fields.child("environment"), fields.children("rows")
-    baseline = _baseline(rows)
-    networks = fields.child("networks")
     return Benchmark(
         source=source,
-        date=environment.text("date"),
-        conditions=tuple(_conditions(environment)),
-        tools=environment.text_items("tools"),
-        warnings=fields.texts("warnings"),
-        baseline=baseline,
-        networks=tuple(_network(name, networks.child(name), rows, baseline) for name in networks.values),
-        not_timed=tuple(NotTimed(row.text("name"), row.text("reason")) for row in fields.children("not_run")),
-        gate=tuple(_verdict(verdict) for verdict in fields.children("gate")),
+        date=record.environment.date,
+        conditions=_conditions(record.environment),
+        tools=tuple(record.environment.tools.items()),
+        warnings=record.warnings,
+        baseline=record.baseline,
+        networks=tuple(_network(name, record) for name in record.networks),
+        not_run=record.not_run,
     )
 
 
-def _baseline(rows: tuple[Fields, ...]) -> str:
-    """The first row that others have a ratio to, as the terminal's table has it."""
-    peers = {ratio.text("peer") for row in rows for ratio in row.children("ratios")}
-    return next((row.text("name") for row in rows if row.text("name") in peers), "")
-
-
-def _network(name: str, network: Fields, rows: tuple[Fields, ...], baseline: str) -> BenchNetwork:
-    weights, files = network.child("weights"), set(network.child("files").values)
-    own = [row for row in rows if row.text("network") == name]
-    remarks = tuple(dict.fromkeys(remark for row in own for remark in _remarks(row)))
+def _network(name: str, record: BenchmarkRecord) -> BenchNetwork:
+    facts, rows = record.networks[name], record.rows_of(name)
+    remarks = tuple(dict.fromkeys(remark for row in rows for remark in _remarks(row)))
     return BenchNetwork(
         name=name,
-        variant=network.text("variant"),
-        image_size=network.integer("image_size"),
-        weights_origin=weights.text("origin"),
-        weights_sha256=weights.text("sha256"),
-        rows=tuple(_row(row, files, baseline, remarks) for row in own),
+        variant=facts.variant,
+        image_size=facts.image_size,
+        weights_origin=facts.weights.origin,
+        weights_sha256=facts.weights.sha256,
+        rows=tuple(_row(row, record, remarks) for row in rows),
         remarks=remarks,
     )
 
 
-def _row(row: Fields, files: set[str], baseline: str, known: tuple[str, ...]) -> BenchRow:
-    latency, correctness = row.child("latency"), row.maybe_child("correctness")
-    ratios = tuple(
-        Ratio(each.text("peer"), *(each.number(key) for key in ("ratio", "low", "high")))
-        for each in row.children("ratios")
-    )
+def _row(row: Timing, record: BenchmarkRecord, remarks: tuple[str, ...]) -> BenchRow:
     return BenchRow(
-        name=row.text("name"),
-        network=row.text("network"),
-        batch=row.integer("batch"),
-        is_file=row.text("name") in files,
-        backend=f"{row.text('backend')} {row.text('version')}",
-        device=row.text("device"),
-        images_per_second=row.number("images_per_second"),
-        median_ms=latency.number("median_ms"),
-        p95_ms=latency.maybe_number("p95_ms"),
-        p99_ms=latency.maybe_number("p99_ms"),
-        cv_percent=latency.number("cv_percent"),
-        relative_l2=correctness.maybe_number("relative_l2") if correctness else None,
-        ratios=ratios,
-        ratio=next((ratio for ratio in ratios if ratio.peer == baseline), None),
-        status=row.text("status"),
-        remarks=_remarks(row),
-        notes=tuple(known.index(remark) + 1 for remark in _remarks(row)),
+        name=row.name,
+        batch=row.batch,
+        is_file=record.is_file(row),
+        images_per_second=row.images_per_second,
+        median_ms=row.latency.median_ms,
+        p95_ms=row.latency.p95_ms,
+        p99_ms=row.latency.p99_ms,
+        cv_percent=row.latency.cv_percent,
+        relative_l2=row.correctness.relative_l2 if row.correctness else None,
+        ratio=row.ratio_to(record.baseline),
+        status=row.status,
+        notes=tuple(remarks.index(remark) + 1 for remark in _remarks(row)),
     )
 
 
-def _remarks(row: Fields) -> tuple[str, ...]:
+def _remarks(row: Timing) -> tuple[str, ...]:
     """Its own, and what it was really computed in where that differs: ONNX Runtime widens FP16 on a CPU."""
-    precision, arithmetic = row.text("precision"), row.text("arithmetic")
-    widened = () if arithmetic in (precision, "float32") else (f"its {precision} was computed in {arithmetic}",)
-    return (*row.texts("remarks"), *widened)
+    widened = (f"its {row.precision} was computed in {row.arithmetic}",) if row.is_widened else ()
+    return (*row.remarks, *widened)
 
 
-def _verdict(verdict: Fields) -> str:
-    """One file at one batch against the baseline document."""
-    head = f"{verdict.text('name')} at batch {verdict.integer('batch')}: {verdict.text('verdict')}"
-    change = verdict.maybe_number("change")
-    if change is None:
-        return f"{head}, {verdict.text('reason')}"
-    figures = f"{verdict.number('before'):.4g} to {verdict.number('now'):.4g} ({change - 1:+.1%})"
-    return f"{head}, {verdict.text('measure')} {figures}"
-
-
-def _conditions(environment: Fields) -> list[tuple[str, str]]:
-    """What every latency needs beside it."""
-    isa = " ".join(environment.texts("isa"))
-    load = environment.maybe_number("load_average")
-    gpus = ", ".join(gpu.text("name") for gpu in environment.children("gpus"))
-    threads = f"threads: {environment.integer('threads')}, processors: {environment.integer('processors')}"
-    return [
-        ("Processor", f"{environment.text('cpu')}{f' ({isa})' if isa else ''}, {threads}"),
-        ("GPU", gpus or "none"),
-        ("System", environment.text("system")),
-        (
-            "Measured",
-            f"{environment.number('duration_seconds'):g} s a row, images of seed {environment.integer('seed')}",
-        ),
+def _conditions(environment: Conditions) -> tuple[tuple[str, str], ...]:
+    """The machine and settings that every latency needs beside it."""
+    isa, load = " ".join(environment.isa), environment.load_average
+    threads = f"threads: {environment.threads}, processors: {environment.processors}"
+    return (
+        ("Processor", f"{environment.cpu}{f' ({isa})' if isa else ''}, {threads}"),
+        ("GPU", ", ".join(gpu.name for gpu in environment.gpus) or "none"),
+        ("System", environment.system),
+        ("Measured", f"{environment.duration_seconds:g} s a row, images of seed {environment.seed}"),
         ("Load before", "unknown" if load is None else f"{load:.2f}"),
-    ]
+    )

@@ -105,7 +105,7 @@ def _network(entries: list[Entry], letters: dict[tuple[tuple[str, str], ...], st
 
 
 def _counts(entry: Entry) -> tuple[int | None, int | None]:
-    """Parameters and MACs of an image, as `bench.networks` counts them."""
+    """Parameters and MACs of an image, as a benchmark counts them."""
     try:
         variant = find_variant(entry.variant)
         parameters = variant.parameter_count + (entry.num_classes - 1000) * (variant.dims[-1] + 1)

@@ -61,7 +61,7 @@ def _timing(benchmarks: Sequence[Benchmark]) -> Iterator[Gap]:
         yield Gap("Nothing was timed", "This page was given no benchmark (cnx-deploy bench --json, then --bench).")
     for benchmark in benchmarks:
         reasons: dict[str, list[str]] = {}
-        for missing in benchmark.not_timed:
+        for missing in benchmark.not_run:
             reasons.setdefault(missing.reason, []).append(missing.name)
         for reason, names in reasons.items():
             what = _counted(len(names), "candidate was", "candidates were")

@@ -12,12 +12,18 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.bench import timing as benchmark
-from cnx_deploy.bench.candidate import Candidate, create, peak_memory_mib, reset_peak_memory
-from cnx_deploy.bench.statistics import Ratio
-from cnx_deploy.bench.timing import BenchSpec, Timing, measure_together
+from cnx_deploy.bench.record import Timing
+from cnx_deploy.bench.timing import (
+    Contender,
+    TimingSpec,
+    measure_together,
+    open_contender,
+    peak_memory_mib,
+    reset_peak_memory,
+)
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.gates import GATES
-from cnx_deploy.runners.base import HoldsNothing, RunnerInfo, Split
+from cnx_deploy.runners.base import HoldsNothing, PhaseTimes, RunnerInfo
 from tests.support.known_speed import IMAGES, LOGITS, Clock, KnownSpeed
 
 
@@ -50,12 +56,16 @@ def runner(clock) -> Callable[..., KnownSpeed]:
 
 def timings(*runners: KnownSpeed, calls: int = 60, expected: Tensor | None = LOGITS, **options: object) -> list[Timing]:
     """Time the runners for exactly `calls` calls each where they are steady; the first is the peer."""
-    candidates = [
-        Candidate(f"runner {index}", item, 0.0, None, GATES["fp32"], is_peer=index == 0)
-        for index, item in enumerate(runners)
+    contenders = [
+        Contender(f"runner {index}", item, gate=GATES["fp32"], is_peer=index == 0) for index, item in enumerate(runners)
     ]
-    spec = BenchSpec(duration_seconds=1e-6, min_calls=calls)
-    return measure_together(candidates, [IMAGES] * len(runners), spec, expected=expected, **options)
+    spec = TimingSpec(duration_seconds=1e-6, min_calls=calls)
+    return measure_together(contenders, [IMAGES] * len(runners), spec, expected=expected, **options)
+
+
+def turns(*contenders: Contender, **values: float) -> list[Timing]:
+    """Time these contenders for a tenth of a second each, or as told."""
+    return measure_together(contenders, [IMAGES] * len(contenders), TimingSpec(**{"duration_seconds": 0.1, **values}))
 
 
 # What is reported
@@ -68,29 +78,6 @@ def test_latency_is_the_time_of_a_call_and_throughput_its_images(runner):
     assert (timing.images_per_second, timing.batch, latency.cv_percent) == (500.0, 4, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("calls", "carried"),
-    [
-        (49, (False, False, False)),
-        (50, (True, False, False)),
-        (99, (True, False, False)),
-        (100, (True, True, False)),
-        (499, (True, True, False)),
-        (500, (True, True, True)),
-    ],
-)
-def test_bench_refuses_invalid_a_percentile_that_the_sample_cannot_carry(runner, calls, carried):
-    latency = timings(runner(8.0), calls=calls)[0].latency
-    found = (latency.p90_ms, latency.p95_ms, latency.p99_ms)
-    assert (latency.calls, tuple(value is not None for value in found)) == (calls, carried)
-
-
-def test_percentiles_are_those_of_the_calls(runner):
-    slow_eighth = timings(runner(lambda index: 90.0 if index % 8 == 0 else 10.0), calls=240)[0].latency
-    assert (slow_eighth.median_ms, slow_eighth.p90_ms, slow_eighth.max_ms) == (10.0, 90.0, 90.0)
-    assert slow_eighth.mean_ms == pytest.approx(20.0)
-
-
 def test_the_first_call_is_reported_and_not_in_the_sample(runner):
     timing = timings(runner(lambda index: 1000.0 if index == 0 else 10.0))[0]
     assert (timing.first_call_ms, timing.latency.median_ms, timing.latency.max_ms) == (1000.0, 10.0, 10.0)
@@ -98,16 +85,12 @@ def test_the_first_call_is_reported_and_not_in_the_sample(runner):
 
 def test_slow_calls_at_the_start_are_warm_up(runner):
     settling = runner(lambda index: max(10.0, 30.0 - index))
-    timing = measure_together(
-        [Candidate("settling", settling, 0.0, None)], [IMAGES], BenchSpec(duration_seconds=2.0, warm_up_tries=20)
-    )
+    (timing,) = turns(Contender("settling", settling), duration_seconds=2.0, warm_up_tries=20)
     assert (timing.latency.min_ms, timing.latency.max_ms, timing.status) == (10.0, 10.0, "OK")
 
 
-def test_the_duration_is_spent_on_each_candidate(runner):
-    fast, slow = runner(10.0), runner(30.0)
-    candidates = [Candidate("fast", fast, 0.0, None), Candidate("slow", slow, 0.0, None)]
-    found = measure_together(candidates, [IMAGES, IMAGES], BenchSpec(duration_seconds=3.0))
+def test_the_duration_is_spent_on_each_contender(runner):
+    found = turns(Contender("fast", runner(10.0)), Contender("slow", runner(30.0)), duration_seconds=3.0)
     # Three windows of 34 rounds: 34 × 60 ms, rests included, is over 2 × 3 s / 3.
     assert [timing.latency.calls for timing in found] == [102, 102]
 
@@ -124,6 +107,7 @@ def test_a_real_clock_measures_at_least_what_a_runner_sleeps():
 def test_steady_right_answers_are_ok(runner):
     timing = timings(runner(8.0))[0]
     assert (timing.status, timing.correctness.relative_l2, timing.correctness.calls) == ("OK", 0.0, 3)
+    assert timings(runner(8.0), expected=None)[0].correctness is None
 
 
 def test_bench_refuses_invalid_wrong_logits(runner):
@@ -134,26 +118,12 @@ def test_bench_refuses_invalid_wrong_logits(runner):
     assert any("relative L2" in remark for remark in timing.remarks)
 
 
-def test_bench_refuses_invalid_logits_that_go_wrong_while_timed(runner):
-    class Spoiled(KnownSpeed):
-        def run(self, images: Tensor) -> Tensor:
-            right = super().run(images)
-            return right if len(self.calls) < 20 else right * 2
-
-    steady = runner(8.0)
-    assert timings(Spoiled(steady.wait, steady.milliseconds), calls=200)[0].status == "INVALID"
-
-
 def test_bench_refuses_invalid_nan_logits(runner):
-    broken = Candidate("nan", runner(8.0, logits=LOGITS * float("nan")), 0.0, None, gate=None)
-    timing = measure_together([broken], [IMAGES], BenchSpec(0.1), expected=LOGITS)[0]
+    broken = Contender("nan", runner(8.0, logits=LOGITS * float("nan")), gate=None)
+    (timing,) = measure_together([broken], [IMAGES], TimingSpec(0.1), expected=LOGITS)
     found = timing.correctness
     assert (timing.status, found.relative_l2, found.max_abs) == ("INVALID", None, None)
     assert found.nonfinite_count == 3 * LOGITS.numel()
-
-
-def test_without_a_reference_nothing_is_claimed_of_the_logits(runner):
-    assert timings(runner(8.0), expected=None)[0].correctness is None
 
 
 @pytest.mark.parametrize(("late_ms", "status", "calls"), [(8.7, "OK", 60), (9.0, "OK", 100), (6.0, "OK", 100)])
@@ -208,27 +178,16 @@ def test_warm_up_is_ten_calls_and_a_fifth_of_a_second_at_least(runner):
 
 @pytest.mark.parametrize("wrong_call", [0, 59])
 def test_one_wrong_call_of_those_judged_makes_the_timing_invalid(runner, wrong_call):
-    """The first and the last timed call; every other call is right."""
+    """The first and the last timed call; every other call is right, and overwrites the buffer of the one before."""
     warm_up = calls_of_warm_up(runner(8.0))
 
     class OnceWrong(KnownSpeed):
         def run(self, images: Tensor) -> Tensor:
-            right = super().run(images)
-            return right * 2 if len(self.calls) - 1 == warm_up + wrong_call else right
-
-    steady = runner(8.0)
-    assert timings(OnceWrong(steady.wait, steady.milliseconds))[0].status == "INVALID"
-
-
-def test_a_buffer_that_the_next_call_overwrites_is_judged_as_it_was(runner):
-    class SharedBuffer(KnownSpeed):
-        def run(self, images: Tensor) -> Tensor:
             super().run(images)
-            return self.logits.copy_(LOGITS * (2.0 if len(self.calls) == first_timed else 1.0))
+            return self.logits.copy_(LOGITS * (2.0 if len(self.calls) - 1 == warm_up + wrong_call else 1.0))
 
-    first_timed = calls_of_warm_up(runner(8.0)) + 1
     steady = runner(8.0)
-    timing = timings(SharedBuffer(steady.wait, steady.milliseconds))[0]
+    timing = timings(OnceWrong(steady.wait, steady.milliseconds))[0]
     assert (timing.status, timing.correctness.relative_l2) == ("INVALID", pytest.approx(1.0))
 
 
@@ -239,42 +198,39 @@ def test_a_buffer_that_the_next_call_overwrites_is_judged_as_it_was(runner):
 class KnownSplit(KnownSpeed):
     """A runner on the CPU whose split call `index` takes what `split(index)` says."""
 
-    split: Callable[[int], Split] = lambda index: Split(0.1, 8.0, 0.1, 0.5)
+    split: Callable[[int], PhaseTimes] = lambda index: PhaseTimes(0.1, 8.0, 0.1, 0.5)
     split_calls: int = 0
 
-    def run_split(self, images: Tensor) -> tuple[Tensor, Split]:
+    def run_phases(self, images: Tensor) -> tuple[Tensor, PhaseTimes]:
         self.split_calls += 1
         return self.logits, self.split(self.split_calls)
 
 
-def split_timing(runner: Callable[..., KnownSpeed], split: Callable[[int], Split]) -> Timing:
+def split_timing(runner: Callable[..., KnownSpeed], split: Callable[[int], PhaseTimes]) -> Timing:
     steady = runner(8.0)
     return timings(KnownSplit(steady.wait, steady.milliseconds, split=split))[0]
 
 
-def test_a_runner_that_splits_its_time_has_the_parts_in_its_row(runner):
-    timing = split_timing(runner, lambda index: Split(0.5, 8.0, 0.25, 1.0))
+def test_a_runner_that_splits_its_time_has_the_medians_of_the_parts_in_its_row(runner):
+    timing = split_timing(runner, lambda index: PhaseTimes(0.5 if index % 8 else 5.0, 8.0, 0.25, 1.0))
     parts = (timing.gpu.h2d_ms, timing.gpu.compute.median_ms, timing.gpu.d2h_ms, timing.gpu.enqueue_ms)
     assert (parts, timing.gpu.compute.calls) == ((0.5, 8.0, 0.25, 1.0), timing.latency.calls)
     assert (timing.status, timing.remarks) == ("OK", ())
+    assert timings(runner(8.0))[0].gpu is None
 
 
 def test_wrong_logits_of_the_split_call_alone_make_a_timing_invalid(runner):
     class WrongSplit(KnownSplit):
-        def run_split(self, images: Tensor) -> tuple[Tensor, Split]:
-            return LOGITS * 2, super().run_split(images)[1]
+        def run_phases(self, images: Tensor) -> tuple[Tensor, PhaseTimes]:
+            return LOGITS * 2, super().run_phases(images)[1]
 
     steady = runner(8.0)
     assert timings(WrongSplit(steady.wait, steady.milliseconds))[0].status == "INVALID"
 
 
-def test_a_runner_that_does_not_split_its_time_has_no_parts(runner):
-    assert timings(runner(8.0))[0].gpu is None
-
-
 @pytest.mark.parametrize(("swing", "status"), [(0.02, "OK"), (0.03, "UNSTABLE")])
 def test_compute_time_that_varies_by_more_than_a_fortieth_is_unstable(runner, swing, status):
-    timing = split_timing(runner, lambda index: Split(0.1, 8.0 * (1.0 + swing * (-1) ** index), 0.1, 0.5))
+    timing = split_timing(runner, lambda index: PhaseTimes(0.1, 8.0 * (1.0 + swing * (-1) ** index), 0.1, 0.5))
     assert timing.status == status
     assert any("compute time varies by 3.0 %" in remark for remark in timing.remarks) == (status == "UNSTABLE")
 
@@ -282,11 +238,11 @@ def test_compute_time_that_varies_by_more_than_a_fortieth_is_unstable(runner, sw
 @pytest.mark.parametrize(
     ("split", "remark"),
     [
-        (Split(0.1, 1.0, 0.1, 0.79), None),
-        (Split(0.1, 1.0, 0.1, 0.81), "enqueue-bound"),
-        (Split(0.99, 1.0, 0.1, 0.1), None),
-        (Split(1.0, 1.0, 0.1, 0.1), "transfer-bound"),
-        (Split(0.1, 1.0, 1.0, 0.1), "transfer-bound"),
+        (PhaseTimes(0.1, 1.0, 0.1, 0.79), None),
+        (PhaseTimes(0.1, 1.0, 0.1, 0.81), "enqueue-bound"),
+        (PhaseTimes(0.99, 1.0, 0.1, 0.1), None),
+        (PhaseTimes(1.0, 1.0, 0.1, 0.1), "transfer-bound"),
+        (PhaseTimes(0.1, 1.0, 1.0, 0.1), "transfer-bound"),
     ],
 )
 def test_what_else_limits_the_speed_is_said(runner, split, remark):
@@ -296,12 +252,6 @@ def test_what_else_limits_the_speed_is_said(runner, split, remark):
 
 
 # Comparison
-
-
-def test_a_candidate_of_half_the_speed_has_a_speedup_of_one_half(runner):
-    first, second = timings(runner(10.0), runner(20.0))
-    assert first.ratios == ()
-    assert second.ratios == (Ratio("runner 0", 0.5, 0.5, 0.5),)
 
 
 def test_the_interval_of_a_noisy_speedup_holds_it(runner):
@@ -318,39 +268,28 @@ def test_a_machine_that_slows_down_slows_both_and_leaves_the_speedup(clock, runn
     def speed(milliseconds: float) -> Callable[[int], float]:
         return lambda index: milliseconds * (1.0 + max(0.0, clock.nanoseconds - start) / 1e9)
 
-    pair = (("a", 10.0, True), ("b", 20.0, False))
-    candidates = [Candidate(name, runner(speed(ms)), 0.0, None, is_peer=peer) for name, ms, peer in pair]
-    _, timing = measure_together(candidates, [IMAGES, IMAGES], BenchSpec(duration_seconds=5.0, warm_up_tries=3))
+    pair = Contender("a", runner(speed(10.0)), is_peer=True), Contender("b", runner(speed(20.0)))
+    _, timing = turns(*pair, duration_seconds=5.0, warm_up_tries=3)
     assert (timing.status, timing.ratio_to("a").ratio) == ("UNSTABLE", pytest.approx(0.5, rel=0.02))
 
 
-def test_every_peer_has_a_ratio_and_none_to_itself(runner):
+def test_every_peer_has_a_ratio_none_to_itself_and_nothing_without_a_peer(runner):
     speeds = (("torch", 40.0, True), ("timm", 20.0, True), ("ours", 10.0, False))
-    candidates = [Candidate(name, runner(ms), 0.0, None, is_peer=peer) for name, ms, peer in speeds]
-    found = measure_together(candidates, [IMAGES] * 3, BenchSpec(duration_seconds=0.1))
+    found = turns(*(Contender(name, runner(ms), is_peer=peer) for name, ms, peer in speeds))
     ratios = {row.name: {ratio.peer: ratio.ratio for ratio in row.ratios} for row in found}
     assert ratios == {"torch": {"timm": 0.5}, "timm": {"torch": 2.0}, "ours": {"torch": 4.0, "timm": 2.0}}
+    assert [row.ratios for row in turns(*(Contender(name, runner(10.0)) for name in "ab"))] == [(), ()]
 
 
 def test_a_peer_on_another_kind_of_device_is_none(runner, monkeypatch):
     monkeypatch.setitem(benchmark.AGREEMENT, "meta", 0.1)
     elsewhere = runner(30.0, device=torch.device("meta"))
-    candidates = [
-        Candidate("elsewhere", elsewhere, 0.0, None, is_peer=True),
-        Candidate("here", runner(20.0), 0.0, None, is_peer=True),
-        Candidate("ours", runner(10.0), 0.0, None),
-    ]
-    found = measure_together(candidates, [IMAGES] * 3, BenchSpec(duration_seconds=0.1))
+    peers = Contender("elsewhere", elsewhere, is_peer=True), Contender("here", runner(20.0), is_peer=True)
+    found = turns(*peers, Contender("ours", runner(10.0)))
     assert [[ratio.peer for ratio in row.ratios] for row in found] == [[], [], ["here"]]
 
 
-def test_without_a_peer_no_ratio_is_given(runner):
-    candidates = [Candidate(name, runner(10.0), 0.0, None) for name in "ab"]
-    found = measure_together(candidates, [IMAGES] * 2, BenchSpec(duration_seconds=0.1))
-    assert [row.ratios for row in found] == [(), ()]
-
-
-def test_candidates_take_turns(runner):
+def test_contenders_take_turns(runner):
     order: list[str] = []
 
     class Noted(KnownSpeed):
@@ -362,15 +301,6 @@ def test_candidates_take_turns(runner):
     infos = [RunnerInfo(name, "1", "clock", "fp32", "fp32") for name in "AB"]
     timings(*(Noted(wait, lambda index: 10.0, info=info) for info in infos), calls=20)
     assert "".join(order[-40:]) == "AB" * 20
-
-
-def test_the_same_seed_gives_the_same_interval(runner):
-    factors = noise()
-
-    def ratios() -> tuple[Ratio, ...]:
-        return timings(runner(10.0), runner(lambda index: 20.0 * factors[index]))[1].ratios
-
-    assert ratios() == ratios()
 
 
 def test_progress_ends_at_the_whole(runner):
@@ -385,7 +315,7 @@ def test_progress_ends_at_the_whole(runner):
 @pytest.mark.parametrize("values", [{"duration_seconds": 0.0}, {"duration_seconds": -1.0}, {"min_calls": 0}])
 def test_a_measurement_without_time_or_calls_is_refused(values):
     with pytest.raises(InputError, match="positive duration"):
-        BenchSpec(**values)
+        TimingSpec(**values)
 
 
 def test_the_peak_memory_rises_by_what_is_used_and_falls_when_reset():
@@ -421,10 +351,10 @@ def gpu(monkeypatch) -> SimpleNamespace:
     return state
 
 
-def created_on(device: str, at_call: Callable[[int], float]) -> Candidate:
+def opened_on(device: str, at_call: Callable[[int], float]) -> Contender:
     with ExitStack() as stack:
         make = lambda: GpuRunner(lambda milliseconds: None, at_call, device=torch.device(device))  # noqa: E731
-        return create("gpu", "atto", make, GATES["fp32"], stack)
+        return open_contender("gpu", "atto", make, GATES["fp32"], stack)
 
 
 @pytest.mark.parametrize(
@@ -445,7 +375,7 @@ def test_device_memory_is_what_is_gone_after_the_first_call(gpu, device, unused,
         return 1.0
 
     gpu.unused = unused
-    assert created_on(device, use_memory).device_memory_mib == expected
+    assert opened_on(device, use_memory).device_memory_mib == expected
 
 
 def test_a_gpu_that_takes_no_process_more_does_not_stop_a_row(gpu, monkeypatch):
@@ -453,10 +383,8 @@ def test_a_gpu_that_takes_no_process_more_does_not_stop_a_row(gpu, monkeypatch):
         raise RuntimeError("CUDA-capable device(s) is/are busy or unavailable")
 
     monkeypatch.setattr(torch.cuda, "init", refuse)
-    assert created_on("cpu", lambda index: 1.0).device_memory_mib is None
+    assert opened_on("cpu", lambda index: 1.0).device_memory_mib is None
 
 
-def test_a_row_has_the_device_memory_of_its_candidate(runner):
-    candidate = Candidate("row", runner(8.0), 0.0, None, device_memory_mib=30.0)
-    (row,) = measure_together([candidate], [IMAGES], BenchSpec(0.1))
-    assert row.device_memory_mib == 30.0
+def test_a_row_has_the_device_memory_of_its_contender(runner):
+    assert turns(Contender("row", runner(8.0), device_memory_mib=30.0))[0].device_memory_mib == 30.0

@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 
-from cnx_deploy.bench.peers import PEERS, CompiledRunner, OrtSettings, PeerSetup, place_of_peers, timm_twin
+from cnx_deploy.bench.peers import PEERS, CompiledRunner, PeerSetup, place_of_peers, timm_twin
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import MissingRequirementError
 from cnx_deploy.core.gates import GATES
@@ -16,10 +16,11 @@ from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import reference_runner
+from cnx_deploy.runners.registry import RunnerOptions
 from cnx_deploy.verification.parity import differences
 
 SPEC = DeploySpec(image_size=32)
-QUIET = OrtSettings(threads=1, spin=False)
+QUIET = RunnerOptions(threads=1, spin=False)
 PIXELS = next(image_like_batches(3, 32, batch_size=3))
 
 
@@ -93,7 +94,7 @@ def test_timms_peer_takes_any_batch_and_says_its_version_and_provider(tiny_model
 def test_timms_peer_runs_as_our_files_do_or_as_it_is_found(
     tiny_model: ConvNeXtV2, tmp_path: Path, word: str, share: str, gelu: str
 ) -> None:
-    setup = PeerSetup(tiny_model, SPEC, OrtSettings(threads=2, spin=False, thread_per_image=True), tmp_path)
+    setup = PeerSetup(tiny_model, SPEC, RunnerOptions(threads=2, spin=False, thread_per_image=True), tmp_path)
     with PEERS[word].prepare(setup)() as runner:
         assert dict(runner.info.details)["a thread has"] == share
     operators = {node.op_type for node in onnx.load(tmp_path / "timm.onnx").graph.node}
