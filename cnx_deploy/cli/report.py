@@ -67,7 +67,7 @@ def _write_page(
     html: Path, export_dir: Path, engines_dir: Path, documents: tuple[tuple[Path, ...], ...], *, force: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    from cnx_deploy.report.html.page import PageRequest, check_page, corrupt_error, gather, render, write_page
+    from cnx_deploy.report.html.page import PageRequest, check_page, corrupt_error, gather, write_page
 
     check_page(html, force=force)
     bench, headroom, layers = documents
@@ -75,7 +75,7 @@ def _write_page(
         export_dir=export_dir, engines_dir=engines_dir, bench=bench, headroom=headroom, layers=layers
     )  # fmt: skip
     page = gather(request)
-    write_page(html, render(page))
+    write_page(html, page)
     if as_json:
         options.echo_json(page.to_dict(html))
     else:

@@ -5,6 +5,7 @@ matplotlib is the extra `report`; it is imported when something is drawn.
 
 import importlib.util
 import io
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,9 @@ def svg_bytes(draw: "Callable[[], Figure]", **settings: Any) -> bytes:
     from matplotlib import style
 
     written = io.BytesIO()
-    with style.context(["default", {**STYLE, **settings}]):
+    with style.context(["default", {**STYLE, **settings}]), warnings.catch_warnings():
+        # The text is written as text: whether this machine's font has the letter does not matter.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         draw().savefig(written, format="svg", metadata={"Date": None})
     return written.getvalue()
 

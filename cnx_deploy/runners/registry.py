@@ -9,12 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cnx_deploy.core.artifacts import open_artifact
 from cnx_deploy.core.errors import CnxDeployError, InputError, MissingRequirementError
-from cnx_deploy.core.manifest import Artifact, ArtifactKind
 from cnx_deploy.core.system import Machine, this_machine
 
 if TYPE_CHECKING:
+    from cnx_deploy.core.manifest import Artifact, ArtifactKind
     from cnx_deploy.runners.base import Runner
 
 __all__ = [
@@ -67,14 +66,14 @@ class RunnerEntry:
     """
 
     name: str
-    kinds: tuple[ArtifactKind, ...]
-    can_run: Callable[[Artifact, Machine], CnxDeployError | None]
-    open: Callable[[Artifact, RunnerOptions], "Runner"]
+    kinds: tuple["ArtifactKind", ...]
+    can_run: Callable[["Artifact", Machine], CnxDeployError | None]
+    open: Callable[["Artifact", RunnerOptions], "Runner"]
     is_default: bool = False
     is_slow: bool = False
     widens_half: bool = False
 
-    def reason_against(self, artifact: Artifact, machine: Machine) -> CnxDeployError | None:
+    def reason_against(self, artifact: "Artifact", machine: Machine) -> CnxDeployError | None:
         """Why it cannot run the artifact here; None where it can."""
         kind = artifact.manifest.kind
         if kind not in self.kinds:
@@ -90,7 +89,7 @@ def register_runner(entry: RunnerEntry) -> None:
     _ENTRIES[entry.name] = entry
 
 
-def runner_names(kind: ArtifactKind | None = None) -> tuple[str, ...]:
+def runner_names(kind: "ArtifactKind | None" = None) -> tuple[str, ...]:
     """Every runner, or those that take artifacts of a kind, built-in ones first."""
     names = tuple(dict.fromkeys((*BUILT_IN, *_ENTRIES)))
     return names if kind is None else tuple(name for name in names if kind in find_runner(name).kinds)
@@ -105,12 +104,12 @@ def find_runner(name: str) -> RunnerEntry:
     return _ENTRIES[name]
 
 
-def runners_for(artifact: Artifact) -> tuple[str, ...]:
+def runners_for(artifact: "Artifact") -> tuple[str, ...]:
     """The runners whose agreement with PyTorch proves most of an artifact: those of its precision, or its engine's."""
     return ("tensorrt",) if artifact.manifest.kind == "engine" else artifact.manifest.precision.proven_by
 
 
-def default_runner(artifact: Artifact, device: str = "cpu") -> RunnerEntry:
+def default_runner(artifact: "Artifact", device: str = "cpu") -> RunnerEntry:
     """Return the first default runner that can run an artifact here; MissingRequirementError says why none can."""
     entries = [find_runner(name) for name in runner_names(artifact.manifest.kind)]
     reasons = []
@@ -121,7 +120,7 @@ def default_runner(artifact: Artifact, device: str = "cpu") -> RunnerEntry:
     raise MissingRequirementError(str(reasons[0]))
 
 
-def open_runner(artifact: Artifact, name: str | None = None, options: RunnerOptions | None = None) -> "Runner":
+def open_runner(artifact: "Artifact", name: str | None = None, options: RunnerOptions | None = None) -> "Runner":
     """Open a runner for a recorded artifact; `name` None takes the first default one that can run it.
 
     The artifact's hashes are checked unless `options.hashes_hold`. Raises CorruptArtifactError where a hash does not
@@ -130,6 +129,8 @@ def open_runner(artifact: Artifact, name: str | None = None, options: RunnerOpti
     """
     options = options or RunnerOptions()
     if not options.hashes_hold:
+        from cnx_deploy.core.artifacts import open_artifact  # `verify --help` reads this module and needs click alone
+
         artifact = open_artifact(artifact.path)
     if name is None:
         return default_runner(artifact, options.device).open(artifact, options)

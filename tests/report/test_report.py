@@ -26,9 +26,14 @@ def test_the_table_shows_a_dash_where_nothing_is_recorded() -> None:
     assert all(line.count("–") == 7 for line in lines)
 
 
+def renamed(artifact: Artifact, stem: str) -> Artifact:
+    manifest = artifact.manifest
+    files = tuple(replace(file, name=f"{stem}{Path(file.name).suffix}") for file in manifest.files)
+    return replace(artifact, manifest=replace(manifest, stem=stem, files=files))
+
+
 def test_the_table_takes_figures_from_the_variants_own_records(tiny_onnx_fp16: Artifact, tiny_engine: Artifact) -> None:
-    onnx = replace(tiny_onnx_fp16, manifest=replace(tiny_onnx_fp16.manifest, stem="atto-224-fp16"))
-    engine = replace(tiny_engine, manifest=replace(tiny_engine.manifest, stem="atto-224-fp16-rtx-sm89"))
+    onnx, engine = renamed(tiny_onnx_fp16, "atto-224-fp16"), renamed(tiny_engine, "atto-224-fp16-rtx-sm89")
     atto = next(line for line in model_table([onnx], [engine]).splitlines() if line.startswith("| atto"))
     assert f"| {tiny_engine.manifest.facts.compiled.kernels} |" in atto
 

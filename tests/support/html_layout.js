@@ -1,12 +1,13 @@
-// What tests/test_html_report_browser.py asks of a laid-out page; `window` and `document` are the page's.
+// What tests/report/test_html_page_browser.py asks of a laid-out page; `window` and `document` are the page's.
 
 document.querySelectorAll("details").forEach(each => { each.open = true; });
 const style = each => window.getComputedStyle(each);
+const box = each => each.getBoundingClientRect();
 
 /** The page's own width, what stands beyond its right edge other than in a box that scrolls, rows squeezed into towers. */
 function widths() {
   const wide = [...document.body.querySelectorAll("*")].filter(each =>
-    !each.closest(".scroll *, .skip, svg") && each.getBoundingClientRect().right > window.innerWidth + 0.5);
+    !each.closest(".scroll *, .skip") && box(each).right > window.innerWidth + 0.5);
   return {
     inner: window.innerWidth,
     scroll: document.documentElement.scrollWidth,
@@ -15,7 +16,7 @@ function widths() {
   };
 }
 
-/** Relative luminance and contrast as WCAG 2.2 defines them. */
+/** Contrast as WCAG 2.2 defines it. */
 const channels = text => text.match(/[\d.]+/g).map(Number);
 const linear = c => c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4;
 function luminance(colour) {
@@ -27,8 +28,14 @@ function ratio(front, back) {
   return (more + 0.05) / (less + 0.05);
 }
 
-/** The colour of the nearest opaque background. */
+/** The colour behind an element: of the bar of a chart that it is written on, else of the nearest opaque background. */
 function behind(element) {
+  const svg = element.closest("svg"), {left, right, top, bottom} = box(element);
+  const x = (left + right) / 2, y = (top + bottom) / 2;
+  const covers = each => style(each).fill !== "none" && box(each).left < x && x < box(each).right
+    && box(each).top < y && y < box(each).bottom;
+  const bar = svg && [...svg.querySelectorAll("g > path")].filter(covers).at(-1);
+  if (bar && element.tagName === "text") return style(bar).fill;
   for (let at = element; at; at = at.parentElement) {
     const [, , , alpha = 1] = channels(style(at).backgroundColor);
     if (alpha > 0) return style(at).backgroundColor;
@@ -44,33 +51,26 @@ function contrasts() {
   while (walker.nextNode()) {
     const text = walker.currentNode.data.trim(), parent = walker.currentNode.parentElement;
     if (!text || !parent.getClientRects().length) continue;
-    const bar = parent.closest(".segment");
-    const front = parent.closest("svg") ? style(parent).fill : style(parent).color;
-    judge("text", text.slice(0, 40), front, bar ? style(bar.querySelector("rect")).fill : behind(parent));
+    judge("text", text.slice(0, 40), parent.closest("svg") ? style(parent).fill : style(parent).color, behind(parent));
   }
-  for (const mark of document.querySelectorAll(".plot .accent, .plot .muted, .plot .gate, .plot .rule"))
-    judge("mark", mark.getAttribute("class"), style(mark).stroke, behind(mark.closest("div, li")));
+  for (const mark of document.querySelectorAll(".plot use")) judge("mark", mark.outerHTML, style(mark).stroke, behind(mark));
   return found;
 }
 
-/** Axes whose labels touch, and per cents that are wider than their part of a bar. */
+/** Labels of charts that lie over each other, and how many there are. */
 function crowded() {
-  const boxes = list => [...list].map(each => each.getBoundingClientRect()).filter(box => box.width);
-  const touch = svg => {
-    const found = boxes(svg.querySelectorAll("text")).sort((a, b) => a.left - b.left);
-    return found.slice(1).some((box, at) => box.left < found[at].right + 4);
-  };
-  const width = each => each.getBoundingClientRect().width;
-  const bars = [...document.querySelectorAll(".segment text")];
-  return {
-    axes: [...document.querySelectorAll(".axis svg")].filter(touch).map(svg => svg.textContent),
-    bars: bars.filter(text => width(text) > width(text.parentElement.querySelector("rect")) - 4).map(text => text.textContent),
-    labels: document.querySelectorAll(".axis text").length,
-  };
+  const pairs = [];
+  for (const svg of document.querySelectorAll(".plot")) {
+    const labels = [...svg.querySelectorAll("text")].map(text => [text.textContent, box(text)]);
+    labels.forEach(([words, a], at) => labels.slice(at + 1).forEach(([others, b]) => {
+      if (a.left < b.right && b.left < a.right && a.top + 2 < b.bottom && b.top + 2 < a.bottom) pairs.push([words, others]);
+    }));
+  }
+  return {pairs, labels: document.querySelectorAll(".plot text").length};
 }
 
 /** [tabindex, is wider than its box, overflow] of every box that scrolls. */
 function boxes() {
-  return [...document.querySelectorAll(".scroll")].map(box =>
-    [box.tabIndex, box.scrollWidth > box.clientWidth, style(box).overflowX]);
+  return [...document.querySelectorAll(".scroll")].map(each =>
+    [each.tabIndex, each.scrollWidth > each.clientWidth, style(each).overflowX]);
 }

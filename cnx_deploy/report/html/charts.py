@@ -1,203 +1,259 @@
-"""Where a chart's marks stand, in per cent of its width: no drawing, no text size, no colour.
+"""The page's charts: drawn by matplotlib, and put into the page as SVG that takes the page's colours.
 
-A row is an SVG as wide as there is room, its label and its figure as text beside it. So type keeps its size from
-a phone to a sheet of paper, a long name wraps, and every figure can be read without the drawing.
+A label that is not known to be short is cut, since every chart stands beside a table that has it whole.
 """
 
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Axis", "Chart", "ChartRow", "Key", "Mark", "Rule", "Segment", "Shape", "ShareChart", "ShareRow", "Tick", "Tone",
-    "linear_axis", "log_axis", "segments",
-]  # fmt: skip
+from cnx_deploy.bench.record import BenchmarkRecord
+from cnx_deploy.core.plotting import BLUE, GREY, GRID, svg_bytes
+from cnx_deploy.report.html.documents import HeadroomDocument, LayersDocument
+from cnx_deploy.report.html.networks import Entry
 
-Shape = Literal["dot", "square", "triangle", "diamond", "gate", "rule", "dashed"]
-Tone = Literal["accent", "muted"]
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-MOST_TICKS = 7
+__all__ = ["headroom_chart", "layers_chart", "parity_chart", "percent", "printable", "ratio_chart", "stage_chart"]
+
+WIDTH, ROW, FOOT, KEY_LINE = 7.2, 0.24, 0.35, 0.22
+"""Inches: the chart, a row, below the rows, a line of the legend."""
+LONGEST_LABEL = 40
 LARGEST_POWER = 300
-"""Of ten, on either side: a figure beyond it stands at the edge, and 10.0 ** power stays a number."""
-CROWDED = 6
-"""From so many ticks on, every second label stays away where a chart is as narrow as a phone, 360 px."""
-LARGEST_LINEAR = 1e12
-"""A figure beyond it stands at the edge of a linear axis and does not stretch it."""
-SMALLEST_SPAN = 0.1
-"""Of a linear axis: without it ratios that are all 1 would stand on an axis of rounding errors."""
-LABELLED_SHARE = 0.12
-"""A segment from this share on has room for its per cent there."""
+"""Powers of ten on an axis end here, so that 10.0 ** power stays a number."""
+LARGEST_RATIO = 1e6
+SETTINGS: dict[str, Any] = {
+    "text.parse_math": False,  # a name may hold dollar signs
+    "figure.facecolor": "none", "axes.facecolor": "none", "axes.spines.left": False, "axes.edgecolor": GREY,
+    "xtick.color": GREY, "ytick.color": GREY, "ytick.major.size": 0, "legend.labelcolor": GREY,
+}  # fmt: skip
+PAPER = "#fffffe"
+"""What is drawn in it takes the colour of the page: the inside of a hollow mark."""
+THEME = {BLUE.lower(): "--accent", GREY.lower(): "--muted", GRID.lower(): "--line", PAPER: "--paper"}
+"""Colours of a drawing and the page's variables for them, which are others in the dark."""
+STAGES: Mapping[str, tuple[str, str]] = {
+    "stem": ("#cfe0f3", "#0b1a2b"), "stage 1": ("#aecbeb", "#0b1a2b"), "stage 2": ("#86b1df", "#0b1a2b"),
+    "stage 3": ("#5a92cf", "#0b1a2b"), "stage 4": ("#2c68ac", "#ffffff"), "head": ("#16406f", "#ffffff"),
+    "other": ("#7a828c", "#010101"),
+}  # fmt: skip
+"""Parts of a bar with their colour and that of the text on it."""
+BACKENDS: Mapping[str, tuple[str, str, str, str]] = {
+    "torch": ("PyTorch in half", GREY, "o", PAPER), "onnxruntime": ("ONNX Runtime", GREY, "s", PAPER),
+    "emulator": ("emulator", BLUE, "^", BLUE), "tensorrt": ("TensorRT", BLUE, "D", BLUE),
+}  # fmt: skip
+"""Each backend with a marker of its own, so that the chart reads without colour: label, edge, marker, face."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """A labelled place on an axis, `at` in per cent of the width; `is_spare`: without its label on a phone."""
-
-    at: float
-    label: str
-    is_spare: bool = False
-
-    @property
-    def anchor(self) -> str:
-        """SVG's text-anchor that keeps the label within the width."""
-        return "start" if self.at < 4.0 else "end" if self.at > 96.0 else "middle"
+def printable(value: str) -> str:
+    """Return text with what cannot be seen written out: it could hide text, turn it around or break the file."""
+    line = value.replace("\n", " ").replace("\t", " ")
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """From `low` to `high` over the whole width, linear or logarithmic."""
-
-    low: float
-    high: float
-    is_log: bool
-    ticks: tuple[Tick, ...] = ()
-
-    def at(self, value: float) -> float:
-        """Where a value stands in per cent; what lies outside, and the 0 of a log axis, stands at the edge."""
-        low, high = self.low, self.high
-        if self.is_log:
-            if value <= 0.0:
-                return 0.0
-            value, low, high = math.log10(value), math.log10(low), math.log10(high)
-        return round(100.0 * min(1.0, max(0.0, (value - low) / (high - low))), 2)
+def percent(share: float) -> str:
+    """Return two digits below 10 %, whole numbers above."""
+    value = 100.0 * share
+    if 0.0 < value < 1e-3:
+        return f"{value:.0e} %"
+    return f"{value:,.0f} %" if value >= 10.0 else f"{value:#.2g} %"
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A shape `at` a place in per cent; `low` and `high` are the ends of its interval, equal to `at` without one."""
+def parity_chart(entries: Sequence[Entry]) -> "Markup":
+    """Draw the relative L2 of every compared file, its gate beside it."""
+    rows = [(entry.manifest.stem, entry.limits[0].found, entry.limits[0].limit) for entry in entries if entry.limits]
 
-    shape: Shape
-    tone: Tone
-    at: float
-    is_hollow: bool = False
-    low: float | None = None
-    high: float | None = None
+    def draw() -> "Figure":
+        figure, axes = _rows([stem for stem, *_ in rows], 2)
+        place = _log_axis(axes, [value for _, *pair in rows for value in pair], "{:.0e}".format)
+        _marks(axes, [(place(value), at) for at, (_, value, _) in enumerate(rows)], BLUE, "o", "largest of the images")
+        gates = [(place(gate), at) for at, (*_, gate) in enumerate(rows)]
+        _marks(axes, gates, GREY, "|", "its gate", size=10)
+        return _with_legend(figure, axes)
+
+    return _inline("Relative L2 against PyTorch in FP32, less is better", draw)
 
 
-@dataclass(frozen=True, slots=True)
-class ChartRow:
-    """A labelled row: its marks, its figure as text, and all of it in words.
+def stage_chart(entries: Sequence[Entry]) -> "Markup":
+    """Draw where the bytes of an image are, by stage, a bar an engine."""
+    totals = [(entry.manifest.stem, entry.megabytes_by_stage) for entry in entries if entry.compiled is not None]
 
-    `is_strong`: it is ours among peers. `group`: a heading over the rows in a row that share it, "" for none.
+    def draw() -> "Figure":
+        parts = [part for part in STAGES if any(part in shares for _, shares in totals)]
+        figure, axes = _rows([stem for stem, _ in totals], len(parts), columns=len(parts))
+        starts = [0.0] * len(totals)
+        for part in parts:
+            colour, ink = STAGES[part]
+            shares = [100.0 * by_part.get(part, 0.0) / (sum(by_part.values()) or 1.0) for _, by_part in totals]
+            bars = axes.barh(range(len(totals)), shares, 0.8, starts, color=colour, label=part)
+            labels = [f"{share:.0f} %" if share >= 10 else "" for share in shares]
+            axes.bar_label(bars, labels, label_type="center", color=ink, fontsize=8)
+            starts = [start + share for start, share in zip(starts, shares, strict=True)]
+        axes.set(xlim=(0, 100))
+        axes.grid(visible=False)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
+        return _with_legend(figure, axes, columns=len(parts))
+
+    return _inline("Bytes an image moves, by stage, as shares of each engine’s whole", draw)
+
+
+def headroom_chart(document: HeadroomDocument) -> "Markup":
+    """Draw the share of 65504 by block, in order of depth."""
+    kinds = (
+        ("norm", "naive: LayerNorm’s squared deviation", GREY, "^", PAPER),
+        ("response", "naive: GRN’s sum of squares", GREY, "s", PAPER),
+        ("stored", "largest value the FP16 file stores", BLUE, "o", BLUE),
+    )
+
+    def draw() -> "Figure":
+        blocks = document.blocks
+        figure, axes = _rows([block.name for block in blocks], 5)
+        shares = {kind: [(block_range.share, at) for at, block in enumerate(blocks)
+                         if (block_range := getattr(block, kind)) is not None and block_range.share is not None]
+                  for kind, *_ in kinds}  # fmt: skip
+        every = [share for pairs in shares.values() for share, _ in pairs]
+        place = _log_axis(axes, [*every, 1.0], percent)
+        for kind, label, colour, marker, face in kinds:
+            _marks(axes, [(place(share), at) for share, at in shares[kind]], colour, marker, label, face=face)
+        margin, limit = f"limit ÷ margin of {document.margin:g}", f"FP16’s limit, {document.limit:.0f}"
+        axes.axvline(place(1.0 / document.margin), color=GREY, linestyle="--", linewidth=1, label=margin)
+        axes.axvline(1.0, color=GREY, linewidth=1, label=limit)
+        return _with_legend(figure, axes)
+
+    return _inline("Share of FP16’s largest number by block, less is better", draw)
+
+
+def ratio_chart(document: BenchmarkRecord, network: str) -> "Markup | str":
+    """Draw times as fast as the baseline, with 95 % intervals; "" where nothing was compared."""
+    rows = [row for row in document.rows_of(network) if row.ratio_to(document.baseline) or row.status == "INVALID"]
+    files = document.networks[network].files
+    if all(row.status == "INVALID" for row in rows):
+        return ""
+
+    def clipped(value: float) -> float:
+        return min(LARGEST_RATIO, max(-LARGEST_RATIO, value))
+
+    def draw() -> "Figure":
+        figure, axes = _rows([f"{_short(row.name)}, batch {row.batch}" for row in rows], 4)
+        named: set[str] = set()
+        for at, row in enumerate(rows):
+            colour, marker, label = (BLUE, "o", "our file, 95 % interval") if row.name in files else (GREY, "s", "peer")
+            ratio = row.ratio_to(document.baseline)
+            if ratio is None or row.status == "INVALID":
+                axes.text(0.01, at, row.status, transform=axes.get_yaxis_transform(), va="center", color=GREY)
+                continue
+            axes.plot((clipped(ratio.low), clipped(ratio.high)), (at, at), "-", color=colour, linewidth=1.5)
+            face = colour if row.status == "OK" else PAPER
+            label = label if row.status == "OK" else "hollow: UNSTABLE"
+            _marks(axes, [(clipped(ratio.ratio), at)], colour, marker, "" if label in named else label, face=face)
+            named.add(label)
+        axes.axvline(1.0, color=GREY, linewidth=1, label=f"1: as fast as {_short(document.baseline)}")
+        return _with_legend(figure, axes)
+
+    return _inline(f"Times as fast as {document.baseline}, more is better", draw)
+
+
+def layers_chart(document: LayersDocument) -> "Markup":
+    """Draw relative L2 by block, a mark a backend that ran."""
+
+    def draw() -> "Figure":
+        figure, axes = _rows(document.blocks, len(document.ran) + 1)
+        results = [
+            (backend.backend, at, result[1])
+            for backend in document.ran
+            for at, block in enumerate(document.blocks)
+            if (result := backend.of_block(block)) is not None and result[1] is not None
+        ]
+        limits = sorted({backend.relative_l2_max for backend in document.ran})
+        place = _log_axis(axes, [*(error for *_, error in results), *limits], "{:.0e}".format)
+        for name in dict.fromkeys(backend.backend for backend in document.ran):
+            label, colour, marker, face = BACKENDS.get(name, (name, GREY, "v", GREY))
+            points = [(place(error), at) for backend, at, error in results if backend == name]
+            _marks(axes, points, colour, marker, label, face=face)
+        for limit in limits:
+            axes.axvline(place(limit), color=GREY, linewidth=1, label=f"above {limit:g} a module fails")
+        return _with_legend(figure, axes)
+
+    return _inline(f"Relative L2 by block of {document.artifact}, less is better", draw)
+
+
+def _rows(labels: Sequence[str], keys: int, columns: int = 2) -> "tuple[Figure, Axes]":
+    """Return a figure with a labelled line a row, the first on top, and room for a legend of `keys` entries."""
+    from matplotlib.figure import Figure
+
+    shown = [_short(label) for label in labels]
+    left = 0.15 + 0.075 * max(map(len, shown), default=0)  # inches; a letter has a twelfth of one at most
+    head = KEY_LINE * math.ceil(keys / columns) + 0.1
+    height = head + ROW * len(shown) + FOOT
+    figure = Figure(figsize=(WIDTH, height))
+    # Fixed margins: a layout engine moves the axes by the last digit each time, and that changes the bytes.
+    axes = figure.add_axes((left / WIDTH, FOOT / height, 1 - (left + 0.3) / WIDTH, 1 - (FOOT + head) / height))
+    axes.set_yticks(range(len(shown)), shown)
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    return figure, axes
+
+
+def _log_axis(axes: "Axes", values: Iterable[float], label: Callable[[float], str]) -> Callable[[float], float]:
+    """Give the axis whole decades around the positive values; return where on it a value stands.
+
+    What lies outside, and the 0 that a logarithmic axis does not have, stands at the edge.
     """
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    label: str
-    marks: tuple[Mark, ...]
-    figure: str
-    words: str
-    is_strong: bool = False
-    group: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A line across all rows, dashed or not."""
-
-    at: float
-    is_dashed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """What a mark or a line means."""
-
-    shape: Shape
-    tone: Tone
-    is_hollow: bool
-    label: str
-
-
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """Rows over one axis."""
-
-    title: str
-    axis: Axis
-    rows: tuple[ChartRow, ...]
-    keys: tuple[Key, ...]
-    rules: tuple[Rule, ...] = ()
-    label_head: str = ""
-    figure_head: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A part of a bar; `level` counts the parts from 1. Its per cent is written into it where that has room."""
-
-    name: str
-    share: float
-    start: float
-    width: float
-    level: int
-
-    @property
-    def middle(self) -> float:
-        """Of the segment, in per cent of the bar."""
-        return round(self.start + self.width / 2, 2)
-
-    @property
-    def label(self) -> str:
-        """Per cent, or nothing where it would not fit."""
-        return f"{100 * self.share:.0f} %" if self.share >= LABELLED_SHARE else ""
-
-
-@dataclass(frozen=True, slots=True)
-class ShareRow:
-    """A whole and its parts."""
-
-    label: str
-    segments: tuple[Segment, ...]
-    figure: str
-    words: str
-
-
-@dataclass(frozen=True, slots=True)
-class ShareChart:
-    """Bars of equal length, each divided into the same parts."""
-
-    title: str
-    parts: tuple[str, ...]
-    rows: tuple[ShareRow, ...]
-
-
-def log_axis(values: Iterable[float], label: Callable[[float], str]) -> Axis:
-    """Whole decades around the positive, finite values; a tick a decade, or every second, third, … where they crowd."""
-    known = [math.log10(value) for value in values if value > 0.0 and math.isfinite(value)] or [0.0]
+    known = [math.log10(value) for value in values if value > 0.0] or [0.0]
     first = max(-LARGEST_POWER, min(LARGEST_POWER - 1, math.floor(min(known))))
     last = max(first + 1, min(LARGEST_POWER, math.ceil(max(known))))
-    step = math.ceil((last - first + 1) / MOST_TICKS)
-    axis = Axis(10.0**first, 10.0**last, True)
-    places = [10.0**power for power in range(first, last + 1, step)]
-    return replace(axis, ticks=_ticks(axis, places, label))
+    low, high = 10.0**first, 10.0**last
+    axes.set(xscale="log", xlim=(low, high))
+    axes.xaxis.set_major_locator(LogLocator(numticks=8))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: label(value))
+    return lambda value: min(high, max(low, value))
 
 
-def linear_axis(values: Iterable[float]) -> Axis:
-    """Round numbers around the finite values, at steps of 1, 2 or 5 times a power of ten."""
-    known = [value for value in values if abs(value) < LARGEST_LINEAR] or [0.0, 1.0]
-    least, span = min(known), max(max(known) - min(known), SMALLEST_SPAN)
-    magnitude = 10.0 ** math.floor(math.log10(span / (MOST_TICKS - 1)))
-    step = next(magnitude * factor for factor in (1, 2, 5, 10, 20) if span / (magnitude * factor) <= MOST_TICKS - 2)
-    first, last = math.floor(least / step + 1e-9), math.ceil(max(known) / step - 1e-9)
-    if first == last:
-        first, last = first - 1, last + 1
-    axis = Axis(first * step, last * step, False)
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    places = [at * step for at in range(first, last + 1)]
-    return replace(axis, ticks=_ticks(axis, places, lambda place: f"{place:.{digits}f}"))
+def _marks(
+    axes: "Axes", points: Sequence[tuple[float, float]], colour: str, marker: str, label: str, *, face: str = "",
+    size: float = 6,
+) -> None:  # fmt: skip
+    across, down = zip(*points, strict=True) if points else ((), ())
+    axes.plot(across, down, marker, color=colour, markerfacecolor=face or colour, markersize=size, label=label,
+              markeredgewidth=1.3, clip_on=False)  # fmt: skip
 
 
-def segments(shares: Sequence[tuple[str, float]]) -> tuple[Segment, ...]:
-    """The parts of a bar that is as long as all shares together."""
-    total = sum(share for _, share in shares) or 1.0
-    found, start = [], 0.0
-    for level, (name, share) in enumerate(shares, 1):
-        width = 100.0 * share / total
-        found.append(Segment(name, share / total, round(start, 2), round(width, 2), level))
-        start += width
-    return tuple(found)
+def _with_legend(figure: "Figure", axes: "Axes", columns: int = 2) -> "Figure":
+    top = 1 - 0.02 / figure.get_figheight()
+    figure.legend(loc="upper left", ncols=columns, bbox_to_anchor=(0.0, top), borderaxespad=0, columnspacing=1.5)
+    return figure
 
 
-def _ticks(axis: Axis, places: Sequence[float], label: Callable[[float], str]) -> tuple[Tick, ...]:
-    is_crowded = len(places) >= CROWDED
-    return tuple(Tick(axis.at(at), label(at), is_crowded and bool(index % 2)) for index, at in enumerate(places))
+def _inline(title: str, draw: "Callable[[], Figure]") -> "Markup":
+    """Return a figure for the page: no date, no address, no size of its own, ids that only this chart has."""
+    from markupsafe import Markup, escape
+
+    drawn = svg_bytes(draw, **SETTINGS).decode("utf-8")
+    opening = drawn[drawn.index("<svg") : drawn.index(">", drawn.index("<svg"))]
+    body = drawn[drawn.index(opening) + len(opening) + 1 :]
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, count=2, flags=re.DOTALL)
+    for colour, variable in THEME.items():
+        body = body.replace(colour, f"var({variable})")
+    # Ids that nothing refers to go; the others take a prefix, since a page has several charts.
+    prefix = f"c{hashlib.sha256(drawn.encode()).hexdigest()[:8]}-"
+    referred = set(re.findall(r'(?:href="#|url\(#)([^")]+)', body))
+    body = re.sub(r' id="([^"]*)"', lambda id_: f' id="{prefix}{id_[1]}"' if id_[1] in referred else "", body)
+    body = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}", body)
+    caption = escape(printable(title))
+    (view,) = re.findall(r'viewBox="[^"]+"', opening)
+    svg = f'<svg class="plot" role="img" aria-label="{caption}; the table has every figure" {view}>{body}'
+    box = f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}">{svg}</div>'
+    # matplotlib escapes what it writes, and the title is escaped above.
+    return Markup(f'<figure class="chart"><figcaption>{caption}</figcaption>{box}</figure>')
+
+
+def _short(label: str) -> str:
+    plain = printable(label)
+    return plain if len(plain) <= LONGEST_LABEL else f"{plain[: LONGEST_LABEL - 1]}…"

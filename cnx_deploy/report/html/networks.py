@@ -1,17 +1,127 @@
-"""Which artifacts hold one network, and what was made from what: weights, ONNX file, engine."""
+"""What is recorded in two folders: manifests, the networks they are of, and what was made from what.
 
-from collections.abc import Iterator, Sequence
+A page over many records must not vanish because one of them is broken, and must not show half of it either: a manifest
+that cannot be read is a row of its own.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.manifest import WeightsRecord
+from cnx_deploy.core.artifacts import read_artifact
+from cnx_deploy.core.errors import CnxDeployError, InputError
+from cnx_deploy.core.gates import ParityResult
+from cnx_deploy.core.manifest import Artifact, Compiled, EngineManifest, ModelRecord, OnnxManifest
+from cnx_deploy.core.precision import PRECISIONS
 from cnx_deploy.core.variants import find_variant
-from cnx_deploy.report.html.manifests import Entry, Records
 
-__all__ = ["Link", "Network", "ToolSet", "networks_of", "tool_sets"]
+__all__ = ["Corrupt", "Entry", "Limit", "Link", "Network", "Records", "ToolSet", "read_records"]
 
-KINDS = ("checkpoint", "onnx", "engine")
-PRECISIONS = ("fp32", "fp16", "bf16")
+MEASURES = (
+    ("relative L2", "relative_l2_max", "relative_l2_max"),
+    ("centred cosine", "centred_cosine_min", "centred_cosine_min"),
+    ("top-1 agreement", "top1_agreement", "top1_agreement_min"),
+    ("mean KL", "mean_kl", "mean_kl_max"),
+)
+"""What a gate limits: for people, as the differences and as the gate name it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """One limit of a gate. `share`: how much of what it allows was used, 1 at the limit, above it a failure."""
+
+    name: str
+    found: float
+    limit: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One artifact as the page shows it."""
+
+    artifact: Artifact
+
+    @property
+    def manifest(self) -> OnnxManifest | EngineManifest:
+        """What is recorded of it."""
+        return self.artifact.manifest
+
+    @property
+    def tools(self) -> tuple[tuple[str, str], ...]:
+        """The versions that made it."""
+        return tuple(self.manifest.tools.items())
+
+    @property
+    def engine(self) -> EngineManifest | None:
+        """The manifest of an engine, None for another kind."""
+        return self.manifest if isinstance(self.manifest, EngineManifest) else None
+
+    @property
+    def run(self) -> str:
+        """What an engine's manifest says of a run."""
+        return self.engine.facts.run if self.engine else ""
+
+    @property
+    def compiled(self) -> Compiled | None:
+        """What the compiler says of an engine at a fixed batch."""
+        return self.engine.facts.compiled if self.engine else None
+
+    @property
+    def megabytes_by_stage(self) -> dict[str, float]:
+        """Megabytes (1e6) an image by stage; a downsampling counts with the stage that it opens."""
+        total: dict[str, float] = {}
+        for part in self.compiled.totals("stage") if self.compiled else ():
+            first, _, index = part.name.partition(".")
+            name = {"downsample_layers.0": "stem", "norm": "head"}.get(part.name, part.name)
+            if name not in ("stem", "head"):
+                is_stage = first in ("stages", "downsample_layers") and index in ("0", "1", "2", "3")
+                name = f"stage {int(index) + 1}" if is_stage else "other"
+            total[name] = total.get(name, 0.0) + part.megabytes
+        return total
+
+    @property
+    def parity(self) -> ParityResult | None:
+        """What the export found against PyTorch."""
+        return self.manifest.facts.parity if isinstance(self.manifest, OnnxManifest) else None
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """How much of each limit of this version's gate was used; empty without a comparison.
+
+        Of a limit from below the distance to 1 counts: a cosine of 0.9995 uses half of what 0.999 allows.
+        """
+        gate, limits = self.manifest.precision.gate, []
+        differences = self.parity.differences if self.parity else None
+        for name, key, limit_key in MEASURES if differences else ():
+            value, limit = float(getattr(differences, key)), float(getattr(gate, limit_key))
+            used, allowed = (1.0 - value, 1.0 - limit) if limit_key.endswith("_min") else (value, limit)
+            share = used / allowed if allowed > 0.0 else (math.inf if used > 0.0 else 0.0)
+            limits.append(Limit(name, value, limit, share))
+        return tuple(limits)
+
+    @property
+    def nearest(self) -> Limit | None:
+        """The limit of which most was used."""
+        return max(self.limits, key=lambda limit: limit.share, default=None)
+
+    @property
+    def passed(self) -> bool:
+        """What the manifest says of its parity, held against the gate of this version."""
+        return (
+            self.parity is not None
+            and self.parity.passed
+            and not self.manifest.precision.gate.failures(self.parity.differences)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Corrupt:
+    """A manifest that cannot be read, and why."""
+
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,39 +129,62 @@ class Link:
     """An artifact in its chain: what was made from it, and in words what is wrong with where it comes from."""
 
     entry: Entry
-    tools: str
     made: tuple["Link", ...] = ()
     remark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """One network and everything recorded of it. Counts are None for a variant that is none of the table's."""
+    """One network and everything recorded of it, ONNX files first, the precise ones first."""
 
-    variant: str
-    image_size: int
-    num_classes: int
-    weights: WeightsRecord
-    head_is_new: bool
-    parameters: int | None
-    macs: int | None
-    chain: tuple[Link, ...]
     entries: tuple[Entry, ...]
+
+    @property
+    def model(self) -> ModelRecord:
+        """What is recorded of the network itself, the same in every entry."""
+        return self.entries[0].manifest.model
+
+    @property
+    def counts(self) -> tuple[int | None, int | None]:
+        """Parameters and multiply-accumulates of an image; None for a size that this version does not know."""
+        try:
+            variant, classes = find_variant(self.model.variant), self.model.num_classes
+            parameters = variant.parameter_count + (classes - 1000) * (variant.dims[-1] + 1)
+            return parameters, variant.mac_count(self.model.image_size, classes)
+        except InputError:
+            return None, None
 
     @property
     def is_random(self) -> bool:
         """Whether the weights were drawn and mean nothing."""
-        return self.weights.origin == "random"
+        return self.model.weights.origin == "random"
 
     @property
     def weights_words(self) -> str:
         """Where the weights are from: "random, seed 0"."""
-        label = {"random": "random, seed", "pretrained": "published,"}.get(self.weights.origin, self.weights.origin)
-        return f"{label} {self.weights.reference}"
+        weights = self.model.weights
+        label = {"random": "random, seed", "pretrained": "published,"}.get(weights.origin, weights.origin)
+        return f"{label} {weights.reference}"
 
     def of_kind(self, kind: str) -> tuple[Entry, ...]:
-        """The entries of one kind."""
-        return tuple(entry for entry in self.entries if entry.kind == kind)
+        """Return the entries of one kind."""
+        return tuple(entry for entry in self.entries if entry.manifest.kind == kind)
+
+    @property
+    def chain(self) -> Iterator[Link]:
+        """What was made from the weights, with its engines below it; then engines whose ONNX file is not recorded."""
+        files, engines = self.of_kind("onnx"), self.of_kind("engine")
+        for entry in files:
+            made = tuple(Link(engine) for engine in engines if engine.manifest.source_sha256 == entry.artifact.sha256)
+            is_sound = entry.manifest.source_sha256 == self.model.weights.sha256
+            yield Link(entry, made, "" if is_sound else "its source is not the weights it names")
+        hashes = {entry.artifact.path.name: entry.artifact.sha256 for entry in files}
+        for engine in engines:
+            name, sha256 = engine.manifest.source_name, engine.manifest.source_sha256
+            if sha256 not in hashes.values():
+                now = hashes.get(name, "")[:12]
+                what = f"was replaced since: the file of that name is {now}" if now else "is not recorded here"
+                yield Link(engine, remark=f"its source {name} ({sha256[:12]}) {what}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,80 +196,57 @@ class ToolSet:
     artifacts: int
 
 
-def tool_sets(records: Records) -> tuple[ToolSet, ...]:
-    """The different sets of versions, in order of appearance; "A", "B", … "AA"."""
-    counts: dict[tuple[tuple[str, str], ...], int] = {}
-    for entry in records.entries:
-        counts[entry.tools] = counts.get(entry.tools, 0) + 1
-    return tuple(ToolSet(_letters(at), tools, count) for at, (tools, count) in enumerate(counts.items()))
+@dataclass(frozen=True, slots=True)
+class Records:
+    """Everything recorded in two folders, which are named as they were given."""
+
+    folders: tuple[str, str]
+    entries: tuple[Entry, ...]
+    corrupt: tuple[Corrupt, ...]
+
+    def of_kind(self, kind: str) -> tuple[Entry, ...]:
+        """Return the entries of one kind: "onnx" or "engine"."""
+        return tuple(entry for entry in self.entries if entry.manifest.kind == kind)
+
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        """The networks, the smallest first; those of unknown size last."""
+        groups: dict[tuple[str, int, int, str], list[Entry]] = {}
+        for entry in self.entries:
+            model = entry.manifest.model
+            key = (model.variant, model.image_size, model.num_classes, model.weights.sha256)
+            groups.setdefault(key, []).append(entry)
+
+        def rank(entry: Entry) -> tuple[bool, int, str]:
+            precision = list(PRECISIONS).index(entry.manifest.precision.name)
+            return entry.engine is not None, precision, entry.manifest.stem
+
+        networks = [Network(tuple(sorted(group, key=rank))) for group in groups.values()]
+        networks.sort(key=lambda network: (network.model.variant, network.model.image_size))
+        return tuple(sorted(networks, key=lambda network: (network.counts[1] is None, network.counts[1] or 0)))
+
+    @property
+    def tool_sets(self) -> Mapping[tuple[tuple[str, str], ...], ToolSet]:
+        """The different sets of versions, in order of appearance; "A", "B", … "AA"."""
+        counts: dict[tuple[tuple[str, str], ...], int] = {}
+        for entry in self.entries:
+            counts[entry.tools] = counts.get(entry.tools, 0) + 1
+        return {tools: ToolSet(_letters(at), tools, count) for at, (tools, count) in enumerate(counts.items())}
 
 
-def networks_of(records: Records, sets: Sequence[ToolSet]) -> tuple[Network, ...]:
-    """The networks, the smallest first; those of unknown size last."""
-    groups: dict[tuple[str, int, int, str], list[Entry]] = {}
-    for entry in records.entries:
-        key = (entry.variant, entry.image_size, entry.num_classes, entry.weights.sha256)
-        groups.setdefault(key, []).append(entry)
-    letters = {each.tools: each.name for each in sets}
-    found = [_network(sorted(group, key=_rank), letters) for group in groups.values()]
-    return tuple(sorted(found, key=lambda each: (each.macs is None, each.macs or 0, each.variant, each.image_size)))
-
-
-def _rank(entry: Entry) -> tuple[int, int, str]:
-    """By kind as they are made, then the precise ones first."""
-    precision = PRECISIONS.index(entry.precision) if entry.precision in PRECISIONS else len(PRECISIONS)
-    return KINDS.index(entry.kind), precision, entry.stem
-
-
-def _network(entries: list[Entry], letters: dict[tuple[tuple[str, str], ...], str]) -> Network:
-    first = entries[0]
-    parameters, macs = _counts(first)
-    return Network(
-        variant=first.variant,
-        image_size=first.image_size,
-        num_classes=first.num_classes,
-        weights=first.weights,
-        head_is_new=first.head_is_new,
-        parameters=parameters,
-        macs=macs,
-        chain=tuple(_chain(entries, letters)),
-        entries=tuple(entries),
-    )
-
-
-def _counts(entry: Entry) -> tuple[int | None, int | None]:
-    """Parameters and MACs of an image, as a benchmark counts them."""
-    try:
-        variant = find_variant(entry.variant)
-        parameters = variant.parameter_count + (entry.num_classes - 1000) * (variant.dims[-1] + 1)
-        return parameters, variant.mac_count(entry.image_size, entry.num_classes)
-    except InputError:  # a size that this version does not know
-        return None, None
-
-
-def _chain(entries: list[Entry], letters: dict[tuple[tuple[str, str], ...], str]) -> Iterator[Link]:
-    """What was made from the weights, with its engines below it; then engines whose ONNX file is not recorded."""
-    engines = [entry for entry in entries if entry.kind == "engine"]
-    others = [entry for entry in entries if entry.kind != "engine"]
-    placed: set[str] = set()
-    for entry in others:
-        made = [engine for engine in engines if engine.source_sha256 == entry.sha256]
-        placed.update(engine.sha256 for engine in made)
-        remark = "" if entry.source_sha256 == entry.weights.sha256 else "its source is not the weights it names"
-        links = tuple(Link(engine, letters[engine.tools]) for engine in made)
-        yield Link(entry, letters[entry.tools], links, remark if entry.kind == "onnx" else "")
-    for engine in engines:
-        if engine.sha256 not in placed:
-            yield Link(engine, letters[engine.tools], remark=_lost(engine, others))
-
-
-def _lost(engine: Entry, others: list[Entry]) -> str:
-    """Why an engine has no place below an ONNX file."""
-    wanted = f"{engine.source_name} ({engine.source_sha256[:12]})"
-    same = next((entry for entry in others if entry.file == engine.source_name), None)
-    if same is None:
-        return f"its source {wanted} is not recorded here"
-    return f"its source {wanted} was replaced since: the file of that name is {same.sha256[:12]}"
+def read_records(export_dir: Path, engines_dir: Path) -> Records:
+    """Read every manifest of both folders, no artifact; a folder that is not there has none."""
+    entries: list[Entry] = []
+    corrupt: list[Corrupt] = []
+    for folder in dict.fromkeys((export_dir, engines_dir)):
+        for path in sorted(folder.glob("*.json")):
+            try:
+                entries.append(Entry(read_artifact(path)))
+            except (CnxDeployError, ValueError, OSError) as error:
+                # One line, without the folder that the page names already.
+                reason = str(error).replace(f"{path} ", "").partition("\n")[0]
+                corrupt.append(Corrupt(f"{folder.name}/{path.name}", reason))
+    return Records((str(export_dir), str(engines_dir)), tuple(entries), tuple(corrupt))
 
 
 def _letters(index: int) -> str:

@@ -1,24 +1,28 @@
 """The page: what was read, put together; the template rendered; the file written whole or not at all."""
 
 import datetime
-import importlib.util
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cnx_deploy import __version__
-from cnx_deploy.core.errors import CorruptArtifactError, InputError, MissingRequirementError, OutputExistsError
+from cnx_deploy.bench.record import BenchmarkRecord, Conditions, Timing
+from cnx_deploy.core.errors import CorruptArtifactError, InputError, OutputExistsError
 from cnx_deploy.core.files import write_text
+from cnx_deploy.core.plotting import require_packages
 from cnx_deploy.core.system import cpu_count, cpu_name, find_gpus, tool_versions
-from cnx_deploy.report.html import figures
-from cnx_deploy.report.html.benchmark import Benchmark, read_benchmark
-from cnx_deploy.report.html.headroom import Headroom, read_headroom
-from cnx_deploy.report.html.layers import Layers, read_layers
-from cnx_deploy.report.html.manifests import Entry, Records, read_records
-from cnx_deploy.report.html.networks import Network, ToolSet, networks_of, tool_sets
-from cnx_deploy.report.html.not_run import Gap, gaps
-from cnx_deploy.report.html.summary import Tile, tiles
-from cnx_deploy.report.html.words import filters, printable
+from cnx_deploy.report.html import charts
+from cnx_deploy.report.html.documents import (
+    Given,
+    HeadroomDocument,
+    LayersDocument,
+    read_benchmark,
+    read_headroom,
+    read_layers,
+)
+from cnx_deploy.report.html.networks import Entry, Records, read_records
+from cnx_deploy.report.html.summary import Gap, Tile, gaps, tiles
 
 __all__ = ["MARK", "Page", "PageRequest", "check_page", "corrupt_error", "gather", "render", "write_page"]
 
@@ -43,45 +47,38 @@ class Page:
     """Everything a page says. `created` is UTC in seconds, `environment` the machine that made the page."""
 
     records: Records
-    networks: tuple[Network, ...]
-    tool_sets: tuple[ToolSet, ...]
-    benchmarks: tuple[Benchmark, ...]
-    headrooms: tuple[Headroom, ...]
-    layers: tuple[Layers, ...]
+    benchmarks: tuple[Given[BenchmarkRecord], ...]
+    headrooms: tuple[Given[HeadroomDocument], ...]
+    layers: tuple[Given[tuple[LayersDocument, ...]], ...]
     gaps: tuple[Gap, ...]
     tiles: tuple[Tile, ...]
-    environment: tuple[tuple[str, str], ...]
+    environment: Mapping[str, str]
     created: str
     version: str = __version__
 
     @property
     def compared(self) -> tuple[Entry, ...]:
         """Files that were compared with PyTorch: each precision together, within it the smallest network first."""
-        found = [entry for network in self.networks for entry in network.entries if entry.parity is not None]
-        order = list(dict.fromkeys(entry.precision for entry in found))
-        return tuple(sorted(found, key=lambda entry: order.index(entry.precision)))
+        entries = [entry for network in self.records.networks for entry in network.entries if entry.parity is not None]
+        order = list(dict.fromkeys(entry.manifest.precision.name for entry in entries))
+        return tuple(sorted(entries, key=lambda entry: order.index(entry.manifest.precision.name)))
 
     @property
     def engines(self) -> tuple[Entry, ...]:
         """Engines, that of the smallest network first."""
-        return tuple(entry for network in self.networks for entry in network.of_kind("engine"))
-
-    @property
-    def compiled(self) -> tuple[Entry, ...]:
-        """Engines whose kernels are recorded."""
-        return tuple(entry for entry in self.engines if entry.compiled is not None)
+        return tuple(entry for network in self.records.networks for entry in network.of_kind("engine"))
 
     @property
     def timed(self) -> frozenset[str]:
         """Files that a given benchmark has a row of."""
-        return frozenset(row.name for benchmark in self.benchmarks for row in benchmark.rows)
+        return frozenset(row.name for given in self.benchmarks for row in given.content.rows)
 
     def to_dict(self, path: Path) -> dict[str, Any]:
-        """What `--json` prints of a page written to `path`."""
+        """Return what `--json` prints of a page written to `path`."""
         return {
             "html": str(path),
             "artifacts": len(self.records.entries),
-            "corrupt": [each.name for each in self.records.corrupt],
+            "corrupt": [entry.name for entry in self.records.corrupt],
             "not_run": [gap.what for gap in self.gaps],
         }
 
@@ -89,95 +86,124 @@ class Page:
 def check_page(path: Path, *, force: bool) -> None:
     """Raise, before anything is read, what would keep the page from being written.
 
-    MissingRequirementError without jinja2, InputError for a path that cannot hold a file, OutputExistsError where
-    something else than such a page is and `force` is not set.
+    Raises:
+        MissingRequirementError: jinja2 or matplotlib is not installed.
+        InputError: the path cannot hold a file.
+        OutputExistsError: something else than such a page is there and `force` is not set.
     """
-    try:
-        missing = importlib.util.find_spec("jinja2") is None
-    except ValueError:  # a module that was taken out of sys.modules by hand
-        missing = True
-    if missing:
-        raise MissingRequirementError(
-            "jinja2 is not installed, which renders the page. Install it with pip install 'cnx-deploy[report]'."
-        )
-    if path.is_dir():
-        raise InputError(
-            f"{path} is a folder, where a file was expected. Give a file name, such as {path / 'report.html'}."
-        )
+    require_packages("jinja2", "matplotlib")
     if path.exists() and not path.is_file():
-        raise InputError(
-            f"{path} is a device or a pipe, where a file was expected. Give a file name, such as report.html."
-        )
-    if path.exists() and not force and MARK.encode() not in _beginning(path):
-        raise OutputExistsError(
-            f"{path} exists and is no page of cnx-deploy report. Use --force to replace it, or another name."
-        )
+        what = "a folder" if path.is_dir() else "a device or a pipe"
+        raise InputError(f"{path} is {what}, where a file was expected, such as report.html.")
+    if path.exists() and not force:
+        with path.open("rb") as stream:
+            if MARK.encode() not in stream.read(MARK_BYTES):
+                raise OutputExistsError(
+                    f"{path} exists and is no page of cnx-deploy report. Use --force to replace it, or another name."
+                )
 
 
 def gather(request: PageRequest, created: str | None = None) -> Page:
     """Read everything. Raises InputError for a document that is none; a manifest that cannot be read is a row."""
     benchmarks = tuple(map(read_benchmark, request.bench))
     headrooms = tuple(map(read_headroom, request.headroom))
-    layers = tuple(found for path in request.layers for found in read_layers(path))
+    layers = tuple(map(read_layers, request.layers))
     records = read_records(request.export_dir, request.engines_dir)
-    sets = tool_sets(records)
-    networks = networks_of(records, sets)
+    gpus = ", ".join(f"{gpu.name} ({gpu.target}), driver {gpu.driver}" for gpu in find_gpus())
+    machine = {"Processor": f"{cpu_name()}, {cpu_count()} usable", "GPU": gpus or "none found"}
     return Page(
         records=records,
-        networks=networks,
-        tool_sets=sets,
         benchmarks=benchmarks,
         headrooms=headrooms,
         layers=layers,
-        gaps=gaps(records, networks, benchmarks, headrooms, layers),
-        tiles=tiles(records, networks, benchmarks),
-        environment=_environment(),
+        gaps=gaps(
+            records,
+            benchmarks,
+            [given.content for given in headrooms],
+            [comparison for given in layers for comparison in given.content],
+        ),
+        tiles=tiles(records, benchmarks),
+        environment={**machine, **tool_versions()},
         created=created or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
 
 def render(page: Page) -> str:
-    """The HTML: the same text for an equal page."""
+    """Return the HTML: the same text for an equal page."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cnx_deploy.report.html"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=printable,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(filters())
-    charts = {name: getattr(figures, name) for name in figures.__all__}
-    return environment.get_template("page.html").render(page=page, mark=MARK, **charts)
+    environment.filters.update(FILTERS)
+    drawings = {name: getattr(charts, name) for name in charts.__all__ if name.endswith("_chart")}
+    return environment.get_template("page.html").render(page=page, mark=MARK, **drawings)
 
 
-def write_page(path: Path, html: str) -> Path:
+def write_page(path: Path, page: Page) -> None:
     """Write the page whole or not at all; InputError where nothing can be written."""
-    write_text(path, html)
-    return path
+    write_text(path, render(page))
 
 
 def corrupt_error(page: Page, path: Path) -> CorruptArtifactError | None:
-    """What a command ends with once the page is written: manifests that could not be read; None without one."""
+    """Return what a command ends with once the page is written: manifests that could not be read; None without one."""
     corrupt = page.records.corrupt
     if not corrupt:
         return None
-    names = ", ".join(printable(each.name) for each in corrupt)
+    names = ", ".join(charts.printable(entry.name) for entry in corrupt)
     return CorruptArtifactError(
         f"{len(corrupt)} of {len(corrupt) + len(page.records.entries)} manifests cannot be read, and {path} says so: "
         f"{names}. Make them again with --force, or remove them."
     )
 
 
-def _beginning(path: Path) -> bytes:
-    with path.open("rb") as stream:
-        return stream.read(MARK_BYTES)
+def _shown(value: Any) -> Any:
+    """None is a dash, and text has what cannot be seen written out; anything else, markup included, is as it is."""
+    if value is None:
+        return "–"
+    return charts.printable(value) if type(value) is str else value
 
 
-def _environment() -> tuple[tuple[str, str], ...]:
-    gpus = ", ".join(f"{gpu.name} ({gpu.target}), driver {gpu.driver}" for gpu in find_gpus())
-    machine = (("Processor", f"{cpu_name()}, {cpu_count()} usable"), ("GPU", gpus or "none found"))
-    return (*machine, *tool_versions().items())
+def _notes(row: Timing) -> tuple[str, ...]:
+    """A row's remarks, and what it was computed in where that differs: ONNX Runtime widens FP16 on a CPU."""
+    widened = (f"its {row.precision} was computed in {row.arithmetic}",) if row.is_widened else ()
+    return (*row.remarks, *widened)
+
+
+def _conditions(environment: Conditions) -> dict[str, str]:
+    """The machine and settings without which a latency means nothing."""
+    isa = f" ({' '.join(environment.isa)})" if environment.isa else ""
+    load = environment.load_average
+    return {
+        "Processor": f"{environment.cpu}{isa}, threads: {environment.threads}, processors: {environment.processors}",
+        "GPU": ", ".join(gpu.name for gpu in environment.gpus) or "none",
+        "System": environment.system,
+        "Measured": f"{environment.duration_seconds:g} s a row, images of seed {environment.seed}",
+        "Load before": "unknown" if load is None else f"{load:.2f}",
+        "Versions": ", ".join(f"{name} {version}" for name, version in environment.tools.items()),
+    }
+
+
+def _known(form: Callable[..., str]) -> Callable[..., str | None]:
+    return lambda value, *arguments: None if value is None else form(value, *arguments)
+
+
+FILTERS: dict[str, Callable[..., Any]] = {
+    "scientific": _known(lambda value: f"{value:.2e}"),
+    "fixed": _known(lambda value, digits=2: f"{value:,.{digits}f}"),
+    "percent": _known(charts.percent),
+    "megabytes": _known(lambda value: f"{value / 1e6:,.1f} MB"),
+    "count": _known(lambda value: f"{value:,}"),
+    "notes": _notes,
+    "conditions": _conditions,
+    "short": lambda value: str(value)[:12],
+    # 2026-11-25T02:22:01+00:00 is 2026-11-25 02:22 UTC; other text stays.
+    "day": lambda text: f"{text[:10]} {text[11:16]} UTC" if len(text) == 25 and text.endswith("+00:00") else text,
+}
+"""How values become text. Each takes None for what is not known."""

@@ -1,0 +1,204 @@
+"""What `bench`, `diagnose headroom` and `diagnose layers` print with --json, read as the types that the page relies on.
+
+A figure is None where the document has null: JSON has no NaN, so null is what a measurement that is not finite became.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from cnx_deploy.bench.record import BenchmarkRecord
+from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.manifest import Count
+from cnx_deploy.core.strict_json import Finite, PositiveNumber, command_document, typed
+
+__all__ = [
+    "BackendDocument", "Given", "HeadroomDocument", "LayersDocument", "Range", "RangeSummary", "read_benchmark",
+    "read_headroom", "read_layers",
+]  # fmt: skip
+
+Document = TypeVar("Document")
+GRAVITY = ("ok", "jumps", "not lined up", "other order", "fails", "not finite")
+"""Verdicts over a module, the gravest last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given(Generic[Document]):
+    """A document with the name of its file and the hash of the file's bytes."""
+
+    name: str
+    sha256: str
+    content: Document
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The worst of one kind in a stage or block; `share` is of 65504. The figure's name depends on the kind."""
+
+    module: str
+    share: Finite | None
+    largest: Finite | None = None
+    square_sum: Finite | None = None
+    deviation: Finite | None = None
+
+    @property
+    def figure(self) -> float | None:
+        """The figure behind the share."""
+        return next((value for value in (self.largest, self.square_sum, self.deviation) if value is not None), None)
+
+
+@dataclass(frozen=True, slots=True)
+class RangeSummary:
+    """One stage or block: what the FP16 file stores, and what a naive export would keep in FP16.
+
+    `response` is GRN's sum of squares, `norm` LayerNorm's largest deviation, whose square is the share.
+    """
+
+    name: str
+    stored: Range | None
+    response: Range | None
+    norm: Range | None
+
+
+@dataclass(frozen=True, slots=True)
+class _WeightsName:
+    origin: str
+    reference: str
+
+
+@dataclass(frozen=True, slots=True)
+class _MeasuredNetwork:
+    variant: str
+    weights: _WeightsName
+
+
+@dataclass(frozen=True, slots=True)
+class _MeasuredImages:
+    source: str
+    count: Count
+    size: Count
+
+
+@dataclass(frozen=True, slots=True)
+class NaiveForm:
+    """What a plain half-precision export would lack; `largest_image_size` in pixels, None where nothing limits it."""
+
+    passed: bool
+    failing: tuple[str, ...]
+    largest_image_size: Count | None
+
+
+@dataclass(frozen=True, slots=True)
+class HeadroomDocument:
+    """How far a network is from the limits of FP16."""
+
+    schema_version: Literal[1]
+    network: _MeasuredNetwork
+    images: _MeasuredImages
+    arithmetic: str
+    limit: PositiveNumber
+    margin: PositiveNumber
+    passed: bool
+    failing: tuple[str, ...]
+    keep_fp32: tuple[str, ...]
+    naive: NaiveForm
+    stages: tuple[RangeSummary, ...]
+    blocks: tuple[RangeSummary, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _OutputFigures:
+    relative_l2: Finite | None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputDocument:
+    """The verdict over one module."""
+
+    block: str
+    verdict: Literal["ok", "jumps", "not lined up", "other order", "fails", "not finite"]
+    figures: _OutputFigures | None
+
+
+@dataclass(frozen=True, slots=True)
+class BackendDocument:
+    """One backend's modules; `relative_l2_max` is the limit above which a module fails."""
+
+    backend: str
+    relative_l2_max: Finite
+    not_run: str | None
+    outputs: tuple[OutputDocument, ...]
+
+    @property
+    def within(self) -> int:
+        """How many modules are within the limit."""
+        return sum(output.verdict in ("ok", "jumps") for output in self.outputs)
+
+    def of_block(self, block: str) -> tuple[str, float | None] | None:
+        """Return a block's gravest verdict and its largest relative L2, None where that is not known for each."""
+        outputs = [output for output in self.outputs if output.block == block]
+        if not outputs:
+            return None
+        errors = [output.figures.relative_l2 for output in outputs if output.figures is not None]
+        known = [error for error in errors if error is not None]
+        worst = max(known) if known and len(known) == len(errors) else None
+        return max((output.verdict for output in outputs), key=GRAVITY.index), worst
+
+
+@dataclass(frozen=True, slots=True)
+class _Divergence:
+    module: str
+    backend: str
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayersDocument:
+    """One file compared layer by layer; `missing` names modules that the file gives no tensor for, and why."""
+
+    artifact: str
+    images: Count
+    passed: bool
+    first_divergence: _Divergence | None
+    missing: Mapping[str, str]
+    backends: tuple[BackendDocument, ...]
+
+    @property
+    def ran(self) -> tuple[BackendDocument, ...]:
+        """The backends that ran."""
+        return tuple(backend for backend in self.backends if backend.outputs)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The blocks in order of depth."""
+        return tuple(dict.fromkeys(output.block for backend in self.ran for output in backend.outputs))
+
+
+@dataclass(frozen=True, slots=True)
+class _LayersList:
+    layers: tuple[LayersDocument, ...]
+
+
+def read_benchmark(path: Path) -> Given[BenchmarkRecord]:
+    """Read a benchmark; InputError for anything else, a plan included."""
+    return _read(path, "cnx-deploy bench", BenchmarkRecord.from_document)
+
+
+def read_headroom(path: Path) -> Given[HeadroomDocument]:
+    """Read what headroom printed; InputError for anything else."""
+    return _read(path, "cnx-deploy diagnose headroom", lambda values: typed(values, HeadroomDocument))
+
+
+def read_layers(path: Path) -> Given[tuple[LayersDocument, ...]]:
+    """Read a comparison of one or more files layer by layer; InputError for anything else."""
+    return _read(path, "cnx-deploy diagnose layers", lambda values: typed(values, _LayersList).layers)
+
+
+def _read(path: Path, command: str, read: Callable[[dict[str, Any]], Document]) -> Given[Document]:
+    values, content = command_document(path, command)
+    try:
+        return Given(path.name, hashlib.sha256(content).hexdigest(), read(values))
+    except ValueError as error:
+        raise InputError(f"{path} is not what `{command} --json` prints: {error}.") from error
