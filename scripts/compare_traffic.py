@@ -96,8 +96,8 @@ def measured(name: str, size: int, options: argparse.Namespace) -> Iterator[dict
                     best = min(moved, best or moved)
                 yield {
                     "variant": name, "image_size": size, "target": target, "batch": batch, "graph": graph,
-                    "kernels": len(compiled.kernels), "megabytes_per_image": round(moved, 3),
-                    "plan_megabytes": round(compiled.plan_bytes / 1e6, 2),
+                    "kernels": compiled.kernels, "megabytes_per_image": round(moved, 3),
+                    "plan_megabytes": round((compiled.plan_bytes or 0) / 1e6, 2),
                     "of_best_peer": round(moved / best, 4) if best and graph == OURS else None,
                 }  # fmt: skip
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from cnx_deploy.bench.bounds import work_of
 from cnx_deploy.core.errors import CnxDeployError, InputError, RecordsError
-from cnx_deploy.core.files import write_bytes
+from cnx_deploy.core.files import whole_file
 from cnx_deploy.core.plotting import BLUE, GREEN, GREY, GRID, ORANGE, PURPLE, SKY, require_packages, svg_bytes
 from cnx_deploy.core.strict_json import bounded_content, strict_json
 from cnx_deploy.core.variants import VARIANTS
@@ -66,7 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
                 "matplotlib than this one may have drawn them."
             )
         for path, content in stale:
-            path.unlink() if content is None else write_bytes(path, content)
+            if content is None:
+                path.unlink()
+                continue
+            with whole_file(path) as temporary:
+                temporary.write_bytes(content)
             print(path)
     except CnxDeployError as error:
         print(f"Error: {error}", file=sys.stderr)

@@ -189,14 +189,14 @@ class Compiled:
     """What the compiler makes of a graph for a fixed batch: each kernel's inputs, constants and outputs counted once.
 
     An upper bound on traffic where tensors stay in the L2 cache, and the figure to compare two graphs of one network
-    by. It is no latency.
+    by. It is no latency. `plan_bytes`: size of that build's engine file, None where it was not recorded.
     """
 
     batch: BatchSize
     target: Target
     kernels: Count
     megabytes_per_image: float
-    plan_bytes: Count
+    plan_bytes: Count | None
     kernel_list: Annotated[tuple[Kernel, ...], msgspec.Meta(min_length=1)]
 
     def __post_init__(self) -> None:
@@ -440,13 +440,12 @@ def manifest_from_json(content: bytes, stem: str | None = None) -> OnnxManifest 
         raise ValueError(f"kind {data.get('kind')!r:.80}, expected one of {', '.join(MANIFESTS)}")
     if unknown := data.keys() - kind.__dataclass_fields__.keys():
         raise ValueError(f"unknown fields {', '.join(sorted(map(repr, unknown)))}")
+    if stem is not None and data.get("stem") != stem:
+        raise ValueError(f"it is of {data.get('stem')!r:.80}, renamed to {stem!r}")
     try:
-        manifest = typed(data, kind)
+        return typed(data, kind)
     except InputError as error:  # a record's own check of its values
         raise ValueError(str(error)) from error
-    if stem is not None and manifest.stem != stem:
-        raise ValueError(f"it is of {manifest.stem!r}, renamed to {stem!r}")
-    return manifest
 
 
 def json_schema() -> dict[str, Any]:
