@@ -68,9 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
         for path, content in stale:
             if content is None:
                 path.unlink()
-                continue
-            with whole_file(path) as temporary:
-                temporary.write_bytes(content)
+            else:
+                with whole_file(path) as temporary:
+                    temporary.write_bytes(content)
             print(path)
     except CnxDeployError as error:
         print(f"Error: {error}", file=sys.stderr)

@@ -65,7 +65,8 @@ def open_artifact(path: Path) -> Artifact:
     """
     failed, deadline = None, time.monotonic() + RENAMES_SECONDS
     while True:
-        is_written = hidden_path(path.with_suffix(""), ".tmp").exists()
+        # A folder has no manifest, and "." no name to look for: `read_artifact` says so.
+        is_written = not path.is_dir() and hidden_path(path.with_suffix(""), ".tmp").exists()
         artifact = read_artifact(path)
         try:
             for record in artifact.manifest.files:

@@ -150,7 +150,7 @@ def test_no_code_puts_a_library_into_an_engine_or_lets_one_run_from_it() -> None
         )
         assert len(made) == source.count(".Runtime("), f"{path} makes a runtime and leaves host code allowed"
         runtimes += len(made)
-    assert runtimes >= 3  # the search sees them
+    assert runtimes >= 2  # the search sees them: the runner's and the child's that describes an engine
 
 
 def test_no_library_is_asked_of_the_builder(tiny_onnx_fp16: Artifact) -> None:

@@ -145,8 +145,8 @@ LIES: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     "name": (renamed, "The outputs of tiny-test-32-fp32.onnx are called scores, and its manifest says logits."),
     "shape": (
         cut,
-        "The outputs of tiny-test-32-fp32.onnx are of the type and shape {'logits': ['FLOAT', ['batch', 9]]}, and its "
-        "manifest says {'logits': ['FLOAT', ['batch', 10]]}.",
+        "The outputs of tiny-test-32-fp32.onnx are of the type and shape {'logits': ['FLOAT', 'batch', 9]}, and its "
+        "manifest says {'logits': ['FLOAT', 'batch', 10]}.",
     ),
     "tolerance": (shifted, "tiny-test-32-fp32.onnx differ from PyTorch by more than the gate allows"),
 }
