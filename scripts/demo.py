@@ -100,7 +100,7 @@ def closing_table(verified: dict[str, Any], accuracy: dict[str, Any], benched: d
     for entry in verified["verifications"]:
         name = entry["artifact"]
         size = next(folder / name for folder in (EXPORT, ENGINES) if (folder / name).is_file()).stat().st_size / 1e6
-        worst = max((result["found"]["relative_l2_max"] for result in entry["results"]), default=None)
+        worst = max((result["differences"]["relative_l2_max"] for result in entry["results"]), default=None)
         top1 = accuracy.get(name, {}).get("top1_percent")
         parity = ("pass" if entry["passed"] else "FAIL") if entry["results"] else "not run"
         print(

@@ -42,7 +42,7 @@ class EmulatedRunner(HoldsNothing):
         self.input_spec = _input_spec(self.graph)
         self.info = RunnerInfo(
             backend="emulator",
-            version=torch.__version__,
+            version=str(torch.__version__),
             device=cpu_name(),
             precision=narrow.copy().pop(),
             arithmetic=narrow.pop(),

@@ -80,4 +80,4 @@ def deployed_runner(model: ConvNeXtV2, spec: DeploySpec, device: str = "cpu") ->
 def _info(module: nn.Module, backend: str, precision: str) -> RunnerInfo:
     device = next(module.parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return RunnerInfo(backend, torch.__version__, name, precision, precision)
+    return RunnerInfo(backend, str(torch.__version__), name, precision, precision)

@@ -1,5 +1,6 @@
 """The Python API: what the README shows, on real files, and nothing heavy until it is asked for."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 import cnx_deploy as cnx
+from cnx_deploy.bench.record import BenchmarkRecord
 from cnx_deploy.core.errors import InputError
 
 
@@ -82,6 +84,7 @@ def test_a_benchmark_times_the_file_beside_torch(onnx: cnx.Artifact) -> None:
     record = cnx.benchmark(onnx, batch=1, compare=["torch"], duration_seconds=0.05, threads=1)
     assert {row.backend for row in record.rows} == {"onnxruntime", "torch"}
     assert "x torch eager fp32 (95 %)" in str(record)
+    assert BenchmarkRecord.from_document(json.loads(json.dumps(record.to_document()))) == record
 
 
 def test_an_engine_is_built_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
