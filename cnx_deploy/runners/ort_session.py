@@ -47,7 +47,7 @@ LOAD_ERRORS = tuple(
 def open_session(
     path: Path, *, device: str = "cpu", threads: int = 1, spin: bool = False, optimise: bool = True
 ) -> Any:
-    """A session; `runners.ort.OrtRunner` explains the options.
+    """A session; `runners.onnxruntime.OrtRunner` explains the options.
 
     Raises CorruptArtifactError where ONNX Runtime takes the file for none, OutOfMemoryError where memory ran short,
     MissingRequirementError for another provider than the device's.
