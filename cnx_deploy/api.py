@@ -385,7 +385,9 @@ def run_exports(request: ExportRequest, note: Note) -> list[Artifact[OnnxManifes
     if request.keep_fp32 and not halves:
         raise InputError("--keep-fp32 is of half-precision files, and none is asked for. Add --precision fp16 or bf16.")
     if loaded.weights.origin == "random":
-        kind = f"random (seed {request.seed}), {_included(loaded)} included"
+        # A fresh network has these without effect; random weights give them one.
+        included = "GRN" if loaded.model.variant.version == 2 else "LayerScale"
+        kind = f"random (seed {request.seed}), {included} included"
         note(f"No checkpoint: weights are {kind}. Predictions mean nothing.")
     if loaded.head_is_new:
         note(f"The head for {loaded.model.num_classes} classes is new and random: train it before it is used.")
@@ -491,11 +493,6 @@ def _outdated(engine: Artifact, export_dir: Path) -> str | None:
     if recorded is None or recorded.sha256 == engine.manifest.source_sha256:
         return None
     return f"{engine.path.name} was built from an earlier {engine.manifest.source_name}: build it again with --force."
-
-
-def _included(loaded: LoadedModel) -> str:
-    """What fresh weights leave without effect and random ones do not."""
-    return "GRN" if loaded.model.variant.version == 2 else "LayerScale"
 
 
 def _export(
