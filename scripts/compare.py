@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -158,16 +158,16 @@ def pretrained_encoder(request: PretrainingSpec) -> Path:
 
 def side_of(name: str, tables: list[Path]) -> Side:
     """Read the results of a side's runs."""
-    results = [list(top1_of(table)) for table in tables]
+    results = [top1_of(table) for table in tables]
     return Side(name, tuple(each[-1] for each in results), tuple(max(each) for each in results))
 
 
-def top1_of(table: Path) -> Iterator[float]:
+def top1_of(table: Path) -> list[float]:
     """Validation top-1 in percent of each epoch. Raises CorruptArtifactError where the table has none."""
-    for row in read_table(table):
-        if "val_top1_percent" not in row:
-            raise CorruptArtifactError(f"{table} has an epoch without val_top1_percent. Train again.")
-        yield row["val_top1_percent"]
+    top1 = read_table(table).get("val_top1_percent", [])
+    if not top1 or not all(map(math.isfinite, top1)):
+        raise CorruptArtifactError(f"{table} has an epoch without val_top1_percent. Train again.")
+    return top1
 
 
 def conclude(title: str, sides: list[Side], settings: dict[str, Any], path: Path) -> None:

@@ -1,5 +1,6 @@
 """`cnx-deploy doctor`."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -15,7 +16,7 @@ def doctor_command(as_json: bool) -> None:
 
     findings = examine(Path())
     if as_json:
-        options.echo_json({"findings": [finding.to_dict() for finding in findings]})
+        options.echo_json({"findings": [asdict(finding) for finding in findings]})
         return
     for finding in findings:
         remedy = f" -> {finding.remedy}" if finding.remedy else ""

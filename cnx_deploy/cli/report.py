@@ -67,14 +67,11 @@ def _write_page(
     html: Path, export_dir: Path, engines_dir: Path, documents: tuple[tuple[Path, ...], ...], *, force: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    from cnx_deploy.report.html.page import PageRequest, check_page, corrupt_error, gather, write_page
+    from cnx_deploy.report.html.page import check_page, corrupt_error, gather, write_page
 
     check_page(html, force=force)
     bench, headroom, layers = documents
-    request = PageRequest(
-        export_dir=export_dir, engines_dir=engines_dir, bench=bench, headroom=headroom, layers=layers
-    )  # fmt: skip
-    page = gather(request)
+    page = gather(export_dir, engines_dir, bench=bench, headroom=headroom, layers=layers)
     write_page(html, page)
     if as_json:
         options.echo_json(page.to_dict(html))

@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from cnx_deploy.core.errors import MissingRequirementError
 from cnx_deploy.core.system import Gpu, find_gpus, package_version
 from cnx_deploy.core.variants import VARIANTS
 
-__all__ = ["FLOOR_REASONS", "NEEDS", "TESTED_VERSIONS", "Finding", "Need", "Shortfall", "examine", "shortfalls"]
+__all__ = ["FLOOR_REASONS", "NEEDS", "TESTED_VERSIONS", "Finding", "Shortfall", "examine", "shortfalls"]
 
 Status = Literal["ok", "missing", "problem"]
 
@@ -43,44 +43,23 @@ STAND_INS = {"onnxruntime-gpu": "onnxruntime", "onnxruntime": "onnxruntime-gpu"}
 OLDEST_PYTHON = (3, 11)
 INSTALL_TORCH = "pip install torch; see pytorch.org for the build that fits the driver"
 BUILD_AHEAD = "Build ahead of time with TensorRT-RTX and run engines on a machine with an NVIDIA GPU and its driver."
-MIB = 1 << 20
 BYTES_A_PARAMETER = 6
 """A parameter in an FP32 and an FP16 file."""
 
+NEEDS = {
+    "atto": (1048, 923, 11.6),
+    "femto": (1084, 934, 14.6),
+    "pico": (1117, 968, 22.2),
+    "nano": (1300, 1074, 35.3),
+    "tiny": (1687, 1265, 61.7),
+    "base": (3187, 2155, 182.1),
+    "large": (6100, 3494, 400.8),
+    "huge": (12949, 7880, 1325.3),
+}
+"""Peak resident memory of `export` and of `build-trt` in MiB, and the size of one engine in MB (1e6 bytes).
 
-@dataclass(frozen=True, slots=True)
-class Need:
-    """Peak resident memory of `export` and of `build-trt`, and the size of one engine in MB (1e6 bytes)."""
-
-    variant: str
-    export_mib: int
-    build_mib: int
-    engine_megabytes: float
-
-    @property
-    def memory_gb(self) -> float:
-        """The larger of the two, in GB (1e9 bytes)."""
-        return max(self.export_mib, self.build_mib) * MIB / 1e9
-
-    @property
-    def disk_gb(self) -> float:
-        """ONNX files of both precisions and one engine, in GB."""
-        return VARIANTS[self.variant].parameter_count * BYTES_A_PARAMETER / 1e9 + self.engine_megabytes / 1e3
-
-
-NEEDS = (
-    Need("atto", 1048, 923, 11.6),
-    Need("femto", 1084, 934, 14.6),
-    Need("pico", 1117, 968, 22.2),
-    Need("nano", 1300, 1074, 35.3),
-    Need("tiny", 1687, 1265, 61.7),
-    Need("base", 3187, 2155, 182.1),
-    Need("large", 6100, 3494, 400.8),
-    Need("huge", 12949, 7880, 1325.3),
-)
-"""From docs/data/cost.json (scripts/measure_cost.py, 224 px, five targets, no GPU); a test compares the two.
-
-A V1 variant needs about what the V2 of its size does.
+From docs/data/cost.json (scripts/measure_cost.py, 224 px, five targets, no GPU); a test compares the two. A V1 variant
+needs about what the V2 of its size does.
 """
 
 
@@ -108,16 +87,13 @@ class Finding:
     what: str
     remedy: str = ""
 
-    def to_dict(self) -> dict[str, str]:
-        """Return plain types."""
-        return asdict(self)
-
 
 def examine(folder: Path) -> tuple[Finding, ...]:
     """Look at everything; `folder` is where artifacts would be written. Takes some seconds, since it loads torch."""
     gpus = find_gpus()
+    existing = next(place for place in (folder, *folder.resolve().parents) if place.is_dir())
     return (
-        python_finding(),
+        python_finding(platform.python_version()),
         requirements_finding(shortfalls()),
         *gpu_findings(gpus),
         torch_finding(gpus),
@@ -125,7 +101,7 @@ def examine(folder: Path) -> tuple[Finding, ...]:
         *(tensorrt_finding(name, gpus) for name in ("tensorrt-rtx", "tensorrt")),
         train_finding({name: package_version(name) for name in ("lightning", "torchmetrics")}),
         memory_finding(_memory_gb()),
-        disk_finding(folder, _disk_free_gb(folder)),
+        disk_finding(folder, shutil.disk_usage(existing).free / 1e9),
         versions_finding({name: package_version(name) for name in TESTED_VERSIONS}),
     )
 
@@ -157,13 +133,11 @@ def shortfalls() -> tuple[Shortfall, ...] | None:
     return tuple(short)
 
 
-def python_finding(version: Sequence[int] | None = None) -> Finding:
+def python_finding(version: str) -> Finding:
     """Say whether Python is new enough."""
-    found = tuple(version or map(int, platform.python_version_tuple()[:2]))
-    shown = ".".join(map(str, found))
-    if found < OLDEST_PYTHON:
-        return Finding("python", "problem", f"Python {shown}; 3.11 or newer is needed", "Install Python 3.11.")
-    return Finding("python", "ok", f"Python {platform.python_version() if version is None else shown}")
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_PYTHON:
+        return Finding("python", "problem", f"Python {version}; 3.11 or newer is needed", "Install Python 3.11.")
+    return Finding("python", "ok", f"Python {version}")
 
 
 def requirements_finding(short: Sequence[Shortfall] | None) -> Finding:
@@ -268,46 +242,44 @@ def train_finding(installed: Mapping[str, str | None]) -> Finding:
 
 
 def memory_finding(memory_gb: float | None) -> Finding:
-    """Hold main memory against what exporting and building each variant took."""
+    """Hold main memory in GB (1e9 bytes) against what exporting and building each variant took."""
     if memory_gb is None:
-        return Finding("memory", "ok", "unknown on this system", f"Exporting huge takes {NEEDS[-1].memory_gb:.1f} GB.")
-    needs = {need.variant: need.memory_gb for need in NEEDS}
+        return Finding("memory", "ok", "unknown on this system")
+    needs = {variant: max(export_mib, build_mib) * 1.048576e-3 for variant, (export_mib, build_mib, _) in NEEDS.items()}
     remedy = "Free some memory, or export them on a larger machine."
     return _room_finding("memory", f"{memory_gb:.1f} GB available", memory_gb, needs, remedy)
 
 
 def disk_finding(folder: Path, free_gb: float) -> Finding:
     """Hold free disk space against the files of each variant in both precisions and one engine."""
-    needs = {need.variant: need.disk_gb for need in NEEDS}
+    needs = {
+        variant: VARIANTS[variant].parameter_count * BYTES_A_PARAMETER / 1e9 + engine_megabytes / 1e3
+        for variant, (_, _, engine_megabytes) in NEEDS.items()
+    }
     remedy = "Free some, or use --output-dir on another disk."
     return _room_finding("disk", f"{free_gb:.1f} GB free in {folder}", free_gb, needs, remedy)
 
 
 def versions_finding(installed: Mapping[str, str | None]) -> Finding:
     """Hold installed releases (major.minor) against those tested together; absent packages are not its topic."""
+    release = re.compile(r"\d+\.\d+")
     differing = {
         name: version
         for name, version in installed.items()
-        if version and _release(version) != _release(TESTED_VERSIONS[name])
+        if version and release.findall(version)[:1] != release.findall(TESTED_VERSIONS[name])[:1]
     }
     if differing:
         told = ", ".join(f"{name} {version} (tested: {TESTED_VERSIONS[name]})" for name, version in differing.items())
         command = " ".join(["pip install", *(f"{name}=={TESTED_VERSIONS[name]}" for name in differing)])
         return Finding("versions", "problem", f"not tested together: {told}", command)
-    return Finding("versions", "ok", f"the {sum(map(bool, installed.values()))} that matter are the tested releases")
+    return Finding("versions", "ok", "what is installed of the packages that matter is the tested release")
 
 
 def _room_finding(topic: str, what: str, available_gb: float, needs: Mapping[str, float], remedy: str) -> Finding:
-    fits = [variant for variant, need_gb in needs.items() if need_gb <= available_gb]
-    lacks = [f"{variant} takes {needs[variant]:.2g} GB" for variant in needs if variant not in fits]
-    if not lacks:
+    lacking = [f"{variant} takes {need_gb:.2g} GB" for variant, need_gb in needs.items() if need_gb > available_gb]
+    if not lacking:
         return Finding(topic, "ok", f"{what}: every variant fits; huge takes {needs['huge']:.1f} GB")
-    enough = f"enough for {fits[0]}{f' to {fits[-1]}' if len(fits) > 1 else ''}" if fits else "enough for no variant"
-    return Finding(topic, "problem", f"{what}: {enough}; {', '.join(lacks)}", remedy)
-
-
-def _release(version: str) -> list[str]:
-    return re.findall(r"\d+", version)[:2]
+    return Finding(topic, "problem", f"{what}: not enough for all, {', '.join(lacking)}", remedy)
 
 
 def _session_providers(provider: str) -> list[str]:
@@ -341,8 +313,3 @@ def _memory_gb() -> float | None:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     return None
-
-
-def _disk_free_gb(folder: Path) -> float:
-    existing = next(place for place in (folder, *folder.resolve().parents) if place.is_dir())
-    return shutil.disk_usage(existing).free / 1e9

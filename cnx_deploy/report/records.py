@@ -20,19 +20,14 @@ __all__ = ["check_records", "has_place", "index_csv", "model_table", "write_reco
 
 BEGIN, END = "<!-- models: begin (cnx-deploy report) -->", "<!-- models: end -->"
 
-COLUMNS = (
-    "stem", "kind", "variant", "image_size", "precision", "input", "weights", "target", "runtime_version", "size_bytes",
-    "sha256", "source", "relative_l2", "half_share", "kernels", "megabytes_per_image", "measured_at_batch",
-)  # fmt: skip
-
 
 def index_csv(artifacts: Sequence[Artifact]) -> str:
-    """One line an artifact, by name."""
+    """One line an artifact, by name; there is at least one."""
+    rows = [_index_row(artifact) for artifact in sorted(artifacts, key=lambda entry: entry.manifest.stem)]
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    for artifact in sorted(artifacts, key=lambda entry: entry.manifest.stem):
-        writer.writerow(_index_row(artifact))
+    writer.writerows(rows)
     return text.getvalue()
 
 
@@ -43,25 +38,28 @@ def model_table(onnx: Sequence[Artifact], engines: Sequence[Artifact]) -> str:
         "| MB an image |",
         "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
     )
-    found = {artifact.manifest.stem: artifact for artifact in (*onnx, *engines)}
+    recorded = {artifact.manifest.stem: artifact for artifact in (*onnx, *engines)}
     rows = []
     for variant in VARIANTS.values():
-        single, half = found.get(f"{variant.name}-224-fp32"), found.get(f"{variant.name}-224-fp16")
-        engine = found.get(f"{variant.name}-224-fp16-rtx-sm89")
+        stems = (f"{variant.name}-224-fp32", f"{variant.name}-224-fp16", f"{variant.name}-224-fp16-rtx-sm89")
+        single, half, engine = (recorded.get(stem) for stem in stems)
+        sizes = [
+            f"{sum(file.size_bytes for file in artifact.manifest.files) / 1e6:.1f} MB" if artifact else ""
+            for artifact in (single, half, engine)
+        ]
         compiled = _compiled(engine)
         cells = (
             variant.name,
             f"{variant.parameter_count:,}",
             f"{variant.mac_count() / 1e9:.2f}",
-            _megabytes(single),
-            _megabytes(half),
+            *sizes[:2],
             _relative_l2(single),
             _relative_l2(half),
-            _megabytes(engine),
-            str(compiled.kernels) if compiled else "–",
-            f"{compiled.megabytes_per_image:.1f}" if compiled else "–",
+            sizes[2],
+            str(compiled.kernels) if compiled else "",
+            f"{compiled.megabytes_per_image:.1f}" if compiled else "",
         )
-        rows.append(f"| {' | '.join(cells)} |")
+        rows.append(f"| {' | '.join(cell or '–' for cell in cells)} |")
     return "\n".join((*header, *rows)) + "\n"
 
 
@@ -91,11 +89,8 @@ def has_place(readme: Path) -> bool:
 
 
 def _holds(path: Path, text: str) -> bool:
-    """Whether a file says so already; what is no text says something else."""
-    try:
-        return path.is_file() and _text(path) == text
-    except InputError:
-        return False
+    content = text.encode("utf-8", "backslashreplace")
+    return path.is_file() and path.read_bytes().replace(b"\r\n", b"\n") == content
 
 
 def _text(path: Path) -> str:
@@ -144,7 +139,7 @@ def _index_row(artifact: Artifact) -> dict[str, Any]:
         "size_bytes": artifact.size_bytes,
         "sha256": artifact.sha256,
         "source": manifest.source_name,
-        "relative_l2": _parity(artifact),
+        "relative_l2": _relative_l2(artifact),
         "half_share": facts.half_share_of_products if isinstance(facts, EngineFacts) else facts.half_share,
         "kernels": compiled.kernels if compiled else "",
         "megabytes_per_image": compiled.megabytes_per_image if compiled else "",
@@ -152,21 +147,11 @@ def _index_row(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _parity(artifact: Artifact) -> str:
-    facts = artifact.manifest.facts
+def _relative_l2(artifact: Artifact | None) -> str:
+    facts = artifact.manifest.facts if artifact else None
     return f"{facts.parity.differences.relative_l2_max:.2e}" if isinstance(facts, OnnxFacts) and facts.parity else ""
 
 
 def _compiled(artifact: Artifact | None) -> Compiled | None:
     facts = artifact.manifest.facts if artifact else None
     return facts.compiled if isinstance(facts, EngineFacts) else None
-
-
-def _relative_l2(artifact: Artifact | None) -> str:
-    return (_parity(artifact) if artifact else "") or "–"
-
-
-def _megabytes(artifact: Artifact | None) -> str:
-    if artifact is None:
-        return "–"
-    return f"{sum(file.size_bytes for file in artifact.manifest.files) / 1e6:.1f} MB"

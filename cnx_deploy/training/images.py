@@ -113,7 +113,9 @@ class ImageAugmentation:
             size, area = preprocessing.image_size, (spec.min_crop_area, 1.0)
             steps.append(v2.RandomResizedCrop(size, area, interpolation=InterpolationMode.BICUBIC))
         else:
-            steps.append(lambda image: _evaluation_crop(image, preprocessing))
+            steps.append(
+                lambda image: to_pixels(Image.fromarray(image.permute(1, 2, 0).numpy()), preprocessing).permute(2, 0, 1)
+            )
         if spec.flip:
             steps.append(v2.RandomHorizontalFlip())
         if spec.randaugment_magnitude > 0:
@@ -156,18 +158,16 @@ class _RandAugment:
     """torchvision's RandAugment with a magnitude drawn around the given one."""
 
     def __init__(self, magnitude: float, preprocessing: Preprocessing) -> None:
-        self.magnitude = magnitude
         fill = [round(255 * value) for value in preprocessing.mean]
         bilinear = InterpolationMode.BILINEAR
-        self.strengths = [
-            v2.RandAugment(magnitude=strength, num_magnitude_bins=MAGNITUDE_BINS, interpolation=bilinear, fill=fill)
-            for strength in range(MAGNITUDE_BINS)
-        ]
+        self.operations = v2.RandAugment(num_magnitude_bins=MAGNITUDE_BINS, interpolation=bilinear, fill=fill)
+        self.magnitude = magnitude
 
     def __call__(self, image: Tensor) -> Tensor:
         drawn = round(float(torch.randn(())) * MAGNITUDE_STD + self.magnitude)
-        output: Tensor = self.strengths[min(max(drawn, 0), MAGNITUDE_BINS - 1)](image)
-        return output
+        self.operations.magnitude = min(max(drawn, 0), MAGNITUDE_BINS - 1)
+        augmented: Tensor = self.operations(image)
+        return augmented
 
 
 class _RandomErasing:
@@ -183,10 +183,6 @@ class _RandomErasing:
             return image
         noise = (255 * (self.mean + self.std * torch.randn(image.shape))).round().clamp(0, 255).to(torch.uint8)
         return torch.where(kept.bool(), image, noise)
-
-
-def _evaluation_crop(image: Tensor, preprocessing: Preprocessing) -> Tensor:
-    return to_pixels(Image.fromarray(image.permute(1, 2, 0).numpy()), preprocessing).permute(2, 0, 1)
 
 
 def _cached(split: ImageFiles, read: Callable[[ImageFiles, int], Tensor], size_bytes: int) -> list[Tensor] | None:

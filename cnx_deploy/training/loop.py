@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from cnx_deploy.core.errors import TrainingError
+from cnx_deploy.core.errors import MissingRequirementError, TrainingError
 from cnx_deploy.core.files import write_text
 from cnx_deploy.core.strict_json import typed
 from cnx_deploy.data import Dataset
@@ -27,13 +27,13 @@ from cnx_deploy.model.checkpoint import save_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.training.distributed import EpochBatches, mixed_seed
 from cnx_deploy.training.images import ImageAugmentation, TrainingImages, ValidationImages, make_loader
-from cnx_deploy.training.metrics import TABLE, TensorBoardLog, table_of
+from cnx_deploy.training.metrics import TABLE, table_of
 from cnx_deploy.training.optimisation import make_optimizer, make_schedule
 from cnx_deploy.training.records import EpochRecord, Progress, StepReport
-from cnx_deploy.training.run_folder import check_optimizers, check_state, corrupt_state, keep_state, usable_state
+from cnx_deploy.training.run_folder import check_state, corrupt_state, keep_state, usable_state
 from cnx_deploy.training.spec import TrainingSpec
 
-__all__ = ["EpochClock", "RunWriter", "TaskModule", "run_task", "validation_batch_size"]
+__all__ = ["Batch", "EpochClock", "RunWriter", "TaskModule", "run_task"]
 
 Batch = tuple[Tensor, Tensor]
 """(N, S, S, 3) uint8 pixels and (N,) int64 labels."""
@@ -59,15 +59,13 @@ class TaskModule(lightning.LightningModule):
     """
 
     record_type: type[EpochRecord]
+    reports_next_rate = True
+    """Whether the learning rate of a report is that of the next step, else the step's own."""
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        spec: TrainingSpec,
-        train_images: int,
-        splits: tuple[str, ...],
+        self, model: torch.nn.Module, spec: TrainingSpec, train_images: int, splits: tuple[str, ...],
         metadata: dict[str, Any],
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
         self.spec = spec
@@ -91,10 +89,6 @@ class TaskModule(lightning.LightningModule):
 
     def draw(self, run_dir: Path, epoch: int) -> None:
         """Write pictures of an epoch, where the task has any."""
-
-    def reported_rate(self, before: float, after: float) -> float:
-        """Which learning rate is reported: the step's, or that which it leaves for the next."""
-        return after
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start an epoch's sums, and its random numbers (stochastic depth, mixing) from a seed of its own.
@@ -124,10 +118,6 @@ class TaskModule(lightning.LightningModule):
         schedule = make_schedule(optimizer, self.spec, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def mean_loss(self) -> float:
-        """Mean training loss over this process's images of this epoch so far."""
-        return _mean(self.sums["train"])
-
     def epoch_losses(self) -> dict[str, float]:
         """Mean losses of the epoch by split, over all processes; each must call this."""
         reduce = self.trainer.strategy.reduce
@@ -151,11 +141,11 @@ class RunWriter(lightning.Callback):
     processes the first one writes and reports.
     """
 
-    def __init__(self, run_dir: Path, module: TaskModule, progress: Progress, resumed: Path | None) -> None:
+    def __init__(self, run_dir: Path, module: TaskModule, progress: Progress, events: Any = None) -> None:
         self.run_dir = run_dir
         self.module = module
         self.progress = progress
-        self.resumed = resumed
+        self.events = events  # TensorBoard's writer, where one is asked for
         self.has_started = False
         self.records: list[EpochRecord] = []
         self.clock = EpochClock()
@@ -171,9 +161,7 @@ class RunWriter(lightning.Callback):
         self.module.batches.set_epoch(len(self.records))
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Take a last look at what was restored, or write the initial state of a fresh run."""
-        if self.resumed is not None:
-            check_optimizers(trainer.optimizers, self.resumed)
+        """Write the initial state of a fresh run."""
         self.has_started = True
         if trainer.is_global_zero:
             self.progress.begin(trainer.max_epochs or 0, int(trainer.num_training_batches), len(self.records))
@@ -193,9 +181,13 @@ class RunWriter(lightning.Callback):
         """Report how far the epoch is."""
         self.clock.batch_is_done(self.module.batches.joint_count(batch_idx))
         if batch_idx % REPORT_EVERY_STEPS == 0 and trainer.is_global_zero:
+            loss, rate = _mean(self.module.sums["train"]), self._rate(trainer)
             at = (trainer.current_epoch + 1, batch_idx + 1)
-            pace = self.clock.images_per_second
-            self.progress.step(StepReport(*at, self.module.mean_loss(), self._rate(trainer), pace))
+            self.progress.step(StepReport(*at, loss, rate, self.clock.images_per_second))
+            if self.events is not None:
+                step = trainer.current_epoch * int(trainer.num_training_batches) + batch_idx + 1
+                self.events.add_scalar("step/mean_loss", loss, step)
+                self.events.add_scalar("step/learning_rate", rate, step)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Record the epoch and write its files. Raises TrainingError where its loss is no number."""
@@ -215,7 +207,7 @@ class RunWriter(lightning.Callback):
             self.progress.end_epoch(record, is_best)
 
     def _rate(self, trainer: lightning.Trainer) -> float:
-        return self.module.reported_rate(self.rate_before, _highest_rate(trainer))
+        return _highest_rate(trainer) if self.module.reports_next_rate else self.rate_before
 
     def _write(self, record: EpochRecord) -> None:
         known = {"epoch": str(record.epoch), **self.module.metadata.get("extra", {})}
@@ -225,6 +217,11 @@ class RunWriter(lightning.Callback):
                 save_checkpoint(path, network, **{**self.module.metadata, "extra": known})
         self.module.draw(self.run_dir, record.epoch)
         write_text(self.run_dir / TABLE, table_of([asdict(each) for each in self.records]))
+        if self.events is not None:
+            for name, value in asdict(record).items():
+                if name != "epoch" and value is not None:
+                    self.events.add_scalar(f"epoch/{name}", value, record.epoch)
+            self.events.flush()
 
 
 class EpochClock:
@@ -278,17 +275,16 @@ def run_task(
     spec = module.spec
     state = usable_state(run_dir) if spec.resume else None
     if state is not None:
-        check_state(state, module.state_dict(), RunWriter.__name__, module.record_type)
-    progress = progress or Progress()
+        check_state(state, RunWriter.__name__, module.record_type)
     with contextlib.ExitStack() as stack:
+        writer = RunWriter(run_dir, module, progress or Progress())
         if spec.tensorboard and not spec.launch.rank:
-            progress = stack.enter_context(TensorBoardLog(run_dir / "tensorboard", progress))
+            writer.events = stack.enter_context(_tensorboard(run_dir / "tensorboard"))
         stack.enter_context(_quiet())
-        writer = RunWriter(run_dir, module, progress, state)
         trainer = _trainer(spec, writer)
         loaders = (
             make_loader(TrainingImages(images.train, ImageAugmentation(spec)), module.batches, spec),
-            make_loader(ValidationImages(images.val, spec), validation_batch_size(spec), spec),
+            make_loader(ValidationImages(images.val, spec), spec.validation_batch_size, spec),
         )
         try:
             with torch.random.fork_rng():
@@ -304,9 +300,17 @@ def run_task(
     return writer.records, False
 
 
-def validation_batch_size(spec: TrainingSpec) -> int:
-    """Images of a validation step: no gradients are kept, so twice as many fit."""
-    return 2 * spec.batch_size
+@contextlib.contextmanager
+def _tensorboard(folder: Path) -> Iterator[Any]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingRequirementError(
+            "TensorBoard's events need the package tensorboard, which is not installed. Install it: "
+            'pip install "cnx-deploy[tensorboard]", or leave --tensorboard out.'
+        ) from error
+    with SummaryWriter(str(folder)) as events:
+        yield events
 
 
 @contextlib.contextmanager

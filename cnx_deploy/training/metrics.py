@@ -1,27 +1,20 @@
-"""A run's figures: the table metrics.csv, the curves drawn from it, and TensorBoard's events.
+"""A run's figures: the table metrics.csv, and the curves drawn from it with matplotlib (the extra `report`)."""
 
-matplotlib is the extra `report`, TensorBoard the extra `tensorboard`; each is imported when it is asked for.
-"""
-
-import contextlib
 import csv
 import io
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cnx_deploy.core.errors import CorruptArtifactError, InputError, MissingRequirementError
+from cnx_deploy.core.errors import CorruptArtifactError, InputError
 from cnx_deploy.core.plotting import BLUE, GREEN, GREY, RED, save_svg
-from cnx_deploy.core.strict_json import LARGEST, bounded_content, shortened
-from cnx_deploy.training.records import EpochRecord, Progress, StepReport
+from cnx_deploy.core.strict_json import bounded_content
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["TABLE", "TensorBoardLog", "draw_curves", "read_table", "table_of"]
+__all__ = ["TABLE", "draw_curves", "read_table", "table_of"]
 
 TABLE = "metrics.csv"
 PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
@@ -37,9 +30,6 @@ PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     ("Learning rate", "log", (("learning_rate", "", GREEN),)),
 )  # fmt: skip
 """Title, scale and lines of each panel; a line is a column, its label and its colour."""
-COLUMNS = tuple(column for _, _, lines in PANELS for column, _, _ in lines)
-PLAIN_NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?(e[-+][0-9]{1,3})?|nan|-?inf")
-"""As `table_of` writes it."""
 
 
 def table_of(rows: Sequence[Mapping[str, float | None]]) -> str:
@@ -52,8 +42,8 @@ def table_of(rows: Sequence[Mapping[str, float | None]]) -> str:
     return table.getvalue()
 
 
-def read_table(table: Path) -> list[dict[str, float]]:
-    """Read the figures of each epoch that are known and finite, by column; there is at least one epoch.
+def read_table(table: Path) -> dict[str, list[float]]:
+    """Read the figures of each epoch by column; an empty cell is NaN. There is at least one epoch.
 
     Raises:
         InputError: There is no table.
@@ -62,15 +52,16 @@ def read_table(table: Path) -> list[dict[str, float]]:
     if not table.is_file():
         raise InputError(f"{table} is not there: no epoch of the run is finished. Train first.")
     try:
-        rows = list(_rows(bounded_content(table).decode("utf-8")))
-        if not rows:
+        rows = list(csv.DictReader(io.StringIO(bounded_content(table).decode("utf-8"), newline=""), strict=True))
+        columns = {name: [float(row[name] or "nan") for row in rows] for name in (rows[0] if rows else ())}
+        if "epoch" not in columns:
             raise ValueError("it has no epoch")
-    except (ValueError, csv.Error) as error:
+    except (TypeError, ValueError, csv.Error) as error:  # a TypeError for cells beyond the last column
         raise CorruptArtifactError(
-            f"{table} is no table of a run ({error}): expected the columns epoch and, of numbers, "
-            f"{', '.join(COLUMNS)}. Write it again by going on with the run (--resume)."
+            f"{table} is no table of a run ({error}): expected the column epoch and numbers in all others. Write it "
+            "again by going on with the run (--resume)."
         ) from error
-    return rows
+    return columns
 
 
 def draw_curves(run_dir: Path) -> Path:
@@ -80,83 +71,22 @@ def draw_curves(run_dir: Path) -> Path:
         InputError, CorruptArtifactError: See `read_table`.
         MissingRequirementError: matplotlib is not installed.
     """
-    rows = read_table(run_dir / TABLE)
-    return save_svg(run_dir / "curves.svg", lambda: _figure(rows, run_dir.name))
+    columns = read_table(run_dir / TABLE)
 
+    def draw() -> "Figure":
+        from matplotlib.figure import Figure
 
-class TensorBoardLog(Progress, contextlib.AbstractContextManager["TensorBoardLog"]):
-    """A Progress that writes events into `folder` and passes everything on to `other`.
+        figure = Figure(figsize=(9.0, 2.8), layout="constrained")
+        figure.suptitle(run_dir.name)
+        epochs = columns["epoch"]
+        marker = "." if len(epochs) < 40 else ""
+        for axes, (title, scale, lines) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+            for column, label, colour in lines:
+                if any(map(math.isfinite, columns.get(column, ()))):
+                    axes.plot(epochs, columns[column], color=colour, label=label, marker=marker)
+            axes.set(title=title, xlabel="epoch", yscale=scale)
+            if lines[0][1] and axes.lines:
+                axes.legend()
+        return figure
 
-    Raises:
-        MissingRequirementError: tensorboard is not installed.
-    """
-
-    def __init__(self, folder: Path, other: Progress) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise MissingRequirementError(
-                "TensorBoard's events need the package tensorboard, which is not installed. Install it: "
-                'pip install "cnx-deploy[tensorboard]", or leave --tensorboard out.'
-            ) from error
-        self.writer: Any = SummaryWriter(str(folder))
-        self.other = other
-        self.steps_per_epoch = 0
-
-    def __exit__(self, *exception: object) -> None:
-        self.writer.close()
-
-    def begin(self, epochs: int, steps_per_epoch: int, epochs_done: int) -> None:
-        """Note the steps of an epoch."""
-        self.steps_per_epoch = steps_per_epoch
-        self.other.begin(epochs, steps_per_epoch, epochs_done)
-
-    def step(self, report: StepReport) -> None:
-        """Write the loss so far and the learning rate by step."""
-        at = (report.epoch - 1) * self.steps_per_epoch + report.step
-        self.writer.add_scalar("step/mean_loss", report.mean_loss, at)
-        self.writer.add_scalar("step/learning_rate", report.learning_rate, at)
-        self.other.step(report)
-
-    def end_epoch(self, record: EpochRecord, is_best: bool) -> None:
-        """Write the record's figures by epoch."""
-        for name, value in asdict(record).items():
-            if name != "epoch" and value is not None:
-                self.writer.add_scalar(f"epoch/{name}", value, record.epoch)
-        self.writer.flush()
-        self.other.end_epoch(record, is_best)
-
-
-def _rows(text: str) -> Iterator[dict[str, float]]:
-    """Yield the figures of each epoch; ValueError names the line and column of what is no number."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    for row in reader:
-        written = {name: value for name in ("epoch", *COLUMNS) if (value := row.get(name))}
-        for name, value in written.items():
-            if not PLAIN_NUMBER.fullmatch(value):
-                raise ValueError(f"line {reader.line_num}, {name}: {shortened(repr(value))} is no number")
-        known = {name: float(value) for name, value in written.items() if abs(float(value)) <= LARGEST}
-        if "epoch" not in known:
-            raise ValueError(f"line {reader.line_num} has no epoch")
-        yield known
-
-
-def _figure(rows: list[dict[str, float]], title: str) -> "Figure":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.0, 2.8), layout="constrained")
-    figure.suptitle(title)
-    for axes, (label, scale, lines) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
-        for line in lines:
-            _draw_line(axes, rows, *line)
-        axes.set(title=label, xlabel="epoch", yscale=scale)
-        if lines[0][1] and axes.lines:
-            axes.legend()
-    return figure
-
-
-def _draw_line(axes: "Axes", rows: list[dict[str, float]], column: str, label: str, colour: str) -> None:
-    known = [row for row in rows if column in row]
-    if known:
-        epochs, values = ([row[name] for row in known] for name in ("epoch", column))
-        axes.plot(epochs, values, color=colour, label=label, marker="." if len(known) < 40 else "")
+    return save_svg(run_dir / "curves.svg", draw)

@@ -212,6 +212,11 @@ class TrainingSpec(RunSpec):
         return self.epochs / 10 if self.schedule == "cosine" else 0.0
 
     @property
+    def validation_batch_size(self) -> int:
+        """Images of a validation step: no gradients are kept, so twice as many fit."""
+        return 2 * self.batch_size
+
+    @property
     def preprocessing(self) -> Preprocessing:
         """What validation images go through, and every image the trained model will see."""
         return Preprocessing(self.image_size, self.crop_ratio)

@@ -45,15 +45,15 @@ def test_the_tested_versions_are_those_of_the_constraints_file():
 
 def test_the_needs_are_those_that_were_measured():
     rows = json.loads((ROOT / "docs" / "data" / "cost.json").read_text())["rows"]
-    measured = [(r["variant"], r["export_peak_mib"], r["build_peak_mib"], r["engine_megabytes"]) for r in rows]
-    assert [(n.variant, n.export_mib, n.build_mib, n.engine_megabytes) for n in doctor.NEEDS] == measured
+    measured = {r["variant"]: (r["export_peak_mib"], r["build_peak_mib"], r["engine_megabytes"]) for r in rows}
+    assert measured == doctor.NEEDS
 
 
 @pytest.mark.parametrize(
     ("finding", "status", "told"),
     [
-        (lambda: doctor.python_finding((3, 10)), "problem", "3.10"),
-        (lambda: doctor.python_finding((3, 11)), "ok", "3.11"),
+        (lambda: doctor.python_finding("3.10.4"), "problem", "3.10"),
+        (lambda: doctor.python_finding("3.11.7"), "ok", "3.11"),
         (lambda: doctor.requirements_finding(None), "ok", "not checked"),
         (lambda: doctor.wheel_finding({"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}), "problem",
          "pip uninstall"),
@@ -67,16 +67,15 @@ def test_the_needs_are_those_that_were_measured():
          "torchmetrics not installed"),
         (lambda: doctor.memory_finding(16.0), "ok", "every variant fits"),
         (lambda: doctor.memory_finding(4.0), "problem",
-         "enough for atto to base; large takes 6.4 GB, huge takes 14 GB"),
-        (lambda: doctor.memory_finding(0.5), "problem", "enough for no variant"),
+         "not enough for all, large takes 6.4 GB, huge takes 14 GB"),
         (lambda: doctor.memory_finding(None), "ok", "unknown"),
         (lambda: doctor.disk_finding(Path(), 100.0), "ok", "every variant fits"),
         (lambda: doctor.disk_finding(Path(), 1.0), "problem",
-         "enough for atto to base; large takes 1.6 GB, huge takes 5.3 GB"),
+         "not enough for all, large takes 1.6 GB, huge takes 5.3 GB"),
         (lambda: doctor.versions_finding({"torch": "2.13.0+cpu", "onnx": None}), "problem",
          f"pip install torch=={TORCH}"),
         (lambda: doctor.versions_finding({"torch": TORCH.rpartition(".")[0] + ".99+cu130", "onnx": None}), "ok",
-         "the 1 that matter"),
+         "tested release"),
     ],
 )  # fmt: skip
 def test_a_machine_that_is_described_gets_the_verdict_it_deserves(finding, status, told):
@@ -107,12 +106,6 @@ def test_tensorrt_rtx_builds_ahead_of_time_and_runs_on_a_gpu_of_its_targets(gpus
     found = doctor.tensorrt_finding("tensorrt-rtx", gpus)
     assert (found.status, "sm89" in found.what, found.what.endswith(end)) == ("ok", True, True)
     assert remedy in found.remedy
-
-
-@pytest.mark.skipif(bool(package_version("tensorrt")), reason="tensorrt is installed")
-def test_a_tensorrt_that_is_not_installed_is_missing_with_its_extra_as_remedy():
-    found = doctor.tensorrt_finding("tensorrt", ())
-    assert (found.status, "cnx-deploy[tensorrt]" in found.remedy) == ("missing", True)
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,10 @@ from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.gates import GATES
 from cnx_deploy.core.manifest import Compiled, EngineManifest, manifest_from_json
 from cnx_deploy.core.variants import find_variant
-from cnx_deploy.report.html.documents import read_benchmark, read_headroom, read_layers
 from cnx_deploy.report.html.page import MARK
 from tests.support.html_documents import PEER, benchmark, headroom, layers, written
 from tests.support.html_page import ROOT, Node, manifest, page_of, parsed, put, rows, section
-from tests.support.lies import EVIL, FEW, LONG, documents, lying, placed, result_or_error
+from tests.support.lies import EVIL, FEW, documents, lying, placed, result_or_error
 from tests.support.lies import put as put_bytes
 
 PARITY = ("relative_l2_max", "centred_cosine_min", "top1_agreement", "mean_kl")
@@ -150,22 +149,18 @@ def test_shares_by_stage_count_a_downsampling_with_the_stage_that_it_opens(tmp_p
     assert {f"{100 * share:.0f} %" for share in sums if share >= 0.1} <= set(texts)
 
 
-def test_model_counts_are_those_of_the_variants_table(page: Node) -> None:
-    for name, row in rows(section(page, "models").one("table")).items():
-        variant = find_variant(name)
-        assert row.values[:3] == [1000, variant.parameter_count, variant.mac_count()]
-
-
 def test_what_was_not_run_and_random_weights_are_named_before_anything_else(page: Node) -> None:
     first = next(child for child in page.one("main").children if isinstance(child, Node))
     assert first.attributes["aria-labelledby"] == "not-run"
     engines = {f"{path.stem}.engine" for path in (ROOT / "engines").glob("*.json")}
-    assert first.all("li")[0].text.startswith(f"{len(engines)} engines were not run on a GPU.")
+    assert first.all("li")[0].text.startswith(f"Engines not run on a GPU: {len(engines)}.")
     assert {entry.text for entry in first.all("li")[0].one("details").all("li")} == engines
-    assert "All networks have random weights" in first.text
     models = rows(section(page, "models").one("table"))
-    assert f"0 of {len(engines)} none was run on a GPU" in tiles_of(page)
-    assert f"random {len(models)} of {len(models)} networks: predictions mean nothing" in tiles_of(page)
+    counts = {name: (find_variant(name).parameter_count, find_variant(name).mac_count()) for name in models}
+    assert {name: tuple(row.values[1:3]) for name, row in models.items()} == counts
+    assert f"Networks with random weights: {len(models)}." in first.text
+    assert f"Engines run on a GPU 0 of {len(engines)}" in tiles_of(page)
+    assert f"Random weights {len(models)} {len(models)} of {len(models)} networks" in tiles_of(page)
     assert all(row.one("span", class_="tag").text == "random, seed 0" for row in models.values())
 
 
@@ -179,6 +174,7 @@ def test_published_weights_carry_their_licence_and_are_not_called_random(tmp_pat
     assert section(page, "models").text.count("cc-by-nc-4.0") == 1
     assert "licence: cc-by-nc-4.0" in section(page, "chains").text
     assert "random" not in page.one("main").text
+    assert "Random weights 0" in tiles_of(page)
 
 
 def test_a_failed_or_missing_comparison_and_unread_kernels_are_told(tmp_path: Path) -> None:
@@ -190,7 +186,7 @@ def test_a_failed_or_missing_comparison_and_unread_kernels_are_told(tmp_path: Pa
     table = rows(section(page, "parity").one("table"))
     assert {stem: row.all("td")[-1].text for stem, row in table.items()} == {"atto-224-fp16": "FAIL"}
     assert "FAIL atto-224-fp16" in tiles_of(page)
-    assert "1 ONNX file was not compared with PyTorch" in section(page, "not-run").text
+    assert "ONNX files not compared with PyTorch: 1." in section(page, "not-run").text
     engines = section(page, "engines")
     assert [cell.text for cell in rows(engines.one("table"))[ENGINE].all("td")[2:5]] == ["–"] * 3
     assert engines.all("figure") == engines.all("details") == []
@@ -233,7 +229,7 @@ def test_a_corrupt_manifest_is_a_row_that_says_why_and_exit_code_4(
     assert row.text.startswith("export/atto-224-fp16.json corrupt")
     assert reason in row.text
     assert list(rows(section(page, "models").one("table"))) == ["femto"]
-    assert "1 unreadable" in tiles_of(page)
+    assert "unreadable: 1" in tiles_of(page)
 
 
 # --- what stands on it: documents of other commands -------------------------------------------------------------------
@@ -264,7 +260,7 @@ def test_a_benchmark_shows_ratios_verdicts_and_no_speed_of_an_invalid_row(bench_
     assert "doubt others are working" in shown.text
     assert "3 s a row, images of seed 0" in shown.text
     missing = section(bench_page, "not-run").text
-    assert "1 candidate was not timed in bench.json. The reason given: no GPU." in missing
+    assert "Candidates not timed in bench.json: 1. The reason given: no GPU." in missing
     assert "Nothing was timed" not in missing
     assert not [node for node in bench_page.all("section") if node.attributes["aria-labelledby"] == "layers"]
 
@@ -273,13 +269,13 @@ def test_an_engine_with_a_row_counts_as_run(tmp_path: Path) -> None:
     put(tmp_path, ENGINE, kind="engines")
     put(tmp_path, "pico-224-fp16-rtx-sm89", kind="engines")
     page = parsed(page_of(tmp_path, bench=(written(tmp_path / "b.json", benchmark(f"{ENGINE}.engine")),)))
-    assert "1 of 2 1 was not run on a GPU" in tiles_of(page)
+    assert "Engines run on a GPU 1 of 2" in tiles_of(page)
     table = rows(section(page, "engines").all("table")[0])
     runs = {stem: row.all("td")[-1].text for stem, row in table.items()}
     unrun = "not run: built ahead of time"
     assert runs == {ENGINE: "timed, see Benchmark", "pico-224-fp16-rtx-sm89": unrun}
     assert section(page, "chains").text.count(unrun) == 1
-    assert section(page, "not-run").all("li")[0].text.startswith("1 engine was not run on a GPU.")
+    assert section(page, "not-run").all("li")[0].text.startswith("Engines not run on a GPU: 1.")
 
 
 @pytest.mark.parametrize(
@@ -383,7 +379,7 @@ def test_empty_folders_give_a_page_that_says_so_without_loading_torch(tmp_path: 
     page = parsed((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "Nothing is recorded in export and engines" in section(page, "models").text
     assert "No engine is recorded" in section(page, "engines").text
-    assert "0 nothing is recorded" in tiles_of(page)
+    assert "Artifacts 0" in tiles_of(page)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
@@ -448,7 +444,6 @@ SOUND: dict[str, Any] = {
         ("bench", benchmark()), ("headroom", headroom().to_dict()), ("layers", layers(0.3, "fails")),
     )
 }  # fmt: skip
-READERS: dict[str, Callable[[Path], Any]] = {"bench": read_benchmark, "headroom": read_headroom, "layers": read_layers}
 PLAN = Plan(
     environment=conditions_now(threads=1, duration_seconds=1.0, seed=0), networks={}, planned=(), roofline=()
 ).to_document()
@@ -487,12 +482,6 @@ def test_a_document_of_something_else_is_refused_with_the_field_that_is_wrong(
     assert len(err) < 500
 
 
-def test_the_reader_knows_the_schema_of_headroom() -> None:
-    from cnx_deploy.diagnosis import headroom as analysis
-
-    assert analysis.SCHEMA_VERSION == 1 == headroom().to_dict()["schema_version"]
-
-
 def everywhere(value: Any) -> Any:
     """The document with every text, but for the words that it is understood by, replaced by markup."""
     if isinstance(value, dict):
@@ -528,25 +517,12 @@ def anything(kind: str) -> st.SearchStrategy[bytes]:
     return st.one_of(documents(SOUND[kind]), near, near)
 
 
-def check_fuzzed(folder: Path, kind: str, content: bytes) -> None:
-    """A page that is well formed and holds no foreign markup, or one error."""
-    path = put_bytes(folder / "given.json", content)
-    html = result_or_error(lambda: page_of(folder, **{kind: (path,)}), InputError)
-    if html is not None:
-        check_markup(html)
-
-
 @pytest.mark.parametrize("kind", SOUND)
 @settings(FEW, max_examples=8)
 @given(data=st.data())
 def test_fuzz_a_page_is_made_or_the_document_refused(tmp_path: Path, kind: str, data: st.DataObject) -> None:
-    check_fuzzed(tmp_path, kind, data.draw(anything(kind)))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("kind", SOUND)
-@LONG
-@given(data=st.data())
-def test_fuzz_a_page_at_length(tmp_path: Path, kind: str, data: st.DataObject) -> None:
-    check_fuzzed(tmp_path, kind, data.draw(anything(kind)))
+    """A page that is well formed and holds no foreign markup, or one error."""
+    path = put_bytes(tmp_path / "given.json", data.draw(anything(kind)))
+    html = result_or_error(lambda: page_of(tmp_path, **{kind: (path,)}), InputError)
+    if html is not None:
+        check_markup(html)

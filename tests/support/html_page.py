@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from cnx_deploy.report.html.page import PageRequest, gather, render
+from cnx_deploy.report.html.page import gather, render
 
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "link", "br", "img", "input"}
@@ -94,8 +94,7 @@ def parsed(html: str) -> Node:
 
 def page_of(folder: Path, **documents: tuple[Path, ...]) -> str:
     """The page over export/ and engines/ of a folder, made at a fixed time."""
-    request = PageRequest(export_dir=folder / "export", engines_dir=folder / "engines", **documents)
-    return render(gather(request, CREATED))
+    return render(gather(folder / "export", folder / "engines", created=CREATED, **documents))
 
 
 def section(page: Node, name: str) -> Node:

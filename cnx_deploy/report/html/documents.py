@@ -7,7 +7,9 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
+
+import msgspec
 
 from cnx_deploy.bench.record import BenchmarkRecord
 from cnx_deploy.core.errors import InputError
@@ -20,8 +22,8 @@ __all__ = [
 ]  # fmt: skip
 
 Document = TypeVar("Document")
-GRAVITY = ("ok", "jumps", "not lined up", "other order", "fails", "not finite")
-"""Verdicts over a module, the gravest last."""
+Verdict = Literal["ok", "jumps", "not lined up", "other order", "fails", "not finite"]
+"""Over a module, the gravest last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +35,7 @@ class Given(Generic[Document]):
     content: Document
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
+class Range(msgspec.Struct, frozen=True):
     """The worst of one kind in a stage or block; `share` is of 65504. The figure's name depends on the kind."""
 
     module: str
@@ -49,8 +50,7 @@ class Range:
         return next((value for value in (self.largest, self.square_sum, self.deviation) if value is not None), None)
 
 
-@dataclass(frozen=True, slots=True)
-class RangeSummary:
+class RangeSummary(msgspec.Struct, frozen=True):
     """One stage or block: what the FP16 file stores, and what a naive export would keep in FP16.
 
     `response` is GRN's sum of squares, `norm` LayerNorm's largest deviation, whose square is the share.
@@ -62,27 +62,23 @@ class RangeSummary:
     norm: Range | None
 
 
-@dataclass(frozen=True, slots=True)
-class _WeightsName:
+class _WeightsName(msgspec.Struct, frozen=True):
     origin: str
     reference: str
 
 
-@dataclass(frozen=True, slots=True)
-class _MeasuredNetwork:
+class _MeasuredNetwork(msgspec.Struct, frozen=True):
     variant: str
     weights: _WeightsName
 
 
-@dataclass(frozen=True, slots=True)
-class _MeasuredImages:
+class _MeasuredImages(msgspec.Struct, frozen=True):
     source: str
     count: Count
     size: Count
 
 
-@dataclass(frozen=True, slots=True)
-class NaiveForm:
+class NaiveForm(msgspec.Struct, frozen=True):
     """What a plain half-precision export would lack; `largest_image_size` in pixels, None where nothing limits it."""
 
     passed: bool
@@ -90,8 +86,7 @@ class NaiveForm:
     largest_image_size: Count | None
 
 
-@dataclass(frozen=True, slots=True)
-class HeadroomDocument:
+class HeadroomDocument(msgspec.Struct, frozen=True):
     """How far a network is from the limits of FP16."""
 
     schema_version: Literal[1]
@@ -108,22 +103,19 @@ class HeadroomDocument:
     blocks: tuple[RangeSummary, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _OutputFigures:
+class _OutputFigures(msgspec.Struct, frozen=True):
     relative_l2: Finite | None
 
 
-@dataclass(frozen=True, slots=True)
-class OutputDocument:
+class OutputDocument(msgspec.Struct, frozen=True):
     """The verdict over one module."""
 
     block: str
-    verdict: Literal["ok", "jumps", "not lined up", "other order", "fails", "not finite"]
+    verdict: Verdict
     figures: _OutputFigures | None
 
 
-@dataclass(frozen=True, slots=True)
-class BackendDocument:
+class BackendDocument(msgspec.Struct, frozen=True):
     """One backend's modules; `relative_l2_max` is the limit above which a module fails."""
 
     backend: str
@@ -144,18 +136,16 @@ class BackendDocument:
         errors = [output.figures.relative_l2 for output in outputs if output.figures is not None]
         known = [error for error in errors if error is not None]
         worst = max(known) if known and len(known) == len(errors) else None
-        return max((output.verdict for output in outputs), key=GRAVITY.index), worst
+        return max((output.verdict for output in outputs), key=get_args(Verdict).index), worst
 
 
-@dataclass(frozen=True, slots=True)
-class _Divergence:
+class _Divergence(msgspec.Struct, frozen=True):
     module: str
     backend: str
     verdict: str
 
 
-@dataclass(frozen=True, slots=True)
-class LayersDocument:
+class LayersDocument(msgspec.Struct, frozen=True):
     """One file compared layer by layer; `missing` names modules that the file gives no tensor for, and why."""
 
     artifact: str
@@ -176,8 +166,7 @@ class LayersDocument:
         return tuple(dict.fromkeys(output.block for backend in self.ran for output in backend.outputs))
 
 
-@dataclass(frozen=True, slots=True)
-class _LayersList:
+class _LayersList(msgspec.Struct, frozen=True):
     layers: tuple[LayersDocument, ...]
 
 

@@ -5,6 +5,7 @@ that cannot be read is a row of its own.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from cnx_deploy.core.manifest import Artifact, Compiled, EngineManifest, ModelRe
 from cnx_deploy.core.precision import PRECISIONS
 from cnx_deploy.core.variants import find_variant
 
-__all__ = ["Corrupt", "Entry", "Limit", "Link", "Network", "Records", "ToolSet", "read_records"]
+__all__ = ["Entry", "Limit", "Link", "Network", "Records", "read_records"]
 
 MEASURES = (
     ("relative L2", "relative_l2_max", "relative_l2_max"),
@@ -117,14 +118,6 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Corrupt:
-    """A manifest that cannot be read, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class Link:
     """An artifact in its chain: what was made from it, and in words what is wrong with where it comes from."""
 
@@ -188,21 +181,15 @@ class Network:
 
 
 @dataclass(frozen=True, slots=True)
-class ToolSet:
-    """Versions that artifacts were made with, under a letter."""
-
-    name: str
-    tools: tuple[tuple[str, str], ...]
-    artifacts: int
-
-
-@dataclass(frozen=True, slots=True)
 class Records:
-    """Everything recorded in two folders, which are named as they were given."""
+    """Everything recorded in two folders, which are named as they were given.
+
+    `corrupt` says of each manifest that cannot be read why.
+    """
 
     folders: tuple[str, str]
     entries: tuple[Entry, ...]
-    corrupt: tuple[Corrupt, ...]
+    corrupt: Mapping[str, str]
 
     def of_kind(self, kind: str) -> tuple[Entry, ...]:
         """Return the entries of one kind: "onnx" or "engine"."""
@@ -221,35 +208,27 @@ class Records:
             precision = list(PRECISIONS).index(entry.manifest.precision.name)
             return entry.engine is not None, precision, entry.manifest.stem
 
-        networks = [Network(tuple(sorted(group, key=rank))) for group in groups.values()]
-        networks.sort(key=lambda network: (network.model.variant, network.model.image_size))
-        return tuple(sorted(networks, key=lambda network: (network.counts[1] is None, network.counts[1] or 0)))
+        def size(network: Network) -> tuple[float, str, int]:
+            macs = network.counts[1]
+            return math.inf if macs is None else macs, network.model.variant, network.model.image_size
+
+        return tuple(sorted((Network(tuple(sorted(group, key=rank))) for group in groups.values()), key=size))
 
     @property
-    def tool_sets(self) -> Mapping[tuple[tuple[str, str], ...], ToolSet]:
-        """The different sets of versions, in order of appearance; "A", "B", … "AA"."""
-        counts: dict[tuple[tuple[str, str], ...], int] = {}
-        for entry in self.entries:
-            counts[entry.tools] = counts.get(entry.tools, 0) + 1
-        return {tools: ToolSet(_letters(at), tools, count) for at, (tools, count) in enumerate(counts.items())}
+    def tool_sets(self) -> Mapping[tuple[tuple[str, str], ...], int]:
+        """The different sets of versions, in order of appearance, and how many artifacts each has made."""
+        return Counter(entry.tools for entry in self.entries)
 
 
 def read_records(export_dir: Path, engines_dir: Path) -> Records:
     """Read every manifest of both folders, no artifact; a folder that is not there has none."""
     entries: list[Entry] = []
-    corrupt: list[Corrupt] = []
+    corrupt: dict[str, str] = {}
     for folder in dict.fromkeys((export_dir, engines_dir)):
         for path in sorted(folder.glob("*.json")):
             try:
                 entries.append(Entry(read_artifact(path)))
             except (CnxDeployError, ValueError, OSError) as error:
                 # One line, without the folder that the page names already.
-                reason = str(error).replace(f"{path} ", "").partition("\n")[0]
-                corrupt.append(Corrupt(f"{folder.name}/{path.name}", reason))
-    return Records((str(export_dir), str(engines_dir)), tuple(entries), tuple(corrupt))
-
-
-def _letters(index: int) -> str:
-    """0 -> "A", 25 -> "Z", 26 -> "AA"."""
-    above, at = divmod(index, 26)
-    return (_letters(above - 1) if above else "") + chr(ord("A") + at)
+                corrupt[f"{folder.name}/{path.name}"] = str(error).replace(f"{path} ", "").partition("\n")[0]
+    return Records((str(export_dir), str(engines_dir)), tuple(entries), corrupt)

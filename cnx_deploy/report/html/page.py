@@ -1,7 +1,7 @@
 """The page: what was read, put together; the template rendered; the file written whole or not at all."""
 
 import datetime
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,22 +24,11 @@ from cnx_deploy.report.html.documents import (
 from cnx_deploy.report.html.networks import Entry, Records, read_records
 from cnx_deploy.report.html.summary import Gap, Tile, gaps, tiles
 
-__all__ = ["MARK", "Page", "PageRequest", "check_page", "corrupt_error", "gather", "render", "write_page"]
+__all__ = ["MARK", "Page", "check_page", "corrupt_error", "gather", "render", "write_page"]
 
 MARK = '<meta name="generator" content="cnx-deploy report">'
 """By which a page of this command is known, within the first `MARK_BYTES`; anything else is not replaced."""
 MARK_BYTES = 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PageRequest:
-    """What `cnx-deploy report --html` takes: two folders of manifests, and documents that other commands printed."""
-
-    export_dir: Path = Path("export")
-    engines_dir: Path = Path("engines")
-    bench: tuple[Path, ...] = ()
-    headroom: tuple[Path, ...] = ()
-    layers: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +67,7 @@ class Page:
         return {
             "html": str(path),
             "artifacts": len(self.records.entries),
-            "corrupt": [entry.name for entry in self.records.corrupt],
+            "corrupt": list(self.records.corrupt),
             "not_run": [gap.what for gap in self.gaps],
         }
 
@@ -103,25 +92,31 @@ def check_page(path: Path, *, force: bool) -> None:
                 )
 
 
-def gather(request: PageRequest, created: str | None = None) -> Page:
-    """Read everything. Raises InputError for a document that is none; a manifest that cannot be read is a row."""
-    benchmarks = tuple(map(read_benchmark, request.bench))
-    headrooms = tuple(map(read_headroom, request.headroom))
-    layers = tuple(map(read_layers, request.layers))
-    records = read_records(request.export_dir, request.engines_dir)
+def gather(
+    export_dir: Path,
+    engines_dir: Path,
+    *,
+    bench: Sequence[Path] = (),
+    headroom: Sequence[Path] = (),
+    layers: Sequence[Path] = (),
+    created: str | None = None,
+) -> Page:
+    """Read two folders of manifests, and what `bench`, `diagnose headroom` and `diagnose layers` printed with --json.
+
+    Raises InputError for a document that is none; a manifest that cannot be read is a row of the page.
+    """
+    benchmarks, headrooms = tuple(map(read_benchmark, bench)), tuple(map(read_headroom, headroom))
+    comparisons = tuple(map(read_layers, layers))
+    records = read_records(export_dir, engines_dir)
     gpus = ", ".join(f"{gpu.name} ({gpu.target}), driver {gpu.driver}" for gpu in find_gpus())
     machine = {"Processor": f"{cpu_name()}, {cpu_count()} usable", "GPU": gpus or "none found"}
+    compared = [comparison for given in comparisons for comparison in given.content]
     return Page(
         records=records,
         benchmarks=benchmarks,
         headrooms=headrooms,
-        layers=layers,
-        gaps=gaps(
-            records,
-            benchmarks,
-            [given.content for given in headrooms],
-            [comparison for given in layers for comparison in given.content],
-        ),
+        layers=comparisons,
+        gaps=tuple(gaps(records, benchmarks, [given.content for given in headrooms], compared)),
         tiles=tiles(records, benchmarks),
         environment={**machine, **tool_versions()},
         created=created or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -156,10 +151,9 @@ def corrupt_error(page: Page, path: Path) -> CorruptArtifactError | None:
     corrupt = page.records.corrupt
     if not corrupt:
         return None
-    names = ", ".join(charts.printable(entry.name) for entry in corrupt)
     return CorruptArtifactError(
         f"{len(corrupt)} of {len(corrupt) + len(page.records.entries)} manifests cannot be read, and {path} says so: "
-        f"{names}. Make them again with --force, or remove them."
+        f"{', '.join(map(charts.printable, corrupt))}. Make them again with --force, or remove them."
     )
 
 

@@ -12,14 +12,13 @@ of the reference code (models/fcmae.py), so its files can be read.
 import copy
 import dataclasses
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.utils import make_grid
 
 from cnx_deploy.core.errors import CheckpointError
 from cnx_deploy.core.files import whole_file
@@ -156,7 +155,11 @@ def load_autoencoder(
         torch.manual_seed(seed)
         model = MaskedAutoencoder(loaded.model)
     expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(ENCODER)}
-    decoder = _decoder_of(read_weight_file(path).tensors, {name.partition(".")[0] for name in expected})
+    # Without what training wrappers put before every name.
+    bare = {re.sub(WRAPPED, "", name): tensor for name, tensor in read_weight_file(path).tensors.items()}
+    is_autoencoder = any(name.startswith(ENCODER + "downsample_layers.") for name in bare)
+    parts = {name.partition(".")[0] for name in expected} if is_autoencoder else set()
+    decoder = {name: tensor for name, tensor in bare.items() if name.partition(".")[0] in parts}
     if decoder and (differences := shape_differences(decoder, expected)):
         raise CheckpointError(
             f"{path} has a decoder that does not fit: expected one block of width {DECODER_WIDTH}. Leave it out of the "
@@ -167,14 +170,6 @@ def load_autoencoder(
     return model, dataclasses.replace(loaded, notes=notes)
 
 
-def _decoder_of(tensors: Mapping[str, Tensor], parts: set[str]) -> dict[str, Tensor]:
-    """The decoder's tensors without what training wrappers put before every name; none in other files."""
-    bare = {re.sub(WRAPPED, "", name): tensor for name, tensor in tensors.items()}
-    if not any(name.startswith(ENCODER + "downsample_layers.") for name in bare):
-        return {}
-    return {name: tensor for name, tensor in bare.items() if name.partition(".")[0] in parts}
-
-
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
@@ -182,11 +177,10 @@ def save_reconstructions(
     path: Path, model: MaskedAutoencoder, preprocessing: Preprocessing, pixels: Tensor, masks: Tensor
 ) -> Path:
     """Write a PNG file of `reconstruction_cells`, one row an image, whole or not at all."""
-    rows = [np.pad(row, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
-            for row in reconstruction_cells(model, preprocessing, pixels, masks).numpy()]  # fmt: skip
-    sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)[:-GAP, :-GAP]
+    cells = reconstruction_cells(model, preprocessing, pixels, masks).flatten(0, 1).permute(0, 3, 1, 2)
+    sheet = make_grid(cells, nrow=4, padding=GAP, pad_value=255)[:, GAP:-GAP, GAP:-GAP]
     with whole_file(path) as temporary:
-        Image.fromarray(sheet).save(temporary)
+        Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(temporary)
     return path
 
 
@@ -205,15 +199,10 @@ def reconstruction_cells(
     with torch.no_grad():
         predicted = model(images, masks.to(device)).float()
     model.train(was_training)
-    _, mean, deviation = normalised_patches(images)
-    restored = images_of_patches(predicted * deviation + mean, (masks.shape[1], masks.shape[2]))
-    alone = _pixels(restored, preprocessing)
+    _, means, deviations = normalised_patches(images)
+    restored = images_of_patches(predicted * deviations + means, (masks.shape[1], masks.shape[2]))
+    mean, std = (restored.new_tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    unit = (restored * std + mean).clamp(0.0, 1.0)
+    alone = (unit * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
     hidden = enlarged(masks, (pixels.shape[1], pixels.shape[2])).permute(0, 2, 3, 1)  # (N, S, S, 1)
     return torch.stack([pixels, pixels.masked_fill(hidden, GREY), torch.where(hidden, alone, pixels), alone], dim=1)
-
-
-def _pixels(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """(N, 3, S, S) normalised -> (N, S, S, 3) uint8 on the processor."""
-    mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
-    unit = (images * std + mean).clamp(0.0, 1.0)
-    return (unit * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()

@@ -14,7 +14,7 @@ from cnx_deploy.training.distributed import mixed_seed
 from cnx_deploy.training.fcmae.autoencoder import MaskedAutoencoder, save_reconstructions
 from cnx_deploy.training.fcmae.masking import masked_losses, random_masks
 from cnx_deploy.training.fcmae.spec import PretrainingRecord, PretrainingSpec
-from cnx_deploy.training.loop import Batch, EpochClock, TaskModule, validation_batch_size
+from cnx_deploy.training.loop import Batch, EpochClock, TaskModule
 from cnx_deploy.training.records import EpochRecord
 
 __all__ = ["PretrainingModule"]
@@ -32,6 +32,7 @@ class PretrainingModule(TaskModule):
     """
 
     record_type = PretrainingRecord
+    reports_next_rate = False  # after the last step it is zero
     model: MaskedAutoencoder
 
     def __init__(
@@ -57,12 +58,8 @@ class PretrainingModule(TaskModule):
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """The loss of held images under their own masks."""
-        start = batch_index * validation_batch_size(self.spec)
+        start = batch_index * self.spec.validation_batch_size
         self.add("held", self._losses(batch[0], self.held_masks[start : start + len(batch[0])]))
-
-    def reported_rate(self, before: float, after: float) -> float:
-        """The step's own: that of the step after the last would be zero."""
-        return before
 
     def epoch_record(self, losses: dict[str, float], rate: float, clock: EpochClock) -> PretrainingRecord:
         """Both losses over all processes."""
