@@ -37,9 +37,8 @@ if TYPE_CHECKING:
     from cnx_deploy.bench.record import BenchmarkRecord
     from cnx_deploy.diagnosis.headroom import Headroom
     from cnx_deploy.training import TrainingResult
-    from cnx_deploy.verification.evaluation import Evaluation
     from cnx_deploy.verification.inspect import Inspection
-    from cnx_deploy.verification.predict import Classifier
+    from cnx_deploy.verification.predict import Predictor
 
 __all__ = [
     "BuildRequest", "ExportRequest", "Model", "VerifyReport", "VerifyRequest", "benchmark", "build_engine", "evaluate",
@@ -155,7 +154,7 @@ def benchmark(
 
 
 def load(model: Source, *, device: str = "cpu") -> "Model":
-    """Open a checkpoint, an ONNX file or an engine to classify images with; use the model as a context manager.
+    """Open a checkpoint, an ONNX file or an engine to predict with; use the model as a context manager.
 
     Args:
         model: an artifact or a path; what the file is, is told by its content.
@@ -165,20 +164,18 @@ def load(model: Source, *, device: str = "cpu") -> "Model":
         CorruptArtifactError: the file is not what its manifest says.
         RefusedArtifactError: an engine without a manifest, which could run anything.
     """
-    from cnx_deploy.verification.predict import open_classifier
+    from cnx_deploy.verification.predict import open_predictor
 
-    return Model(open_classifier(_path_of(model), many=True, device=device))
+    return Model(open_predictor(_path_of(model), many=True, device=device))
 
 
 def predict(model: Source, images: Images, *, top: int = 5) -> Any:
-    """Classify images with a checkpoint, an ONNX file or an engine; see `Model.predict`."""
+    """Answer for images with a checkpoint, an ONNX file or an engine; see `Model.predict`."""
     with load(model) as opened:
         return opened.predict(images, top=top)
 
 
-def evaluate(
-    model: Source, data: Path | str | ImageSource, *, batch_size: int = 32, device: str = "cpu"
-) -> "Evaluation":
+def evaluate(model: Source, data: Path | str | ImageSource, *, batch_size: int = 32, device: str = "cpu") -> Any:
     """Count accuracy and calibration on labelled images, as `cnx-deploy eval` does.
 
     Args:
@@ -186,13 +183,17 @@ def evaluate(
         data: a folder with a folder of images for each class, a CSV file, or a `data.ImageSource` with labels.
         batch_size: images run at once.
         device: "cpu" or "cuda".
+
+    Returns:
+        What the model's task counts: `model.tasks.classification_metrics.Evaluation` of a classifier.
     """
     from cnx_deploy.verification.evaluation import evaluate as evaluate_runner
 
     with load(model, device=device) as opened:
-        made = opened.classifier
-        names = made.class_names
-        return evaluate_runner(made.runner, data, made.preprocessing, batch_size=batch_size, class_names=names)
+        made = opened.predictor
+        return evaluate_runner(
+            made.runner, data, made.preprocessing, batch_size=batch_size, task=made.task, class_names=made.class_names
+        )
 
 
 def train(data: Path | str, variant: str = "atto", *, recipe: str = "plain", **options: Any) -> "TrainingResult":
@@ -239,25 +240,25 @@ class Model:
     `notes` say what was assumed of it, for example that its weights are random.
     """
 
-    def __init__(self, classifier: "Classifier") -> None:
-        self.classifier = classifier
-        self.notes = classifier.notes
+    def __init__(self, predictor: "Predictor") -> None:
+        self.predictor = predictor
+        self.notes = predictor.notes
 
     def __enter__(self) -> Self:
-        self.classifier.__enter__()
+        self.predictor.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.classifier.__exit__(kind, error, trace)
+        self.predictor.__exit__(kind, error, trace)
 
     def __repr__(self) -> str:
-        info, size = self.classifier.runner.info, self.classifier.preprocessing.image_size
+        info, size = self.predictor.runner.info, self.predictor.preprocessing.image_size
         return f"Model({info.backend} {info.version} in {info.arithmetic} on {info.device}, {size} px)"
 
     def predict(self, images: Images, *, top: int = 5, batch_size: int = 8) -> Any:
-        """Classify one image or a list of them; each is resized, cropped and normalised as the model asks for.
+        """Answer for one image or a list of them; each is resized, cropped and normalised as the model asks for.
 
         Args:
             images: paths; PIL images of any mode; arrays (H, W, 3) or (H, W) of uint8; tensors (3, H, W) of uint8, or
@@ -266,14 +267,14 @@ class Model:
             batch_size: images run at once, within the range that the model takes.
 
         Returns:
-            A `Prediction` an image, with the best classes first and probabilities in [0, 1]. A file that cannot be read
-            has no classes and says why in `error`.
+            The task's `Prediction` for an image; of a classifier it has `scores`, the best class first, with
+            probabilities in [0, 1]. For a file that cannot be read it has no answer and says why in `error`.
         """
-        from cnx_deploy.verification.predict import classify
+        from cnx_deploy.verification.predict import predict_images
 
         is_single = not isinstance(images, list | tuple | ImageSource)
         source = images if isinstance(images, ImageSource) else GivenImages([images] if is_single else images)
-        predictions = list(classify(self.classifier, source, top=top, batch_size=batch_size))
+        predictions = list(predict_images(self.predictor, source, top=top, batch_size=batch_size))
         return predictions[0] if is_single else predictions
 
 
@@ -309,13 +310,15 @@ def _paths_of(sources: Source | Sequence[Source]) -> tuple[Path, ...]:
 class ExportRequest:
     """What `cnx-deploy export` takes; see `onnx_export.ExportSpec` and `model.deploy.DeploySpec`.
 
-    `image_size` None means the checkpoint's own, else 224. `keep_fp32` is of the half-precision files alone.
+    `task` None means the checkpoint's own, else classification. `image_size` None means the checkpoint's own, else 224.
+    `keep_fp32` is of the half-precision files alone.
     """
 
     variant: str
     checkpoint: Path | None = None
     pretrained: str | None = None
     seed: int = 0
+    task: str | None = None
     num_classes: int | None = None
     reset_head: bool = False
     image_size: int | None = None
@@ -355,8 +358,8 @@ class VerifyRequest:
 
     `data`: a folder of images or of one for each class, a CSV file or a `data.ImageSource`. Images with labels are all
     used unless `samples` limits them; without labels, and without `data`, None is 64. `runners`: see
-    `verification.verify_artifact`. `save_inputs`: folder for images and PyTorch's logits in Polygraphy's formats, one
-    folder a network; of labelled images 64, or `samples`. `save_outputs`: new folder for the logits of both sides, to
+    `verification.verify_artifact`. `save_inputs`: folder for images and PyTorch's outputs in Polygraphy's formats, one
+    folder a network; of labelled images 64, or `samples`. `save_outputs`: new folder for the outputs of both sides, to
     be judged again.
     """
 
@@ -379,6 +382,7 @@ def run_exports(request: ExportRequest, note: Note) -> list[Artifact[OnnxManifes
         seed=request.seed,
         num_classes=request.num_classes,
         reset_head=request.reset_head,
+        task=request.task,
     )
     check_parts(request.keep_fp32, loaded.model.variant)
     halves = [name for name in request.precisions if find_precision(name).has_islands]
@@ -465,7 +469,7 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
         if request.save_inputs is not None and artifact.manifest.kind == "onnx":
             folder = request.save_inputs / artifact.manifest.stem
             save_for_polygraphy(folder, reference.pairs(artifact, progress=progress))
-            note(f"  images and PyTorch's logits for `polygraphy run`: {folder}")
+            note(f"  images and PyTorch's outputs for `polygraphy run`: {folder}")
         for index in sorted(set(reference.broken) - told):
             told.add(index)
             note(f"  left out: {reference.broken[index].reason}")
@@ -516,7 +520,7 @@ def _export(
     if artifact.reused:
         note(f"{artifact.path} is there and was made from the same inputs: reused")
     else:
-        parity = artifact.manifest.facts.parity
+        parity = artifact.manifest.facts.worst_parity
         verdict = f"relative L2 {parity.differences.relative_l2_max:.1e} against PyTorch" if parity else "not verified"
         note(f"{artifact.path} ({artifact.size_bytes / 1e6:.1f} MB), {verdict}")
     return artifact

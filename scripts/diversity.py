@@ -93,7 +93,7 @@ def measure_diversity(
                         kept[key] = []
                         hooks.callback(module.register_forward_hook(partial(_keep, key, kept[key])).remove)
         for pixels in batches:
-            model.eval().forward_features(normalise(pixels, preprocessing))
+            model.eval()(normalise(pixels, preprocessing))
     found = []
     for (name, part), rows in kept.items():
         if not rows:

@@ -27,7 +27,7 @@ from cnx_deploy.core.variants import Variant
 from cnx_deploy.data import ImageFiles, image_like_batches
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.verification.predict import classify, open_classifier
+from cnx_deploy.verification.predict import open_predictor, predict_images
 from cnx_deploy.verification.verify import verify_export
 
 SMALLEST = Variant("soak", (1, 1, 1, 1), (8, 16, 32, 64), 0, None)
@@ -114,10 +114,10 @@ def predictions(folder: Path) -> Callable[[int], None]:
     """One opened file, one image a turn."""
     path, image = exported(folder, "fp32").path, folder / "image.png"
     Image.fromarray(next(image_like_batches(1, SIZE, batch_size=1))[0].numpy()).save(image)
-    classifier = open_classifier(path)
+    predictor = open_predictor(path)
 
     def predict(turn: int) -> None:
-        (answer,) = classify(classifier, ImageFiles((image,)))
+        (answer,) = predict_images(predictor, ImageFiles((image,)))
         if answer.error is not None:
             raise RuntimeError(answer.error)
 

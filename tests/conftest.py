@@ -6,7 +6,7 @@ from hypothesis import settings
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
 from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.core.variants import Variant
+from cnx_deploy.core.variants import Variant, register_variant
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
@@ -18,6 +18,7 @@ settings.load_profile("repeatable")
 
 TINY_TEST = Variant("tiny-test", (1, 1, 2, 1), (8, 16, 32, 64), 138_104, 0.0)
 TINY_V1_TEST = Variant("tiny-v1-test", (1, 1, 2, 1), (8, 16, 32, 64), 137_040, None, version=1)
+register_variant(TINY_TEST)  # so that commands and the Python API take it by name
 
 
 LONGEST_FIRST = (

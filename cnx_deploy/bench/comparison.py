@@ -30,7 +30,7 @@ from cnx_deploy.bench.record import (
     WeightsFacts,
 )
 from cnx_deploy.bench.statistics import knees, sweep_batches, sweep_is_over
-from cnx_deploy.bench.timing import Contender, Progress, TimingSpec, measure_together, open_contender
+from cnx_deploy.bench.timing import Contender, Expected, Progress, TimingSpec, measure_together, open_contender
 from cnx_deploy.core.artifacts import find_artifacts, open_artifact, select_artifacts
 from cnx_deploy.core.errors import InputError, MissingRequirementError
 from cnx_deploy.core.manifest import Artifact, EngineFacts, OnnxFacts
@@ -38,10 +38,10 @@ from cnx_deploy.core.precision import PRECISIONS, find_precision
 from cnx_deploy.core.system import cpu_count
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.model.checkpoint import LoadedModel
-from cnx_deploy.model.recorded import recorded_model
+from cnx_deploy.model.recorded import recorded_gate, recorded_model
 from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.runners.registry import RunnerOptions, default_runner, open_runner
-from cnx_deploy.verification.parity import logits_of
+from cnx_deploy.verification.parity import outputs_of
 
 __all__ = ["BenchSpec", "bound_of_row", "plan_benchmark", "run_benchmark"]
 
@@ -263,6 +263,7 @@ def _open_peers(network: _Network, spec: BenchSpec, stack: ExitStack) -> None:
     place = place_of_peers(_precisions_of(network.artifacts))
     for peer in (PEERS[word] for word in spec.compare):
         name, gate = peer.row_name(place[1]), find_precision(peer.precision_here(place[1])).gate
+        gate = network.loaded.model.task.gate(gate)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         # A model of its own: the peer may move it to a GPU, and the reference stays on the CPU.
         setup = PeerSetup(copy.deepcopy(network.loaded.model), deploy, spec.runner_options, folder, *place)
@@ -279,7 +280,7 @@ def _open_artifacts(network: _Network, spec: BenchSpec, stack: ExitStack) -> Non
     for artifact in network.artifacts:
         name, make = artifact.path.name, partial(open_runner, artifact, options=spec.runner_options)
         try:
-            network.contenders.append(open_contender(name, network.name, make, artifact.manifest.gate, stack))
+            network.contenders.append(open_contender(name, network.name, make, recorded_gate(artifact), stack))
         except MissingRequirementError as error:
             compiled = _compiled_facts(artifact)
             figures = (compiled.batch, compiled.kernels, compiled.megabytes_per_image)
@@ -306,7 +307,7 @@ def _measure(network: _Network, batch: int, spec: BenchSpec, progress: Progress 
     pixels = next(image_like_batches(batch, deploy.image_size, batch_size=batch, seed=spec.seed))
     with reference_runner(network.loaded.model, deploy) as reference:
         pieces = torch.split(runner_input(pixels, deploy.input_kind), REFERENCE_BATCH)
-        expected = logits_of(reference, pieces)
+        expected = Expected(outputs_of(reference, pieces), reference.outputs)
     images = [contender.images_from_pixels(pixels) for contender in fitting]
     timing = TimingSpec(duration_seconds=spec.duration_seconds, seed=spec.seed)
     rows = measure_together(fitting, images, timing, expected=expected, progress=progress)

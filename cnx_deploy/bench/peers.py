@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import MissingRequirementError
@@ -25,6 +26,7 @@ from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.layers import LAYER_SCALE
 from cnx_deploy.model.layouts import official_state
+from cnx_deploy.model.tasks.base import Outputs
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.pytorch import TorchRunner, reference_runner
@@ -97,18 +99,17 @@ def place_of_peers(precisions: Iterable[str]) -> tuple[str, str]:
 
 
 class HalfAutocast(nn.Module):
-    """A module under autocast, as timm's own benchmark runs it: FP32 weights, half products, FP32 logits."""
+    """A module under autocast, as timm's own benchmark runs it: FP32 weights, half products, FP32 outputs."""
 
     def __init__(self, module: nn.Module, device: str, dtype: torch.dtype = torch.float16) -> None:
         super().__init__()
         self.module = module
         self.device_type, self.dtype = device, dtype
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Raw images -> float32 logits."""
+    def forward(self, images: Tensor) -> Any:
+        """Raw images -> float32 outputs."""
         with torch.autocast(self.device_type, dtype=self.dtype):
-            logits: Tensor = self.module(images)
-        return logits.float()
+            return tree_map(lambda output: output.float(), self.module(images))
 
 
 class CompiledRunner(TorchRunner):
@@ -120,12 +121,12 @@ class CompiledRunner(TorchRunner):
     def __init__(self, eager: TorchRunner) -> None:
         details = (*eager.info.details, ("shapes", "static"), ("graph", "whole"))
         info = replace(eager.info, backend="torch.compile", details=details)
-        super().__init__(eager.module, eager.input_spec, info)
+        super().__init__(eager.module, eager.input_spec, info, eager.outputs)
         self._eager: nn.Module = eager.module
         self._batch = 0
 
-    def run(self, images: Tensor) -> Tensor:
-        """Raw images -> logits; blocks until they are there."""
+    def run(self, images: Tensor) -> Outputs:
+        """Raw images -> outputs; blocks until they are there."""
         if len(images) != self._batch:
             torch.compiler.reset()  # a process keeps eight shapes, then torch refuses
             compiled: Any = torch.compile(self._eager, fullgraph=True, dynamic=False)
@@ -174,7 +175,8 @@ def _eager(setup: PeerSetup) -> Callable[[], TorchRunner]:
             return runner
         info = replace(runner.info, precision=half, arithmetic=half, details=(("autocast", half),))
         dtype = getattr(torch, find_precision(half).dtype)
-        return TorchRunner(HalfAutocast(runner.module, setup.device, dtype).to(setup.device), runner.input_spec, info)
+        module = HalfAutocast(runner.module, setup.device, dtype).to(setup.device)
+        return TorchRunner(module, runner.input_spec, info, runner.outputs)
 
     return make
 
@@ -186,6 +188,8 @@ def _compiled(setup: PeerSetup) -> Callable[[], Runner]:
 
 def _timm(setup: PeerSetup, opset: int = OPSET, *, in_whole_batches: bool = False) -> Callable[[], Runner]:
     """Export timm's model; run it as our files are, so that a ratio is the graph's alone, or by ONNX Runtime alone."""
+    if setup.model.task.name != "classification":
+        raise MissingRequirementError(f"timm's model classifies: it has no counterpart of {setup.model.task.name}.")
     path = setup.folder / "timm.onnx"
     twin = timm_twin(setup.model.cpu())
     example = torch.zeros(2, 3, setup.deploy.image_size, setup.deploy.image_size)

@@ -65,7 +65,7 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Correctness:
-    """Timed logits against the reference over `calls` calls of one batch, the worst sample where not said otherwise.
+    """Timed outputs against the reference over `calls` calls of one batch, the worst sample where not said otherwise.
 
     `top1_agreement` is the share of images with the reference's class; flips within rounding noise count as agreement.
     The four figures are None where a logit is NaN or infinite. `failures` says which limits are broken.
@@ -99,7 +99,7 @@ class Timing:
     the first call of this batch. `ratios` has every peer of the same run on the same kind of device.
 
     `status` is UNSTABLE where the last windows disagree or a GPU's compute time varies, and INVALID where the timed
-    logits fail their gate. `remarks` say why, and what was cut short. `device_memory_mib`: see `timing.Contender`.
+    outputs fail their gate. `remarks` say why, and what was cut short. `device_memory_mib`: see `timing.Contender`.
     """
 
     name: str
@@ -318,7 +318,7 @@ class BenchmarkRecord:
         wrong = [f"{row.name} batch {row.batch}" for row in self.rows if row.status == "INVALID"]
         if not wrong:
             return ()
-        return (f"{', '.join(wrong)} gave wrong logits while timed; `cnx-deploy verify` says how wrong.",)
+        return (f"{', '.join(wrong)} gave wrong outputs while timed; `cnx-deploy verify` says how wrong.",)
 
     def is_file(self, row: Timing) -> bool:
         """Whether a row is of a recorded file, and not of a peer."""

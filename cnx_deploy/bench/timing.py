@@ -1,15 +1,16 @@
 """How fast a runner is, measured so that it cannot flatter (docs/decisions/0011-how-we-time.md).
 
-A monotonic clock stands around calls that block until the logits are there. Warm-up goes on until the speed has
+A monotonic clock stands around calls that block until the outputs are there. Warm-up goes on until the speed has
 settled. Contenders take turns in one run, so a machine that slows down slows all of them. Measuring goes on until the
-last three windows of every contender agree. The logits of the timed calls are judged, so a fast wrong answer is
+last three windows of every contender agree. The outputs of the timed calls are judged, so a fast wrong answer is
 INVALID.
 """
 
+import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,13 @@ from torch import Tensor
 from cnx_deploy.bench.record import Correctness, GpuTimes, Timing
 from cnx_deploy.bench.statistics import WINDOWS, disagreement, latency_of, ratio_of
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.gates import Gate
+from cnx_deploy.core.gates import Gate, OutputSpec
 from cnx_deploy.data import runner_input
+from cnx_deploy.model.tasks.base import Outputs
 from cnx_deploy.runners.base import PhasedRunner, PhaseTimes, Runner
-from cnx_deploy.verification.parity import differences
+from cnx_deploy.verification.parity import verdicts, worst_verdict
 
-__all__ = ["Contender", "Progress", "TimingSpec", "measure_together", "open_contender"]
+__all__ = ["Contender", "Expected", "Progress", "TimingSpec", "measure_together", "open_contender"]
 
 Progress = Callable[[str, float], None]
 """Told what is going on, and the share of it that is done."""
@@ -48,6 +50,16 @@ ENQUEUE_SHARE = 0.8
 """trtexec warns where enqueueing takes more than this share of the compute time."""
 
 MIB = float(1 << 20)
+
+NO_LIMITS = Gate("none", math.inf, -math.inf, -math.inf, math.inf)
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """The reference's outputs (N, ...) for a batch, and how the task declares them."""
+
+    outputs: Mapping[str, Tensor]
+    specs: Sequence[OutputSpec]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +147,7 @@ def open_contender(name: str, network: str, make: Callable[[], Runner], gate: Ga
 
 @dataclass(slots=True)
 class _Sample:
-    """What is known so far of one contender: `windows` of milliseconds, kept logits, CUDA's times where it has them."""
+    """What is known so far of one contender: `windows` of milliseconds, outputs, CUDA's times where it has them."""
 
     contender: Contender
     images: Tensor
@@ -158,13 +170,13 @@ class _Sample:
 
     def call(self) -> None:
         """One timed call into the newest window, and CUDA's own times of another."""
-        milliseconds, logits = _timed_call(self.contender.runner, self.images)
+        milliseconds, outputs = _timed_call(self.contender.runner, self.images)
         self.windows[-1].append(milliseconds)
-        self.outputs.add(logits)
+        self.outputs.add(outputs)
         if isinstance(self.contender.runner, PhasedRunner):
-            logits, times = self.contender.runner.run_phases(self.on_host)
+            outputs, times = self.contender.runner.run_phases(self.on_host)
             self.phases[-1].append(times)
-            self.outputs.add(logits)
+            self.outputs.add(outputs)
 
 
 class _KeptOutputs:
@@ -173,33 +185,38 @@ class _KeptOutputs:
     def __init__(self, seed: int) -> None:
         self._count = 0
         self._generator = random.Random(seed)
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[str, Outputs] = {}
 
-    def add(self, logits: Tensor) -> None:
-        """Look at one more output, which the runner may overwrite in its next call."""
+    def add(self, outputs: Outputs) -> None:
+        """Look at the outputs of one more call, which the runner may overwrite in its next."""
         self._count += 1
-        last = self._kept["last"] = logits.clone()
+        last = self._kept["last"] = {name: output.clone() for name, output in outputs.items()}
         self._kept.setdefault("first", last)
         # Reservoir of one: each of n calls is kept with the chance 1/n.
         if self._generator.randrange(self._count) == 0:
             self._kept["random"] = last
 
-    def judge(self, expected: Tensor, gate: Gate | None) -> Correctness:
-        """Compare the kept (N, K) logits with `expected` (N, K); without a gate only NaN and infinity fail."""
-        logits = torch.cat([output.double().cpu() for output in self._kept.values()])
-        wanted = expected.double().cpu().repeat(len(self._kept), 1)
-        report = differences(logits, wanted)
-        if not report.all_finite:
-            failures = (f"{report.nonfinite_count} logits are NaN or infinite",)
-            return Correctness(len(self._kept), None, None, None, None, report.nonfinite_count, failures)
+    def judge(self, expected: Expected, gate: Gate | None) -> Correctness:
+        """Compare the kept outputs with those expected; without a gate only NaN and infinity fail.
+
+        The figures are of the output that fails, or else differs most.
+        """
+        calls = list(self._kept.values())
+        given = {name: torch.cat([call[name].double().cpu() for call in calls]) for name in calls[0]}
+        wanted = {name: torch.cat([output.double().cpu()] * len(calls)) for name, output in expected.outputs.items()}
+        judged = verdicts(given, wanted, expected.specs, gate or NO_LIMITS, ("", ""), ())
+        worst, failures = worst_verdict(judged), tuple(failure for result in judged for failure in result.failures)
+        found, nonfinite = worst.differences, sum(result.differences.nonfinite_count for result in judged)
+        if nonfinite:
+            return Correctness(len(calls), None, None, None, None, nonfinite, failures)
         return Correctness(
-            calls=len(self._kept),
-            max_abs=float((logits - wanted).abs().max()),
-            relative_l2=report.relative_l2_max,
-            centred_cosine=report.centred_cosine_min,
-            top1_agreement=report.top1_agreement,
+            calls=len(calls),
+            max_abs=float((given[worst.output] - wanted[worst.output]).abs().max()),
+            relative_l2=found.relative_l2_max,
+            centred_cosine=found.centred_cosine_min,
+            top1_agreement=found.top1_agreement,
             nonfinite_count=0,
-            failures=gate.failures(report) if gate is not None else (),
+            failures=failures,
         )
 
 
@@ -208,7 +225,7 @@ def measure_together(
     images: Sequence[Tensor],
     spec: TimingSpec,
     *,
-    expected: Tensor | None = None,
+    expected: Expected | None = None,
     progress: Progress | None = None,
 ) -> list[Timing]:
     """Time the contenders in turn (A B C A B C …) on one batch.
@@ -217,8 +234,8 @@ def measure_together(
         contenders: Runners that are open and of one network.
         images: Each contender's own input, in host memory.
         spec: How long to measure.
-        expected: The reference's logits for the batch, (N, num_classes). The first, a random and the last timed
-            logits of each contender are judged against them by its gate.
+        expected: The reference's outputs for the batch. The first, a random and the last timed outputs of each
+            contender are judged against them by its gate.
         progress: Is told a name and the share done.
     """
     samples = [
@@ -233,10 +250,10 @@ def measure_together(
     return [_timing(sample, peers, expected, spec) for sample in samples]
 
 
-def _timed_call(runner: Runner, images: Tensor) -> tuple[float, Tensor]:
+def _timed_call(runner: Runner, images: Tensor) -> tuple[float, Outputs]:
     start = time.perf_counter_ns()
-    logits = runner.run(images)
-    return (time.perf_counter_ns() - start) / 1e6, logits
+    outputs = runner.run(images)
+    return (time.perf_counter_ns() - start) / 1e6, outputs
 
 
 def _warm_up(sample: _Sample, spec: TimingSpec, progress: Progress | None) -> None:
@@ -292,7 +309,7 @@ def _measure_window(samples: Sequence[_Sample], spec: TimingSpec, progress: Prog
             progress(f"batch {len(samples[0].images)}", share)
 
 
-def _timing(sample: _Sample, peers: Sequence[_Sample], expected: Tensor | None, spec: TimingSpec) -> Timing:
+def _timing(sample: _Sample, peers: Sequence[_Sample], expected: Expected | None, spec: TimingSpec) -> Timing:
     contender = sample.contender
     info = contender.runner.info
     latency = latency_of(sample.milliseconds, spec.seed)

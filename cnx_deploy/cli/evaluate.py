@@ -9,8 +9,8 @@ import click
 from cnx_deploy.cli import options
 
 if TYPE_CHECKING:
+    from cnx_deploy.model.tasks.classification_metrics import Evaluation
     from cnx_deploy.runners.base import RunnerInfo
-    from cnx_deploy.verification.evaluation import Evaluation
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -48,36 +48,36 @@ def evaluate_command(
         backend = {"backend": info.backend, "version": info.version, "device": info.device}
         options.echo_json({"artifact": str(artifact), "data": str(data), **backend, **found.to_dict()})
         return
-    from cnx_deploy.verification.evaluation import report_lines
-
     options.echo(f"{artifact} on {found.count} images of {data}, {info.backend} {info.version} on {info.device}")
-    for line in report_lines(found):
+    for line in found.lines():
         options.echo(line)
 
 
 def _evaluated(
     artifact: Path, data: Path, batch_size: int, device: str, predictions: Path | None
 ) -> tuple["Evaluation", "RunnerInfo"]:
-    from cnx_deploy.verification.evaluation import PredictionWriter, evaluate
-    from cnx_deploy.verification.predict import open_classifier
+    from cnx_deploy.model.tasks.classification_metrics import PredictionWriter
+    from cnx_deploy.verification.evaluation import evaluate
+    from cnx_deploy.verification.predict import open_predictor
 
     # Made before the artifact is opened: a name that cannot be used ends the command at once.
     writer = PredictionWriter(predictions, data) if predictions is not None else None
-    with open_classifier(artifact, many=True, device=device) as classifier, contextlib.ExitStack() as held:
+    with open_predictor(artifact, many=True, device=device) as predictor, contextlib.ExitStack() as held:
         progress = held.enter_context(options.reporter("Evaluating"))
-        for text in classifier.notes:
+        for text in predictor.notes:
             options.note(f"Note: {text}")
         each = held.enter_context(writer).add if writer is not None else None
         found = evaluate(
-            classifier.runner,
+            predictor.runner,
             data,
-            classifier.preprocessing,
+            predictor.preprocessing,
             batch_size=batch_size,
-            class_names=classifier.class_names,
+            task=predictor.task,
+            class_names=predictor.class_names,
             progress=lambda done, total: progress(f"{done} of {total} images", done / total),
             each=each,
         )
-        info = classifier.runner.info
+        info = predictor.runner.info
     if writer is not None:
         options.note(f"{writer.path}")
     return found, info

@@ -1,16 +1,12 @@
 """`cnx-deploy predict`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from cnx_deploy.cli import options
 from cnx_deploy.cli.printable import one_line
 from cnx_deploy.core.errors import InputError
-
-if TYPE_CHECKING:
-    from cnx_deploy.verification.predict import Prediction
 
 
 @click.command()
@@ -23,33 +19,25 @@ if TYPE_CHECKING:
 def predict(
     ctx: click.Context, artifact: Path, images: tuple[Path, ...], top: int, batch_size: int, as_json: bool
 ) -> None:
-    """Classify IMAGES (files, or folders of them) with ARTIFACT: a checkpoint, an ONNX file or an engine.
+    """Predict for IMAGES (files, or folders of them) with ARTIFACT: a checkpoint, an ONNX file or an engine.
 
     A file that is no image gets a row that says so, and exit code 2 at the end.
     """
     options.refuse_recorded_engine_without_gpu(artifact)
-    from cnx_deploy.verification.predict import classify, find_image_files, open_classifier
+    from cnx_deploy.verification.predict import find_image_files, open_predictor, predict_images
 
     files = find_image_files(images)
     rows = []
-    with open_classifier(artifact, many=len(files) > 1) as classifier:
-        for text in classifier.notes:
+    with open_predictor(artifact, many=len(files) > 1) as predictor:
+        for text in predictor.notes:
             options.note(f"Note: {text}")
-        for row in classify(classifier, files, top=top, batch_size=batch_size):
+        for row in predict_images(predictor, files, top=top, batch_size=batch_size):
             rows.append(row)
             if not as_json:
-                _show(row)
+                options.echo(one_line(f"{row.path}: {row}"))
     if as_json:
         options.echo_json({"artifact": str(artifact), "predictions": [row.to_dict() for row in rows]})
     failed = sum(row.error is not None for row in rows)
     if failed:
         options.note(f"Error: {failed} of {len(rows)} files could not be classified.")
         ctx.exit(InputError.exit_code)
-
-
-def _show(row: "Prediction") -> None:
-    if row.error is not None:
-        options.echo(one_line(f"{row.path}: error: {row.error}"))
-        return
-    answers = ", ".join(f"{score.name} {score.probability:.2%}" for score in row.scores)
-    options.echo(one_line(f"{row.path}: {answers}"))

@@ -6,16 +6,31 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["GATES", "Differences", "Gate", "ParityResult"]
+__all__ = ["GATES", "Differences", "Gate", "OutputSpec", "ParityResult"]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSpec:
+    """One output of a network: its name in the graph and its sizes after the batch. Every output is float32.
+
+    `unit`: what a value is ("logit"). `activation`: what turns scores along the first axis into an answer, one class of
+    all (softmax) or each by itself (sigmoid); None where the values are no scores, so that no decision is compared.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    unit: str
+    activation: Literal["softmax", "sigmoid"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Differences:
     """Candidate against reference over all samples; NaN where a value is not finite.
 
-    `excused_flips`: the top-1 class differs, but the reference's margin is within the noise of the run.
+    `excused_flips`: the decision differs, but the reference's margin is within the noise of the run.
+    `top1_agreement` (share of samples with the same decision) and `mean_kl` are None for an output of no scores.
     `max_abs_in_std` is in units of the standard deviation of the reference's outputs.
     """
 
@@ -24,10 +39,10 @@ class Differences:
     relative_l2_median: float
     relative_l2_max: float
     centred_cosine_min: float
-    top1_agreement: float
+    top1_agreement: float | None
     flips: int
     excused_flips: int
-    mean_kl: float
+    mean_kl: float | None
     max_abs_in_std: float
 
     @property
@@ -38,7 +53,10 @@ class Differences:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What a pair must satisfy. Limits on the worst sample (relative L2, cosine) and over all (top-1, KL)."""
+    """What a pair must satisfy. Limits on the worst sample (relative L2, cosine) and over all (top-1, KL).
+
+    Top-1 and KL are limits of scores; they hold for outputs without decisions.
+    """
 
     name: str
     relative_l2_max: float
@@ -49,7 +67,7 @@ class Gate:
     def failures(self, measured: Differences) -> tuple[str, ...]:
         """The limits that `measured` breaks, in words; empty when it passes. NaN and infinity never pass."""
         if not measured.all_finite:
-            return (f"{measured.nonfinite_count} logits are NaN or infinite",)
+            return (f"{measured.nonfinite_count} values are NaN or infinite",)
         upper = (
             ("relative L2", measured.relative_l2_max, self.relative_l2_max),
             ("mean KL", measured.mean_kl, self.mean_kl_max),
@@ -58,19 +76,20 @@ class Gate:
             ("centred cosine", measured.centred_cosine_min, self.centred_cosine_min),
             ("top-1 agreement", measured.top1_agreement, self.top1_agreement_min),
         )
-        broken = [(name, value, limit) for name, value, limit in upper if not value <= limit]
-        broken += [(name, value, limit) for name, value, limit in lower if not value >= limit]
+        broken = [(name, value, limit) for name, value, limit in upper if value is not None and not value <= limit]
+        broken += [(name, value, limit) for name, value, limit in lower if value is not None and not value >= limit]
         return tuple(f"{name} {value:.3g}, gate {limit:g}" for name, value, limit in broken)
 
 
 @dataclass(frozen=True, slots=True)
 class ParityResult:
-    """The verdict over one pair. `batches` are the batch sizes that the candidate was run at."""
+    """The verdict over one output of a pair. `batches` are the batch sizes that the candidate was run at."""
 
     candidate: str
     reference: str
     gate: Gate
     batches: tuple[int, ...]
+    output: str
     differences: Differences
     failures: tuple[str, ...]
 

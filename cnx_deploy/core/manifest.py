@@ -82,6 +82,7 @@ class ModelRecord:
     """The network inside an artifact.
 
     `head_is_new`: the head was drawn at random when the weights were loaded, because the classes differed.
+    `task`: what the network is for, a word of `model.tasks`.
     """
 
     variant: str
@@ -91,6 +92,7 @@ class ModelRecord:
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None = None
     head_is_new: bool = False
+    task: PlainName = "classification"
 
     def __post_init__(self) -> None:
         if self.class_names is not None and len(self.class_names) != self.num_classes:
@@ -135,14 +137,24 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxFacts:
-    """What an export found of the file it wrote. `half_share`: share of tensors in half precision."""
+    """What an export found of the file it wrote. `half_share`: share of tensors in half precision.
+
+    `parity` has a verdict for each output; it is empty for a file that was not compared with PyTorch.
+    """
 
     operators: Mapping[str, Count]
     types: Mapping[str, Count]
     half_share: Share
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
-    parity: ParityResult | None = None
+    parity: tuple[ParityResult, ...] = ()
+
+    @property
+    def worst_parity(self) -> ParityResult | None:
+        """The verdict of the output that differs most; None where the file was not compared with PyTorch."""
+        return max(
+            self.parity, key=lambda result: (not result.passed, result.differences.relative_l2_max), default=None
+        )
 
 
 Grouping = Literal["stage", "block", "operation", "kind"]

@@ -11,7 +11,9 @@ from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.strict_json import shortened, typed
 from cnx_deploy.core.variants import check_image_size
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "INTERPOLATIONS", "Positive", "Preprocessing", "Triple"]
+__all__ = [
+    "IMAGENET_MEAN", "IMAGENET_STD", "INTERPOLATIONS", "BrokenImage", "Positive", "Preprocessing", "Triple",
+]  # fmt: skip
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -19,6 +21,14 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenImage:
+    """An image that could not be read, under the name that its source gives it, and why."""
+
+    path: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cnx_deploy.core.errors import InputError
 
-__all__ = ["ALL_VARIANTS", "STRIDE", "V1_VARIANTS", "VARIANTS", "Variant", "find_variant"]
+__all__ = ["ALL_VARIANTS", "STRIDE", "V1_VARIANTS", "VARIANTS", "Variant", "find_variant", "register_variant"]
 
 STRIDE = 32
 """Input pixels per position of the last stage: 4 (stem) times 2 for each of three downsamplings."""
@@ -100,11 +100,14 @@ ALL_VARIANTS: dict[str, Variant] = {**VARIANTS, **V1_VARIANTS}
 """Every name that `--variant` takes."""
 
 
+def register_variant(variant: Variant) -> None:
+    """Add a size of one's own, or replace the one of its name: from then on every stage takes it."""
+    ALL_VARIANTS[variant.name] = variant
+
+
 def find_variant(name: str) -> Variant:
     """Return the variant called `name`, V2 or V1; InputError lists the names otherwise."""
-    found = VARIANTS.get(name) or V1_VARIANTS.get(name)
+    found = ALL_VARIANTS.get(name)
     if found is None:
-        raise InputError(
-            f"No ConvNeXt variant is called {name!r}. Choose one of: {', '.join((*VARIANTS, *V1_VARIANTS))}."
-        )
+        raise InputError(f"No ConvNeXt variant is called {name!r}. Choose one of: {', '.join(ALL_VARIANTS)}.")
     return found

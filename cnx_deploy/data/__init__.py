@@ -4,7 +4,6 @@ from cnx_deploy.data.checks import ClassBalance, ImageCheck, check_images, class
 from cnx_deploy.data.dataset import Dataset, few_labels, find_dataset, find_images, image_source
 from cnx_deploy.data.decoding import MAX_PIXELS, SUFFIXES, load_image, upright_rgb
 from cnx_deploy.data.image_source import (
-    BrokenImage,
     GivenImages,
     ImageBatch,
     ImageBatches,
@@ -20,7 +19,6 @@ from cnx_deploy.data.preprocessing import normalise, runner_input, to_pixels
 __all__ = [
     "MAX_PIXELS",
     "SUFFIXES",
-    "BrokenImage",
     "ClassBalance",
     "Dataset",
     "GivenImages",

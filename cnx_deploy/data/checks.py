@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.preprocessing import BrokenImage
 from cnx_deploy.core.system import cpu_count
 from cnx_deploy.data.dataset import Dataset
 from cnx_deploy.data.decoding import load_image, upright_rgb
-from cnx_deploy.data.image_source import BrokenImage, ImageFiles
+from cnx_deploy.data.image_source import ImageFiles
 
 __all__ = ["ClassBalance", "ImageCheck", "check_images", "class_balance", "without_broken"]
 

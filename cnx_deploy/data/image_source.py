@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.core.preprocessing import BrokenImage, Preprocessing
 from cnx_deploy.core.system import cpu_count
 from cnx_deploy.data.decoding import as_image, load_image
 from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.data.preprocessing import runner_input, to_pixels
 
 __all__ = [
-    "BrokenImage", "GivenImages", "ImageBatch", "ImageBatches", "ImageFiles", "ImageLike", "ImageSource", "batch_sizes",
+    "GivenImages", "ImageBatch", "ImageBatches", "ImageFiles", "ImageLike", "ImageSource", "batch_sizes",
     "checked_sizes", "evenly", "image_like_batches",
 ]  # fmt: skip
 
@@ -32,14 +32,6 @@ CHECKED_SIZES = (1, 2, 7)
 """Besides the largest: one, the smallest real batch, and an odd one that no kernel is tuned for."""
 ANY_BATCH = 64
 """Largest batch of a runner that takes any."""
-
-
-@dataclass(frozen=True, slots=True)
-class BrokenImage:
-    """An image that could not be read, under the name that its source gives it, and why."""
-
-    path: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)

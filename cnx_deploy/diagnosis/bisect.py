@@ -46,7 +46,7 @@ class Bisection:
 
     `kept` None: nothing is needed (`recorded` passes) or nothing helps. `probes` in the order in which they were made;
     `final` is the file with `kept`, and `neighbours` are the files that lack one name of it. `reference_nonfinite`
-    counts PyTorch's own logits that are no numbers.
+    counts PyTorch's own values that are no numbers.
     """
 
     artifact: Artifact[OnnxManifest]
@@ -177,7 +177,7 @@ def bisect_artifact(
 def form_judge(case: Case) -> Callable[[Collection[str]], Probe]:
     """Make a judge of sets that needs no export."""
     form = MixedForm(case.loaded.model, case.spec.deploy)
-    return lambda kept: case.judge(kept, form.logits(case.batches, kept), exported=False)
+    return lambda kept: case.judge(kept, form.outputs(case.batches, kept), exported=False)
 
 
 def report_lines(bisection: Bisection) -> Iterator[str]:
@@ -220,7 +220,7 @@ def failure(bisection: Bisection) -> CheckFailedError | None:
     name = bisection.artifact.path.name
     if bisection.reference_nonfinite:
         return CheckFailedError(
-            f"PyTorch in FP32 gives {bisection.reference_nonfinite} logits that are NaN or infinite for {name}'s "
+            f"PyTorch in FP32 gives {bisection.reference_nonfinite} values that are NaN or infinite for {name}'s "
             "network; numbers were expected, and no precision of the file mends that. Check the weights and the images."
         )
     everything = set(bisection.units)

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.data.image_source import batch_sizes
 from cnx_deploy.exporters.graph_checks import check_graph
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
+from cnx_deploy.model.tasks.base import Outputs, joined
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.runners.registry import RunnerOptions, open_runner
-from cnx_deploy.verification.parity import differences, logits_of
+from cnx_deploy.verification.parity import outputs_of, verdicts, worst_verdict
 from cnx_deploy.verification.verify import Progress, Reference
 
 __all__ = ["Chain", "ChainStep", "follow_chain", "report_lines", "run_chains"]
@@ -145,7 +147,7 @@ def follow_chain(
     _require_half(artifact)
     check_graph(artifact.path, artifact.file_names)
     pairs = list(reference.pairs(artifact, reference.samples, progress))
-    batches, expected = [images for images, _ in pairs], torch.cat([logits for _, logits in pairs])
+    batches, expected = [images for images, _ in pairs], joined([outputs for _, outputs in pairs])
     floor, floor_images = _noise_floor(artifact, reference, batches)
     steps: list[ChainStep] = []
     with closing(_steps(artifact, engines, reference, batches, expected, progress)) as following:
@@ -185,7 +187,8 @@ def _noise_floor(artifact: Artifact, reference: Reference, batches: Sequence[Ten
     with reference_runner(copy.deepcopy(reference.loaded.model).double(), spec) as runner:
         exact = runner.run(images)
     with reference_runner(reference.loaded.model, spec) as runner:
-        return differences(runner.run(images), exact).relative_l2_max, len(images)
+        results = verdicts(runner.run(images), exact, reference.specs, GATES["fp32"], ("", ""), ())
+    return worst_verdict(results).differences.relative_l2_max, len(images)
 
 
 def _steps(
@@ -193,21 +196,22 @@ def _steps(
     engines: Sequence[Artifact],
     reference: Reference,
     batches: Sequence[Tensor],
-    expected: Tensor,
+    expected: Outputs,
     progress: Progress | None,
 ) -> Generator[ChainStep]:
     row, checked = artifact.manifest.precision, RunnerOptions(hashes_hold=True)
+    judged = partial(_judged, reference)
     with tempfile.TemporaryDirectory() as folder:
         single = _export_fp32(artifact, reference, Path(folder))
         for runner, optimisations in (("onnxruntime-plain", "no"), ("onnxruntime", "all")):
             candidate = f"FP32 ONNX ({optimisations} optimisations)"
-            logits = _logits(open_runner(single, runner, checked), batches, candidate, progress)
+            outputs = _outputs(open_runner(single, runner, checked), batches, candidate, progress)
             blame = "the export." if optimisations == "no" else "ONNX Runtime's optimisations, not the file."
-            yield _judged("PyTorch FP32", candidate, blame, logits, expected, GATES["fp32"], batches)
-    rounded = _logits(open_runner(artifact, f"emulate-{row.name}", checked), batches, "emulator", progress)
+            yield judged(("PyTorch FP32", candidate), blame, outputs, expected, GATES["fp32"], batches)
+    rounded = _outputs(open_runner(artifact, f"emulate-{row.name}", checked), batches, "emulator", progress)
     blame = f"{row.name.upper()}: see `cnx-deploy diagnose headroom` and `cnx-deploy diagnose bisect`."
     candidate = f"{artifact.path.name} (emulated)"
-    yield _judged("FP32 ONNX", candidate, blame, rounded, logits, row.gate, batches)
+    yield judged(("FP32 ONNX", candidate), blame, rounded, outputs, row.gate, batches)
     for engine in engines:
         pair, blame = (artifact.path.name, engine.path.name), "TensorRT."
         try:
@@ -216,23 +220,24 @@ def _steps(
             yield ChainStep(*pair, blame, None, str(error))
             continue
         cut = _recut(batches, opened)
-        logits = _logits(opened, cut, engine.path.name, progress)
-        yield _judged(*pair, blame, logits, rounded[: len(logits)], row.gate, cut)
+        outputs, count = _outputs(opened, cut, engine.path.name, progress), sum(map(len, cut))
+        wanted = {name: output[:count] for name, output in rounded.items()}
+        yield judged(pair, blame, outputs, wanted, row.gate, cut)
 
 
 def _judged(
-    reference: str,
-    candidate: str,
+    reference: Reference,
+    pair: tuple[str, str],
     blame: str,
-    logits: Tensor,
-    expected: Tensor,
+    outputs: Outputs,
+    expected: Outputs,
     gate: Gate,
     batches: Sequence[Tensor],
 ) -> ChainStep:
-    found = differences(logits, expected)
-    sizes = tuple(dict.fromkeys(len(batch) for batch in batches))
-    result = ParityResult(candidate, reference, gate, sizes, found, gate.failures(found))
-    return ChainStep(reference, candidate, blame, result)
+    """Compare one step's candidate with its reference, whose names are `pair` in the order reference, candidate."""
+    gate, names = reference.task.gate(gate), (pair[1], pair[0])
+    results = verdicts(outputs, expected, reference.specs, gate, names, map(len, batches))
+    return ChainStep(*pair, blame, worst_verdict(results))
 
 
 def _export_fp32(artifact: Artifact, reference: Reference, folder: Path) -> Artifact:
@@ -242,10 +247,10 @@ def _export_fp32(artifact: Artifact, reference: Reference, folder: Path) -> Arti
     return export_onnx(reference.loaded.model, artifact.manifest.model, spec, folder)
 
 
-def _logits(runner: Runner, batches: Sequence[Tensor], what: str, progress: Progress | None) -> Tensor:
+def _outputs(runner: Runner, batches: Sequence[Tensor], what: str, progress: Progress | None) -> Outputs:
     told: Callable[[int], None] | None = None if progress is None else lambda images: progress(what, images)
     with runner:
-        return logits_of(runner, batches, told)
+        return outputs_of(runner, batches, told)
 
 
 def _recut(batches: Sequence[Tensor], runner: Runner) -> list[Tensor]:

@@ -28,6 +28,7 @@ from cnx_deploy.exporters.trt.depthwise import written_for
 from cnx_deploy.exporters.trt.network import NetworkBuild
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import DeployedConvNeXtV2, deploy_form
+from cnx_deploy.model.tasks.base import Outputs
 from cnx_deploy.runners.emulated import EmulatedRunner
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.ort_session import open_session
@@ -96,12 +97,15 @@ class LayerBackend:
 
 
 def module_names(module: nn.Module) -> tuple[str, ...]:
-    """Return the modules of a deploy form that compute something; `LOGITS` stands for the whole.
+    """Return the modules of a deploy form that compute something; `LOGITS` stands for the whole, by its last output.
 
-    Lists and sequences only hold others, the last of which has their output.
+    A sequence only holds others, the last of which has its output; lists and other holders are never called.
     """
-    holders = (nn.ModuleList, nn.Sequential)
-    return tuple(name or LOGITS for name, part in module.named_modules() if not isinstance(part, holders))
+    return tuple(
+        name or LOGITS
+        for name, part in module.named_modules()
+        if not isinstance(part, nn.Sequential) and type(part).forward is not nn.Module.forward
+    )
 
 
 def reference_form(model: ConvNeXtV2, spec: DeploySpec) -> DeployedConvNeXtV2:
@@ -113,14 +117,19 @@ def torch_outputs(module: DeployedConvNeXtV2, images: Tensor) -> dict[str, Tenso
     """Run raw images and return the output of every module by name, `LOGITS` for the whole."""
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[[Any, Any, Tensor], None]:
-        return lambda _module, _inputs, output: outputs.update({name: output})
+    def keep(name: str) -> Callable[[Any, Any, Any], None]:
+        return lambda _module, _inputs, output: outputs.update({name: last_output(output)})
 
     with contextlib.ExitStack() as hooks, torch.inference_mode():
         for name, part in module.named_modules():
             hooks.callback(part.register_forward_hook(keep(name or LOGITS)).remove)
         module(images)
     return outputs
+
+
+def last_output(value: Tensor | Outputs) -> Tensor:
+    """Return a network's output, of several the last: the others have modules of their own."""
+    return value if isinstance(value, Tensor) else list(value.values())[-1]
 
 
 def canonical(output: Tensor) -> Tensor:
@@ -140,12 +149,12 @@ def find_outputs(path: Path, modules: Sequence[str]) -> OutputTensors:
     CorruptArtifactError for a file that is no ONNX model, InputError for one whose nodes are not named after them.
     """
     graph = load_model(path).graph
-    ends = {value.name for value in graph.outputs}
-    # Of each node: its scope, its tensor, and the scopes that read the tensor (`LOGITS` for an output of the graph).
+    whole = graph.outputs[-1].name
+    # Of each node: its scope, its tensor, and the scopes that read the tensor (`LOGITS` for the graph's last output).
     nodes: list[tuple[str, str, set[str]]] = []
     for node in graph:
         readers = {_scope(reader) for reader in node.outputs[0].consumers()}
-        if node.outputs[0].name in ends:
+        if node.outputs[0].name == whole:
             readers.add(LOGITS)
         nodes.append((_scope(node), str(node.outputs[0].name), readers))
     scopes = {scope for scope, _, _ in nodes} - {WHOLE}
@@ -231,7 +240,7 @@ def _onnxruntime(network: ExportedNetwork) -> Iterator[ReadOutputs]:
         names = [output.name for output in session.get_outputs()]
 
         def read(images: Tensor) -> dict[str, Tensor]:
-            logits = deployed.run(images)
+            logits = last_output(deployed.run(images))
             arrays = session.run(names, {session.get_inputs()[0].name: images.contiguous().numpy()})
             tensors = dict(zip(names, map(torch.from_numpy, arrays), strict=True))
             return {**network.outputs.of_modules(tensors), LOGITS: logits}

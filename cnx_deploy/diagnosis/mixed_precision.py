@@ -31,10 +31,11 @@ from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import deploy_form
+from cnx_deploy.model.tasks.base import Outputs, joined, named_outputs
 from cnx_deploy.runners.emulator.graph import Graph
 from cnx_deploy.runners.emulator.operators import OPERATORS
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.verification.parity import differences
+from cnx_deploy.verification.parity import verdicts, worst_verdict
 from cnx_deploy.verification.verify import verify_export
 
 __all__ = [
@@ -50,7 +51,10 @@ HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One set of modules tried. `exported`: judged on a file written with it, and not on the form alone."""
+    """One set of modules tried. `exported`: judged on a file written with it, and not on the form alone.
+
+    `found` is of the output that fails or else differs most.
+    """
 
     kept: tuple[str, ...]
     found: Differences
@@ -101,7 +105,7 @@ class ExportedProbe:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A network and what its logits are compared with: `expected` (N, num_classes) for all images of `batches`.
+    """A network and what its outputs are compared with: `expected` (N, ...) for all images of `batches`.
 
     `spec` is the file's own with nothing kept.
     """
@@ -110,7 +114,7 @@ class Case:
     record: ModelRecord
     spec: ExportSpec
     batches: tuple[Tensor, ...]
-    expected: Tensor
+    expected: Outputs
     gate: Gate
 
     @property
@@ -120,13 +124,15 @@ class Case:
 
     @property
     def reference_nonfinite(self) -> int:
-        """PyTorch's logits that are no numbers."""
-        return int((~torch.isfinite(self.expected)).sum())
+        """PyTorch's values that are no numbers."""
+        return sum(int((~torch.isfinite(output)).sum()) for output in self.expected.values())
 
-    def judge(self, kept: Collection[str], logits: Tensor, *, exported: bool) -> Probe:
-        """Compare logits (N, num_classes) with the reference."""
-        found = differences(logits, self.expected)
-        return Probe(in_order(kept, self.units), found, self.gate.failures(found), exported)
+    def judge(self, kept: Collection[str], outputs: Outputs, *, exported: bool) -> Probe:
+        """Compare outputs (N, ...) with the reference."""
+        model = self.loaded.model
+        specs, names = model.task.outputs(model.num_classes), ("", "")
+        worst = worst_verdict(verdicts(outputs, self.expected, specs, self.gate, names, ()))
+        return Probe(in_order(kept, self.units), worst.differences, worst.failures, exported)
 
 
 class MixedForm:
@@ -141,11 +147,11 @@ class MixedForm:
         self.half = deploy_form(model, replace(spec, keep_fp32=()))
         self.single = deploy_form(model, replace(spec, keep_fp32=units_of(model.variant)))
 
-    def logits(self, batches: Sequence[Tensor], kept: Collection[str] = ()) -> Tensor:
-        """Run raw images with the modules called `kept` in FP32 and return (N, num_classes) float32 logits."""
+    def outputs(self, batches: Sequence[Tensor], kept: Collection[str] = ()) -> Outputs:
+        """Run raw images with the modules called `kept` in FP32 and return float32 outputs (N, ...)."""
         rounded = RoundedOperators()  # type: ignore[no-untyped-call]
         with self._keeping(kept), torch.inference_mode(), rounded:
-            return torch.cat([self.half(images) for images in batches])
+            return joined([named_outputs(self.half(images), self.half.output_specs) for images in batches])
 
     @contextmanager
     def _keeping(self, names: Collection[str]) -> Iterator[None]:
@@ -194,7 +200,7 @@ def case_of(artifact: Artifact[OnnxManifest], loaded: LoadedModel, gate: Gate, d
     spec, record = ExportSpec(deploy=deploy, batch=artifact.manifest.batch), artifact.manifest.model
     batches = _batches(record, spec, data, samples)
     with reference_runner(loaded.model, deploy) as runner:
-        expected = torch.cat([runner.run(images) for images in batches])
+        expected = joined([runner.run(images) for images in batches])
     return Case(loaded, record, spec, batches, expected, gate)
 
 
@@ -203,12 +209,12 @@ def probe_recorded(artifact: Artifact[OnnxManifest], case: Case) -> RecordedProb
     graph = Graph(artifact.path)
     with torch.inference_mode():
         passes = [graph.evaluate(images) for images in case.batches]
-    logits = torch.cat([evaluation.tensors[graph.outputs[0]] for evaluation in passes])
+    outputs = joined([{name: evaluation.tensors[name] for name in graph.outputs} for evaluation in passes])
     nonfinite = [evaluation.first_nonfinite for evaluation in passes if evaluation.first_nonfinite is not None]
     kept = artifact.manifest.deploy.keep_fp32
     infinite = {name for name, value in _weights(graph).items() if not bool(torch.isfinite(value).all())}
     modules = [step.name.partition("/")[0] for step in graph.steps if infinite.intersection(step.inputs)]
-    probe = case.judge(kept, logits, exported=True)
+    probe = case.judge(kept, outputs, exported=True)
     return RecordedProbe(probe, next(iter(nonfinite), None), tuple(dict.fromkeys(modules)))
 
 
@@ -219,11 +225,12 @@ def export_and_probe(kept: Collection[str], case: Case) -> ExportedProbe:
         artifact = export_onnx(case.loaded.model, case.record, spec, Path(folder))
         graph, verifies = Graph(artifact.path), _verifies(artifact, case)
     with torch.inference_mode():
-        logits = torch.cat([graph.evaluate(images).tensors[graph.outputs[0]] for images in case.batches])
+        passes = [graph.evaluate(images).tensors for images in case.batches]
+    outputs = joined([{name: tensors[name] for name in graph.outputs} for tensors in passes])
     weights = _weights(graph).values()
     single = sum(value.numel() for value in weights if value.dtype == torch.float32)
     return ExportedProbe(
-        case.judge(kept, logits, exported=True),
+        case.judge(kept, outputs, exported=True),
         single / sum(value.numel() for value in weights),
         1.0 - float(artifact.manifest.facts.half_share),
         verifies,

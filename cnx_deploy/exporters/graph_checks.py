@@ -10,7 +10,7 @@ and hides every overflow (microsoft/onnxruntime issue 11831).
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError
 
 from cnx_deploy.core.child_process import Limits, run_isolated
 from cnx_deploy.core.errors import CorruptArtifactError, GraphCheckError, RefusedArtifactError
+from cnx_deploy.core.gates import OutputSpec
 from cnx_deploy.core.variants import Variant
 from cnx_deploy.exporters.untrusted import limits_for, read_onnx
 
@@ -187,6 +188,8 @@ def check_export(
     layout: str,
     batch: tuple[int, int, int],
     opset: int,
+    outputs: Sequence[OutputSpec],
+    head_operators: Mapping[str, int],
     leave_out: Collection[str] = (),
     norm_on_patches: bool = False,
 ) -> GraphFacts:
@@ -202,6 +205,8 @@ def check_export(
         layout: "cpu" or "gpu", the deploy form's layout.
         batch: smallest, typical and largest batch; equal ends give a fixed axis.
         opset: the opset that was asked for.
+        outputs: what the task declares.
+        head_operators: the counted operators that the task's head adds, as `model.tasks.base.Task` describes.
         leave_out: folds that the export was to leave out.
         norm_on_patches: whether the stem's norm is a sum over the patches' channels.
 
@@ -209,12 +214,12 @@ def check_export(
         GraphCheckError: the graph is another one; the message lists every difference.
     """
     facts = check_graph(path)
-    token_norms = variant.block_count + 1
+    token_norms = variant.block_count + head_operators.get("LayerNormalization", 0)
     responses = variant.block_count if variant.version == 2 else 0
     statistic = "AveragePool" if layout == "cpu" and "blocked" not in leave_out else "ReduceSum"
     expected = {
-        "Gelu": variant.block_count,
-        statistic: responses + norm_on_patches,
+        "Gelu": variant.block_count + head_operators.get("Gelu", 0),
+        statistic: responses + norm_on_patches + head_operators.get(statistic, 0),
         "LayerNormalization": token_norms + (0 if layout == "gpu" else 4),
     }
     problems = [
@@ -226,11 +231,16 @@ def check_export(
     if facts.opset != opset:
         problems.append(f"opset {opset} expected, {facts.opset} written")
     batch_axis = "batch" if batch[0] != batch[2] else batch[0]
-    for kind, tensors, name in (("input", facts.inputs, "images"), ("output", facts.outputs, "logits")):
-        if list(tensors) != [name]:
-            problems.append(f"one {kind} {name!r} expected, found {list(tensors)}")
-        elif tensors[name][1][0] != batch_axis:
-            problems.append(f"first axis of {name} is {tensors[name][1][0]!r}, not {batch_axis!r}")
+    if list(facts.inputs) != ["images"]:
+        problems.append(f"one input 'images' expected, found {list(facts.inputs)}")
+    promised = {spec.name: ("FLOAT", (batch_axis, *spec.shape)) for spec in outputs}
+    if list(facts.outputs.items()) != list(promised.items()):
+        problems.append(f"outputs {promised} expected, found {dict(facts.outputs)}")
+    problems.extend(
+        f"first axis of {name} is {shape[0]!r}, not {batch_axis!r}"
+        for name, (_, shape) in facts.inputs.items()
+        if shape[0] != batch_axis
+    )
     if problems:
         raise GraphCheckError(_listed(f"{path.name} is not the graph that was asked for. {CHECK_VERSIONS}", problems))
     return facts

@@ -76,7 +76,7 @@ def export_onnx(
     output_dir: Path,
     *,
     force: bool = False,
-    verify: Callable[[Artifact[OnnxManifest]], ParityResult] | None = None,
+    verify: Callable[[Artifact[OnnxManifest]], tuple[ParityResult, ...]] | None = None,
 ) -> Artifact[OnnxManifest]:
     """Export `model` to `<output_dir>/<name>-<size>-<precision>.onnx` with its manifest.
 
@@ -94,7 +94,7 @@ def export_onnx(
             return made
         path = staging.folder / f"{stem}.onnx"
         deployed = deploy_form(model, spec.deploy)
-        norm_on_patches = deployed.norm_on_patches
+        norm_on_patches, outputs = deployed.norm_on_patches, deployed.output_specs
         graph = _graph_from_module(deployed, spec)
         del deployed
         _write(graph, record, spec, path)
@@ -107,6 +107,8 @@ def export_onnx(
             opset=spec.opset,
             leave_out=spec.deploy.leave_out,
             norm_on_patches=norm_on_patches,
+            outputs=outputs,
+            head_operators=model.task.operators,
         )
         manifest = OnnxManifest(
             stem=stem,
@@ -150,7 +152,7 @@ def _graph_from_module(module: DeployedConvNeXtV2, spec: ExportSpec) -> ir.Model
                 dynamo=True,
                 opset_version=spec.opset,
                 input_names=["images"],
-                output_names=["logits"],
+                output_names=[spec.name for spec in module.output_specs],
                 dynamic_shapes=({0: batch_axis},) if dynamic else None,
                 verbose=False,
             )
@@ -218,6 +220,8 @@ def _metadata(record: ModelRecord, spec: ExportSpec) -> dict[str, str]:
         "weights_origin": record.weights.origin,
         "licence": record.weights.licence,
     }
+    if record.task != "classification":  # without it the files of classifiers keep their bytes
+        entries["task"] = record.task
     if record.class_names:
         entries["class_names"] = json.dumps(record.class_names, ensure_ascii=False)
     return {f"cnx_deploy.{key}": value for key, value in sorted(entries.items())}

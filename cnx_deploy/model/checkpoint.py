@@ -31,6 +31,7 @@ from cnx_deploy.model.layouts import (
     variant_with_structure,
 )
 from cnx_deploy.model.pretrained import PRETRAINED_LICENCE, fetch_pretrained, variant_name_of_tag
+from cnx_deploy.model.tasks.base import Task, find_task
 from cnx_deploy.model.weight_files import METADATA_KEY, WeightFile, read_weight_file
 
 __all__ = ["LoadedModel", "hash_weights", "load_checkpoint", "load_pretrained", "resolve_model", "save_checkpoint"]
@@ -64,22 +65,25 @@ def load_checkpoint(
     num_classes: int | None = None,
     reset_head: bool = False,
     ema: bool = False,
+    task: str | None = None,
 ) -> LoadedModel:
     """Read a checkpoint in any layout of `model.layouts` into a model.
 
     `variant` None takes the known one, V2 or V1, whose shapes the file has. `num_classes` None takes the file's.
-    `reset_head` draws a new head (truncated normal 0.02, fixed seed). `ema`: see `weight_files.read_weight_file`,
+    `reset_head` draws a new head (truncated normal 0.02, fixed seed). `task` None takes the header's, else
+    classification. `ema`: see `weight_files.read_weight_file`,
     also for what a file can have wrong. Raises CheckpointError when the weights do not fit the model exactly.
     """
     path, wanted = Path(path), find_variant(variant) if isinstance(variant, str) else variant
     file = read_weight_file(path, ema=ema)
     layout, state = official_state(file.tensors, str(path))
     _check_own_metadata(file, state, path)
-    classes = _class_count(state, num_classes, reset_head=reset_head, where=str(path))
+    purpose = find_task(task or file.metadata.get("task", "classification"))
+    classes = _class_count(purpose, state, num_classes, reset_head=reset_head, where=str(path))
     found = _variant_of(state, wanted, where=str(path))
     if reset_head:
-        state = _with_new_head(state, found, classes)
-    model = _filled_model(found, classes, state, where=str(path))
+        state = _with_new_head(purpose, state, found, classes)
+    model = _filled_model(purpose, found, classes, state, where=str(path))
     notes = [f"layout {layout}"]
     notes += [f"weights from the entry {file.entry!r}"] if file.entry else []
     notes += [f"new head for {classes} classes, drawn at random"] if reset_head else []
@@ -97,7 +101,12 @@ def load_checkpoint(
 
 
 def load_pretrained(
-    tag: str, *, num_classes: int | None = None, reset_head: bool = False, cache_dir: Path | None = None
+    tag: str,
+    *,
+    num_classes: int | None = None,
+    reset_head: bool = False,
+    cache_dir: Path | None = None,
+    task: str | None = None,
 ) -> LoadedModel:
     """Load published weights by timm's name, from the model hub's cache or the network.
 
@@ -111,7 +120,8 @@ def load_pretrained(
             "--num-classes N) for a new one. Give them, or take a fine-tuned tag (fcmae_ft_…)."
         )
     expected = num_classes if num_classes is not None else files.num_classes
-    loaded = load_checkpoint(files.weights, variant_name_of_tag(tag), num_classes=expected, reset_head=reset_head)
+    variant = variant_name_of_tag(tag)
+    loaded = load_checkpoint(files.weights, variant, num_classes=expected, reset_head=reset_head, task=task)
     record = WeightsRecord("pretrained", tag, loaded.weights.sha256, PRETRAINED_LICENCE)
     return replace(loaded, weights=record, preprocessing=files.preprocessing)
 
@@ -124,26 +134,29 @@ def resolve_model(
     seed: int = 0,
     num_classes: int | None = None,
     reset_head: bool = False,
+    task: str | None = None,
 ) -> LoadedModel:
     """Load a checkpoint or published weights, or, given neither, draw weights at random from `seed`.
 
-    Raises InputError when both are given, when a tag is of another variant, or when random weights get no variant.
+    `task` None is the checkpoint's own, else classification. Raises InputError when both are given, when a tag is of
+    another variant, or when random weights get no variant.
     """
     if checkpoint is not None and pretrained is not None:
         raise InputError("Both a checkpoint and pretrained weights were given, expected one source. Leave one out.")
     if checkpoint is not None:
-        return load_checkpoint(checkpoint, variant, num_classes=num_classes, reset_head=reset_head)
+        return load_checkpoint(checkpoint, variant, num_classes=num_classes, reset_head=reset_head, task=task)
     name = variant.name if isinstance(variant, Variant) else variant
     if pretrained is not None:
         if name not in (None, variant_name_of_tag(pretrained)):
             raise InputError(f"{pretrained} is not of variant {name!r}. Take a tag that begins convnextv2_{name}.")
-        return load_pretrained(pretrained, num_classes=num_classes, reset_head=reset_head)
+        return load_pretrained(pretrained, num_classes=num_classes, reset_head=reset_head, task=task)
     if variant is None or reset_head:
         raise InputError(
             f"Random weights need a variant and have no head to replace, not variant {name} and reset_head "
             f"{reset_head}. Give one of {', '.join(VARIANTS)}, or a checkpoint."
         )
-    model = random_model(variant, 1000 if num_classes is None else num_classes, seed=seed)
+    classes = 1000 if num_classes is None else num_classes
+    model = random_model(variant, classes, seed=seed, task=task or "classification")
     return LoadedModel(model, WeightsRecord("random", str(seed), hash_weights(model), RANDOM_LICENCE))
 
 
@@ -170,6 +183,7 @@ def save_checkpoint(
     known = {
         "format_version": FORMAT_VERSION,
         "variant": model.variant.name,
+        "task": model.task.name,
         "num_classes": model.num_classes,
         "class_names": None if class_names is None else list(class_names),
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
@@ -238,6 +252,7 @@ def _check_header_types(header: Mapping[str, Any], path: Path) -> None:
     expected = {
         "class_names": (named, "a list of names"),
         "licence": (isinstance(licence, str), "a text"),
+        "task": (isinstance(header.get("task", ""), str), "a text"),
         "preprocessing": (preprocessing is None or isinstance(preprocessing, dict), "an object"),
     }
     for name, (holds, what) in expected.items():
@@ -255,16 +270,17 @@ def _preprocessing_of(header: Mapping[str, Any], path: Path) -> Preprocessing | 
         raise CorruptArtifactError(f"{path} has a header that cannot be used. {error}") from error
 
 
-def _class_count(state: Mapping[str, Tensor], num_classes: int | None, *, reset_head: bool, where: str) -> int:
-    head = state.get("head.weight")
-    found = head.shape[0] if head is not None and head.ndim else None
+def _class_count(
+    task: Task, state: Mapping[str, Tensor], num_classes: int | None, *, reset_head: bool, where: str
+) -> int:
+    found = task.num_classes_in(state)
     if num_classes is not None and num_classes < 1:
         raise InputError(f"A classifier needs at least one class, not {num_classes}. Give the number of your classes.")
     if reset_head and (num_classes or found):
         return num_classes or found or 0
     if found is None:
         raise CheckpointError(
-            f"{where} has no classification head, as FCMAE pre-training leaves it: expected reset_head and num_classes "
+            f"{where} has no {task.name} head, as FCMAE pre-training leaves it: expected reset_head and num_classes "
             "(--reset-head --num-classes N) for a new one. Give both."
         )
     if num_classes not in (None, found):
@@ -287,20 +303,28 @@ def _variant_of(state: Mapping[str, Tensor], wanted: Variant | None, *, where: s
     return found
 
 
-def _with_new_head(state: Mapping[str, Tensor], variant: Variant, num_classes: int) -> dict[str, Tensor]:
-    """Replace the head; add the final norm, the identity, where pre-training left none."""
-    width = variant.dims[-1]
-    weight = torch.empty(num_classes, width)
-    nn.init.trunc_normal_(weight, std=0.02, generator=torch.Generator().manual_seed(HEAD_SEED))
-    fresh_norm = {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
-    if "head.weight" in state or fresh_norm.keys() & state.keys():
-        fresh_norm = {}  # a file with half of it is faulty, and the comparison says so
-    return {**state, **fresh_norm, "head.weight": weight, "head.bias": torch.zeros(num_classes)}
+def _with_new_head(task: Task, state: Mapping[str, Tensor], variant: Variant, num_classes: int) -> dict[str, Tensor]:
+    """Replace the head; add other modules of the task, such as the final norm, where pre-training left none."""
+    generator = torch.Generator().manual_seed(HEAD_SEED)
+    kept, fresh = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}, {}
+    for module_name, module in task.modules(variant, num_classes).items():
+        own = {f"{module_name}.{name}": tensor.detach() for name, tensor in module.state_dict().items()}
+        if module_name != "head" and (len(kept) < len(state) or own.keys() & kept.keys()):
+            continue  # a file with half of it is faulty, and the comparison says so
+        for name, tensor in own.items():
+            if tensor.ndim > 1:
+                nn.init.trunc_normal_(tensor, std=0.02, generator=generator)
+            elif name.endswith("bias"):
+                tensor.zero_()
+        fresh.update(own)
+    return {**kept, **fresh}
 
 
-def _filled_model(variant: Variant, num_classes: int, state: Mapping[str, Tensor], *, where: str) -> ConvNeXtV2:
+def _filled_model(
+    task: Task, variant: Variant, num_classes: int, state: Mapping[str, Tensor], *, where: str
+) -> ConvNeXtV2:
     with torch.device("meta"):
-        model = create_model(variant, num_classes)
+        model = create_model(variant, num_classes, task=task)
     if differences := shape_differences(state, model.state_dict()):
         first = next((each for each in differences if each.problem == "shape"), differences[0])
         found = variant_with_structure(structure_of(state))

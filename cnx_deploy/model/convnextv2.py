@@ -1,32 +1,40 @@
 """The training form of ConvNeXt V2: readable, trainable, the reference for everything else. V1 differs in its blocks.
 
+A network is the backbone, whose stages are here, and the head of a task (`model.tasks`).
+
 Source: Woo et al., arXiv:2301.00808; reference code facebookresearch/ConvNeXt-V2, `models/convnextv2.py` (MIT).
 """
 
 import itertools
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.variants import Variant, check_image_size, find_variant
-from cnx_deploy.model.layers import EPS, Block, LayerNormChannelsFirst
+from cnx_deploy.model.layers import Block, LayerNormChannelsFirst
+from cnx_deploy.model.tasks.base import Outputs, Task, find_task, sole_or_named
 
 __all__ = ["ConvNeXtV2", "create_model", "random_model"]
 
 
 class ConvNeXtV2(nn.Module):
-    """ConvNeXt V2 classifier, or V1 where the variant says so.
+    """ConvNeXt V2, or V1 where the variant says so, with the head of a task.
 
-    Shape: (N, 3, H, W) normalised images -> (N, num_classes) logits; H and W multiples of 32.
+    Shape: (N, 3, H, W) normalised images -> (N, num_classes) logits of a classifier, or what the task declares; H and W
+    multiples of 32.
 
     Args:
         variant: depths and widths.
         num_classes: width of the head.
+        task: what the network is for.
         drop_path_rate: stochastic-depth rate of the last block; it rises linearly from 0 over the blocks.
         head_init_scale: factor on the head's initial weight and bias (0.001 in the paper's fine-tuning).
     """
+
+    norm: nn.LayerNorm  # of a classifier
+    head: nn.Linear  # of a classifier; another task's is a module of its own
 
     def __init__(
         self,
@@ -34,16 +42,16 @@ class ConvNeXtV2(nn.Module):
         num_classes: int = 1000,
         drop_path_rate: float = 0.0,
         head_init_scale: float = 1.0,
+        task: Task | str = "classification",
     ) -> None:
         if num_classes < 1:
-            raise InputError(
-                f"A classifier needs at least one class, not {num_classes}. Give the number of your classes."
-            )
+            raise InputError(f"A network needs at least one class, not {num_classes}. Give the number of your classes.")
         if not 0.0 <= drop_path_rate < 1.0:
             raise InputError(f"A stochastic-depth rate lies in [0, 1), not at {drop_path_rate}. Give one that does.")
         super().__init__()
         self.variant = variant
         self.num_classes = num_classes
+        self.task = find_task(task) if isinstance(task, str) else task
         widths = variant.dims
         stem = nn.Sequential(nn.Conv2d(3, widths[0], kernel_size=4, stride=4), LayerNormChannelsFirst(widths[0]))
         downsamplings = [
@@ -52,12 +60,12 @@ class ConvNeXtV2(nn.Module):
         ]
         self.downsample_layers = nn.ModuleList([stem, *downsamplings])
         self.stages = nn.ModuleList(_stages(variant, drop_path_rate))
-        self.norm = nn.LayerNorm(widths[-1], eps=EPS)
-        self.head = nn.Linear(widths[-1], num_classes)
+        for name, module in self.task.modules(variant, num_classes).items():
+            self.add_module(name, module)
         self.apply(_initialise)
         with torch.no_grad():
-            self.head.weight.mul_(head_init_scale)
-            self.head.bias.mul_(head_init_scale)
+            for parameter in self.head.parameters():
+                parameter.mul_(head_init_scale)
 
     def stem_layers(self) -> tuple[nn.Conv2d, LayerNormChannelsFirst]:
         """The stem's convolution and norm."""
@@ -73,18 +81,19 @@ class ConvNeXtV2(nn.Module):
         """The blocks of each stage, stage 1 first."""
         return [cast(list[Block], list(cast(nn.Sequential, stage))) for stage in self.stages]
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, C4), pooled and normalised."""
+    def forward_outputs(self, images: Tensor) -> Outputs:
+        """(N, 3, H, W) -> the outputs of the task by name."""
         check_image_size(images.shape[-2], images.shape[-1])
-        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
+        maps: dict[int, Tensor] = {}
+        for level, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             images = stage(downsample(images))
-        pooled: Tensor = self.norm(images.mean(dim=(-2, -1)))
-        return pooled
+            if level in self.task.levels:
+                maps[level] = images
+        return self.task.forward(self, maps)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Classify; see the class for shapes."""
-        logits: Tensor = self.head(self.forward_features(images))
-        return logits
+    def forward(self, images: Tensor) -> Any:
+        """Return the logits of a classifier, or the one output of another task; several are a dict by name."""
+        return sole_or_named(self.forward_outputs(images))
 
 
 def create_model(
@@ -93,16 +102,19 @@ def create_model(
     *,
     drop_path_rate: float = 0.0,
     head_init_scale: float = 1.0,
+    task: Task | str = "classification",
 ) -> ConvNeXtV2:
     """Build a freshly initialised model as the papers do.
 
     Truncated normal (0.02), zero biases, GRN the identity; in V1 LayerScale at 1e-6.
     """
     found = find_variant(variant) if isinstance(variant, str) else variant
-    return ConvNeXtV2(found, num_classes, drop_path_rate, head_init_scale)
+    return ConvNeXtV2(found, num_classes, drop_path_rate, head_init_scale, task)
 
 
-def random_model(variant: Variant | str, num_classes: int = 1000, *, seed: int = 0) -> ConvNeXtV2:
+def random_model(
+    variant: Variant | str, num_classes: int = 1000, *, seed: int = 0, task: Task | str = "classification"
+) -> ConvNeXtV2:
     """Build an evaluation-mode model whose every parameter is drawn at random, none of them zero or one.
 
     For parity and benchmarks: with the paper's initialisation GRN is the identity and a broken GRN would go
@@ -111,7 +123,7 @@ def random_model(variant: Variant | str, num_classes: int = 1000, *, seed: int =
     The same seed gives the same weights on every machine with the same torch.
     """
     with torch.device("meta"):
-        model = create_model(variant, num_classes)
+        model = create_model(variant, num_classes, task=task)
     model = model.to_empty(device="cpu").eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -5,7 +5,7 @@ channels-first throughout with pointwise layers as 1×1 convolutions, which ONNX
 Modules keep the training form's names (`stages.2.3.grn`), and so do the nodes of the exported graph.
 
 Precision is part of the module: in FP16 or BF16 every parameter is half, but each LayerNorm, the pooling and each GRN
-statistic are computed in FP32 (an *island*: `widen` in, `.to` out), and logits leave in FP32. Parts named in
+statistic are computed in FP32 (an *island*: `widen` in, `.to` out), and outputs leave in FP32. Parts named in
 `DeploySpec.keep_fp32` are islands as a whole: every part casts its input to its own type, so neighbours that are kept
 make one island. What is exported is what is read here.
 """
@@ -26,22 +26,19 @@ from cnx_deploy.model.deploy_layers import (
     InputNormalisation,
     NormedPatchConvolution,
     PatchConvolution,
-    TokenNorm,
     convolution,
     depthwise,
     doubles,
-    linear,
     type_of,
-    widen,
 )
 from cnx_deploy.model.folds import (
     fold_affine_into_conv,
-    fold_affine_into_linear,
     fold_input_normalisation,
     gain_moves_fewer_bytes_in_weight,
     norm_moves_fewer_bytes_on_patches,
 )
 from cnx_deploy.model.layers import Block
+from cnx_deploy.model.tasks.base import sole_or_named
 
 __all__ = [
     "BLOCK_PARTS",
@@ -63,13 +60,15 @@ BLOCK_PARTS = ("dwconv", "pwconv1", "grn", "pwconv2")
 class DeployedConvNeXtV2(nn.Module):
     """The deploy form; build it with `deploy_form`.
 
-    Shape: raw images as `spec.input_kind` says -> (N, num_classes) float32 logits (float64 in float64).
+    Shape: raw images as `spec.input_kind` says -> the task's outputs in float32 (float64 in float64), for a classifier
+    (N, num_classes) logits.
     """
 
     def __init__(self, model: ConvNeXtV2, spec: DeploySpec) -> None:
         super().__init__()
         self.spec = spec
-        self.num_classes = model.num_classes
+        self.task = model.task
+        self.output_specs = model.task.outputs(model.num_classes)
         check_parts(spec.keep_fp32, model.variant)
         self.normalise = None if "input-normalisation" in spec.folds else _input_normalisation(spec)
         # Each part is rounded as it is made: float64 copies of huge take 5 GB.
@@ -78,28 +77,28 @@ class DeployedConvNeXtV2(nn.Module):
             for index, layer in enumerate(_downsample_layers(model, spec))
         )
         self.stages = nn.ModuleList(nn.Sequential(*stage) for stage in _stages(model, spec))
-        dense, affine = doubles(model.head), doubles(model.norm)
-        folded = "head-affine" in spec.folds
-        self.norm = _rounded(TokenNorm() if folded else TokenNorm(*affine), "head", spec)
-        self.head = _rounded(linear(*(fold_affine_into_linear(*dense, *affine) if folded else dense)), "head", spec)
+        for name, module in model.task.deployed_modules(model, spec).items():
+            self.add_module(name, _rounded(module, "head", spec))
 
     @property
     def norm_on_patches(self) -> bool:
         """Whether the stem's norm is computed on its patches."""
         return any(isinstance(module, NormedPatchConvolution) for module in self.downsample_layers.modules())
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Classify; see the class for shapes."""
+    def forward(self, images: Tensor) -> Any:
+        """Return the one output of the task, or several as a dict by name."""
         if self.spec.scales_input:
             images = images * 255.0
         hidden = images if self.normalise is None else self.normalise(images)
         hidden = hidden.to(type_of(self.downsample_layers[0]))
         if self.spec.input_kind == "uint8" and not self.spec.reads_patches:
             hidden = hidden.permute(0, 3, 1, 2)  # after the cast: TensorRT's Transpose takes no uint8
-        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
+        maps: dict[int, Tensor] = {}
+        for level, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             hidden = stage(downsample(hidden.to(type_of(downsample))))
-        pooled = self.norm(widen(hidden).mean(dim=(2, 3))).to(self.head.weight.dtype)  # (N, C)
-        return widen(self.head(pooled))
+            if level in self.task.levels:
+                maps[level] = hidden
+        return sole_or_named(self.task.deployed_forward(self, maps))
 
 
 def deploy_form(model: ConvNeXtV2, spec: DeploySpec) -> DeployedConvNeXtV2:

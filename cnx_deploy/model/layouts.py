@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.core.errors import CheckpointError
-from cnx_deploy.core.variants import V1_VARIANTS, VARIANTS, Variant
+from cnx_deploy.core.variants import ALL_VARIANTS, Variant
 
 __all__ = [
     "Difference",
@@ -135,8 +135,7 @@ def structure_of(state: Mapping[str, Tensor]) -> Structure | None:
 
 def variant_with_structure(structure: Structure | None) -> Variant | None:
     """The one of the known sizes with these depths, widths and version, None if it is none of them."""
-    known = (*VARIANTS.values(), *V1_VARIANTS.values())
-    return next((each for each in known if (each.depths, each.dims, each.version) == structure), None)
+    return next((each for each in ALL_VARIANTS.values() if (each.depths, each.dims, each.version) == structure), None)
 
 
 def shape_differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[Difference]:

@@ -1,17 +1,19 @@
-"""The network that a manifest records: the record that an export writes, and the weights that it leads back to."""
+"""The network that a manifest records: the record that an export writes, its task, and the weights it leads back to."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 from cnx_deploy.core.errors import CorruptArtifactError, InputError
+from cnx_deploy.core.gates import Gate, OutputSpec
 from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord, relative_reference
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import find_variant
 from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, load_checkpoint, load_pretrained
 from cnx_deploy.model.convnextv2 import random_model
+from cnx_deploy.model.tasks.base import find_task
 
-__all__ = ["model_record", "recorded_model"]
+__all__ = ["model_record", "recorded_gate", "recorded_model", "recorded_outputs"]
 
 
 def model_record(
@@ -30,7 +32,19 @@ def model_record(
         preprocessing=preprocessing,
         class_names=loaded.class_names,
         head_is_new=loaded.head_is_new,
+        task=loaded.model.task.name,
     )
+
+
+def recorded_outputs(artifact: Artifact) -> tuple[OutputSpec, ...]:
+    """What the network of an artifact gives, as its task declares it."""
+    record = artifact.manifest.model
+    return find_task(record.task).outputs(record.num_classes)
+
+
+def recorded_gate(artifact: Artifact) -> Gate:
+    """What the outputs of an artifact are judged by: its task's gate for its precision."""
+    return find_task(artifact.manifest.model.task).gate(artifact.manifest.gate)
 
 
 def recorded_model(artifact: Artifact) -> LoadedModel:
@@ -43,7 +57,8 @@ def recorded_model(artifact: Artifact) -> LoadedModel:
     # A head that was new at the export is drawn again, from a fixed seed.
     head: dict[str, Any] = {"num_classes": record.num_classes, "reset_head": True} if record.head_is_new else {}
     if weights.origin == "random":
-        model = random_model(find_variant(record.variant), record.num_classes, seed=int(weights.reference))
+        seed, variant = int(weights.reference), find_variant(record.variant)
+        model = random_model(variant, record.num_classes, seed=seed, task=record.task)
         loaded = LoadedModel(model, weights, record.class_names, record.preprocessing)
     elif weights.origin == "checkpoint":
         path = artifact.path.parent / weights.reference
@@ -51,9 +66,9 @@ def recorded_model(artifact: Artifact) -> LoadedModel:
             raise InputError(
                 f"{artifact.path.name} was made from {path}, which is not there. Put it back or export again."
             )
-        loaded = load_checkpoint(path, record.variant, **head)
+        loaded = load_checkpoint(path, record.variant, task=record.task, **head)
     else:
-        loaded = load_pretrained(weights.reference, **head)
+        loaded = load_pretrained(weights.reference, task=record.task, **head)
     digest = hash_weights(loaded.model)
     if digest != weights.sha256:
         raise CorruptArtifactError(

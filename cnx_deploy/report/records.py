@@ -149,7 +149,8 @@ def _index_row(artifact: Artifact) -> dict[str, Any]:
 
 def _relative_l2(artifact: Artifact | None) -> str:
     facts = artifact.manifest.facts if artifact else None
-    return f"{facts.parity.differences.relative_l2_max:.2e}" if isinstance(facts, OnnxFacts) and facts.parity else ""
+    worst = facts.worst_parity if isinstance(facts, OnnxFacts) else None
+    return f"{worst.differences.relative_l2_max:.2e}" if worst else ""
 
 
 def _compiled(artifact: Artifact | None) -> Compiled | None:

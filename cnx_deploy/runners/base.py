@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.data.input_spec import InputSpec
+from cnx_deploy.model.tasks.base import Outputs
 
 __all__ = ["HoldsNothing", "PhaseTimes", "PhasedRunner", "Runner", "RunnerInfo"]
 
@@ -29,7 +30,7 @@ class RunnerInfo:
 
 
 class Runner(Protocol):
-    """A loaded model. Use it as a context manager; `run` blocks until the logits are there."""
+    """A loaded model. Use it as a context manager; `run` blocks until the outputs are there."""
 
     info: RunnerInfo
     input_spec: InputSpec
@@ -41,11 +42,11 @@ class Runner(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def run(self, images: Tensor) -> Tensor:
-        """Images as `input_spec` says, on `device` -> (N, num_classes) float32 logits on `device`.
+    def run(self, images: Tensor) -> Outputs:
+        """Images as `input_spec` says, on `device` -> the outputs of the task, (N, ...) float32 each, on `device`.
 
-        The result may be overwritten by the next call. Raises InputError on another shape or dtype, and, for images in
-        host memory, on NaN and infinity unless `input_spec` takes them.
+        A classifier gives "logits" (N, num_classes). The result may be overwritten by the next call. Raises InputError
+        on another shape or dtype, and, for images in host memory, on NaN and infinity unless `input_spec` takes them.
         """
         ...
 
@@ -67,8 +68,8 @@ class PhaseTimes:
 class PhasedRunner(Protocol):
     """A runner that can also say where the time of a call goes."""
 
-    def run_phases(self, images: Tensor) -> tuple[Tensor, PhaseTimes]:
-        """Images in host memory -> (N, num_classes) float32 logits in host memory, and the parts of the call."""
+    def run_phases(self, images: Tensor) -> tuple[Outputs, PhaseTimes]:
+        """Images in host memory -> outputs in host memory, as `run` gives them, and the parts of the call."""
         ...
 
 

@@ -15,6 +15,7 @@ from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.system import Machine, cpu_name
 from cnx_deploy.data.input_spec import InputSpec, check_input
 from cnx_deploy.exporters.untrusted import check_recorded
+from cnx_deploy.model.tasks.base import Outputs
 from cnx_deploy.runners.base import HoldsNothing, RunnerInfo
 from cnx_deploy.runners.emulator.graph import Evaluation, Graph
 from cnx_deploy.runners.registry import RunnerEntry, RunnerOptions, register_runner
@@ -49,12 +50,13 @@ class EmulatedRunner(HoldsNothing):
             details=(("rounding", "after every operator"),),
         )
 
-    def run(self, images: Tensor) -> Tensor:
-        """Raw images -> (N, num_classes) float32 logits."""
-        return self.evaluate(images).tensors[self.graph.outputs[0]].float()
+    def run(self, images: Tensor) -> Outputs:
+        """Raw images -> the graph's outputs in float32."""
+        tensors = self.evaluate(images).tensors
+        return {name: tensors[name].float() for name in self.graph.outputs}
 
     def evaluate(self, images: Tensor, keep: tuple[str, ...] = ()) -> Evaluation:
-        """Raw images -> logits and the tensors named in `keep`, in the types in which the graph stores them."""
+        """Raw images -> outputs and the tensors named in `keep`, in the types in which the graph stores them."""
         check_input(images, self.input_spec)
         with torch.inference_mode():
             return self.graph.evaluate(images, keep)

@@ -18,6 +18,7 @@ from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.system import Machine, cpu_count, cpu_name
 from cnx_deploy.data.input_spec import InputSpec, check_input
 from cnx_deploy.exporters.untrusted import check_recorded
+from cnx_deploy.model.tasks.base import Outputs
 from cnx_deploy.runners.base import RunnerInfo
 from cnx_deploy.runners.ort_session import LOAD_ERRORS, ends_of, open_session
 from cnx_deploy.runners.registry import RunnerEntry, RunnerOptions, register_runner
@@ -54,8 +55,9 @@ class OrtRunner:
     ) -> None:
         self._threads = threads = threads or cpu_count()
         self._session = open_session(path, device=device, threads=threads, spin=spin, optimise=optimise)
-        source, target = ends_of(self._session, path)
-        self._input_name, self._output_name, self._classes = source.name, target.name, int(target.shape[-1])
+        source, targets = ends_of(self._session, path)
+        self._input_name = source.name
+        self._output_sizes: dict[str, tuple[int, ...]] = {target.name: tuple(target.shape[1:]) for target in targets}
         self._path = path
         described: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         self.input_spec = _input_spec(source, described.get("cnx_deploy.batch"), path)
@@ -89,30 +91,36 @@ class OrtRunner:
     ) -> None:
         self._held.close()
 
-    def run(self, images: Tensor) -> Tensor:
-        """Raw images -> (N, num_classes) float32 logits."""
+    def run(self, images: Tensor) -> Outputs:
+        """Raw images -> the graph's outputs, (N, ...) float32 each."""
         check_input(images, self.input_spec)
         images = images.contiguous()
-        logits = torch.empty((len(images), self._classes), dtype=torch.float32, device=self.device)
+        outputs = {
+            name: torch.empty((len(images), *sizes), dtype=torch.float32, device=self.device)
+            for name, sizes in self._output_sizes.items()
+        }
         alone = len(images) // self._threads * self._threads if self._pool is not None else 0
         if self._pool is not None and alone:
             shares = [range(first, alone, self._threads) for first in range(self._threads)]
-            list(self._pool.map(lambda share: self._run_each(share, images, logits), shares))
+            list(self._pool.map(lambda share: self._run_each(share, images, outputs), shares))
         if alone < len(images):
-            self._bound_run(self._session, images[alone:], logits[alone:])
-        return logits
+            self._bound_run(self._session, images, outputs, slice(alone, len(images)))
+        return outputs
 
-    def _run_each(self, share: Iterable[int], images: Tensor, logits: Tensor) -> None:
+    def _run_each(self, share: Iterable[int], images: Tensor, outputs: Outputs) -> None:
         for index in share:
-            self._bound_run(self._image_session, images[index : index + 1], logits[index : index + 1])
+            self._bound_run(self._image_session, images, outputs, slice(index, index + 1))
 
-    def _bound_run(self, session: Any, images: Tensor, logits: Tensor) -> None:
-        """Contiguous images -> `logits`, in place."""
+    def _bound_run(self, session: Any, images: Tensor, outputs: Outputs, rows: slice) -> None:
+        """Run the contiguous images of some rows; the same rows of the outputs are written in place."""
+        images = images[rows]
         binding = session.io_binding()
         kind = np.uint8 if images.dtype == torch.uint8 else np.float32
         place = (self.device.type, self.device.index or 0)
         binding.bind_input(self._input_name, *place, kind, tuple(images.shape), images.data_ptr())
-        binding.bind_output(self._output_name, *place, np.float32, tuple(logits.shape), logits.data_ptr())
+        for name, output in outputs.items():
+            written = output[rows]
+            binding.bind_output(name, *place, np.float32, tuple(written.shape), written.data_ptr())
         try:
             session.run_with_iobinding(binding)
         except (*LOAD_ERRORS, RuntimeError) as error:

@@ -74,20 +74,24 @@ def open_session(
     return session
 
 
-def ends_of(session: Any, path: Path) -> tuple[Any, Any]:
-    """The one input and the one output. Raises InputError unless they are a batch of images and their logits."""
+def ends_of(session: Any, path: Path) -> tuple[Any, list[Any]]:
+    """The one input and the outputs. Raises InputError unless they are a batch of images and float tensors of it."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
-    if len(inputs) == len(outputs) == 1:
-        (source,), (target,) = inputs, outputs
+    if len(inputs) == 1 and outputs:
+        (source,) = inputs
         size = source.shape[2] if len(source.shape) == 4 else None
         takes = {"tensor(float)": [3, size, size], "tensor(uint8)": [size, size, 3]}
-        gives = target.type == "tensor(float)" and len(target.shape) == 2 and isinstance(target.shape[1], int)
-        if gives and isinstance(size, int) and takes.get(source.type) == source.shape[1:]:
-            return source, target
+        gives = [
+            target.type == "tensor(float)" and target.shape and all(isinstance(side, int) for side in target.shape[1:])
+            for target in outputs
+        ]
+        if all(gives) and isinstance(size, int) and takes.get(source.type) == source.shape[1:]:
+            return source, outputs
     declared = [", ".join(f"{each.name} {each.type} {each.shape}" for each in ends) for ends in (inputs, outputs)]
     raise InputError(
         f"{path} takes {declared[0] or 'nothing'} and gives {declared[1]}; expected one batch of images, float "
-        "(N, 3, S, S) or uint8 (N, S, S, 3), and float logits (N, classes). Export a network with cnx-deploy export."
+        "(N, 3, S, S) or uint8 (N, S, S, 3), and float outputs (N, …) of fixed sizes, such as the logits of a "
+        "classifier. Export a network with cnx-deploy export."
     )
 
 
@@ -100,7 +104,7 @@ def trial_run(path: Path, limits: Limits) -> None:
     Raises:
         RefusedArtifactError: the child was ended by a limit or a signal, or ran out of memory.
         CorruptArtifactError: ONNX Runtime cannot load or run the file.
-        InputError: the file does not take images or gives no logits.
+        InputError: the file does not take images or gives no float outputs.
     """
     run_isolated(
         "cnx_deploy.runners.ort_session:trial_run_task",

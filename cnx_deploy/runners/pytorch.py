@@ -1,35 +1,46 @@
 """PyTorch runners: the training form as the reference, the deploy form as it is written."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from cnx_deploy.core.deploy_spec import DeploySpec
+from cnx_deploy.core.gates import OutputSpec
 from cnx_deploy.core.system import cpu_name
 from cnx_deploy.data.input_spec import InputSpec, check_input
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import deploy_form
+from cnx_deploy.model.tasks.base import Outputs, named_outputs
 from cnx_deploy.runners.base import HoldsNothing, RunnerInfo
 
 __all__ = ["TorchRunner", "deployed_runner", "reference_runner"]
 
 
 class TorchRunner(HoldsNothing):
-    """Run a module that takes raw images as `input_spec` says; see `runners.base.Runner`."""
+    """Run a module that takes raw images as `input_spec` says; see `runners.base.Runner`.
 
-    def __init__(self, module: nn.Module, input_spec: InputSpec, info: RunnerInfo) -> None:
+    The module gives the one tensor of `outputs`, or several in a dict by name.
+    """
+
+    def __init__(
+        self, module: nn.Module, input_spec: InputSpec, info: RunnerInfo, outputs: Sequence[OutputSpec]
+    ) -> None:
         self.module = module.eval()
         self.input_spec = input_spec
+        self.outputs = tuple(outputs)
         self.info = info
         self.device = next(module.parameters()).device
 
-    def run(self, images: Tensor) -> Tensor:
-        """Raw images -> logits; blocks until they are there."""
+    def run(self, images: Tensor) -> Outputs:
+        """Raw images -> outputs; blocks until they are there."""
         check_input(images, self.input_spec)
         with torch.inference_mode():
-            logits: Tensor = self.module(images)
+            value = self.module(images)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return logits
+        return named_outputs(value, self.outputs)
 
 
 class _NormalisedModel(nn.Module):
@@ -41,16 +52,15 @@ class _NormalisedModel(nn.Module):
         self.std: Tensor
         self.model = model
         self.input_kind = spec.input_kind
-        own = model.head.weight
+        own = next(model.parameters())
         self.register_buffer("mean", own.new_tensor(spec.mean).view(3, 1, 1))
         self.register_buffer("std", own.new_tensor(spec.std).view(3, 1, 1))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         raw = images.to(self.mean.dtype)
         if self.input_kind == "uint8":
             raw = raw.permute(0, 3, 1, 2) / 255.0
-        logits: Tensor = self.model((raw - self.mean) / self.std)
-        return logits
+        return self.model((raw - self.mean) / self.std)
 
 
 def reference_runner(model: ConvNeXtV2, spec: DeploySpec) -> TorchRunner:
@@ -60,9 +70,9 @@ def reference_runner(model: ConvNeXtV2, spec: DeploySpec) -> TorchRunner:
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    dtype = str(model.head.weight.dtype).removeprefix("torch.")
-    module = _NormalisedModel(model, spec)
-    return TorchRunner(module, InputSpec(spec.input_kind, spec.image_size), _info(module, "torch", dtype))
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    module, outputs = _NormalisedModel(model, spec), model.task.outputs(model.num_classes)
+    return TorchRunner(module, InputSpec(spec.input_kind, spec.image_size), _info(module, "torch", dtype), outputs)
 
 
 def deployed_runner(model: ConvNeXtV2, spec: DeploySpec, device: str = "cpu") -> TorchRunner:
@@ -72,9 +82,8 @@ def deployed_runner(model: ConvNeXtV2, spec: DeploySpec, device: str = "cpu") ->
     might (torch's own norm accumulates in FP32), so it is no proof of FP16 safety.
     """
     module = deploy_form(model, spec).to(device)
-    return TorchRunner(
-        module, InputSpec(spec.input_kind, spec.image_size), _info(module, "torch-deploy", spec.precision)
-    )
+    info = _info(module, "torch-deploy", spec.precision)
+    return TorchRunner(module, InputSpec(spec.input_kind, spec.image_size), info, module.output_specs)
 
 
 def _info(module: nn.Module, backend: str, precision: str) -> RunnerInfo:

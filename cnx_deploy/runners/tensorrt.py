@@ -27,6 +27,8 @@ from cnx_deploy.core.system import Machine
 from cnx_deploy.data.input_spec import InputSpec, check_input
 from cnx_deploy.exporters.trt.backend import Backend, load_backend, require_gpu
 from cnx_deploy.exporters.untrusted import describe_engine
+from cnx_deploy.model.recorded import recorded_outputs
+from cnx_deploy.model.tasks.base import Outputs
 from cnx_deploy.runners.base import PhaseTimes, RunnerInfo
 from cnx_deploy.runners.cuda import CudaStream
 from cnx_deploy.runners.registry import RunnerEntry, RunnerOptions, register_runner
@@ -39,9 +41,9 @@ class _Buffers:
     """Fixed memory for one batch size, on the GPU and pinned on the host, and the graph that works on it."""
 
     images: Tensor
-    logits: Tensor
+    outputs: Outputs
     host_images: Tensor
-    host_logits: Tensor
+    host_outputs: Outputs
     graph: Any | None
 
 
@@ -158,7 +160,7 @@ class TensorRTRunner:
         self._session = EngineSession(backend, artifact.path.read_bytes(), artifact.path.name, device)
         _check_types(self._session, artifact)
         self._profiles = list(request.batches)
-        self._classes = artifact.manifest.model.num_classes
+        self._outputs = tuple(spec.name for spec in recorded_outputs(artifact))
         self._stream = self._session.stream
         self._cuda_graph = cuda_graph
         self._buffers: _Buffers | None = None
@@ -191,15 +193,15 @@ class TensorRTRunner:
         self._buffers = None  # the graph must go before its context
         self._session.__exit__(kind, error, trace)
 
-    def run(self, images: Tensor) -> Tensor:
-        """Raw images on the GPU -> (N, num_classes) float32 logits on the GPU; blocks until they are there."""
+    def run(self, images: Tensor) -> Outputs:
+        """Raw images on the GPU -> float32 outputs on the GPU; blocks until they are there."""
         with self._one_call:
-            logits = self.enqueue(images)
+            outputs = self.enqueue(images)
             self._stream.synchronize()
-        return logits
+        return outputs
 
-    def enqueue(self, images: Tensor) -> Tensor:
-        """Start an inference on this runner's stream; the logits are valid once the stream has been synchronised.
+    def enqueue(self, images: Tensor) -> Outputs:
+        """Start an inference on this runner's stream; the outputs are valid once the stream has been synchronised.
 
         The stream first waits for the current one, where the images are made. A view that is not contiguous is copied:
         TensorRT would read its memory in the wrong order without a word.
@@ -214,23 +216,23 @@ class TensorRTRunner:
             self._stream.copy(buffers.images, images)
             self._stream.replay(buffers.graph)
             self._stream.keep(images)
-            return buffers.logits
+            return buffers.outputs
         self._stream.wait_for_producer()
-        logits = self._bind(images)
+        outputs = self._bind(images)
         self._session.execute()
-        self._stream.keep(images, logits)
-        return logits
+        self._stream.keep(images, *outputs.values())
+        return outputs
 
-    def run_phases(self, images: Tensor) -> tuple[Tensor, PhaseTimes]:
-        """Images in host memory -> logits in host memory, and the milliseconds of each part of the call.
+    def run_phases(self, images: Tensor) -> tuple[Outputs, PhaseTimes]:
+        """Images in host memory -> outputs in host memory, and the milliseconds of each part of the call.
 
-        Both go through pinned memory; filling it is not timed. The logits are overwritten by the next call.
+        Both go through pinned memory; filling it is not timed. The outputs are overwritten by the next call.
         """
         check_input(images, self.input_spec)
         buffers = self._buffers_for(images)
         buffers.host_images.copy_(images)
         if buffers.graph is None:
-            self._bind(buffers.images, buffers.logits)
+            self._bind(buffers.images, buffers.outputs)
         stream, marks = self._stream, [self._stream.mark()]
         stream.copy(buffers.images, buffers.host_images)
         marks.append(stream.mark())
@@ -241,11 +243,12 @@ class TensorRTRunner:
             stream.replay(buffers.graph)
         enqueue_ms = (time.perf_counter_ns() - start) / 1e6
         marks.append(stream.mark())
-        stream.copy(buffers.host_logits, buffers.logits)
+        for name, output in buffers.outputs.items():
+            stream.copy(buffers.host_outputs[name], output)
         marks.append(stream.mark())
         stream.synchronize()
         h2d, compute, d2h = (stream.milliseconds(*pair) for pair in itertools.pairwise(marks))
-        return buffers.host_logits, PhaseTimes(h2d, compute, d2h, enqueue_ms)
+        return buffers.host_outputs, PhaseTimes(h2d, compute, d2h, enqueue_ms)
 
     def _buffers_for(self, images: Tensor) -> _Buffers:
         """The buffers of this batch size, made at its first call.
@@ -257,9 +260,10 @@ class TensorRTRunner:
             self._buffers = None
             inputs = torch.zeros(tuple(images.shape), dtype=images.dtype, device=self.device)
             self._stream.wait_for_producer()
-            logits = self._bind(inputs)
+            outputs = self._bind(inputs)
             graph = self._captured() if self._cuda_graph else None
-            self._buffers = _Buffers(inputs, logits, self._stream.pinned(inputs), self._stream.pinned(logits), graph)
+            pinned = {name: self._stream.pinned(output) for name, output in outputs.items()}
+            self._buffers = _Buffers(inputs, outputs, self._stream.pinned(inputs), pinned, graph)
         return self._buffers
 
     def _captured(self) -> Any:
@@ -271,13 +275,14 @@ class TensorRTRunner:
         except RuntimeError as error:  # torch's word for a capture that CUDA refused
             raise BuildError(f"The engine cannot be captured ({error}). Run it without a CUDA graph.") from error
 
-    def _bind(self, images: Tensor, logits: Tensor | None = None) -> Tensor:
-        """Give the context the shape and address of both tensors, `logits` made where there is none; returns it."""
+    def _bind(self, images: Tensor, outputs: Outputs | None = None) -> Outputs:
+        """Give the context shape and addresses of all tensors; outputs are made where there are none, and returned."""
         self._select_profile(len(images))
         self._session.set_input_shape(images)
-        logits = self._session.empty("logits", torch.float32) if logits is None else logits
-        self._session.bind(images=images, logits=logits)
-        return logits
+        if outputs is None:
+            outputs = {name: self._session.empty(name, torch.float32) for name in self._outputs}
+        self._session.bind(images=images, **outputs)
+        return outputs
 
     def _select_profile(self, batch: int) -> None:
         """The tightest profile that holds the batch."""
@@ -312,10 +317,10 @@ def _current_target() -> str:
 
 
 def _check_types(session: EngineSession, artifact: Artifact[EngineManifest]) -> None:
-    """TensorRT reads a buffer as the type it was built for, whatever is in it: wrong logits, no error."""
+    """TensorRT reads a buffer as the type it was built for, whatever is in it: wrong outputs, no error."""
     found = session.tensor_types()
     images = "UINT8" if artifact.manifest.deploy.input_kind == "uint8" else "FLOAT"
-    expected = {"images": images, "logits": "FLOAT"}
+    expected = {"images": images, **{spec.name: "FLOAT" for spec in recorded_outputs(artifact)}}
     if found != expected:
         raise CorruptArtifactError(
             f"{artifact.path.name} takes and gives {found}; its manifest promises {expected}. Build it again with "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cnx_deploy.core.plotting import BLUE, GREY, RED, save_svg
-from cnx_deploy.verification.evaluation import CalibrationBin, Evaluation
+from cnx_deploy.model.tasks.classification_metrics import CalibrationBin, Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

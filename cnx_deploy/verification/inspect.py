@@ -243,7 +243,7 @@ def _onnx_facts(path: Path, artifact: Artifact[OnnxManifest] | None) -> tuple[di
         more: dict[str, Any] = {"checked": list(ONNX_CHECKS)}
         notes = ("No manifest beside it names it, so neither its hash nor its origin can be checked.",)
     else:
-        graph, parity = check_graph(path, artifact.file_names), artifact.manifest.facts.parity
+        graph, parity = check_graph(path, artifact.file_names), artifact.manifest.facts.worst_parity
         more = {**_manifest_facts(artifact), "parity": parity.to_dict() if parity else None}
     facts = {
         "opset": graph.opset,
@@ -282,6 +282,7 @@ def _manifest_facts(artifact: Artifact) -> dict[str, Any]:
     count = len(manifest.files)
     return {
         "variant": model.variant,
+        "task": model.task,
         "classes": model.num_classes,
         "image_size": model.image_size,
         "precision": manifest.precision.name,

@@ -5,16 +5,16 @@ is listed where the two disagree. A flip is excused by the rule of `parity.NOISE
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cnx_deploy.core.gates import Gate, ParityResult
-from cnx_deploy.data import BrokenImage
-from cnx_deploy.verification.parity import NOISE_MARGIN, RunningDifferences
+from cnx_deploy.core.gates import Gate, OutputSpec, ParityResult
+from cnx_deploy.core.preprocessing import BrokenImage
+from cnx_deploy.verification.parity import NOISE_MARGIN, OutputComparison, RunningDifferences
 
 __all__ = ["Agreement", "Flip", "LabelledResult", "RunningComparison", "Verification", "table_of"]
 
@@ -134,30 +134,41 @@ class RunningComparison:
     """Candidate against reference, batch by batch.
 
     Args:
-        class_names: a name for every logit where the images have labels, else none.
+        specs: the outputs of the task.
+        class_names: a name for every score of `class_output` where the images have labels, else none.
+        class_output: the output that labels are compared with.
     """
 
-    def __init__(self, class_names: Sequence[str] = ()) -> None:
+    def __init__(
+        self, specs: Sequence[OutputSpec], class_names: Sequence[str] = (), class_output: str | None = None
+    ) -> None:
         self.class_names = tuple(class_names)
         self.sizes: list[int] = []
         self._paths: list[str] = []
         self._labels: list[int] = []
-        self._differences = RunningDifferences()
+        self._comparison = OutputComparison(specs)
+        self._class_output = class_output if self.class_names else None
 
     def add(
-        self, candidate: Tensor, reference: Tensor, paths: Sequence[str], labels: Sequence[int] = (), *, size: int = 0
+        self,
+        candidate: Mapping[str, Tensor],
+        reference: Mapping[str, Tensor],
+        paths: Sequence[str],
+        labels: Sequence[int] = (),
+        *,
+        size: int = 0,
     ) -> None:
-        """Logits (N, num_classes) of both sides for the same images; a label is an index of the logits.
+        """Outputs (N, ...) of both sides for the same images; a label is an index of the class scores.
 
         `size`: images that the candidate was run on, copies included; 0 for N. Raises InputError when the shapes
         differ or there is no image.
         """
-        self._differences.add(candidate, reference)
+        self._comparison.add(candidate, reference)
         self._labels.extend(labels)
         self._paths.extend(paths)
-        self.sizes.append(size or len(candidate))
+        self.sizes.append(size or len(paths))
 
-    def result(
+    def results(
         self,
         names: tuple[str, str],
         gate: Gate,
@@ -165,26 +176,29 @@ class RunningComparison:
         sizes: Sequence[int] = (),
         available: int = 0,
         broken: Sequence[BrokenImage] = (),
-    ) -> ParityResult:
-        """The verdict, a LabelledResult where there are labels.
+    ) -> tuple[ParityResult, ...]:
+        """The verdict of each output, a LabelledResult for the class scores where there are labels.
 
         `names`: candidate and reference. `sizes`: batch sizes in place of those that were added. `available` and
         `broken` are of the source, whose images need not all have been run.
         """
-        measured = self._differences.result()
-        failures = gate.failures(measured)
-        words = (*names, gate, tuple(dict.fromkeys(sizes or self.sizes)), measured)
-        if not self.class_names:
-            return ParityResult(*words, failures)
-        agreement = self._agreement(available, tuple(broken))
-        if unexcused := len(agreement.unexcused):
-            failures += (f"{unexcused} flips of top-1 by more than noise explains",)
-        return LabelledResult(*words, failures, agreement)
+        results: list[ParityResult] = []
+        for output, measured in self._comparison.results().items():
+            failures = gate.failures(measured)
+            words = (*names, gate, tuple(dict.fromkeys(sizes or self.sizes)), output, measured)
+            if output != self._class_output:
+                results.append(ParityResult(*words, failures))
+                continue
+            agreement = self._agreement(self._comparison.running[output], available, tuple(broken))
+            if unexcused := len(agreement.unexcused):
+                failures += (f"{unexcused} flips of top-1 by more than noise explains",)
+            results.append(LabelledResult(*words, failures, agreement))
+        return tuple(results)
 
-    def _agreement(self, available: int, broken: tuple[BrokenImage, ...]) -> Agreement:
-        margins, errors, candidate, reference = self._differences.samples.unbind(dim=1)
-        flipped, excused = self._differences.flips
-        labels, rms = torch.tensor(self._labels, dtype=torch.float64), self._differences.rms_error
+    def _agreement(self, measured: RunningDifferences, available: int, broken: tuple[BrokenImage, ...]) -> Agreement:
+        margins, errors, candidate, reference = measured.samples.unbind(dim=1)
+        flipped, excused = measured.flips
+        labels, rms = torch.tensor(self._labels, dtype=torch.float64), measured.rms_error
         flips = [
             Flip(
                 path=self._paths[at],
@@ -216,12 +230,16 @@ class RunningComparison:
 def table_of(verifications: Sequence[Verification]) -> Iterator[str]:
     """The verifications as the lines of a table, with what could not be run and the notes below."""
     yield f"{'artifact':34} {'run by':22} {'images':>6} {'rel. L2':>9} {'cosine':>10} {'top-1':>7} {'KL':>9}  verdict"
+    outputs = {entry.artifact: {result.output for result in entry.results} for entry in verifications}
     for entry in verifications:
         for result in entry.results:
             numbers = result.differences
+            top1 = "-" if numbers.top1_agreement is None else f"{numbers.top1_agreement:.2%}"
+            divergence = "-" if numbers.mean_kl is None else f"{numbers.mean_kl:.1e}"
+            run_by = result.candidate if len(outputs[entry.artifact]) == 1 else f"{result.candidate} {result.output}"
             yield (
-                f"{entry.artifact:34} {result.candidate:22} {numbers.samples:>6} {numbers.relative_l2_max:>9.1e} "
-                f"{numbers.centred_cosine_min:>10.7f} {numbers.top1_agreement:>7.2%} {numbers.mean_kl:>9.1e}  "
+                f"{entry.artifact:34} {run_by:22} {numbers.samples:>6} {numbers.relative_l2_max:>9.1e} "
+                f"{numbers.centred_cosine_min:>10.7f} {top1:>7} {divergence:>9}  "
                 f"{'pass' if result.passed else 'FAIL: ' + '; '.join(result.failures)}"
             )
             yield from (f"  {line}" for line in result.lines())

@@ -1,21 +1,27 @@
 """Whether two runners give the same answer, by measures that a broken model cannot pass.
 
 All differences are computed in float64. No single number is enough: relative L2 misses a flip of the decision, plain
-cosine a common shift of all logits, top-1 a slow drift; so a gate holds them all. Max abs is reported in units of the
-reference's spread and not gated, for it grows with the number of classes.
+cosine a common shift of all values, top-1 a slow drift; so a gate holds them all. Max abs is reported in units of the
+reference's spread and not gated, for it grows with the number of classes. Each output of a network is compared by
+itself; what decisions there are in it, its `OutputSpec` says.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.gates import Differences, Gate, ParityResult
+from cnx_deploy.core.gates import Differences, Gate, OutputSpec, ParityResult
+from cnx_deploy.model.tasks.base import Outputs, joined
 from cnx_deploy.runners.base import Runner
 
-__all__ = ["RunningDifferences", "compare", "differences", "logits_of"]
+__all__ = [
+    "OutputComparison", "RunningDifferences", "compare", "differences", "outputs_of", "verdicts", "worst_verdict",
+]  # fmt: skip
 
 NOISE_MARGIN = 4.0
 """A flip is noise where the reference's margin is below this many RMS errors (over all samples and logits): the
@@ -25,126 +31,201 @@ would excuse every flip, for two logits cannot change places without moving by t
 TINY = torch.finfo(torch.float64).tiny
 
 
-class RunningDifferences:
-    """Differences of candidate and reference, batch by batch: a few numbers of a sample stay, and no logits."""
+Activation = Literal["softmax", "sigmoid"]
 
-    def __init__(self) -> None:
-        self._rows: list[Tensor] = []  # relative L2, centred cosine, KL, margin, largest error, both best classes
-        self._nonfinite = self._logits = 0
+
+class RunningDifferences:
+    """Differences of candidate and reference, batch by batch: a few numbers of a sample stay, and no outputs.
+
+    `activation`: see `OutputSpec`. Scores are (N, K); values without decisions (N, ...).
+    """
+
+    def __init__(self, activation: Activation | None = "softmax") -> None:
+        self._activation = activation
+        self._rows: list[Tensor] = []  # relative L2, centred cosine, KL, margin, largest error, both decisions
+        self._nonfinite = self._values = 0
         self._squares = self._largest = self._mean = self._spread = 0.0
 
     def add(self, candidate: Tensor, reference: Tensor) -> None:
-        """Logits (N, num_classes) of both sides for the same samples.
+        """One output (N, ...) of both sides for the same samples.
 
         Raises InputError when the shapes differ or there is no sample.
         """
-        if candidate.shape != reference.shape or candidate.ndim != 2 or not candidate.numel():
+        shape = candidate.shape
+        fits = len(shape) >= 2 if self._activation is None else len(shape) == 2
+        if shape != reference.shape or not fits or not candidate.numel():
             raise InputError(
-                f"Cannot compare logits of shape {tuple(candidate.shape)} with {tuple(reference.shape)}: expected the "
+                f"Cannot compare outputs of shape {tuple(shape)} with {tuple(reference.shape)}: expected the "
                 "same. Give both runs the same images and classes."
             )
-        a, b = candidate.detach().double().cpu(), reference.detach().double().cpu()
-        error, log_p, log_q = a - b, b.log_softmax(dim=1), a.log_softmax(dim=1)
+        a, b = (side.detach().double().cpu().flatten(1) for side in (candidate, reference))
+        error = a - b
         columns = (
             error.norm(dim=1) / b.norm(dim=1).clamp_min(TINY),
             _centred_cosine(a, b),
-            (log_p.exp() * (log_p - log_q)).sum(dim=1),
-            _margins(b),
-            error.abs().amax(dim=1),
-            _best(a).double(),
-            _best(b).double(),
+            *DECISIONS[self._activation](a, b, error.abs().amax(dim=1)),
         )
         self._rows.append(torch.stack(columns, dim=1))
         self._nonfinite += int((~torch.isfinite(a)).sum() + (~torch.isfinite(b)).sum())
         self._squares += float(error.square().sum())
         self._largest = max(self._largest, float(error.abs().max()))
         # Sums of squares about the running mean, which lose no digits where the mean is large (Chan et al., 1979).
-        shift, share = float(b.mean()) - self._mean, b.numel() / (self._logits + b.numel())
-        self._spread += float((b - b.mean()).square().sum()) + shift * shift * self._logits * share
+        shift, share = float(b.mean()) - self._mean, b.numel() / (self._values + b.numel())
+        self._spread += float((b - b.mean()).square().sum()) + shift * shift * self._values * share
         self._mean += shift * share
-        self._logits += b.numel()
+        self._values += b.numel()
 
     @property
     def rms_error(self) -> float:
-        """Root mean square of the differences of all logits; NaN where one is not finite."""
-        return math.sqrt(self._squares / self._logits) if math.isfinite(self._squares) else math.nan
+        """Root mean square of the differences of all values; NaN where one is not finite."""
+        return math.sqrt(self._squares / self._values) if math.isfinite(self._squares) else math.nan
 
     @property
     def samples(self) -> Tensor:
-        """(N, 4) float64: margin of the reference, largest error, best class of candidate and reference.
+        """(N, 4) float64: margin of the reference, largest error, decision of candidate and reference.
 
-        A best class is -1 where a logit of the sample is not finite.
+        A decision is the best class; -1 where a value of the sample is not finite.
         """
         return torch.cat(self._rows)[:, 3:]
 
     @property
     def flips(self) -> tuple[Tensor, Tensor]:
-        """(N,) bool each: where the best classes differ or are none, and where the run's noise explains it."""
+        """(N,) bool each: where the decisions differ or are none, and where the run's noise explains it."""
         margins, _, candidate, reference = self.samples.unbind(dim=1)
         finite = (candidate >= 0) & (reference >= 0)
         flipped = (candidate != reference) | ~finite
         return flipped, flipped & finite & (margins <= NOISE_MARGIN * self.rms_error)
 
     def result(self) -> Differences:
-        """The differences over everything added; NaN where a logit is not finite."""
-        rows = torch.cat(self._rows)
+        """The differences over everything added; NaN where a value is not finite."""
+        rows, decides = torch.cat(self._rows), self._activation is not None
         count, nan = len(rows), math.nan
         if self._nonfinite:
             return Differences(count, self._nonfinite, nan, nan, nan, nan, 0, 0, nan, nan)
         flipped, excused = self.flips
-        spread = math.sqrt(self._spread / self._logits)
+        spread = math.sqrt(self._spread / self._values)
         return Differences(
             samples=count,
             nonfinite_count=0,
             relative_l2_median=float(rows[:, 0].median()),
             relative_l2_max=float(rows[:, 0].max()),
             centred_cosine_min=float(rows[:, 1].min()),
-            top1_agreement=1.0 - float((flipped & ~excused).double().mean()),
+            top1_agreement=1.0 - float((flipped & ~excused).double().mean()) if decides else None,
             flips=int(flipped.sum()),
             excused_flips=int(excused.sum()),
-            mean_kl=max(0.0, float(rows[:, 2].mean())),
+            mean_kl=max(0.0, float(rows[:, 2].mean())) if decides else None,
             max_abs_in_std=self._largest / max(spread, TINY),
         )
 
 
-def differences(candidate: Tensor, reference: Tensor) -> Differences:
-    """Compare logits, (N, num_classes) each.
+class OutputComparison:
+    """Every output of candidate and reference, batch by batch."""
+
+    def __init__(self, specs: Sequence[OutputSpec]) -> None:
+        self.running = {spec.name: RunningDifferences(spec.activation) for spec in specs}
+
+    def add(self, candidate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
+        """All outputs of both sides for the same samples. Raises InputError when names or shapes differ."""
+        for given in (candidate, reference):
+            if given.keys() != self.running.keys():
+                raise InputError(
+                    f"Cannot compare the outputs {', '.join(given)}: expected {', '.join(self.running)}, as the task "
+                    "declares them."
+                )
+        for name, running in self.running.items():
+            running.add(candidate[name], reference[name])
+
+    def results(self) -> dict[str, Differences]:
+        """The differences of each output over everything added."""
+        return {name: running.result() for name, running in self.running.items()}
+
+
+def differences(candidate: Tensor, reference: Tensor, activation: Activation | None = "softmax") -> Differences:
+    """Compare one output: logits (N, num_classes), or (N, ...) values without decisions where `activation` is None.
 
     Raises InputError when the shapes differ or there is no sample.
     """
-    running = RunningDifferences()
+    running = RunningDifferences(activation)
     running.add(candidate, reference)
     return running.result()
 
 
-def logits_of(runner: Runner, batches: Iterable[Tensor], progress: Callable[[int], None] | None = None) -> Tensor:
-    """Run every batch and return all logits in float64 on the CPU; `progress` is told the images of each batch."""
-    collected = []
+def outputs_of(runner: Runner, batches: Iterable[Tensor], progress: Callable[[int], None] | None = None) -> Outputs:
+    """Run every batch and return all outputs in float64 on the CPU; `progress` is told the images of each batch."""
+    collected: list[Outputs] = []
     for images in batches:
-        collected.append(runner.run(images.to(runner.device)).detach().double().cpu())
+        given = runner.run(images.to(runner.device))
+        collected.append({name: output.detach().double().cpu() for name, output in given.items()})
         if progress is not None:
             progress(len(images))
     if not collected:
         raise InputError(
             "There is no image to compare on: expected at least one. Give more samples, or a folder that holds some."
         )
-    return torch.cat(collected)
+    return joined(collected)
+
+
+def verdicts(
+    candidate: Mapping[str, Tensor], reference: Mapping[str, Tensor], specs: Sequence[OutputSpec], gate: Gate,
+    names: tuple[str, str], batches: Iterable[int],
+) -> tuple[ParityResult, ...]:  # fmt: skip
+    """Judge every output over all samples. `names`: of candidate and reference; `batches`: sizes that were run."""
+    comparison, sizes = OutputComparison(specs), tuple(dict.fromkeys(batches))
+    comparison.add(candidate, reference)
+    return tuple(
+        ParityResult(*names, gate, sizes, output, measured, gate.failures(measured))
+        for output, measured in comparison.results().items()
+    )
+
+
+def worst_verdict(results: Sequence[ParityResult]) -> ParityResult:
+    """The verdict of the output that fails, or else of the one that differs most."""
+    return max(results, key=lambda result: (not result.passed, result.differences.relative_l2_max))
 
 
 def compare(
     candidate: Runner,
-    reference_logits: Tensor,
+    expected: Mapping[str, Tensor],
     batches: Sequence[Tensor],
+    specs: Sequence[OutputSpec],
     gate: Gate,
     *,
     reference_name: str,
     progress: Callable[[int], None] | None = None,
-) -> ParityResult:
-    """Judge `candidate` on `batches` against the reference's logits for the same images, in the same order."""
-    measured = differences(logits_of(candidate, batches, progress), reference_logits)
-    name = f"{candidate.info.backend} {candidate.info.precision}"
-    sizes = tuple(dict.fromkeys(len(images) for images in batches))
-    return ParityResult(name, reference_name, gate, sizes, measured, gate.failures(measured))
+) -> tuple[ParityResult, ...]:
+    """Judge each output of `candidate` on `batches` against the reference's for the same images, in the same order."""
+    names = (f"{candidate.info.backend} {candidate.info.precision}", reference_name)
+    return verdicts(outputs_of(candidate, batches, progress), expected, specs, gate, names, map(len, batches))
+
+
+def _one_of_all(a: Tensor, b: Tensor, largest_error: Tensor) -> tuple[Tensor, ...]:
+    """KL, margin, largest error and decisions where the best of all scores (N, K) is the answer."""
+    log_p, log_q = b.log_softmax(dim=1), a.log_softmax(dim=1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(dim=1)
+    return divergence, _margins(b), largest_error, _best(a).double(), _best(b).double()
+
+
+def _each_by_itself(a: Tensor, b: Tensor, largest_error: Tensor) -> tuple[Tensor, ...]:
+    """The same where each score (N, K) is a yes above zero.
+
+    The margin is the largest score that changed its sign; a decision is the number of changed ones, 0 of the reference.
+    """
+    logs = [(F.logsigmoid(side), F.logsigmoid(-side)) for side in (b, a)]
+    divergence = sum(p.exp() * (p - q) for p, q in zip(*logs, strict=True)).mean(dim=1)
+    changed = (a > 0) != (b > 0)
+    finite = [torch.isfinite(side).all(dim=1) for side in (a, b)]
+    decisions = (torch.where(finite[0], changed.sum(dim=1), -1), torch.where(finite[1], 0, -1))
+    return divergence, (b.abs() * changed).amax(dim=1), largest_error, *(decision.double() for decision in decisions)
+
+
+def _no_decision(a: Tensor, b: Tensor, largest_error: Tensor) -> tuple[Tensor, ...]:
+    nothing = torch.zeros_like(largest_error)
+    return nothing, nothing, largest_error, nothing, nothing
+
+
+DECISIONS: Mapping[Activation | None, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]] = {
+    "softmax": _one_of_all, "sigmoid": _each_by_itself, None: _no_decision,
+}  # fmt: skip
 
 
 def _best(logits: Tensor) -> Tensor:
@@ -161,7 +242,7 @@ def _margins(logits: Tensor) -> Tensor:
 
 
 def _centred_cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of the logits less their mean: blind neither to a shift common to all classes nor to their spread."""
+    """Cosine of the values less their mean: blind neither to a shift common to all classes nor to their spread."""
     if a.shape[1] == 1:
         return torch.ones(len(a), dtype=torch.float64)
     a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)

@@ -1,8 +1,9 @@
-"""Logits of verifications on disk: who computed them, on which images, at which gate, so that they can be judged again.
+"""Outputs of verifications on disk: who computed them, on which images, at which gate; to be judged again.
 
-A folder holds one `.npz` a run, with the arrays `reference-0000` and `candidate-0000` onwards, a batch each, and one
-`index.json`: the files' hashes, the images, the gate and what made them. The index is written last, and again after
-each artifact; it carries a hash of itself. Nothing is parsed before its hash matches.
+A folder holds one `.npz` a run, with the arrays `reference-logits-0000` and `candidate-logits-0000` onwards, a batch
+each and so for each output, and one `index.json`: the files' hashes, the images, the gate and what made them. The
+index is written last, and again after each artifact; it carries a hash of itself. Nothing is parsed before its hash
+matches.
 """
 
 import datetime
@@ -25,11 +26,12 @@ from torch import Tensor
 from cnx_deploy.core.artifacts import sha256_of_file
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, OutputExistsError
 from cnx_deploy.core.files import make_folder, whole_file, write_text
-from cnx_deploy.core.gates import GATES, Gate, ParityResult
+from cnx_deploy.core.gates import GATES, Gate, OutputSpec, ParityResult
 from cnx_deploy.core.manifest import Artifact, ArtifactKind, Count, Positive, Sha256, Timestamp
+from cnx_deploy.core.preprocessing import BrokenImage
 from cnx_deploy.core.strict_json import bounded_content, kind_of, strict_json, typed
 from cnx_deploy.core.system import tool_versions
-from cnx_deploy.data import BrokenImage
+from cnx_deploy.model.tasks.base import Outputs
 from cnx_deploy.runners.base import RunnerInfo
 from cnx_deploy.verification.metrics import RunningComparison, Verification
 
@@ -56,9 +58,10 @@ LIMITS: dict[str, tuple[str, float, float]] = {
 
 @dataclass(frozen=True, slots=True)
 class SavedRun:
-    """One candidate against the reference; its logits are in `file`, by its name within the folder.
+    """One candidate against the reference; its outputs are in `file`, by its name within the folder.
 
-    `images` has a name for each image in order, `labels` each one's class, None without labels. `class_names`,
+    `outputs` are those of the task, and `class_output` is the one that labels are compared with. `images` has a name
+    for each image in order, `labels` each one's class, None without labels. `class_names`,
     `available` (images in the source) and `broken` (those that could not be read) belong to labelled images.
     """
 
@@ -68,10 +71,12 @@ class SavedRun:
     batches: tuple[Positive, ...]
     images: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     labels: tuple[Count, ...] | None
+    outputs: Annotated[tuple[OutputSpec, ...], msgspec.Meta(min_length=1)]
     file: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*\.npz$(?!\n)")]
     size_bytes: Count
     sha256: Sha256
     runner: RunnerInfo
+    class_output: str | None = None
     class_names: tuple[str, ...] = ()
     available: Count = 0
     broken: tuple[BrokenImage, ...] = ()
@@ -81,11 +86,16 @@ class SavedRun:
             raise ValueError("candidate: it is the reference too")
         if self.labels is not None and len(self.labels) != len(self.images):
             raise ValueError(f"labels: {len(self.labels)} labels of {len(self.images)} images")
+        sizes = {spec.name: spec.shape for spec in self.outputs}
+        if self.labels is not None and sizes.get(self.class_output or "") != (len(self.class_names),):
+            raise ValueError(
+                f"class_output: no output of {len(self.class_names)} classes is called {self.class_output}"
+            )
         if self.labels is not None and max(self.labels) >= len(self.class_names):
             raise ValueError(f"labels: {max(self.labels)} is none of {len(self.class_names)} classes")
 
-    def pairs(self, folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits of candidate and reference, (n, num_classes) float32 each, batch by batch as they were run.
+    def pairs(self, folder: Path) -> Iterator[tuple[Outputs, Outputs]]:
+        """Outputs of candidate and reference, (n, ...) float32 each, batch by batch as they were run.
 
         Raises CorruptArtifactError when the file is missing, was altered or holds other shapes or images.
         """
@@ -105,23 +115,23 @@ class SavedRun:
             try:
                 yield from self._pairs_in(stream)
             except (ValueError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile) as error:
-                raise CorruptArtifactError(f"{path} holds no logits of this run ({error}). {SAVE_AGAIN}") from error
+                raise CorruptArtifactError(f"{path} holds no outputs of this run ({error}). {SAVE_AGAIN}") from error
 
-    def _pairs_in(self, stream: IO[bytes]) -> Iterator[tuple[Tensor, Tensor]]:
-        count, columns = 0, len(self.class_names) if self.labels is not None else None
+    def _pairs_in(self, stream: IO[bytes]) -> Iterator[tuple[Outputs, Outputs]]:
+        count = 0
         with zipfile.ZipFile(stream) as archive:
-            for number in range(len(archive.namelist()) // 2):
+            for number in range(len(archive.namelist()) // (2 * len(self.outputs))):
                 candidate, reference = (
-                    _array(archive, f"{side}-{number:04d}.npy") for side in ("candidate", "reference")
+                    {spec.name: _array(archive, f"{side}-{spec.name}-{number:04d}.npy", spec) for spec in self.outputs}
+                    for side in ("candidate", "reference")
                 )
-                columns, count = columns or candidate.shape[1], count + len(candidate)
-                if candidate.shape != reference.shape or candidate.shape[1] != columns:
-                    raise ValueError(
-                        f"batch {number} has {candidate.shape} and {reference.shape}, expected {columns} classes"
-                    )
-                yield torch.from_numpy(candidate), torch.from_numpy(reference)
+                counts = {len(output) for side in (candidate, reference) for output in side.values()}
+                if len(counts) != 1:
+                    raise ValueError(f"the outputs of batch {number} are of different numbers of images: {counts}")
+                count += counts.pop()
+                yield candidate, reference
         if count != len(self.images):
-            raise ValueError(f"logits of {count} images, expected {len(self.images)}")
+            raise ValueError(f"outputs of {count} images, expected {len(self.images)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +167,14 @@ class SavedResults:
         self._written: list[SavedArtifact] = []
         self._runs: list[SavedRun] = []
 
-    def new_run(self, artifact: Artifact, runner: RunnerInfo, names: tuple[str, str]) -> "RunWriter":
-        """Where the logits of one runner of an artifact go. `names`: of candidate and reference."""
+    def new_run(
+        self, artifact: Artifact, runner: RunnerInfo, names: tuple[str, str], outputs: Sequence[OutputSpec]
+    ) -> "RunWriter":
+        """Where the outputs of one runner of an artifact go. `names`: of candidate and reference."""
         plain = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{artifact.path.name}-{runner.backend}").strip("-.")
         numbered = (plain, *(f"{plain}-{number}" for number in range(2, 10_000)))
         path = next(path for name in numbered if not (path := self.folder / f"{name}.npz").exists())
-        return RunWriter(path, runner, names)
+        return RunWriter(path, runner, names, outputs)
 
     def keep(self, run: SavedRun) -> None:
         """Add a run to the artifact that `finish` names."""
@@ -186,20 +198,27 @@ class SavedResults:
 
 
 class RunWriter:
-    """Takes pairs of logits batch by batch and writes each at once, so that no run is held in memory."""
+    """Takes pairs of outputs batch by batch and writes each at once, so that no run is held in memory."""
 
-    def __init__(self, path: Path, runner: RunnerInfo, names: tuple[str, str]) -> None:
-        self._path, self._runner, self._names = path, runner, names
+    def __init__(self, path: Path, runner: RunnerInfo, names: tuple[str, str], outputs: Sequence[OutputSpec]) -> None:
+        self._path, self._runner, self._names, self._outputs = path, runner, names, tuple(outputs)
         self._archive = zipfile.ZipFile(path, "x")
         self._images: list[str] = []
         self._labels: list[int] = []
         self._batches = 0
 
-    def add(self, candidate: Tensor, reference: Tensor, images: Sequence[str], labels: Sequence[int] = ()) -> None:
-        """Logits (n, num_classes) of both sides, saved in float32, and a name for each image."""
-        for side, logits in (("candidate", candidate), ("reference", reference)):
-            with self._archive.open(f"{side}-{self._batches:04d}.npy", "w", force_zip64=True) as stream:
-                np.lib.format.write_array(stream, logits.detach().float().cpu().contiguous().numpy())
+    def add(
+        self,
+        candidate: Mapping[str, Tensor],
+        reference: Mapping[str, Tensor],
+        images: Sequence[str],
+        labels: Sequence[int] = (),
+    ) -> None:
+        """Outputs (n, ...) of both sides, saved in float32, and a name for each image."""
+        for side, outputs in (("candidate", candidate), ("reference", reference)):
+            for name, output in outputs.items():
+                with self._archive.open(f"{side}-{name}-{self._batches:04d}.npy", "w", force_zip64=True) as stream:
+                    np.lib.format.write_array(stream, output.detach().float().cpu().contiguous().numpy())
         self._batches += 1
         self._images.extend(image.encode("utf-8", "backslashreplace").decode() for image in images)
         self._labels.extend(labels)
@@ -207,6 +226,7 @@ class RunWriter:
     def close(
         self,
         result: ParityResult,
+        class_output: str | None = None,
         class_names: tuple[str, ...] = (),
         available: int = 0,
         broken: tuple[BrokenImage, ...] = (),
@@ -221,10 +241,12 @@ class RunWriter:
             batches=result.batches,
             images=tuple(self._images),
             labels=labels,
+            outputs=self._outputs,
             file=self._path.name,
             size_bytes=self._path.stat().st_size,
             sha256=sha256_of_file(self._path),
             runner=self._runner,
+            class_output=class_output if class_names else None,
             class_names=class_names,
             available=available if class_names else 0,
             broken=broken if class_names else (),
@@ -232,7 +254,7 @@ class RunWriter:
 
 
 def read_saved(folder: Path) -> tuple[SavedArtifact, ...]:
-    """What `SavedResults` recorded in a folder; the hash of each file is checked when its logits are asked for.
+    """What `SavedResults` recorded in a folder; the hash of each file is checked when its outputs are asked for.
 
     Raises InputError when there is no index, CorruptArtifactError when it was altered, another version wrote it or a
     field is not what it should be.
@@ -285,13 +307,15 @@ def judge_saved(folder: Path, gate: str | None = None, **limits: float | None) -
     """
     judged = []
     for saved in read_saved(folder):
-        results = [_judged(run, folder, changed_gate(run.gate, gate, **limits)) for run in saved.runs]
+        results = [
+            result for run in saved.runs for result in _judged(run, folder, changed_gate(run.gate, gate, **limits))
+        ]
         judged.append(Verification(saved.artifact, saved.kind, tuple(results), saved.not_run, saved.notes))
     return judged
 
 
-def save_for_polygraphy(folder: Path, pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Path, Path]:
-    """Write images as a model takes them and PyTorch's logits in Polygraphy's own files, batch by batch.
+def save_for_polygraphy(folder: Path, pairs: Iterable[tuple[Tensor, Outputs]]) -> tuple[Path, Path]:
+    """Write images as a model takes them and PyTorch's outputs in Polygraphy's own files, batch by batch.
 
     `polygraphy run FILE.onnx --onnxrt --load-inputs inputs.json --load-outputs reference.json` goes on from there.
     """
@@ -300,15 +324,15 @@ def save_for_polygraphy(folder: Path, pairs: Iterable[tuple[Tensor, Tensor]]) ->
     from polygraphy.logger import G_LOGGER
 
     batches, results = list(pairs), RunResults()
-    logits = [{"logits": reference.float().contiguous().numpy()} for _, reference in batches]
-    results.add(logits, runner_name="torch-fp32")
-    inputs, outputs = folder / "inputs.json", folder / "reference.json"
+    outputs = [{name: output.float().contiguous().numpy() for name, output in given.items()} for _, given in batches]
+    results.add(outputs, runner_name="torch-fp32")
+    inputs, reference = folder / "inputs.json", folder / "reference.json"
     with G_LOGGER.verbosity(G_LOGGER.WARNING):  # it tells of each file on stdout
         with whole_file(inputs) as path:
             save_json([{"images": images.cpu().numpy()} for images, _ in batches], str(path), "inputs")
-        with whole_file(outputs) as path:
+        with whole_file(reference) as path:
             results.save(str(path))
-    return inputs, outputs
+    return inputs, reference
 
 
 def own_hash(document: Mapping[str, Any]) -> str:
@@ -316,18 +340,19 @@ def own_hash(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def _judged(run: SavedRun, folder: Path, gate: Gate) -> ParityResult:
-    comparison, at, labels = RunningComparison(run.class_names if run.labels is not None else ()), 0, run.labels or ()
+def _judged(run: SavedRun, folder: Path, gate: Gate) -> tuple[ParityResult, ...]:
+    names_of_classes = run.class_names if run.labels is not None else ()
+    comparison, at, labels = RunningComparison(run.outputs, names_of_classes, run.class_output), 0, run.labels or ()
     for candidate, reference in run.pairs(folder):
-        here = slice(at, at + len(candidate))
+        here = slice(at, at + len(next(iter(candidate.values()))))
         comparison.add(candidate, reference, run.images[here], labels[here])
         at = here.stop
     names = (run.candidate, run.reference)
-    return comparison.result(names, gate, sizes=run.batches, available=run.available, broken=run.broken)
+    return comparison.results(names, gate, sizes=run.batches, available=run.available, broken=run.broken)
 
 
-def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray[Any, Any]:
-    """A NumPy file of version 1 in C order, as `numpy.save` writes logits; no more memory than its bytes justify."""
+def _array(archive: zipfile.ZipFile, name: str, spec: OutputSpec) -> Tensor:
+    """A NumPy file of version 1 in C order, as `numpy.save` writes it; no more memory than its bytes justify."""
     try:
         entry = archive.getinfo(name)
     except KeyError as error:
@@ -339,8 +364,8 @@ def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray[Any, Any]:
             raise ValueError(f"{name} is no NumPy file of version 1")
         shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
         content = stream.read(MAX_BATCH_BYTES)
-    if dtype != np.dtype("<f4") or is_fortran or len(shape) != 2 or not all(shape):
-        raise ValueError(f"{name} is {dtype} of shape {shape}, expected float32 of two dimensions")
-    if len(content) != 4 * shape[0] * shape[1]:
+    if dtype != np.dtype("<f4") or is_fortran or not all(shape) or tuple(shape[1:]) != spec.shape:
+        raise ValueError(f"{name} is {dtype} of shape {shape}, expected float32 of {('N', *spec.shape)}")
+    if len(content) != 4 * math.prod(shape):
         raise ValueError(f"{name} has {len(content):,} bytes for the shape {shape}")
-    return np.frombuffer(content, "<f4").reshape(shape).copy()
+    return torch.from_numpy(np.frombuffer(content, "<f4").reshape(shape).copy())

@@ -3,9 +3,10 @@
 The reference is always PyTorch's training form in FP32 with the weights that the manifest names.
 """
 
+import math
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,21 +19,22 @@ from torch import Tensor
 from cnx_deploy.core.artifacts import is_onnx, open_artifact
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import GraphCheckError, InputError, MissingRequirementError, ParityError
-from cnx_deploy.core.gates import GATES, Gate, ParityResult
+from cnx_deploy.core.gates import GATES, Gate, OutputSpec, ParityResult
 from cnx_deploy.core.manifest import Artifact, OnnxManifest, TensorSpec
-from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.data import BrokenImage, ImageBatch, ImageLike, ImageSource, InputSpec, evenly, image_source
+from cnx_deploy.core.preprocessing import BrokenImage, Preprocessing
+from cnx_deploy.data import ImageBatch, ImageLike, ImageSource, InputSpec, evenly, image_source
 from cnx_deploy.data.image_source import checked_sizes
 from cnx_deploy.exporters.graph_checks import GraphFacts, check_graph
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import parts_of
-from cnx_deploy.model.recorded import recorded_model
+from cnx_deploy.model.recorded import recorded_gate, recorded_model
+from cnx_deploy.model.tasks.base import Outputs, find_task
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
 from cnx_deploy.runners.registry import RunnerOptions, find_runner, open_runner
 from cnx_deploy.verification.evaluation import class_positions
 from cnx_deploy.verification.metrics import RunningComparison, Verification
-from cnx_deploy.verification.parity import compare, logits_of
+from cnx_deploy.verification.parity import compare, outputs_of
 from cnx_deploy.verification.saved_results import SavedResults
 
 __all__ = ["TORCH_REFERENCE", "Candidate", "Reference", "verify_artifact", "verify_export"]
@@ -69,37 +71,41 @@ class Candidate:
         return f"{self.runner.info.backend} {self.runner.info.precision}"
 
 
-class _LogitsFile:
-    """Rows of float32 logits by image, in a temporary file that vanishes with this object."""
+class _OutputsFile:
+    """Float32 outputs by image, in a temporary file that vanishes with this object: one row holds all of an image's."""
 
-    def __init__(self) -> None:
+    def __init__(self, specs: Sequence[OutputSpec]) -> None:
         self._stream = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the object
         weakref.finalize(self, self._stream.close)
         self._rows: dict[int, int] = {}
-        self._width = 0
+        self._shapes = {spec.name: spec.shape for spec in specs}
+        self._widths = [math.prod(shape) for shape in self._shapes.values()]
 
     def __contains__(self, index: int) -> bool:
         return index in self._rows
 
-    def append(self, indices: Sequence[int], logits: Tensor) -> None:
-        rows = np.ascontiguousarray(logits.detach().float().cpu().numpy())
-        self._width = rows.shape[1]
+    def append(self, indices: Sequence[int], outputs: Mapping[str, Tensor]) -> None:
+        flat = [outputs[name].detach().float().cpu().flatten(1) for name in self._shapes]
         written = len(self._rows)
-        self._stream.seek(written * 4 * self._width)
-        self._stream.write(rows.tobytes())
+        self._stream.seek(written * 4 * sum(self._widths))
+        self._stream.write(torch.cat(flat, dim=1).numpy().tobytes())
         self._rows.update((index, written + at) for at, index in enumerate(indices))
 
-    def rows(self, indices: Sequence[int]) -> Tensor:
-        """(N, num_classes) of the images at `indices`."""
-        rows = np.empty((len(indices), self._width), dtype=np.float32)
+    def rows(self, indices: Sequence[int]) -> Outputs:
+        """The outputs (N, ...) of the images at `indices`."""
+        rows = np.empty((len(indices), sum(self._widths)), dtype=np.float32)
         for row, index in zip(rows, indices, strict=True):
-            self._stream.seek(self._rows[index] * 4 * self._width)
-            row[:] = np.frombuffer(self._stream.read(4 * self._width), dtype=np.float32)
-        return torch.from_numpy(rows)
+            self._stream.seek(self._rows[index] * row.nbytes)
+            row[:] = np.frombuffer(self._stream.read(row.nbytes), dtype=np.float32)
+        pieces = torch.split(torch.from_numpy(rows), self._widths, dim=1)
+        return {
+            name: piece.reshape(len(indices), *shape)
+            for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)
+        }
 
 
 class Reference:
-    """PyTorch's logits of the network that an artifact records, on a source of images, computed once an image.
+    """PyTorch's outputs of the network that an artifact records, on a source of images, computed once an image.
 
     Pixels are read again for each runner, so that memory is that of a batch. `broken`: images that could not be read
     so far, by their index in `images`.
@@ -107,7 +113,7 @@ class Reference:
     Args:
         artifact: any artifact of the network.
         data: a source, or a path that `data.find_images` reads; None makes images from a seed. Labels are used where
-            there are any: InputError when their classes are not the model's.
+            there are any and the task has class scores: InputError when their classes are not the model's.
         samples: images without labels to compare on, at least, None for SAMPLES; images with labels at most, evenly
             spread, None for all.
     """
@@ -118,14 +124,16 @@ class Reference:
         self.record = artifact.manifest.model
         self.images = ImageLike() if data is None else image_source(data)
         self.samples = samples
+        self.task = find_task(self.record.task)
+        self.specs = self.task.outputs(self.record.num_classes)
         self.class_names: tuple[str, ...] = ()
-        if self.images.class_names:
+        if self.images.class_names and self.task.class_output is not None:
             names = self.record.class_names
             self._positions = class_positions(self.images, names, self.record.num_classes)
             self.class_names = names or self.images.class_names
         self.loaded = recorded_model(artifact)
         self.broken: dict[int, BrokenImage] = {}
-        self._logits: dict[tuple[Any, ...], _LogitsFile] = {}
+        self._outputs: dict[tuple[Any, ...], _OutputsFile] = {}
 
     def matches(self, artifact: Artifact) -> bool:
         """Whether `artifact` holds the same network for the same image size."""
@@ -134,8 +142,8 @@ class Reference:
 
     def batches(
         self, deploy: DeploySpec, spec: InputSpec, limit: int | None = None, progress: Progress | None = None
-    ) -> Iterator[tuple[ImageBatch, Tensor]]:
-        """Batches of the sizes that are checked (1, 2, 7, the largest), each with PyTorch's logits (n, num_classes).
+    ) -> Iterator[tuple[ImageBatch, Outputs]]:
+        """Batches of the sizes that are checked (1, 2, 7, the largest), each with PyTorch's outputs (n, ...).
 
         Args:
             deploy: the deploy form whose input normalisation PyTorch undoes.
@@ -146,14 +154,14 @@ class Reference:
         Raises InputError when no image can be read, or one can no longer.
         """
         chosen = self._readable(deploy, self._chosen(spec, limit), progress)
-        logits = self._logits[_input_of(deploy)]
+        outputs = self._outputs[_input_of(deploy)]
         for batch in self.images.batches(self._preprocessing(spec), spec, checked_sizes(spec), chosen):
-            yield batch, logits.rows(batch.indices)
+            yield batch, outputs.rows(batch.indices)
 
     def pairs(
         self, artifact: Artifact, limit: int | None = None, progress: Progress | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images as `artifact` takes them and PyTorch's logits for each, copies that fill a batch up included.
+    ) -> Iterator[tuple[Tensor, Outputs]]:
+        """Images as `artifact` takes them and PyTorch's outputs for each, copies that fill a batch up included.
 
         `limit` None is `samples`, or SAMPLES of labelled images: the caller may hold them all.
         """
@@ -161,36 +169,37 @@ class Reference:
         spec = InputSpec(deploy.input_kind, deploy.image_size, smallest, largest)
         if limit is None and self.class_names:
             limit = self.samples or SAMPLES
-        for batch, logits in self.batches(deploy, spec, limit, progress):
-            copies = logits[:1].expand(len(batch.images) - len(batch), -1)
-            yield batch.images, torch.cat([logits, copies])
+        for batch, outputs in self.batches(deploy, spec, limit, progress):
+            at = torch.tensor([*range(len(batch)), *[0] * (len(batch.images) - len(batch))])
+            yield batch.images, {name: output[at] for name, output in outputs.items()}
 
     def judge(
         self, candidate: Candidate, progress: Progress | None = None, saved: SavedResults | None = None
-    ) -> ParityResult:
-        """Run the candidate and compare; `saved` is given both sides' logits.
+    ) -> tuple[ParityResult, ...]:
+        """Run the candidate and compare each output; `saved` is given both sides' outputs.
 
         A batch below the candidate's smallest is filled up with copies, which are not counted. Gives a
-        `metrics.LabelledResult` where the images have labels.
+        `metrics.LabelledResult` for class scores where the images have labels.
         """
         names, runner, done = (candidate.name, TORCH_REFERENCE), candidate.runner, 0
-        comparison = RunningComparison(self.class_names)
-        run = None if saved is None else saved.new_run(candidate.artifact, runner.info, names)
+        comparison = RunningComparison(self.specs, self.class_names, self.task.class_output)
+        run = None if saved is None else saved.new_run(candidate.artifact, runner.info, names, self.specs)
         deploy = candidate.artifact.manifest.deploy
         for batch, expected in self.batches(deploy, candidate.spec, candidate.limit, progress):
-            logits = runner.run(batch.images.to(runner.device))[: len(batch)].float().cpu().clone()
+            given = runner.run(batch.images.to(runner.device))
+            outputs = {name: output[: len(batch)].float().cpu().clone() for name, output in given.items()}
             labels = [self._positions[label] for label in batch.labels.tolist()] if self.class_names else []
-            comparison.add(logits, expected, batch.names, labels, size=len(batch.images))
+            comparison.add(outputs, expected, batch.names, labels, size=len(batch.images))
             if run is not None:
-                run.add(logits, expected, batch.names, labels)
+                run.add(outputs, expected, batch.names, labels)
             done += len(batch)
             if progress is not None:
                 progress(f"{candidate.name}: {done} images", len(batch))
         available, broken = len(self.images), tuple(self.broken[index] for index in sorted(self.broken))
-        result = comparison.result(names, candidate.gate, available=available, broken=broken)
+        results = comparison.results(names, candidate.gate, available=available, broken=broken)
         if saved is not None and run is not None:
-            saved.keep(run.close(result, self.class_names, available, broken))
-        return result
+            saved.keep(run.close(results[0], self.task.class_output, self.class_names, available, broken))
+        return results
 
     def _chosen(self, spec: InputSpec, limit: int | None) -> list[int]:
         """Without labels, at least as many images as the checked sizes take, of which a limit takes the first."""
@@ -201,14 +210,14 @@ class Reference:
         return [chosen[at] for at in evenly(len(chosen), limit)] if self.class_names else chosen[:limit]
 
     def _readable(self, deploy: DeploySpec, chosen: Sequence[int], progress: Progress | None) -> list[int]:
-        """Compute the logits that are not there yet; gives the images that can be read."""
-        logits = self._logits.setdefault(_input_of(deploy), _LogitsFile())
-        missing, done = [index for index in chosen if index not in logits], 0
+        """Compute the outputs that are not there yet; gives the images that can be read."""
+        outputs = self._outputs.setdefault(_input_of(deploy), _OutputsFile(self.specs))
+        missing, done = [index for index in chosen if index not in outputs], 0
         spec = InputSpec(deploy.input_kind, deploy.image_size)
         batches = self.images.batches(self._preprocessing(spec), spec, PIECE, missing, leave_out_broken=True)
         with reference_runner(self.loaded.model, deploy) as runner:
             for batch in batches:
-                logits.append(batch.indices, runner.run(batch.images))
+                outputs.append(batch.indices, runner.run(batch.images))
                 done += len(batch)
                 if progress is not None:
                     progress(f"PyTorch reference: {done} of {len(missing)} images", len(batch))
@@ -250,30 +259,31 @@ def verify_artifact(
         except MissingRequirementError as error:
             return Verification(artifact.path.name, "engine", (), not_run=(str(error),))
         with engine:
-            candidate = Candidate(artifact, engine, engine.input_spec, artifact.manifest.gate)
-            return Verification(artifact.path.name, "engine", (reference.judge(candidate, progress, saved),))
+            candidate = Candidate(artifact, engine, engine.input_spec, recorded_gate(artifact))
+            return Verification(artifact.path.name, "engine", reference.judge(candidate, progress, saved))
     _check_promised(artifact, check_graph(artifact.path, artifact.file_names))
     smallest, _, largest = artifact.manifest.batch
-    row, results = artifact.manifest.precision, []
+    row, gate = artifact.manifest.precision, recorded_gate(artifact)
+    results: list[ParityResult] = []
     for name in runners or row.proven_by:
         with open_runner(artifact, name, RunnerOptions(hashes_hold=True)) as runner:
             few = find_runner(name).is_slow and not runners
             limit = max(EMULATED_IMAGES, reference.samples or 0) if few else None
             spec = InputSpec(runner.input_spec.kind, runner.input_spec.image_size, smallest, largest)
-            results.append(reference.judge(Candidate(artifact, runner, spec, row.gate, limit), progress, saved))
+            results.extend(reference.judge(Candidate(artifact, runner, spec, gate, limit), progress, saved))
     widens = row.dtype == "float16" and any(find_runner(name).widens_half for name in runners or row.proven_by)
     notes = (HIDES_OVERFLOW,) if widens else ()
     return Verification(artifact.path.name, "onnx", tuple(results), notes=notes)
 
 
-def verify_export(artifact: Artifact[OnnxManifest], model: ConvNeXtV2) -> ParityResult:
+def verify_export(artifact: Artifact[OnnxManifest], model: ConvNeXtV2) -> tuple[ParityResult, ...]:
     """Compare a file with PyTorch before an export puts it into place, on batches of 1 and 2.
 
     The deploy form of a half-precision file is judged first with every part in FP32, since rounding would hide a small
     mistake. The file itself is run by ONNX Runtime where that can, and by the emulator, which alone sees FP16 overflow.
 
     Returns:
-        The verdict of the runner that proves most, for the manifest.
+        The verdicts of the runner that proves most, one an output, for the manifest.
 
     Raises ParityError, which names what differs.
     """
@@ -283,24 +293,30 @@ def verify_export(artifact: Artifact[OnnxManifest], model: ConvNeXtV2) -> Parity
     source = ImageLike(sum(sizes)).batches(Preprocessing(deploy.image_size), spec, sizes)
     batches = [batch.images for batch in source]
     with reference_runner(model, deploy) as runner:
-        expected = logits_of(runner, batches)
-    checked = RunnerOptions(hashes_hold=True)
+        expected = outputs_of(runner, batches)
+    checked, specs, task = RunnerOptions(hashes_hold=True), model.task.outputs(model.num_classes), model.task
     judged: list[tuple[str, Gate, Callable[[], Runner]]] = [
-        (path.name, deploy.row.gate, partial(open_runner, artifact, name, checked)) for name in deploy.row.proven_by
+        (path.name, task.gate(deploy.row.gate), partial(open_runner, artifact, name, checked))
+        for name in deploy.row.proven_by
     ]
     if deploy.is_half:
         single = replace(deploy, keep_fp32=parts_of(model.variant))
-        judged.insert(0, (f"The form of {path.name}", GATES["fp32"], partial(deployed_runner, model, single)))
+        judged.insert(
+            0, (f"The form of {path.name}", task.gate(GATES["fp32"]), partial(deployed_runner, model, single))
+        )
     remedy = " `cnx-deploy diagnose bisect` names what has to stay in FP32 (--keep-fp32)." if deploy.is_half else ""
     for what, gate, make in judged:
         with make() as runner:  # one after the other: each holds the weights of huge once more
-            result = compare(runner, expected, batches, gate, reference_name=TORCH_REFERENCE)
-        if not result.passed:
+            results = compare(runner, expected, batches, specs, gate, reference_name=TORCH_REFERENCE)
+        for result in results:
+            if result.passed:
+                continue
+            where = f" in {result.output}" if len(results) > 1 else ""
             raise ParityError(
-                f"{what} ({result.candidate}) differs from PyTorch: {'; '.join(result.failures)}. Nothing was written. "
-                f"Use --no-verify to keep the file for inspection.{remedy}"
+                f"{what} ({result.candidate}) differs from PyTorch{where}: {'; '.join(result.failures)}. Nothing was "
+                f"written. Use --no-verify to keep the file for inspection.{remedy}"
             )
-    return result
+    return results
 
 
 def _check_promised(artifact: Artifact[OnnxManifest], graph: GraphFacts) -> None:
@@ -330,5 +346,5 @@ def _check_promised(artifact: Artifact[OnnxManifest], graph: GraphFacts) -> None
 
 
 def _input_of(deploy: DeploySpec) -> tuple[Any, ...]:
-    """What PyTorch's logits depend on beside the weights."""
+    """What PyTorch's outputs depend on beside the weights."""
     return deploy.input_kind, deploy.image_size, deploy.mean, deploy.std

@@ -30,14 +30,14 @@ def made(word: str, model: ConvNeXtV2, folder: Path, spec: DeploySpec = SPEC) ->
     runner = peer.prepare(PeerSetup(model, spec, QUIET, folder))()
     take = peer.input_from_pixels(spec)
     images = take(PIXELS) if take is not None else runner_input(PIXELS, spec.input_kind)
-    return runner, runner.run(images.to(runner.device))
+    return runner, runner.run(images.to(runner.device))["logits"]
 
 
 @pytest.mark.parametrize("kind", ["float", pytest.param("uint8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("word", ["torch", "timm", pytest.param("timm-18", marks=pytest.mark.slow)])
 def test_a_peer_gives_the_logits_of_the_reference(tiny_model: ConvNeXtV2, tmp_path: Path, word: str, kind: str) -> None:
     spec = DeploySpec(image_size=32, input_kind=kind)
-    expected = reference_runner(tiny_model, spec).run(runner_input(PIXELS, kind)).clone()
+    expected = reference_runner(tiny_model, spec).run(runner_input(PIXELS, kind))["logits"].clone()
     runner, logits = made(word, tiny_model, tmp_path, spec)
     assert not GATES["fp32"].failures(differences(logits, expected))
     assert runner.info.precision in ("fp32", "float32")
@@ -57,9 +57,9 @@ def test_a_peer_in_half_is_within_the_fp16_gate_and_outside_the_fp32_one(
     tiny_model: ConvNeXtV2, tmp_path: Path
 ) -> None:
     images = runner_input(PIXELS, "float")
-    expected = reference_runner(tiny_model, SPEC).run(images).clone()
+    expected = reference_runner(tiny_model, SPEC).run(images)["logits"].clone()
     runner = PEERS["torch"].prepare(PeerSetup(tiny_model, SPEC, QUIET, tmp_path, "cpu", "fp16"))()
-    found = differences(runner.run(images), expected)
+    found = differences(runner.run(images)["logits"], expected)
     assert (runner.info.precision, runner.info.details) == ("fp16", (("autocast", "fp16"),))
     assert not GATES["fp16"].failures(found)
     assert GATES["fp32"].failures(found)
@@ -80,7 +80,7 @@ def test_timms_peer_takes_any_batch_and_says_its_version_and_provider(tiny_model
     runner, _ = made("timm", tiny_model, tmp_path)
     assert runner.input_spec.max_batch is None
     assert {"timm", "provider", "threads"} <= dict(runner.info.details).keys()
-    assert [len(runner.run(torch.rand(batch, 3, 32, 32))) for batch in (1, 5)] == [1, 5]
+    assert [len(runner.run(torch.rand(batch, 3, 32, 32))["logits"]) for batch in (1, 5)] == [1, 5]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_timms_peer_still_runs_when_its_file_is_gone(tiny_model: ConvNeXtV2, tmp
     runner, logits = made("timm", tiny_model, tmp_path / "timm")
     shutil.rmtree(tmp_path / "timm")
     take = PEERS["timm"].input_from_pixels(SPEC)
-    torch.testing.assert_close(runner.run(take(PIXELS)), logits)
+    torch.testing.assert_close(runner.run(take(PIXELS))["logits"], logits)
 
 
 def test_without_timm_its_peer_is_a_missing_requirement(
@@ -140,5 +140,7 @@ def test_compiled_pytorch_gives_the_logits_of_the_reference_at_each_batch(
     assert isinstance(runner, CompiledRunner)
     reference = reference_runner(tiny_model, SPEC)
     images = runner_input(PIXELS, "float")
-    assert not GATES["fp32"].failures(differences(logits, reference.run(images)))
-    assert not GATES["fp32"].failures(differences(runner.run(images[:1]), reference.run(images[:1])))
+    assert not GATES["fp32"].failures(differences(logits, reference.run(images)["logits"]))
+    assert not GATES["fp32"].failures(
+        differences(runner.run(images[:1])["logits"], reference.run(images[:1])["logits"])
+    )

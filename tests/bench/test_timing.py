@@ -15,6 +15,7 @@ from cnx_deploy.bench import timing as benchmark
 from cnx_deploy.bench.record import Timing
 from cnx_deploy.bench.timing import (
     Contender,
+    Expected,
     TimingSpec,
     measure_together,
     open_contender,
@@ -22,7 +23,7 @@ from cnx_deploy.bench.timing import (
     reset_peak_memory,
 )
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.gates import GATES
+from cnx_deploy.core.gates import GATES, OutputSpec
 from cnx_deploy.runners.base import HoldsNothing, PhaseTimes, RunnerInfo
 from tests.support.known_speed import IMAGES, LOGITS, Clock, KnownSpeed
 
@@ -54,7 +55,12 @@ def runner(clock) -> Callable[..., KnownSpeed]:
     return make
 
 
-def timings(*runners: KnownSpeed, calls: int = 60, expected: Tensor | None = LOGITS, **options: object) -> list[Timing]:
+EXPECTED = Expected({"logits": LOGITS}, (OutputSpec("logits", tuple(LOGITS.shape[1:]), "logit", "softmax"),))
+
+
+def timings(
+    *runners: KnownSpeed, calls: int = 60, expected: Expected | None = EXPECTED, **options: object
+) -> list[Timing]:
     """Time the runners for exactly `calls` calls each where they are steady; the first is the peer."""
     contenders = [
         Contender(f"runner {index}", item, gate=GATES["fp32"], is_peer=index == 0) for index, item in enumerate(runners)
@@ -120,7 +126,7 @@ def test_bench_refuses_invalid_wrong_logits(runner):
 
 def test_bench_refuses_invalid_nan_logits(runner):
     broken = Contender("nan", runner(8.0, logits=LOGITS * float("nan")), gate=None)
-    (timing,) = measure_together([broken], [IMAGES], TimingSpec(0.1), expected=LOGITS)
+    (timing,) = measure_together([broken], [IMAGES], TimingSpec(0.1), expected=EXPECTED)
     found = timing.correctness
     assert (timing.status, found.relative_l2, found.max_abs) == ("INVALID", None, None)
     assert found.nonfinite_count == 3 * LOGITS.numel()
@@ -182,9 +188,10 @@ def test_one_wrong_call_of_those_judged_makes_the_timing_invalid(runner, wrong_c
     warm_up = calls_of_warm_up(runner(8.0))
 
     class OnceWrong(KnownSpeed):
-        def run(self, images: Tensor) -> Tensor:
+        def run(self, images: Tensor) -> dict[str, Tensor]:
             super().run(images)
-            return self.logits.copy_(LOGITS * (2.0 if len(self.calls) - 1 == warm_up + wrong_call else 1.0))
+            self.logits.copy_(LOGITS * (2.0 if len(self.calls) - 1 == warm_up + wrong_call else 1.0))
+            return {"logits": self.logits}
 
     steady = runner(8.0)
     timing = timings(OnceWrong(steady.wait, steady.milliseconds))[0]
@@ -201,9 +208,9 @@ class KnownSplit(KnownSpeed):
     split: Callable[[int], PhaseTimes] = lambda index: PhaseTimes(0.1, 8.0, 0.1, 0.5)
     split_calls: int = 0
 
-    def run_phases(self, images: Tensor) -> tuple[Tensor, PhaseTimes]:
+    def run_phases(self, images: Tensor) -> tuple[dict[str, Tensor], PhaseTimes]:
         self.split_calls += 1
-        return self.logits, self.split(self.split_calls)
+        return {"logits": self.logits}, self.split(self.split_calls)
 
 
 def split_timing(runner: Callable[..., KnownSpeed], split: Callable[[int], PhaseTimes]) -> Timing:
@@ -221,8 +228,8 @@ def test_a_runner_that_splits_its_time_has_the_medians_of_the_parts_in_its_row(r
 
 def test_wrong_logits_of_the_split_call_alone_make_a_timing_invalid(runner):
     class WrongSplit(KnownSplit):
-        def run_phases(self, images: Tensor) -> tuple[Tensor, PhaseTimes]:
-            return LOGITS * 2, super().run_phases(images)[1]
+        def run_phases(self, images: Tensor) -> tuple[dict[str, Tensor], PhaseTimes]:
+            return {"logits": LOGITS * 2}, super().run_phases(images)[1]
 
     steady = runner(8.0)
     assert timings(WrongSplit(steady.wait, steady.milliseconds))[0].status == "INVALID"
@@ -293,7 +300,7 @@ def test_contenders_take_turns(runner):
     order: list[str] = []
 
     class Noted(KnownSpeed):
-        def run(self, images: Tensor) -> Tensor:
+        def run(self, images: Tensor) -> dict[str, Tensor]:
             order.append(self.info.backend)
             return super().run(images)
 

@@ -167,7 +167,9 @@ def test_a_probe_leaves_no_trace_in_the_next(tiny_model: ConvNeXtV2) -> None:
     case = case_with(tiny_model)
     form = MixedForm(case.loaded.model, case.spec.deploy)
     block, part_first = ("stages.2.0",), ("stages.2.0.grn", "stages.2.0")
-    nothing, kept, both, again, after = (form.logits(case.batches, each) for each in ((), block, part_first, block, ()))
+    nothing, kept, both, again, after = (
+        form.outputs(case.batches, each)["logits"] for each in ((), block, part_first, block, ())
+    )
     assert torch.equal(nothing, after)
     assert torch.equal(kept, both)
     assert torch.equal(kept, again)

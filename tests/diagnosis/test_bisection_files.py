@@ -46,8 +46,8 @@ def without_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are judged as their form is, which agrees with them (shown below): an export takes seconds."""
 
     def export_and_probe(kept: Collection[str], case: Case) -> ExportedProbe:
-        logits = MixedForm(case.loaded.model, case.spec.deploy).logits(case.batches, kept)
-        return ExportedProbe(case.judge(kept, logits, exported=True), 0.25, 0.5, verifies=True)
+        outputs = MixedForm(case.loaded.model, case.spec.deploy).outputs(case.batches, kept)
+        return ExportedProbe(case.judge(kept, outputs, exported=True), 0.25, 0.5, verifies=True)
 
     monkeypatch.setattr(bisection, "export_and_probe", export_and_probe)
 
@@ -93,7 +93,7 @@ def test_files_that_contradict_the_probes_are_believed(
 
     def misled(case: Case) -> Callable[[Collection[str]], Probe]:
         return lambda kept: case.judge(
-            kept, case.expected if "stages.0.0" in kept else torch.zeros(4, 10), exported=False
+            kept, case.expected if "stages.0.0" in kept else {"logits": torch.zeros(4, 10)}, exported=False
         )
 
     monkeypatch.setattr(bisection, "form_judge", misled)
@@ -110,7 +110,7 @@ def test_files_that_fail_with_everything_kept_are_believed_too(
     tiny_onnx_fp16: Artifact, tiny_model: ConvNeXtV2, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def export_and_probe(kept: Collection[str], case: Case) -> ExportedProbe:
-        return ExportedProbe(case.judge(kept, torch.zeros(4, 10), exported=True), 0.25, 0.5, verifies=False)
+        return ExportedProbe(case.judge(kept, {"logits": torch.zeros(4, 10)}, exported=True), 0.25, 0.5, verifies=False)
 
     hot_hidden(tiny_model, 2, 1)
     monkeypatch.setattr(bisection, "probe_recorded", overflowing)
@@ -137,7 +137,9 @@ def test_a_file_that_keeps_the_wrong_parts_is_searched_from_nothing_kept(
 def overflowing(artifact: Artifact, case: Case) -> RecordedProbe:
     """As if the file held the network of `case`."""
     recorded = probe_recorded(artifact, case)
-    return replace(recorded, probe=case.judge(recorded.probe.kept, torch.full((4, 10), math.nan), exported=True))
+    return replace(
+        recorded, probe=case.judge(recorded.probe.kept, {"logits": torch.full((4, 10), math.nan)}, exported=True)
+    )
 
 
 def test_what_is_no_half_precision_file_is_refused(
@@ -281,7 +283,7 @@ def test_the_report_names_island_reason_minimality_share_and_command(found_and_r
     text = "\n".join(report_lines(found))
     assert "First operator whose result is NaN or infinite: stages.2.1.pwconv1/" in text
     assert "\n  stages.2.1.pwconv1 stages.2.1.pwconv2\n" in text
-    assert "Without stages.2.1.pwconv2 among them: FAIL: 40 logits are NaN or infinite" in text
+    assert "Without stages.2.1.pwconv2 among them: FAIL: 40 values are NaN or infinite" in text
     assert "--keep-fp32 stages.2.1.pwconv1 --keep-fp32 stages.2.1.pwconv2" in text
     document = json.loads(json.dumps(found.to_dict()))
     assert (document["schema_version"], document["outcome"]) == (1, "found")

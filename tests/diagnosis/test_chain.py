@@ -90,12 +90,13 @@ def test_a_fault_of_the_export_stops_the_chain_at_the_first_step(healthy, monkey
 @pytest.mark.slow
 def test_a_fault_of_the_optimisations_is_told_from_one_of_the_file(healthy, monkeypatch) -> None:
     artifact, loaded = healthy
-    logits = chains._logits
+    plain = chains._outputs
 
     def biased(runner, batches, what, progress):
-        return logits(runner, batches, what, progress) + (0.01 if "all optimisations" in what else 0.0)
+        bias = 0.01 if "all optimisations" in what else 0.0
+        return {name: output + bias for name, output in plain(runner, batches, what, progress).items()}
 
-    monkeypatch.setattr(chains, "_logits", biased)
+    monkeypatch.setattr(chains, "_outputs", biased)
     verdict = chain(artifact, loaded)
     assert [step.failed for step in verdict.steps] == [False, True]
     assert "ONNX Runtime's optimisations" in verdict.verdict()
@@ -105,7 +106,7 @@ def test_half_precision_that_overflows_is_blamed_and_not_the_export(tiny_variant
     model = with_hot_responses(tiny_variant, 64, 2000.0)
     verdict = chain(*recorded(model, tmp_path, 64))
     assert [step.failed for step in verdict.steps] == [False, False, True]
-    assert "logits are NaN or infinite" in verdict.verdict()
+    assert "values are NaN or infinite" in verdict.verdict()
     assert "To blame: FP16: see `cnx-deploy diagnose headroom`" in verdict.verdict()
 
 
@@ -128,8 +129,8 @@ def test_a_wrong_engine_is_blamed_on_tensorrt(healthy, tiny_engine, monkeypatch)
         def __exit__(self, *_: object) -> None:
             return None
 
-        def run(self, images: torch.Tensor) -> torch.Tensor:
-            return self._inner.run(images) + 0.2
+        def run(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {name: output + 0.2 for name, output in self._inner.run(images).items()}
 
     monkeypatch.setattr(chains, "open_runner", lambda of, *words: Off(of) if of is tiny_engine else opened(of, *words))
     verdict = chain(artifact, loaded, engines=(tiny_engine,))
@@ -146,8 +147,12 @@ def test_the_command_follows_recorded_files_and_ends_in_3_where_a_step_fails(tmp
     assert found.exit_code == 0, found.output
     assert "atto-32-fp16.onnx: 3 steps passed" in found.stdout
     assert found.stdout.count("pass\n") == 3
-    logits = chains._logits
-    monkeypatch.setattr(chains, "_logits", lambda *given: logits(*given) + (1.0 if given[2] == "emulator" else 0.0))
+    plain = chains._outputs
+
+    def biased(*given):
+        return {name: output + (given[2] == "emulator") for name, output in plain(*given).items()}
+
+    monkeypatch.setattr(chains, "_outputs", biased)
     failed = CliRunner().invoke(cli, ["diagnose", "chain", "--samples", "3"])
     assert isinstance(failed.exception, ParityError)  # exit code 3
     assert "To blame: FP16" in str(failed.exception)

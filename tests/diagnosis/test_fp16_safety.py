@@ -51,8 +51,8 @@ def exported(model: ConvNeXtV2, spec: DeploySpec, folder: Path) -> Path:
 def against_float64(runner: EmulatedRunner | OrtRunner, model: ConvNeXtV2, spec: DeploySpec) -> Differences:
     """Logits of a file against the training form in float64."""
     images = images_for(spec.image_size, kind=spec.input_kind)
-    found = runner.run(images)
-    return differences(found, reference_runner(model.double(), spec).run(images))
+    found = runner.run(images)["logits"]
+    return differences(found, reference_runner(model.double(), spec).run(images)["logits"])
 
 
 def assert_safe(model: ConvNeXtV2, spec: DeploySpec, folder: Path) -> None:
@@ -80,7 +80,7 @@ def test_parity_fp16_stress_no_overflow_but_in_the_naive_way_which_onnx_runtime_
     model = with_hot_responses(tiny_variant, SIZE, FACTORS[0])
     path = naive_half_file(model, SIZE, tmp_path / "naive.onnx")
     emulated = EmulatedRunner(path)
-    assert not bool(torch.isfinite(emulated.run(images_for(SIZE))).any())
+    assert not bool(torch.isfinite(emulated.run(images_for(SIZE))["logits"]).any())
     spec = DeploySpec("fp16", SIZE)
     assert GATES["fp16"].failures(against_float64(emulated, model, spec))
     assert GATES["fp16"].failures(against_float64(OrtRunner(path), model, spec)) == ()

@@ -67,7 +67,7 @@ def seen_by_training_form(model: ConvNeXtV2, size: int) -> dict[str, tuple[Tenso
     for name, module in model.named_modules():
         module.register_forward_hook(keep(name))
     pixels = torch.cat(list(image_like_batches(IMAGES, size, batch_size=1)))
-    reference_runner(model, DeploySpec(image_size=size, input_kind="uint8")).run(pixels)
+    reference_runner(model, DeploySpec(image_size=size, input_kind="uint8")).run(pixels)["logits"]
     return seen
 
 
@@ -303,9 +303,9 @@ def test_what_the_message_names_can_be_kept_and_keeping_it_makes_fp16_right(tiny
     pixels = torch.cat(list(image_like_batches(IMAGES, 32, batch_size=1)))
     images, plain = runner_input(pixels, "float"), DeploySpec(precision="fp16", image_size=32)
     kept = DeploySpec(precision="fp16", image_size=32, keep_fp32=found.keep_fp32)
-    expected = reference_runner(tiny_model, plain).run(images)
-    assert not torch.isfinite(deployed_runner(tiny_model, plain).run(images)).all()
-    torch.testing.assert_close(deployed_runner(tiny_model, kept).run(images), expected, rtol=0.02, atol=0.02)
+    expected = reference_runner(tiny_model, plain).run(images)["logits"]
+    assert not torch.isfinite(deployed_runner(tiny_model, plain).run(images)["logits"]).all()
+    torch.testing.assert_close(deployed_runner(tiny_model, kept).run(images)["logits"], expected, rtol=0.02, atol=0.02)
 
 
 def test_every_module_that_can_fail_has_a_part_to_keep(tiny_model: ConvNeXtV2) -> None:

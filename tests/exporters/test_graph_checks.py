@@ -5,8 +5,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from cnx_deploy.core.errors import CorruptArtifactError, GraphCheckError, RefusedArtifactError
+from cnx_deploy.core.gates import OutputSpec
 from cnx_deploy.exporters.graph_checks import check_export, check_graph
 
+HEAD = {"outputs": (OutputSpec("logits", (10,), "logit"),), "head_operators": {"LayerNormalization": 1}}
 KINDS = {"FLOAT16": TensorProto.FLOAT16, "BFLOAT16": TensorProto.BFLOAT16, "FLOAT": TensorProto.FLOAT}
 
 
@@ -148,14 +150,15 @@ def test_types_that_do_not_fit_are_corrupt(tmp_path):
 
 
 def test_an_export_passes_with_what_is_in_it(tiny_onnx_fp32, tiny_variant):
-    facts = check_export(tiny_onnx_fp32.path, variant=tiny_variant, layout="cpu", batch=(1, 4, 8), opset=20)
+    facts = check_export(tiny_onnx_fp32.path, variant=tiny_variant, layout="cpu", batch=(1, 4, 8), opset=20, **HEAD)
     assert facts.inputs == {"images": ("FLOAT", ("batch", 3, 32, 32))}
 
 
 def test_wrong_counts_are_each_named(tmp_path, tiny_variant):
     path = saved(tmp_path / "one.onnx", [helper.make_node("Gelu", ["images"], ["logits"])])
+    head = {**HEAD, "outputs": (OutputSpec("logits", (4,), "logit"),)}
     with pytest.raises(GraphCheckError) as caught:
-        check_export(path, variant=tiny_variant, layout="gpu", batch=(1, 4, 8), opset=20)
+        check_export(path, variant=tiny_variant, layout="gpu", batch=(1, 4, 8), opset=20, **head)
     assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
         "5 Gelu expected, 1 found",
         "5 ReduceSum expected, 0 found",
@@ -168,19 +171,19 @@ def test_wrong_counts_are_each_named(tmp_path, tiny_variant):
     ("layout", "batch", "opset", "problem"),
     [
         ("gpu", (1, 4, 8), 20, "6 LayerNormalization expected, 10 found"),
-        ("cpu", (4, 4, 4), 20, "first axis of logits is 'batch', not 4"),
+        ("cpu", (4, 4, 4), 20, "first axis of images is 'batch', not 4"),
         ("cpu", (1, 4, 8), 21, "opset 21 expected, 20 written"),
     ],
 )
 def test_an_export_of_another_request_is_refused(tiny_onnx_fp32, tiny_variant, layout, batch, opset, problem):
     with pytest.raises(GraphCheckError, match=problem):
-        check_export(tiny_onnx_fp32.path, variant=tiny_variant, layout=layout, batch=batch, opset=opset)
+        check_export(tiny_onnx_fp32.path, variant=tiny_variant, layout=layout, batch=batch, opset=opset, **HEAD)
 
 
 def test_a_fixed_batch_where_a_range_was_asked_for_is_named(tmp_path, tiny_variant):
     path = saved(tmp_path / "fixed.onnx", [helper.make_node("Relu", ["images"], ["logits"])], batch=4)
     with pytest.raises(GraphCheckError, match="first axis of images is 4, not 'batch'"):
-        check_export(path, variant=tiny_variant, layout="gpu", batch=(1, 4, 8), opset=20)
+        check_export(path, variant=tiny_variant, layout="gpu", batch=(1, 4, 8), opset=20, **HEAD)
 
 
 def test_an_input_of_another_name_is_refused(tmp_path, tiny_onnx_fp32, tiny_variant):
@@ -190,4 +193,4 @@ def test_an_input_of_another_name_is_refused(tmp_path, tiny_onnx_fp32, tiny_vari
         node.input[:] = ["pixels" if name == "images" else name for name in node.input]
     onnx.save(model, tmp_path / "renamed.onnx")
     with pytest.raises(GraphCheckError, match=r"one input 'images' expected, found \['pixels'\]"):
-        check_export(tmp_path / "renamed.onnx", variant=tiny_variant, layout="cpu", batch=(1, 4, 8), opset=20)
+        check_export(tmp_path / "renamed.onnx", variant=tiny_variant, layout="cpu", batch=(1, 4, 8), opset=20, **HEAD)

@@ -28,7 +28,9 @@ from cnx_deploy.verification.parity import differences
 
 FP32 = ExportSpec(DeploySpec("fp32", 32), batch=(1, 4, 8))
 FP16 = ExportSpec(DeploySpec("fp16", 32), batch=(1, 4, 8))
-PARITY = ParityResult("", "none", GATES["fp32"], (1,), Differences(1, 0, 0.0, 0.0, 1.0, 1.0, 0, 0, 0.0, 0.0), ())
+PARITY = ParityResult(
+    "", "none", GATES["fp32"], (1,), "logits", Differences(1, 0, 0.0, 0.0, 1.0, 1.0, 0, 0, 0.0, 0.0), ()
+)
 CLASSES = ("Amsel", "Drossel", "Fink", "Star", "Meise", "Specht", "Eule", "Kauz", "Bussard", "Möwe")
 LICENCE = "none (random weights)"
 
@@ -206,8 +208,8 @@ def test_a_uint8_file_takes_images_with_channels_last(uint8_fp16):
 def test_onnx_runtime_on_bytes_equals_torch(uint8_fp16):
     spec = uint8_fp16.artifact.manifest.deploy
     images = images_for(spec, 8)
-    found = OrtRunner(uint8_fp16.artifact.path).run(images)
-    expected = reference_runner(uint8_fp16.model, spec).run(images)
+    found = OrtRunner(uint8_fp16.artifact.path).run(images)["logits"]
+    expected = reference_runner(uint8_fp16.model, spec).run(images)["logits"]
     assert GATES["fp16"].failures(differences(found, expected)) == ()
 
 
@@ -239,8 +241,8 @@ def test_the_manifests_request_gives_the_deploy_spec_back(uint8_fp16):
 
 def test_what_the_verification_found_is_in_the_manifest_and_none_is_claimed_without(fixed_external, tiny_onnx_fp32):
     manifest = open_artifact(fixed_external.artifact.path).manifest
-    assert manifest.facts.parity == replace(PARITY, candidate="fixed-32-fp32.onnx")
-    assert open_artifact(tiny_onnx_fp32.path).manifest.facts.parity is None
+    assert manifest.facts.parity == (replace(PARITY, candidate="fixed-32-fp32.onnx"),)
+    assert open_artifact(tiny_onnx_fp32.path).manifest.facts.parity == ()
 
 
 # Weights in a file of their own
@@ -256,8 +258,8 @@ def test_large_weights_are_found_from_any_working_directory(fixed_external, tmp_
     monkeypatch.chdir(tmp_path)
     spec = fixed_external.artifact.manifest.deploy
     images = images_for(spec, 4)
-    expected = reference_runner(fixed_external.model, spec).run(images)
-    assert GATES["fp32"].failures(differences(OrtRunner(path).run(images), expected)) == ()
+    expected = reference_runner(fixed_external.model, spec).run(images)["logits"]
+    assert GATES["fp32"].failures(differences(OrtRunner(path).run(images)["logits"], expected)) == ()
 
 
 def test_a_changed_byte_of_the_weights_file_is_corrupt(fixed_external, tmp_path):

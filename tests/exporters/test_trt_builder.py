@@ -159,12 +159,12 @@ def test_the_fallback_computes_depthwise_convolutions_in_fp32_and_nothing_else(t
             for layer in (census.network.get_layer(index) for index in range(census.network.num_layers))
             if layer.type.name == "CONVOLUTION"
         }
-        logits = OrtRunner(path).run(images)
+        logits = OrtRunner(path).run(images)["logits"]
     assert {name: kind for name, kind in types.items() if "dwconv" in name} == {
         name: "FLOAT" for name in types if "dwconv" in name
     }
     assert all(kind == "HALF" for name, kind in types.items() if "dwconv" not in name)
-    torch.testing.assert_close(logits, OrtRunner(tiny_onnx_fp16.path).run(images), rtol=0, atol=5e-3)
+    torch.testing.assert_close(logits, OrtRunner(tiny_onnx_fp16.path).run(images)["logits"], rtol=0, atol=5e-3)
 
 
 def test_depthwise_convolutions_in_groups_compute_the_same(tiny_onnx_fp32: Artifact) -> None:
@@ -175,9 +175,9 @@ def test_depthwise_convolutions_in_groups_compute_the_same(tiny_onnx_fp32: Artif
             for node in onnx.load(path).graph.node
             if node.op_type == "Conv" and "dwconv" in node.name
         }
-        logits = OrtRunner(path).run(images)
+        logits = OrtRunner(path).run(images)["logits"]
     assert sorted(groups.values()) == [1, 2, 4, 4, 8], "channels 8, 16, 32, 32 and 64 in groups of eight"
-    torch.testing.assert_close(logits, OrtRunner(tiny_onnx_fp32.path).run(images), rtol=0, atol=2e-6)
+    torch.testing.assert_close(logits, OrtRunner(tiny_onnx_fp32.path).run(images)["logits"], rtol=0, atol=2e-6)
 
 
 def test_a_weight_off_the_diagonal_computes_something_else(
@@ -191,8 +191,8 @@ def test_a_weight_off_the_diagonal_computes_something_else(
         values = onnx.numpy_helper.to_array(weight)
         weight.CopyFrom(onnx.numpy_helper.from_array(values[:, ::-1].copy(), weight.name))
         onnx.save(model, path)
-        logits = OrtRunner(path).run(images)
-    assert float((logits - OrtRunner(tiny_onnx_fp32.path).run(images)).abs().max()) > 1e-2
+        logits = OrtRunner(path).run(images)["logits"]
+    assert float((logits - OrtRunner(tiny_onnx_fp32.path).run(images)["logits"]).abs().max()) > 1e-2
 
 
 def test_on_turing_an_engine_moves_a_fraction_with_depthwise_in_groups(

@@ -37,22 +37,22 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 @pytest.mark.parametrize("batch", [1, 2, 7, 64])
 def test_an_engine_agrees_with_pytorch(engine: Artifact, batch: int) -> None:
     images = torch.rand(batch, 3, 64, 64, generator=torch.Generator().manual_seed(batch))
-    expected = reference_runner(random_model("atto"), SPEC).run(images)
+    expected = reference_runner(random_model("atto"), SPEC).run(images)["logits"]
     with TensorRTRunner(engine) as runner:
-        found = differences(runner.run(images.cuda()), expected)
+        found = differences(runner.run(images.cuda())["logits"], expected)
     assert not GATES["fp16"].failures(found)
 
 
 def test_a_permuted_view_gives_the_logits_of_its_values(engine: Artifact) -> None:
     view = torch.rand(2, 64, 64, 3, device="cuda").permute(0, 3, 1, 2)
     with TensorRTRunner(engine) as runner:
-        torch.testing.assert_close(runner.run(view).clone(), runner.run(view.contiguous()))
+        torch.testing.assert_close(runner.run(view)["logits"].clone(), runner.run(view.contiguous())["logits"])
 
 
 def test_an_input_freed_while_it_is_read_does_not_change_the_logits(engine: Artifact) -> None:
     images = torch.rand(8, 3, 64, 64, device="cuda")
     with TensorRTRunner(engine) as runner:
-        expected = runner.run(images.clone()).clone()
+        expected = runner.run(images.clone())["logits"].clone()
         logits = runner.enqueue(images.clone())
         torch.full((8, 3, 64, 64), float("nan"), device="cuda")  # may take the freed block at once
         torch.cuda.synchronize()

@@ -40,8 +40,8 @@ def test_the_deploy_form_is_the_training_form(variant, spec, batch, classes, see
     images = runner_input(
         next(image_like_batches(batch, spec.image_size, batch_size=batch, seed=seed)), spec.input_kind
     )
-    found = deployed_runner(model, spec).run(images)
-    expected = reference_runner(model, spec).run(images)
+    found = deployed_runner(model, spec).run(images)["logits"]
+    expected = reference_runner(model, spec).run(images)["logits"]
     assert found.shape == (batch, classes)
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-11
 
@@ -53,9 +53,9 @@ def test_batch_invariance_of_the_deploy_form(batch, seed, data) -> None:
     spec = DeploySpec("fp64", 32, layout=data.draw(st.sampled_from(["gpu", "cpu"])))
     runner = deployed_runner(random_model(variant, 4, seed=seed).double(), spec)
     images = torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
-    alone = torch.cat([runner.run(image[None]) for image in images])
+    alone = torch.cat([runner.run(image[None])["logits"] for image in images])
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(runner.run(images[order]), alone[order], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(runner.run(images[order])["logits"], alone[order], rtol=1e-10, atol=1e-10)
 
 
 @bounded
@@ -65,7 +65,9 @@ def test_whatever_is_kept_in_fp32_the_file_passes_the_half_gate(variant, data) -
     spec = DeploySpec("fp16", 32, layout=data.draw(st.sampled_from(["gpu", "cpu"])), keep_fp32=tuple(kept))
     model = random_model(variant, 10, seed=0)
     images = runner_input(next(image_like_batches(2, 32, batch_size=2)), "float")
-    found = differences(deployed_runner(model, spec).run(images), reference_runner(model, spec).run(images))
+    found = differences(
+        deployed_runner(model, spec).run(images)["logits"], reference_runner(model, spec).run(images)["logits"]
+    )
     assert found.relative_l2_max < GATES["fp16"].relative_l2_max
 
 

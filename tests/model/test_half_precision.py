@@ -59,8 +59,10 @@ def test_with_every_part_kept_nothing_is_rounded(tiny_model, tiny_variant) -> No
     for layout in ("gpu", "cpu"):
         spec = DeploySpec("fp16", SIZE, layout=layout, keep_fp32=parts_of(tiny_variant))
         images = (images_for(SIZE) * 255).round() / 255  # what enters is rounded in any case, and these are exact
-        found = deployed_runner(tiny_model, spec).run(images)
-        assert GATES["fp32"].failures(differences(found, reference_runner(tiny_model, spec).run(images))) == ()
+        found = deployed_runner(tiny_model, spec).run(images)["logits"]
+        assert (
+            GATES["fp32"].failures(differences(found, reference_runner(tiny_model, spec).run(images)["logits"])) == ()
+        )
 
 
 @pytest.mark.parametrize("layout", ["gpu", "cpu"])
@@ -103,12 +105,12 @@ def test_what_is_kept_is_in_the_manifest_and_nothing_else_changes_it(kept, tiny_
 @pytest.mark.slow
 def test_keeping_the_part_that_overflows_makes_the_file_right(tiny_variant, tmp_path) -> None:
     model, images = with_hot_responses(tiny_variant, SIZE, 2000.0), images_for(SIZE)
-    expected = reference_runner(model, DeploySpec(image_size=SIZE)).run(images)
+    expected = reference_runner(model, DeploySpec(image_size=SIZE)).run(images)["logits"]
     failures = []
     for keep in (("stages.0.0",), ("stages.1.0",)):
         spec = DeploySpec("fp16", SIZE, keep_fp32=keep)
         runner = EmulatedRunner(exported(model, spec, tmp_path / str(len(failures))).path)
-        failures.append(GATES["fp16"].failures(differences(runner.run(images), expected)))
+        failures.append(GATES["fp16"].failures(differences(runner.run(images)["logits"], expected)))
     assert [bool(each) for each in failures] == [False, True]
 
 
@@ -134,8 +136,8 @@ def test_a_bf16_file_is_of_the_opset_whose_convolution_takes_it(bf16) -> None:
 
 def test_a_bf16_file_is_right_to_its_own_gate_and_not_to_fp16s(bf16, tiny_model) -> None:
     images = images_for(SIZE)
-    found = EmulatedRunner(bf16.path).run(images)
-    deviation = differences(found, reference_runner(tiny_model, DeploySpec(image_size=SIZE)).run(images))
+    found = EmulatedRunner(bf16.path).run(images)["logits"]
+    deviation = differences(found, reference_runner(tiny_model, DeploySpec(image_size=SIZE)).run(images)["logits"])
     assert GATES["bf16"].failures(deviation) == ()
     assert deviation.relative_l2_max > 4e-3  # FP16 is at 1e-3
 

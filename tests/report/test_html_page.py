@@ -180,7 +180,7 @@ def test_published_weights_carry_their_licence_and_are_not_called_random(tmp_pat
 def test_a_failed_or_missing_comparison_and_unread_kernels_are_told(tmp_path: Path) -> None:
     """A file beyond its gate is a failure whatever its manifest says."""
     put(tmp_path, "atto-224-fp16", lambda data: data["facts"]["parity"]["differences"].update(relative_l2_max=0.0151))
-    put(tmp_path, "pico-224-fp16", lambda data: data["facts"].update(parity=None))
+    put(tmp_path, "pico-224-fp16", lambda data: data["facts"].update(parity=[]))
     put(tmp_path, ENGINE, lambda data: data["facts"].update(compiled=None), kind="engines")
     page = parsed(page_of(tmp_path))
     table = rows(section(page, "parity").one("table"))

@@ -128,12 +128,14 @@ def test_a_layer_norm_that_stashes_in_fp16_overflows(tmp_path: Path) -> None:
 
 def test_a_whole_file_is_within_rounding_of_the_reference_evaluator(tiny_onnx_fp16) -> None:
     (expected,) = ReferenceEvaluator(str(tiny_onnx_fp16.path)).run(None, {"images": IMAGES.numpy()})
-    found = EmulatedRunner(tiny_onnx_fp16.path).run(IMAGES)
+    found = EmulatedRunner(tiny_onnx_fp16.path).run(IMAGES)["logits"]
     assert GATES["fp16"].failures(differences(found, torch.from_numpy(expected).float())) == ()
 
 
 def test_it_rounds_where_onnx_runtime_does_not(tiny_onnx_fp16) -> None:
-    found = differences(EmulatedRunner(tiny_onnx_fp16.path).run(IMAGES), OrtRunner(tiny_onnx_fp16.path).run(IMAGES))
+    found = differences(
+        EmulatedRunner(tiny_onnx_fp16.path).run(IMAGES)["logits"], OrtRunner(tiny_onnx_fp16.path).run(IMAGES)["logits"]
+    )
     assert 1e-5 < found.relative_l2_max < GATES["fp16"].relative_l2_max
 
 
@@ -157,8 +159,8 @@ def test_the_first_operator_whose_result_is_not_finite_is_named(tiny_onnx_fp16) 
 def test_batch_invariance_of_the_emulator(tiny_onnx_fp16) -> None:
     runner = EmulatedRunner(tiny_onnx_fp16.path)
     assert (runner.input_spec.min_batch, runner.input_spec.max_batch) == (1, 8)
-    alone = torch.cat([runner.run(image[None]) for image in IMAGES])
-    torch.testing.assert_close(runner.run(IMAGES), alone, rtol=2e-2, atol=2e-2)
+    alone = torch.cat([runner.run(image[None])["logits"] for image in IMAGES])
+    torch.testing.assert_close(runner.run(IMAGES)["logits"], alone, rtol=2e-2, atol=2e-2)
     assert (runner.info.precision, runner.info.arithmetic) == ("fp16", "fp16")
 
 

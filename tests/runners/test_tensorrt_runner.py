@@ -53,8 +53,8 @@ def test_logits_are_those_of_the_same_file_on_onnx_runtime(
 ) -> None:
     runner, _ = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch)
     images = torch.rand(batch, 3, 32, 32)
-    expected = OrtRunner(tiny_onnx_fp16.path).run(images)
-    torch.testing.assert_close(runner.run(images), expected, rtol=0, atol=1e-3)
+    expected = OrtRunner(tiny_onnx_fp16.path).run(images)["logits"]
+    torch.testing.assert_close(runner.run(images)["logits"], expected, rtol=0, atol=1e-3)
 
 
 def test_a_permuted_view_gives_the_logits_of_its_values(
@@ -63,7 +63,7 @@ def test_a_permuted_view_gives_the_logits_of_its_values(
     runner, _ = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch)
     view = torch.rand(3, 32, 32, 3).permute(0, 3, 1, 2)
     assert not view.is_contiguous()
-    torch.testing.assert_close(runner.run(view).clone(), runner.run(view.contiguous()))
+    torch.testing.assert_close(runner.run(view)["logits"].clone(), runner.run(view.contiguous())["logits"])
 
 
 def test_the_tightest_profile_serves_a_batch(
@@ -112,7 +112,7 @@ def test_engine_truncated_a_null_or_false_answer_becomes_an_error(
     error: type[CnxDeployError],
 ) -> None:
     with pytest.raises(error, match=r"tensorrt-rtx|TensorRT|engine wants"):
-        make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch, fail=call)[0].run(torch.rand(4, 3, 32, 32))
+        make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch, fail=call)[0].run(torch.rand(4, 3, 32, 32))["logits"]
 
 
 def test_dynamic_batch_bounds_of_an_engines_profiles(
@@ -129,7 +129,9 @@ def test_a_captured_graph_gives_the_logits_of_each_new_batch(
     runner, context = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch, cuda_graph=True)
     for batch in (2, 2, 5, 2):
         images = torch.rand(batch, 3, 32, 32)
-        torch.testing.assert_close(runner.run(images), OrtRunner(tiny_onnx_fp16.path).run(images), rtol=0, atol=1e-3)
+        torch.testing.assert_close(
+            runner.run(images)["logits"], OrtRunner(tiny_onnx_fp16.path).run(images)["logits"], rtol=0, atol=1e-3
+        )
     assert runner._stream.calls.count("capture") == 3  # one when the batch size changes
     assert runner._stream.calls.count("replay") == 4
     assert context.calls.count("execute_async_v3") == 3 + 4  # once before each capture; the double replays by calling
@@ -160,10 +162,10 @@ def test_a_split_call_has_the_same_logits_and_each_part_between_its_marks(
 ) -> None:
     runner, _ = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch, cuda_graph=cuda_graph)
     images = torch.rand(4, 3, 32, 32)
-    expected = runner.run(images).clone()
+    expected = runner.run(images)["logits"].clone()
     runner._stream.calls.clear()
-    logits, split = runner.run_phases(images)
-    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+    outputs, split = runner.run_phases(images)
+    torch.testing.assert_close(outputs["logits"], expected, rtol=0, atol=0)
     assert (split.h2d_ms, split.compute_ms, split.d2h_ms) == (3.0, 5.0, 7.0)  # marks at 1, 4, 9, 16 ms
     assert split.enqueue_ms > 0.0
     launch = ["replay"] if cuda_graph else []
@@ -177,8 +179,8 @@ def test_a_split_call_after_another_batch_uses_its_own_buffers(
     runner, _ = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch)
     first, second = torch.rand(3, 3, 32, 32), torch.rand(6, 3, 32, 32)
     runner.run_phases(first)
-    logits = runner.run(second).clone()
-    torch.testing.assert_close(runner.run_phases(second)[0], logits, rtol=0, atol=0)
+    logits = runner.run(second)["logits"].clone()
+    torch.testing.assert_close(runner.run_phases(second)[0]["logits"], logits, rtol=0, atol=0)
 
 
 def test_the_double_of_the_stream_has_the_real_streams_methods() -> None:

@@ -67,8 +67,8 @@ def test_dynamic_batch_bounds_smallest_typical_and_largest_run(
     runner: Runner, tiny_model: ConvNeXtV2, batch: int
 ) -> None:
     images = images_for(32, batch)
-    expected = reference_runner(tiny_model, DeploySpec("fp32", 32)).run(images)
-    assert GATES["fp16"].failures(differences(runner.run(images), expected)) == ()
+    expected = reference_runner(tiny_model, DeploySpec("fp32", 32)).run(images)["logits"]
+    assert GATES["fp16"].failures(differences(runner.run(images)["logits"], expected)) == ()
 
 
 @pytest.mark.parametrize("batch", [0, 9])
@@ -122,7 +122,7 @@ IMAGES = ("batch", 3, 32, 32)
 def test_wrong_input_name_is_no_matter_of_a_runner_which_takes_one_batch(tmp_path: Path) -> None:
     runner = OrtRunner(foreign(tmp_path / "renamed.onnx", pixels=IMAGES))
     images = torch.rand(2, 3, 32, 32)
-    assert torch.equal(runner.run(images), images.flatten(1))
+    assert torch.equal(runner.run(images)["logits"], images.flatten(1))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_nan_inf_input_goes_through_where_the_caller_asks_for_it(runner: Runner)
     runner.input_spec = replace(runner.input_spec, takes_nonfinite=True)
     images = torch.rand(4, 3, 32, 32)
     images[2, 1, 0, 0] = math.nan
-    finite = torch.isfinite(runner.run(images)).all(dim=1).tolist()
+    finite = torch.isfinite(runner.run(images)["logits"]).all(dim=1).tolist()
     assert finite == [True, True, False, True]
 
 

@@ -22,7 +22,7 @@ from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.emulated import EmulatedRunner
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
-from cnx_deploy.verification.predict import open_classifier
+from cnx_deploy.verification.predict import open_predictor
 from tests.runners.test_tensorrt_runner import make_runner
 from tests.support.hot_networks import images_for
 from tests.support.trt_double import DoubleContext
@@ -58,7 +58,7 @@ def test_onnx_runtime_works_where_cuda_is_hidden(tiny_onnx_fp32: Artifact) -> No
     code = (
         "import sys, torch\nfrom pathlib import Path\nfrom cnx_deploy.runners.onnxruntime import OrtRunner\n"
         "runner = OrtRunner(Path(sys.argv[1]))\n"
-        "print(runner.run(torch.zeros(1, 3, 32, 32)).shape[1], dict(runner.info.details)['provider'])"
+        "print(runner.run(torch.zeros(1, 3, 32, 32))['logits'].shape[1], dict(runner.info.details)['provider'])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tiny_onnx_fp32.path)],
@@ -87,7 +87,7 @@ def test_a_provider_that_does_not_load_is_refused(tiny_onnx_fp32: Artifact, monk
 @NO_GPU
 def test_cuda_for_a_recorded_file_is_refused_where_there_is_none(tiny_onnx_fp32: Artifact) -> None:
     with pytest.raises(MissingRequirementError, match="CUDAExecutionProvider was asked for"):
-        open_classifier(tiny_onnx_fp32.path, device="cuda")
+        open_predictor(tiny_onnx_fp32.path, device="cuda")
 
 
 # --- memory that grows ------------------------------------------------------------------------------------------------
@@ -145,13 +145,13 @@ def test_each_thread_gets_the_logits_of_its_images(
         monkeypatch.setattr(DoubleContext, name, by_its_owner(getattr(DoubleContext, name)))
     made = [MADE[backend](tiny_model, tiny_onnx_fp16, tiny_engine, monkeypatch) for _ in range(1 if shared else 4)]
     batches = list(images_for(32, 8).split([1, 2, 2, 3]))
-    expected = [made[0].run(batch).clone() for batch in batches]
+    expected = [made[0].run(batch)["logits"].clone() for batch in batches]
     barrier = threading.Barrier(4)
 
     def work(at: int) -> list[float]:
         barrier.wait(10)
         runner = made[at % len(made)]
-        found = [runner.run(batches[at]).clone() for _ in range(4)]
+        found = [runner.run(batches[at])["logits"].clone() for _ in range(4)]
         return [float((logits - expected[at]).abs().max()) for logits in found]
 
     with ThreadPoolExecutor(4) as pool:

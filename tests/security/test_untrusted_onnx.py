@@ -34,7 +34,7 @@ from cnx_deploy.exporters.graph_checks import admit_onnx, check_graph
 from cnx_deploy.exporters.untrusted import limits_for, read_onnx
 from cnx_deploy.runners.ort_session import trial_run
 from cnx_deploy.runners.registry import open_runner
-from cnx_deploy.verification.predict import open_classifier
+from cnx_deploy.verification.predict import open_predictor
 from cnx_deploy.verification.provenance import check_provenance
 from tests.support import hostile_onnx
 from tests.support.hostile_onnx import (
@@ -535,7 +535,7 @@ def test_a_bf16_file_is_let_in_without_a_run_and_predict_says_what_it_takes(tmp_
         before_logits(model, *nodes, added="wide")
 
     with pytest.raises(MissingRequirementError, match=r"foreign\.onnx computes in BF16"):
-        open_classifier(written(tmp_path, halved))
+        open_predictor(written(tmp_path, halved))
 
 
 @pytest.mark.parametrize(
@@ -556,15 +556,15 @@ def test_metadata_that_lies_is_one_message(
 ) -> None:
     path = written(tmp_path, lambda model: helper.set_model_props(model, entries))
     with pytest.raises(error):
-        open_classifier(path)
+        open_predictor(path)
 
 
 def test_a_foreign_classifier_predicts_what_its_formula_says(tmp_path: Path) -> None:
     path = written(tmp_path)
-    with open_classifier(path) as classifier:
-        assert any("one image through ONNX Runtime" in note for note in classifier.notes)
+    with open_predictor(path) as predictor:
+        assert any("one image through ONNX Runtime" in note for note in predictor.notes)
         pixels = next(iter(image_like_batches(2, SIDE, batch_size=2))).permute(0, 3, 1, 2).float() / 255
-        logits = classifier.runner.run(pixels)
+        logits = predictor.runner.run(pixels)["logits"]
     weights = torch.from_numpy(np.array(onnx.numpy_helper.to_array(foreign_classifier().graph.initializer[0])))
     expected = pixels.double().mean(dim=(2, 3)) @ weights.double() + 1.0
     torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-6)

@@ -70,7 +70,7 @@ def recorded(model: ConvNeXtV2, module: nn.Module, size: int) -> Tensor:
     """A module's output on the test images."""
     found: list[Tensor] = []
     handle = module.register_forward_hook(lambda _module, _inputs, output: found.append(output))
-    reference_runner(model, DeploySpec(image_size=size)).run(images_for(size))
+    reference_runner(model, DeploySpec(image_size=size)).run(images_for(size))["logits"]
     handle.remove()
     return found[0]
 

@@ -44,8 +44,8 @@ class KnownSpeed:
     input_spec: InputSpec = INPUT
     device: torch.device = CPU
 
-    def run(self, images: Tensor) -> Tensor:
+    def run(self, images: Tensor) -> dict[str, Tensor]:
         duration = self.milliseconds(len(self.calls))
         self.calls.append(duration)
         self.wait(duration)
-        return self.logits
+        return {"logits": self.logits}

@@ -22,8 +22,9 @@ from cnx_deploy.data import find_images, image_like_batches
 from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.model.checkpoint import save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
+from cnx_deploy.model.tasks.classification_metrics import BINS, PredictionWriter, RunningMetrics, bins_of
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
-from cnx_deploy.verification.evaluation import BINS, PredictionWriter, RunningMetrics, bins_of, evaluate, report_lines
+from cnx_deploy.verification.evaluation import evaluate
 from cnx_deploy.verification.evaluation_plot import MOST_CLASSES, write_plot
 
 NAMES = tuple("abcdefghij")
@@ -45,7 +46,7 @@ def measured(logits, labels, batch=97, name="{:03}", each=None):
     running = RunningMetrics(names, each)
     for start in range(0, len(labels), batch):
         part = slice(start, start + batch)
-        running.add(logits[part], labels[part], [f"{index}.png" for index in range(len(labels))[part]])
+        running.add({"logits": logits[part]}, labels[part], [f"{index}.png" for index in range(len(labels))[part]])
     return running.result(names)
 
 
@@ -216,7 +217,7 @@ def test_a_model_with_more_classes_than_folders_needs_their_names(runner, tmp_pa
     for name in "ab":
         (tmp_path / name).mkdir()
         Image.new("RGB", (32, 32)).save(tmp_path / name / "0.png")
-    with pytest.raises(InputError, match="10 classes, 2 were expected"):
+    with pytest.raises(InputError, match="gives logits of 10; the 2 classes of"):
         evaluate(runner, tmp_path, PREPROCESSING)
     found = evaluate(runner, tmp_path, PREPROCESSING, class_names=NAMES)
     assert (found.count, [row.name for row in found.per_class]) == (2, ["a", "b"])
@@ -298,7 +299,7 @@ def test_predictions_leave_what_was_there_where_an_evaluation_fails_and_never_re
 def test_a_reference_runs_on_the_device_of_its_model(tiny_model):
     # No GPU: torch's device of shapes without data refuses operands on two devices as a GPU does.
     moved = reference_runner(tiny_model.to("meta"), SPEC)
-    logits = moved.run(torch.empty(2, 3, 32, 32, device="meta"))
+    logits = moved.run(torch.empty(2, 3, 32, 32, device="meta"))["logits"]
     assert (logits.device.type, logits.shape) == ("meta", (2, 10))
 
 
@@ -358,7 +359,7 @@ def test_ep_silent_fallback_of_eval_is_exit_code_5(checkpoint, folder, capsys):
 
 
 def test_more_classes_than_can_be_listed_are_told_by_the_worst():
-    lines = list(report_lines(measured(*drawn(2000, 50), name="class {}")))
+    lines = list(measured(*drawn(2000, 50), name="class {}").lines())
     rates = [float(line.split()[-2]) for line in lines if line.startswith("  class ") and line.count("%") == 3]
     assert (len(rates), rates) == (20, sorted(rates))
     assert any("20 classes of the lowest F1 of 50" in line for line in lines)

@@ -85,7 +85,10 @@ def test_parity_all_variants_fp32_onnx_runtime_at_real_sizes(size: int, tmp_path
     with OrtRunner(artifact.path) as runner:
         for batch in (1, 2, 4):
             images = images_for(size, batch)
-            found, expected = runner.run(images), reference_runner(model, DeploySpec("fp32", size)).run(images)
+            found, expected = (
+                runner.run(images)["logits"],
+                reference_runner(model, DeploySpec("fp32", size)).run(images)["logits"],
+            )
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
             assert GATES["fp32"].failures(differences(found, expected)) == ()
 
@@ -111,8 +114,8 @@ def test_parity_fp16_stress_no_overflow_on_images_that_nobody_photographs(
     stress: str, tiny_onnx_fp16: Artifact, tiny_model: ConvNeXtV2
 ) -> None:
     images = STRESS[stress](32)
-    found = EmulatedRunner(tiny_onnx_fp16.path).run(images)
-    verdict = differences(found, reference_runner(tiny_model, DeploySpec("fp32", 32)).run(images))
+    found = EmulatedRunner(tiny_onnx_fp16.path).run(images)["logits"]
+    verdict = differences(found, reference_runner(tiny_model, DeploySpec("fp32", 32)).run(images)["logits"])
     assert (GATES["fp16"].failures(verdict), verdict.nonfinite_count) == ((), 0)
     assert verdict.centred_cosine_min >= 0.9995
 
@@ -190,8 +193,8 @@ def test_batch_invariance_in_fp32_and_not_of_a_network_that_sums_over_the_batch(
     images = runner_input(next(image_like_batches(5, 64, batch_size=5)), "float")
 
     def largest_difference() -> float:
-        alone = torch.cat([runner.run(image[None]) for image in images])
-        return float((runner.run(images) - alone).abs().max())
+        alone = torch.cat([runner.run(image[None])["logits"] for image in images])
+        return float((runner.run(images)["logits"] - alone).abs().max())
 
     assert largest_difference() <= 1e-5
     real = torch.nn.functional.linear

@@ -141,8 +141,8 @@ def test_a_manifest_stands_for_the_file_it_describes(exported):
 def test_the_parity_recorded_at_export_is_shown(onnx_copy):
     manifest, measured = onnx_copy.with_suffix(".json"), torch.ones(2, 3)
     content = json.loads(manifest.read_text())
-    parity = ParityResult("a", "b", GATES["fp16"], (1, 2), differences(measured, measured), ()).to_dict()
-    content["facts"]["parity"] = {name: value for name, value in parity.items() if name != "passed"}
+    parity = ParityResult("a", "b", GATES["fp16"], (1, 2), "logits", differences(measured, measured), ()).to_dict()
+    content["facts"]["parity"] = [{name: value for name, value in parity.items() if name != "passed"}]
     manifest.write_text(json.dumps(content))
     assert json.loads(json.dumps(inspect_file(onnx_copy).facts["parity"])) == json.loads(json.dumps(parity))
 

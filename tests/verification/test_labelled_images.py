@@ -27,6 +27,7 @@ from cnx_deploy.data.preprocessing import to_pixels
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.checkpoint import LoadedModel, hash_weights
 from cnx_deploy.model.convnextv2 import random_model
+from cnx_deploy.model.tasks.base import Outputs, find_task
 from cnx_deploy.runners.base import HoldsNothing, Runner
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.pytorch import reference_runner
@@ -34,7 +35,7 @@ from cnx_deploy.runners.registry import open_runner
 from cnx_deploy.verification.evaluation import evaluate
 from cnx_deploy.verification.metrics import LabelledResult, RunningComparison
 from cnx_deploy.verification.parity import NOISE_MARGIN, differences
-from cnx_deploy.verification.predict import Classifier, classify
+from cnx_deploy.verification.predict import Predictor, predict_images
 from cnx_deploy.verification.saved_results import SavedResults, read_saved
 from cnx_deploy.verification.verify import Candidate, Reference, verify_artifact
 
@@ -51,12 +52,12 @@ class Altered(HoldsNothing):
         self.info, self.input_spec, self.device = runner.info, runner.input_spec, runner.device
         self.runner, self.change, self.images = runner, change, images
 
-    def run(self, images: Tensor) -> Tensor:
-        logits = self.runner.run(images).clone()
+    def run(self, images: Tensor) -> Outputs:
+        logits = self.runner.run(images)["logits"].clone()
         for at, image in enumerate(images):
             if any(torch.equal(image, each) for each in self.images):
                 logits[at] = self.change(logits[at])
-        return logits
+        return {"logits": logits}
 
 
 def first_two_swapped(logits: Tensor) -> Tensor:
@@ -128,14 +129,15 @@ def altered(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor],
 def tallied(candidate: Tensor, reference: Tensor, labels: list[int], gate: str = "fp16") -> LabelledResult:
     """In batches of 1, 2 and 7 in turns."""
     names = tuple(str(index) for index in range(candidate.shape[1]))
-    comparison, at = RunningComparison(names), 0
+    specs = find_task("classification").outputs(len(names))
+    comparison, at = RunningComparison(specs, names, "logits"), 0
     for size in [1, 2, 7] * len(labels):
         here = slice(at, at + size)
         if labels[here]:
             paths = [f"{n}.png" for n in range(len(labels))[here]]
-            comparison.add(candidate[here], reference[here], paths, labels[here])
+            comparison.add({"logits": candidate[here]}, {"logits": reference[here]}, paths, labels[here])
         at += size
-    result = comparison.result(("candidate", "reference"), GATES[gate], available=len(labels))
+    (result,) = comparison.results(("candidate", "reference"), GATES[gate], available=len(labels))
     assert isinstance(result, LabelledResult)
     return result
 
@@ -224,7 +226,7 @@ def test_parity_nan_never_passes_and_its_image_is_named(value: float, side: int)
     pair[0][30] = first_two_swapped(pair[1][30])
     found = tallied(pair[0], pair[1], [0] * 200)
     assert not found.passed
-    assert found.failures[0] == "1 logits are NaN or infinite"
+    assert found.failures[0] == "1 values are NaN or infinite"
     assert [(flip.path, flip.excused) for flip in found.agreement.flips] == [("9.png", False), ("30.png", False)]
     assert "none (NaN" in (found.agreement.flips[0].candidate, found.agreement.flips[0].reference)[side]
 
@@ -252,7 +254,7 @@ def test_both_precisions_agree_with_pytorch_on_all_images_and_count_the_right_an
         pixels.append(to_pixels(Image.open(path), Preprocessing(image_size=32)))
         labels.append(NAMES.index(path.parent.name))
     runner = reference_runner(loaded.model, DeploySpec(image_size=32))
-    classes = runner.run(runner_input(torch.stack(pixels), "float")).argmax(dim=1)
+    classes = runner.run(runner_input(torch.stack(pixels), "float"))["logits"].argmax(dim=1)
     correct = int((classes == torch.tensor(labels)).sum())
     for artifact in artifacts:
         found = verify_artifact(artifact, reference)
@@ -349,8 +351,8 @@ def test_a_source_from_outside_is_verified_evaluated_and_classified_as_the_same_
     runner = OrtRunner(recorded[0].path)
     evaluations = [evaluate(runner, data, Preprocessing(image_size=32), class_names=NAMES) for data in (images, source)]
     assert evaluations[0].per_class == evaluations[1].per_class
-    classifier = Classifier(runner, Preprocessing(image_size=32), NAMES)
-    rows = list(classify(classifier, source, top=1))
+    predictor = Predictor(runner, find_task("classification"), Preprocessing(image_size=32), NAMES)
+    rows = list(predict_images(predictor, source, top=1))
     assert ([row.path for row in rows], len(rows)) == ([f"image {at}" for at in range(COUNT)], COUNT)
     assert sum(row.scores[0].name == NAMES[at % 10] for at, row in enumerate(rows)) == evaluations[0].correct_top1
 
@@ -449,12 +451,12 @@ def test_a_batch_below_a_fixed_one_is_filled_up_and_its_copies_are_not_counted(
     seen: list[int] = []
 
     class Counting(OrtRunner):
-        def run(self, images: Tensor) -> Tensor:
+        def run(self, images: Tensor) -> Outputs:
             seen.append(len(images))
             return super().run(images)
 
     reference = Reference(single, images)
-    result = reference.judge(Candidate(single, Counting(single.path), InputSpec("float", 32, 3, 3), GATES["fp32"]))
+    (result,) = reference.judge(Candidate(single, Counting(single.path), InputSpec("float", 32, 3, 3), GATES["fp32"]))
     assert isinstance(result, LabelledResult)
     assert seen == [3] * 7
     assert (result.passed, result.agreement.images, result.batches) == (True, COUNT, (3,))

@@ -15,7 +15,7 @@ from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.layers import GlobalResponseNorm
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.verification.parity import RunningDifferences, compare, differences, logits_of
+from cnx_deploy.verification.parity import RunningDifferences, compare, differences, outputs_of
 
 SPEC = DeploySpec("fp32", 64)
 
@@ -32,8 +32,11 @@ def verdict(model: ConvNeXtV2, mutate: Callable[[nn.Module], None], batches: lis
     changed = copy.deepcopy(model)
     for module in changed.modules():
         mutate(module)
-    expected = logits_of(reference_runner(model, SPEC), batches)
-    return compare(reference_runner(changed, SPEC), expected, batches, GATES[gate], reference_name="original")
+    expected, specs = outputs_of(reference_runner(model, SPEC), batches), model.task.outputs(model.num_classes)
+    (result,) = compare(
+        reference_runner(changed, SPEC), expected, batches, specs, GATES[gate], reference_name="original"
+    )
+    return result
 
 
 # Broken networks
@@ -112,10 +115,10 @@ def test_the_same_network_passes_and_the_verdict_says_what_was_compared(tiny_mod
 
 def test_progress_is_told_the_images_of_each_batch_and_no_image_is_an_input_error(tiny_model, batches):
     told: list[int] = []
-    logits_of(reference_runner(tiny_model, SPEC), batches, told.append)
+    outputs_of(reference_runner(tiny_model, SPEC), batches, told.append)
     assert told == [7, 2, 1]
     with pytest.raises(InputError, match="no image"):
-        logits_of(reference_runner(tiny_model, SPEC), [])
+        outputs_of(reference_runner(tiny_model, SPEC), [])
 
 
 # Logits
@@ -140,9 +143,9 @@ def test_parity_nan_never_passes_and_inf_is_not_equal_though_both_sides_have_it(
     """There is no flag that lets it pass: finite weights and pixels give no infinite logit."""
     spoilt = logits()
     spoilt[1, 2] = value
-    assert failures(spoilt, spoilt.clone(), gate) == ("2 logits are NaN or infinite",)
+    assert failures(spoilt, spoilt.clone(), gate) == ("2 values are NaN or infinite",)
     for pair in ((spoilt, logits()), (logits(), spoilt)):
-        assert failures(*pair, gate) == ("1 logits are NaN or infinite",)
+        assert failures(*pair, gate) == ("1 values are NaN or infinite",)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -183,7 +186,7 @@ def test_a_zero_reference_is_no_division_by_zero_and_hides_no_difference():
     ],
 )
 def test_parity_shape_or_name_mismatch_of_logits_is_an_input_error(candidate, reference):
-    with pytest.raises(InputError, match="Cannot compare logits of shape"):
+    with pytest.raises(InputError, match="Cannot compare outputs of shape"):
         differences(candidate, reference)
 
 

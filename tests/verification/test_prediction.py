@@ -26,7 +26,7 @@ from cnx_deploy.model.checkpoint import LoadedModel, WeightsRecord, hash_weights
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.model.recorded import model_record
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.verification.predict import Classifier, classify, find_image_files, open_classifier
+from cnx_deploy.verification.predict import Predictor, find_image_files, open_predictor, predict_images
 
 NAMES = ("cat", "dog", "owl", "ant", "bee", "elk")
 PREPROCESSING = Preprocessing(64, crop_ratio=0.9, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
@@ -79,8 +79,8 @@ def photos(tmp_path_factory):
 
 
 def answers(path: Path, photos: Path, **options):
-    with open_classifier(path) as classifier:
-        return list(classify(classifier, find_image_files([photos]), **options))
+    with open_predictor(path) as predictor:
+        return list(predict_images(predictor, find_image_files([photos]), **options))
 
 
 def probabilities(predictions) -> torch.Tensor:
@@ -113,10 +113,10 @@ def test_an_onnx_file_of_ours_without_its_manifest_gives_the_same_answers_and_sa
 ):
     onnx_copy.with_suffix(".json").unlink()
     assert answers(onnx_copy, photos) == answers(exported.path, photos)
-    notes = " ".join(open_classifier(onnx_copy).notes)
+    notes = " ".join(open_predictor(onnx_copy).notes)
     assert "No manifest" in notes
     assert "random" in notes
-    assert "random (seed 3)" in open_classifier(exported.path).notes[0]
+    assert "random (seed 3)" in open_predictor(exported.path).notes[0]
 
 
 @pytest.mark.slow
@@ -153,9 +153,9 @@ def test_empty_and_truncated_image_is_answered_in_its_place(checkpoint, photos, 
 
 
 def test_a_file_that_does_not_exist_is_one_row_with_its_reason(checkpoint, photos):
-    with open_classifier(checkpoint) as classifier:
+    with open_predictor(checkpoint) as predictor:
         files = find_image_files([photos / "absent.png", photos / "0.png"])
-        absent, present = classify(classifier, files)
+        absent, present = predict_images(predictor, files)
     assert "No such file" in absent.error
     assert present.error is None
 
@@ -171,11 +171,10 @@ def test_a_folder_gives_its_images_at_every_depth_sorted_without_hidden_ones(tmp
 
 
 def test_a_checkpoint_that_says_nothing_of_its_images_is_noted_and_taken_at_224_px(atto, tmp_path):
-    classifier = open_classifier(save_checkpoint(tmp_path / "bare.safetensors", atto))
-    assert classifier.preprocessing == Preprocessing()
-    assert classifier.class_names is None
-    assert classifier.name_of(4) == "4"
-    assert "says nothing of its images" in classifier.notes[0]
+    predictor = open_predictor(save_checkpoint(tmp_path / "bare.safetensors", atto))
+    assert predictor.preprocessing == Preprocessing()
+    assert predictor.class_names is None
+    assert "says nothing of its images" in predictor.notes[0]
 
 
 def test_an_altered_onnx_file_is_not_run(onnx_copy):
@@ -183,7 +182,7 @@ def test_an_altered_onnx_file_is_not_run(onnx_copy):
     content[-1000] ^= 1
     onnx_copy.write_bytes(content)
     with pytest.raises(CorruptArtifactError, match="SHA-256"):
-        open_classifier(onnx_copy)
+        open_predictor(onnx_copy)
 
 
 def test_a_foreign_onnx_file_that_does_not_say_what_images_it_takes_is_an_input_error(onnx_copy, tmp_path):
@@ -191,13 +190,13 @@ def test_a_foreign_onnx_file_that_does_not_say_what_images_it_takes_is_an_input_
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "foreign.onnx")
     with pytest.raises(InputError, match="does not say what images"):
-        open_classifier(tmp_path / "foreign.onnx")
+        open_predictor(tmp_path / "foreign.onnx")
 
 
 def test_an_engine_without_its_manifest_is_refused(tmp_path):
     (tmp_path / "foreign.engine").write_bytes(b"vtrt" + bytes(100))
     with pytest.raises(RefusedArtifactError, match="native code"):
-        open_classifier(tmp_path / "foreign.engine")
+        open_predictor(tmp_path / "foreign.engine")
 
 
 @pytest.mark.skipif(not package_version("tensorrt-rtx"), reason="tensorrt-rtx is not installed")
@@ -208,38 +207,40 @@ def test_an_engine_without_a_gpu_lacks_a_requirement(exported, tmp_path):
     spec = BuildSpec(runtime="tensorrt-rtx", target="sm89", batches=((1, 2, 4),), measure=False)
     engine = build_engine(exported, spec, tmp_path)
     with pytest.raises(MissingRequirementError, match="GPU"):
-        open_classifier(engine.path)
+        open_predictor(engine.path)
 
 
 def test_a_file_that_is_no_artifact_is_an_input_error(tmp_path):
     (tmp_path / "model.onnx").write_text("hello")
     with pytest.raises(InputError, match="neither a checkpoint"):
-        open_classifier(tmp_path / "model.onnx")
+        open_predictor(tmp_path / "model.onnx")
 
 
 @pytest.fixture
-def tiny_classifier(tiny_model):
-    return Classifier(reference_runner(tiny_model, DeploySpec(image_size=64)), Preprocessing(64), None)
+def tiny_predictor(tiny_model):
+    return Predictor(reference_runner(tiny_model, DeploySpec(image_size=64)), tiny_model.task, Preprocessing(64), None)
 
 
-def test_nan_inf_input_whose_logits_are_not_finite_is_a_failed_check(tiny_classifier, photos, monkeypatch):
+def test_nan_inf_input_whose_logits_are_not_finite_is_a_failed_check(tiny_predictor, photos, monkeypatch):
     """Of the second image alone; it is named, not the first of its batch."""
-    right = tiny_classifier.runner.run
+    right = tiny_predictor.runner.run
 
     def second_is_none(images):
-        logits = right(images).clone()
+        logits = right(images)["logits"].clone()
         logits[1] = torch.nan
-        return logits
+        return {"logits": logits}
 
-    monkeypatch.setattr(tiny_classifier.runner, "run", second_is_none)
+    monkeypatch.setattr(tiny_predictor.runner, "run", second_is_none)
     with pytest.raises(CheckFailedError, match=r"logits that are not finite for .*1\.png, and numbers") as caught:
-        list(classify(tiny_classifier, ImageFiles((photos / "broken.png", photos / "0.png", photos / "1.png"))))
+        list(predict_images(tiny_predictor, ImageFiles((photos / "broken.png", photos / "0.png", photos / "1.png"))))
     assert caught.value.exit_code == 3
 
 
-def test_more_or_fewer_names_than_classes_are_a_corrupt_artifact(tiny_classifier, photos):
+def test_more_or_fewer_names_than_classes_are_a_corrupt_artifact(tiny_predictor, photos):
     for names in (("a",) * 9, ("a",) * 11):
         with pytest.raises(CorruptArtifactError, match="10 classes"):
             list(
-                classify(dataclasses.replace(tiny_classifier, class_names=names), find_image_files([photos / "0.png"]))
+                predict_images(
+                    dataclasses.replace(tiny_predictor, class_names=names), find_image_files([photos / "0.png"])
+                )
             )

@@ -20,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, OutputExistsError
-from cnx_deploy.core.gates import GATES
+from cnx_deploy.core.gates import GATES, OutputSpec
 from cnx_deploy.core.manifest import Artifact
-from cnx_deploy.data import BrokenImage
+from cnx_deploy.core.preprocessing import BrokenImage
+from cnx_deploy.model.tasks.base import joined
 from cnx_deploy.runners.base import RunnerInfo
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.verification.metrics import RunningComparison, Verification
@@ -52,6 +53,7 @@ from tests.support.lies import (
 NAMES = ("onnxruntime fp16", "torch float32")
 INFO = RunnerInfo("onnxruntime", "1.0", "some CPU", "fp16", "float32", (("threads", "1"),))
 RUN, LABELLED = ("artifacts", 0, "runs", 0), ("artifacts", 0, "runs", 1)
+SPECS = (OutputSpec("logits", (2,), "logit", "softmax"),)
 PLAIN_FILE = "tiny-test-32-fp32.onnx-onnxruntime.npz"
 
 
@@ -62,15 +64,16 @@ def save(folder: Path, artifact: Artifact, *, noise: float = 1e-4, first: str = 
     candidate = reference + noise
     broken, images = (BrokenImage("d.png", "no image"),), (first, "b.png", "c.png")
     for class_names, parts in (((), (slice(0, 1), slice(1, 4))), (("cat", "dog"), (slice(0, 3),))):
-        comparison = RunningComparison(class_names)
-        writer = saved.new_run(artifact, INFO, NAMES)
+        comparison = RunningComparison(SPECS, class_names, "logits")
+        writer = saved.new_run(artifact, INFO, NAMES, SPECS)
         for part in parts:
             names = images if class_names else [f"image {at}" for at in range(4)[part]]
             labels = [0, 1, 1] if class_names else []
-            comparison.add(candidate[part], reference[part], names, labels)
-            writer.add(candidate[part], reference[part], names, labels)
-        result = comparison.result(NAMES, GATES["fp16"], available=4, broken=broken)
-        saved.keep(writer.close(result, tuple(class_names), 4, broken))
+            pair = {"logits": candidate[part]}, {"logits": reference[part]}
+            comparison.add(*pair, names, labels)
+            writer.add(*pair, names, labels)
+        (result,) = comparison.results(NAMES, GATES["fp16"], available=4, broken=broken)
+        saved.keep(writer.close(result, "logits", tuple(class_names), 4, broken))
         results.append(result)
     saved.finish(artifact, ("tensorrt: no GPU",), ("a note",))
     return Verification(artifact.path.name, "onnx", tuple(results), ("tensorrt: no GPU",), ("a note",))
@@ -150,17 +153,19 @@ def test_the_index_says_what_was_compared_and_by_whom(sound: Path, index: dict[s
 def test_logits_come_back_to_the_bit_and_numpy_reads_them_without_us(tiny_onnx_fp32: Artifact, tmp_path: Path) -> None:
     numbers = torch.randn(3, 5)
     numbers[0, :4] = torch.tensor([math.nan, math.inf, -0.0, 1e-45])
-    saved, comparison = SavedResults(tmp_path / "saved"), RunningComparison()
-    writer = saved.new_run(tiny_onnx_fp32, INFO, NAMES)
+    specs = (OutputSpec("logits", (5,), "logit", "softmax"),)
+    saved, comparison = SavedResults(tmp_path / "saved"), RunningComparison(specs)
+    writer = saved.new_run(tiny_onnx_fp32, INFO, NAMES, specs)
     for part in (slice(0, 1), slice(1, 3)):
-        comparison.add(numbers[part], -numbers[part], ["x"] * len(numbers[part]))
-        writer.add(numbers[part], -numbers[part], ["x"] * len(numbers[part]))
-    record = writer.close(comparison.result(NAMES, GATES["fp16"]))
-    candidates, references = zip(*record.pairs(tmp_path / "saved"), strict=True)
-    for back, written in ((torch.cat(candidates), numbers), (torch.cat(references), -numbers)):
+        pair = {"logits": numbers[part]}, {"logits": -numbers[part]}
+        comparison.add(*pair, ["x"] * len(numbers[part]))
+        writer.add(*pair, ["x"] * len(numbers[part]))
+    record = writer.close(*comparison.results(NAMES, GATES["fp16"]))
+    candidates, references = (joined(side)["logits"] for side in zip(*record.pairs(tmp_path / "saved"), strict=True))
+    for back, written in ((candidates, numbers), (references, -numbers)):
         assert (back.dtype, torch.equal(back.view(torch.int32), written.view(torch.int32))) == (torch.float32, True)
     with np.load(tmp_path / "saved" / record.file) as plain:
-        assert np.array_equal(plain["candidate-0001"], numbers[1:].numpy())
+        assert np.array_equal(plain["candidate-logits-0001"], numbers[1:].numpy())
 
 
 def test_an_image_whose_name_is_no_text_is_saved_under_a_name_that_is(tiny_onnx_fp32: Artifact, tmp_path: Path) -> None:
@@ -190,15 +195,17 @@ def test_judged_at_a_tighter_gate_they_fail_and_at_a_wider_one_they_pass(sound: 
 
 
 def test_another_gate_does_not_excuse_a_flip(tiny_onnx_fp32: Artifact, tmp_path: Path) -> None:
-    saved, comparison = SavedResults(tmp_path / "saved"), RunningComparison(("cat", "dog"))
-    writer = saved.new_run(tiny_onnx_fp32, INFO, NAMES)
+    saved, comparison = SavedResults(tmp_path / "saved"), RunningComparison(SPECS, ("cat", "dog"), "logits")
+    writer = saved.new_run(tiny_onnx_fp32, INFO, NAMES, SPECS)
     reference = torch.tensor([[9.0, 1.0]] * 100)
     candidate = reference.clone()
     candidate[0] = candidate[0].flip(0)
     names, labels = [f"{at}.png" for at in range(100)], [0] * 100
-    comparison.add(candidate, reference, names, labels)
-    writer.add(candidate, reference, names, labels)
-    saved.keep(writer.close(comparison.result(NAMES, GATES["fp16"]), ("cat", "dog"), 100))
+    pair = {"logits": candidate}, {"logits": reference}
+    comparison.add(*pair, names, labels)
+    writer.add(*pair, names, labels)
+    (result,) = comparison.results(NAMES, GATES["fp16"])
+    saved.keep(writer.close(result, "logits", ("cat", "dog"), 100))
     saved.finish(tiny_onnx_fp32, (), ())
     (judged,) = judge_saved(tmp_path / "saved", relative_l2=1e9, cosine=-1.0, top1=0.0, kl=1e9)
     assert judged.results[0].failures == ("1 flips of top-1 by more than noise explains",)
@@ -274,7 +281,7 @@ LIES: list[tuple[tuple[Any, ...], Any, str]] = [
     ((*LABELLED, "labels"), [0, 1], "2 labels of 3 images"),
     ((*LABELLED, "labels"), [0, 1, 2], "2 is none of 2 classes"),
     ((*LABELLED, "labels"), [0, 1, -1], "runs[1].labels[2]: Expected int >= 0"),
-    ((*LABELLED, "class_names"), [], "1 is none of 0 classes"),
+    ((*LABELLED, "class_names"), [], "no output of 0 classes is called logits"),
     ((*LABELLED, "broken"), [{}], "runs[1].broken[0]: Object missing required"),
 ]
 
@@ -302,23 +309,26 @@ def header(shape: str, dtype: bytes = b"<f4", order: bytes = b"False") -> bytes:
 
 GOOD = array(np.zeros((4, 2), np.float32))
 PAIR: Callable[..., bytes] = lambda candidate, reference=GOOD: archived(  # noqa: E731
-    {"candidate-0000.npy": candidate, "reference-0000.npy": reference}
+    {"candidate-logits-0000.npy": candidate, "reference-logits-0000.npy": reference}
 )
 LOGITS: dict[str, tuple[bytes, str]] = {
     "no archive": (b"x" * 100, "not a zip file"),
-    "another array": (archived({"logits.npy": GOOD, "more.npy": GOOD}), "candidate-0000.npy is missing"),
-    "claims": (PAIR(header("(999999999, 999999999)")), "has 0 bytes for the shape (999999999, 999999999)"),
+    "another array": (archived({"logits.npy": GOOD, "more.npy": GOOD}), "candidate-logits-0000.npy is missing"),
+    "claims": (PAIR(header("(999999999, 2)")), "has 0 bytes for the shape (999999999, 2)"),
     "less": (PAIR(GOOD[:-4]), "has 28 bytes for the shape (4, 2)"),
-    "empty": (PAIR(header("(0, 2)")), "expected float32 of two dimensions"),
-    "objects": (PAIR(header("(4, 2)", b"|O") + b"\x80\x04K\x01."), "expected float32 of two dimensions"),
-    "columns first": (PAIR(header("(4, 2)", order=b"True") + bytes(32)), "expected float32 of two dimensions"),
-    "one dimension": (PAIR(array(np.zeros(8, np.float32))), "expected float32 of two dimensions"),
-    "program": (PAIR(b"\x93NUMPY\x01\x00\x20\x00__import__('os').getpid()      \n"), "holds no logits of this run"),
-    "no array": (PAIR(b"PK\x03\x04" + bytes(80)), "holds no logits of this run"),
-    "compressed": (archived({"candidate-0000.npy": GOOD, "reference-0000.npy": GOOD}, 8), "is compressed"),
-    "other classes": (PAIR(array(np.zeros((4, 3), np.float32))), "batch 0 has (4, 3) and (4, 2), expected 3 classes"),
-    "fewer images": (PAIR(*[array(np.zeros((3, 2), np.float32))] * 2), "logits of 3 images, expected 4"),
-    "none": (archived({}), "logits of 0 images, expected 4"),
+    "empty": (PAIR(header("(0, 2)")), "expected float32 of ('N', 2)"),
+    "objects": (PAIR(header("(4, 2)", b"|O") + b"\x80\x04K\x01."), "expected float32 of ('N', 2)"),
+    "columns first": (PAIR(header("(4, 2)", order=b"True") + bytes(32)), "expected float32 of ('N', 2)"),
+    "one dimension": (PAIR(array(np.zeros(8, np.float32))), "expected float32 of ('N', 2)"),
+    "program": (PAIR(b"\x93NUMPY\x01\x00\x20\x00__import__('os').getpid()      \n"), "holds no outputs of this run"),
+    "no array": (PAIR(b"PK\x03\x04" + bytes(80)), "holds no outputs of this run"),
+    "compressed": (
+        archived({"candidate-logits-0000.npy": GOOD, "reference-logits-0000.npy": GOOD}, 8),
+        "is compressed",
+    ),
+    "other classes": (PAIR(array(np.zeros((4, 3), np.float32))), "shape (4, 3), expected float32 of ('N', 2)"),
+    "fewer images": (PAIR(*[array(np.zeros((3, 2), np.float32))] * 2), "outputs of 3 images, expected 4"),
+    "none": (archived({}), "outputs of 0 images, expected 4"),
 }
 
 
@@ -326,7 +336,7 @@ LOGITS: dict[str, tuple[bytes, str]] = {
 def test_logits_that_are_not_what_the_index_says_are_corrupt(folder: Path, index: dict[str, Any], name: str) -> None:
     content, reason = LOGITS[name]
     with_logits(folder, index, content)
-    refused(lambda: judge_saved(folder), CorruptArtifactError, f"{folder / PLAIN_FILE} holds no logits", reason)
+    refused(lambda: judge_saved(folder), CorruptArtifactError, f"{folder / PLAIN_FILE} holds no outputs", reason)
 
 
 def spoil(data: st.DataObject, folder: Path, sound: Path) -> None:
@@ -371,17 +381,17 @@ def test_polygraphy_agrees_on_the_saved_images_and_not_on_other_logits(
 ) -> None:
     runner = OrtRunner(tiny_onnx_fp32.path)
     batches = [torch.rand(size, 3, 32, 32) for size in (1, 2, 7)]
-    logits = [runner.run(batch).clone() for batch in batches]
+    outputs = [runner.run(batch) for batch in batches]
     codes = []
     for name, shift in (("right", 0.0), ("wrong", 0.1)):
-        logits[2][5, 3] += shift
-        inputs, outputs = save_for_polygraphy(tmp_path / name, zip(batches, logits, strict=True))
-        words = ("run", tiny_onnx_fp32.path, "--onnxrt", "--load-inputs", inputs, "--load-outputs", outputs)
+        outputs[2]["logits"][5, 3] += shift
+        inputs, reference = save_for_polygraphy(tmp_path / name, zip(batches, outputs, strict=True))
+        words = ("run", tiny_onnx_fp32.path, "--onnxrt", "--load-inputs", inputs, "--load-outputs", reference)
         command = [Path(sys.executable).parent / "polygraphy", *words, "--rtol", "1e-3", "--atol", "1e-4"]
         codes.append(subprocess.run(command, capture_output=True, check=False).returncode)
     assert (codes[0], codes[1] != 0) == (0, True)
 
 
 def test_saving_for_polygraphy_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    save_for_polygraphy(tmp_path, [(torch.zeros(2, 3, 32, 32), torch.zeros(2, 10))])
+    save_for_polygraphy(tmp_path, [(torch.zeros(2, 3, 32, 32), {"logits": torch.zeros(2, 10)})])
     assert capfd.readouterr().out == ""

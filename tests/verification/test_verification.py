@@ -161,8 +161,8 @@ def test_the_check_before_an_export_is_kept_raises_on_a_broken_network(copied):
 
 
 def test_the_check_before_an_export_is_kept_records_batches_of_one_and_two(exports):
-    assert [export.manifest.facts.parity.batches for export in exports] == [(1, 2), (1, 2)]
-    assert exports[1].manifest.facts.parity.candidate == "emulator fp16"
+    assert [export.manifest.facts.worst_parity.batches for export in exports] == [(1, 2), (1, 2)]
+    assert exports[1].manifest.facts.worst_parity.candidate == "emulator fp16"
 
 
 def test_a_flipped_byte_is_found_before_a_runner_reads_the_file(copied, reference):

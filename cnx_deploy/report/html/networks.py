@@ -85,7 +85,7 @@ class Entry:
     @property
     def parity(self) -> ParityResult | None:
         """What the export found against PyTorch."""
-        return self.manifest.facts.parity if isinstance(self.manifest, OnnxManifest) else None
+        return self.manifest.facts.worst_parity if isinstance(self.manifest, OnnxManifest) else None
 
     @property
     def limits(self) -> tuple[Limit, ...]:
@@ -96,6 +96,8 @@ class Entry:
         gate, limits = self.manifest.precision.gate, []
         differences = self.parity.differences if self.parity else None
         for name, key, limit_key in MEASURES if differences else ():
+            if getattr(differences, key) is None:  # an output without decisions
+                continue
             value, limit = float(getattr(differences, key)), float(getattr(gate, limit_key))
             used, allowed = (1.0 - value, 1.0 - limit) if limit_key.endswith("_min") else (value, limit)
             share = used / allowed if allowed > 0.0 else (math.inf if used > 0.0 else 0.0)

@@ -1,0 +1,173 @@
+"""What every stage asks of a task, and the table of tasks.
+
+A task is one subclass of `Task` and one call of `register_task`. Export, engines, comparison, benchmark and prediction
+read the table and know no task by name: a manifest and a checkpoint's header name theirs.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.gates import Gate, OutputSpec
+from cnx_deploy.core.variants import Variant
+
+if TYPE_CHECKING:
+    from cnx_deploy.core.deploy_spec import DeploySpec
+    from cnx_deploy.core.preprocessing import BrokenImage
+    from cnx_deploy.model.convnextv2 import ConvNeXtV2
+
+__all__ = [
+    "Metrics", "Outputs", "Prediction", "Task", "all_finite", "find_task", "joined", "named_outputs", "register_task",
+    "sole_or_named", "task_names",
+]  # fmt: skip
+
+Outputs = dict[str, Tensor]
+"""What a network gives: tensors (N, ...) by name, in the order of the task's `outputs`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The answer to one image under the image's name; or, in `error`, why it could not be read."""
+
+    path: str
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """The answer on one line, without the path."""
+        return f"error: {self.error}" if self.error is not None else "no answer"
+
+
+class Metrics(Protocol):
+    """Sums over batches of labelled images."""
+
+    count: int
+
+    def add(self, outputs: Mapping[str, Tensor], targets: Tensor, paths: Sequence[str]) -> None:
+        """Count finite outputs (N, ...) against their targets (N, ...)."""
+        ...
+
+    def result(self, classes: Sequence[str], broken: Sequence["BrokenImage"]) -> Any:
+        """Give the metrics over the data's classes, with the images that could not be read."""
+        ...
+
+
+class Task(ABC):
+    """One task. A subclass sets the attributes and defines the abstract methods.
+
+    The head is made of modules under names of its own in the network, both in the training form and in the deploy form.
+    One of them is called `head`: `--reset-head` draws it anew, and `keep_fp32` can name it.
+
+    Attributes:
+        name: the word in manifests and headers.
+        levels: stages whose outputs the head reads, 0 to 3.
+        operators: how many operators of the counted kinds (Gelu, LayerNormalization, ReduceSum, AveragePool) the head
+            adds to the exported graph.
+        class_output: the output of class scores (N, num_classes), which labels are compared with; None without any.
+        prediction: the type of an answer, made with `path` and `error` for an image that cannot be read.
+    """
+
+    name: str
+    levels: tuple[int, ...] = (3,)
+    operators: Mapping[str, int] = MappingProxyType({})
+    class_output: str | None = None
+    prediction: type[Prediction] = Prediction
+
+    @abstractmethod
+    def outputs(self, num_classes: int) -> tuple[OutputSpec, ...]:
+        """Declare the outputs, in their order in the graph."""
+
+    @abstractmethod
+    def modules(self, variant: Variant, num_classes: int) -> dict[str, nn.Module]:
+        """Make the head of the training form: modules by the names that they have in a state dict."""
+
+    @abstractmethod
+    def forward(self, network: Any, maps: Mapping[int, Tensor]) -> Outputs:
+        """Run the modules of the training form, which `network` holds, on outputs of stages (N, C, H, W) by level."""
+
+    @abstractmethod
+    def deployed_modules(self, model: "ConvNeXtV2", spec: "DeploySpec") -> dict[str, nn.Module]:
+        """Make the head of the deploy form in float64, with the folds that `spec` asks for; it is rounded later."""
+
+    @abstractmethod
+    def deployed_forward(self, network: Any, maps: Mapping[int, Tensor]) -> Outputs:
+        """Run the modules of the deploy form. Reductions are done in FP32, and outputs leave in FP32."""
+
+    @abstractmethod
+    def predictions(
+        self, outputs: Mapping[str, Tensor], paths: Sequence[str], class_names: Sequence[str] | None, *, top: int
+    ) -> list[Prediction]:
+        """Turn finite outputs (N, ...) into an answer for each image; `top` limits how much of it is told."""
+
+    def gate(self, gate: Gate) -> Gate:
+        """Return what the outputs are judged by, from the gate of their precision: by default that one."""
+        return gate
+
+    def loss(self, outputs: Mapping[str, Tensor], targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+        """Return the loss of each image (N,). Raises InputError for a task that is not trained here."""
+        raise InputError(f"The task {self.name} has no loss, so that it cannot be trained.")
+
+    def metrics(self, class_names: Sequence[str], each: Callable[[Any], None] | None = None) -> Metrics:
+        """Begin to count labelled images; `each` is told every image's outcome. Raises InputError without metrics."""
+        raise InputError(f"The task {self.name} has no metrics on images with class labels.")
+
+    def num_classes_in(self, state: Mapping[str, Tensor]) -> int | None:
+        """Return the classes of the head in a state dict under the reference code's names; None without a head."""
+        weight = state.get("head.weight")
+        return weight.shape[0] if weight is not None and weight.ndim else None
+
+
+BUILT_IN = {"classification": "cnx_deploy.model.tasks.classification"}
+"""Task -> the module that registers it."""
+
+_TASKS: dict[str, Task] = {}
+
+
+def register_task(task: Task) -> None:
+    """Add a task, or replace the one of its name: from then on every stage takes it."""
+    _TASKS[task.name] = task
+
+
+def find_task(name: str) -> Task:
+    """Return the task called `name`; InputError lists the names otherwise."""
+    if name not in _TASKS and name in BUILT_IN:
+        importlib.import_module(BUILT_IN[name])
+    if name not in _TASKS:
+        raise InputError(f"No task is called {name!r}. Choose one of: {', '.join(task_names())}.")
+    return _TASKS[name]
+
+
+def task_names() -> tuple[str, ...]:
+    """Every task, built-in ones first."""
+    return tuple(dict.fromkeys((*BUILT_IN, *_TASKS)))
+
+
+def sole_or_named(outputs: Outputs) -> Tensor | Outputs:
+    """What a module's `forward` returns: the tensor of a network with one output, else all by name."""
+    return next(iter(outputs.values())) if len(outputs) == 1 else outputs
+
+
+def named_outputs(value: Tensor | Outputs, specs: Sequence[OutputSpec]) -> Outputs:
+    """What `sole_or_named` took apart, by name again."""
+    return {specs[0].name: value} if isinstance(value, Tensor) else value
+
+
+def joined(batches: Sequence[Outputs]) -> Outputs:
+    """The outputs of several batches as those of one."""
+    return {name: torch.cat([outputs[name] for outputs in batches]) for name in batches[0]}
+
+
+def all_finite(outputs: Mapping[str, Tensor]) -> Tensor:
+    """(N,) bool: the images whose outputs hold numbers only."""
+    finite = [torch.isfinite(tensor).flatten(1).all(dim=1) for tensor in outputs.values()]
+    return torch.stack(finite).all(dim=0)

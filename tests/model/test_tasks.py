@@ -1,0 +1,246 @@
+"""A task with another head, added from outside, is taken by every stage without another edit."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from torch import Tensor, nn
+
+import cnx_deploy as cnx
+from cnx_deploy.cli import cli
+from cnx_deploy.core.deploy_spec import DeploySpec
+from cnx_deploy.core.errors import InputError, ParityError
+from cnx_deploy.core.gates import Gate, OutputSpec
+from cnx_deploy.core.variants import Variant
+from cnx_deploy.model.checkpoint import load_checkpoint, save_checkpoint
+from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
+from cnx_deploy.model.deploy import deploy_form
+from cnx_deploy.model.deploy_layers import TokenNorm, doubles, linear, widen
+from cnx_deploy.model.layers import EPS
+from cnx_deploy.model.tasks import base
+from cnx_deploy.model.tasks.base import Outputs, Prediction, Task, find_task, register_task
+
+PICTURE = torch.rand(3, 40, 48, generator=torch.Generator().manual_seed(0))
+WIDTH = 6
+"""Values of the embedding."""
+
+
+class TwoLayers(nn.Module):
+    """A linear layer for the labels, and one whose result is the embedding; stage 3 is read beside stage 4."""
+
+    def __init__(self, labels: nn.Linear, embedding: nn.Linear) -> None:
+        super().__init__()
+        self.labels, self.embedding = labels, embedding
+
+
+@dataclass(frozen=True, slots=True)
+class Labels(Prediction):
+    """The labels whose score is above zero, and the embedding's length."""
+
+    labels: tuple[str, ...] = ()
+    length: float = 0.0
+
+    def __str__(self) -> str:
+        return Prediction.__str__(self) if self.error else f"{', '.join(self.labels) or 'none'} ({self.length:.2f})"
+
+
+class MultiLabel(Task):
+    """Several labels an image from the last stage, and an embedding of the one before: two outputs of two kinds."""
+
+    name = "multi-label"
+    levels = (2, 3)
+    operators = MappingProxyType({"LayerNormalization": 1})
+    prediction = Labels
+
+    def outputs(self, num_classes: int) -> tuple[OutputSpec, ...]:
+        return OutputSpec("labels", (num_classes,), "logit", "sigmoid"), OutputSpec("embedding", (WIDTH,), "feature")
+
+    def modules(self, variant: Variant, num_classes: int) -> dict[str, nn.Module]:
+        last, before = variant.dims[3], variant.dims[2]
+        head = TwoLayers(nn.Linear(last, num_classes), nn.Linear(before, WIDTH))
+        return {"norm": nn.LayerNorm(last, eps=EPS), "head": head}
+
+    def forward(self, network: Any, maps: Mapping[int, Tensor]) -> Outputs:
+        pooled = {level: output.mean(dim=(-2, -1)) for level, output in maps.items()}
+        return {
+            "labels": network.head.labels(network.norm(pooled[3])),
+            "embedding": network.head.embedding(pooled[2]),
+        }
+
+    def deployed_modules(self, model: ConvNeXtV2, spec: DeploySpec) -> dict[str, nn.Module]:
+        head = model.head
+        layers = TwoLayers(linear(*doubles(head.labels)), linear(*doubles(head.embedding)))  # type: ignore[arg-type]
+        return {"norm": TokenNorm(*doubles(model.norm)), "head": layers}
+
+    def deployed_forward(self, network: Any, maps: Mapping[int, Tensor]) -> Outputs:
+        kind = network.head.labels.weight.dtype
+        pooled = {level: widen(output).mean(dim=(2, 3)) for level, output in maps.items()}
+        return {
+            "labels": widen(network.head.labels(network.norm(pooled[3]).to(kind))),
+            "embedding": widen(network.head.embedding(pooled[2].to(kind))),
+        }
+
+    def predictions(
+        self, outputs: Mapping[str, Tensor], paths: Sequence[str], class_names: Sequence[str] | None, *, top: int
+    ) -> list[Prediction]:
+        names = class_names or [str(index) for index in range(outputs["labels"].shape[1])]
+        return [
+            Labels(
+                path, labels=tuple(name for name, score in zip(names, scores, strict=True) if score > 0), length=size
+            )
+            for path, scores, size in zip(
+                paths, outputs["labels"].tolist(), outputs["embedding"].norm(dim=1).tolist(), strict=True
+            )
+        ]
+
+    def num_classes_in(self, state: Mapping[str, Tensor]) -> int | None:
+        return len(state["head.labels.weight"]) if "head.labels.weight" in state else None
+
+    def gate(self, gate: Gate) -> Gate:
+        return replace(gate, name=f"{gate.name} multi-label")
+
+    def loss(self, outputs: Mapping[str, Tensor], targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+        return F.binary_cross_entropy_with_logits(outputs["labels"], targets, reduction="none").mean(dim=1)
+
+
+@pytest.fixture(scope="module")
+def task() -> Iterator[MultiLabel]:
+    task = MultiLabel()
+    register_task(task)
+    yield task
+    del base._TASKS[task.name]
+
+
+@pytest.fixture(scope="module")
+def files(task: MultiLabel, tmp_path_factory: pytest.TempPathFactory) -> list[cnx.Artifact]:
+    """Random weights of the smallest network with the head of the task, in FP32 and FP16."""
+    folder = tmp_path_factory.mktemp("task")
+    options: dict[str, Any] = {"image_size": 32, "num_classes": 10, "batch": (1, 2, 4), "output_dir": folder}
+    return cnx.export("tiny-test", task=task.name, precision=("fp32", "fp16"), **options)
+
+
+def test_its_outputs_are_exported_and_each_is_judged_by_its_gate(files: list[cnx.Artifact]) -> None:
+    for artifact in files:
+        assert artifact.manifest.model.task == "multi-label"
+        assert {name: spec.shape for name, spec in artifact.manifest.facts.outputs.items()} == {
+            "labels": ("batch", 10), "embedding": ("batch", WIDTH),
+        }  # fmt: skip
+        found = {result.output: result for result in artifact.manifest.facts.parity}
+        assert list(found) == ["labels", "embedding"]
+        assert {result.gate.name for result in found.values()} == {f"{artifact.manifest.precision.name} multi-label"}
+        assert found["labels"].differences.top1_agreement == 1.0
+        assert found["embedding"].differences.top1_agreement is None, "a feature is no decision"
+
+
+def test_it_is_verified_timed_and_used(files: list[cnx.Artifact], tmp_path: Path) -> None:
+    report = cnx.verify(files, samples=2, save_outputs=tmp_path / "saved")
+    assert report.passed, str(report)
+    assert [(row.candidate, row.output) for row in report.results[1].results] == [
+        (runner, output)
+        for runner in ("onnxruntime fp16", "emulator fp16") for output in ("labels", "embedding")
+    ]  # fmt: skip
+    timed = cnx.benchmark(files[0], batch=1, compare=["torch", "timm"], duration_seconds=0.05, threads=1)
+    assert {row.name: row.correctness.failures for row in timed.rows if row.correctness} == {
+        "torch eager fp32": (), "tiny-test-32-fp32.onnx": (),
+    }  # fmt: skip
+    assert "no counterpart of multi-label" in timed.not_run[0].reason
+    with cnx.load(files[0]) as model:
+        answer = model.predict(PICTURE)
+        assert isinstance(answer, Labels)
+        assert answer.labels
+        broken = model.predict([tmp_path / "absent.png"])[0]
+    assert (type(broken), broken.labels, "absent.png" in broken.error) == (Labels, (), True)
+
+
+def test_the_commands_show_it(files: list[cnx.Artifact], tmp_path: Path) -> None:
+    def cnx_deploy(*words: object) -> str:
+        result = CliRunner().invoke(cli, list(map(str, words)), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    (tmp_path / "image.png").write_bytes(_png())
+    assert "labels" in cnx_deploy("verify", files[0].path, "--samples", 2)
+    (row,) = json.loads(cnx_deploy("predict", files[0].path, tmp_path / "image.png", "--json"))["predictions"]
+    assert row.keys() == {"path", "error", "labels", "length"}
+    assert "multi-label" in cnx_deploy("inspect", files[0].path)
+    for command in ("layers", "chain"):
+        cnx_deploy("diagnose", command, files[1].path)
+
+
+def test_an_engine_compiles_and_names_its_outputs(files: list[cnx.Artifact], tmp_path: Path) -> None:
+    engine = cnx.build_engine(files[1], target="sm89", output_dir=tmp_path)
+    assert (engine.manifest.model.task, engine.manifest.facts.half_share_of_products) == ("multi-label", 1.0)
+
+
+def test_a_fault_in_one_output_alone_stops_the_export_and_is_named(
+    task: MultiLabel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = MultiLabel.deployed_forward
+
+    def wrong(self: MultiLabel, network: Any, maps: Mapping[int, Tensor]) -> Outputs:
+        outputs = right(self, network, maps)
+        return {**outputs, "embedding": outputs["embedding"] * 1.001}
+
+    monkeypatch.setattr(MultiLabel, "deployed_forward", wrong)
+    options: dict[str, Any] = {"image_size": 32, "num_classes": 10, "output_dir": tmp_path}
+    with pytest.raises(ParityError, match="differs from PyTorch in embedding: relative L2"):
+        cnx.export("tiny-test", task=task.name, precision="fp32", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_its_deploy_form_is_exact_in_float64(task: MultiLabel, tiny_variant: Variant) -> None:
+    model, spec = random_model(tiny_variant, 10, task=task).double(), DeploySpec("fp64", 32)
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (spec.mean, spec.std))
+    with torch.inference_mode():
+        expected, found = model((images - mean) / std), deploy_form(model, spec)(images)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_a_checkpoint_knows_its_task_and_a_new_head_is_of_the_task_asked_for(
+    task: MultiLabel, tiny_variant: Variant, tmp_path: Path
+) -> None:
+    path = save_checkpoint(tmp_path / "own.safetensors", random_model(tiny_variant, 10, task=task))
+    loaded = load_checkpoint(path, tiny_variant)
+    assert (loaded.model.task.name, loaded.model.num_classes) == ("multi-label", 10)
+    plain = save_checkpoint(tmp_path / "plain.safetensors", random_model(tiny_variant, 10))
+    changed = load_checkpoint(plain, tiny_variant, task=task.name, num_classes=3, reset_head=True)
+    assert changed.model(torch.rand(1, 3, 32, 32))["labels"].shape == (1, 3)
+    assert torch.equal(changed.model.norm.weight, load_checkpoint(plain, tiny_variant).model.norm.weight)
+
+
+def test_labels_of_classes_are_refused_where_a_task_has_no_metrics(files: list[cnx.Artifact], tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(_png())
+    with pytest.raises(InputError, match="multi-label has no metrics"):
+        cnx.evaluate(files[0], tmp_path)
+
+
+def test_an_unknown_task_is_an_error_that_lists_the_known_ones() -> None:
+    with pytest.raises(InputError, match=r"No task is called 'depth'\. Choose one of: classification"):
+        find_task("depth")
+
+
+def test_the_loss_of_a_classifier_is_cross_entropy() -> None:
+    logits, targets = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    found = find_task("classification").loss({"logits": logits}, targets)
+    torch.testing.assert_close(found, -logits.log_softmax(dim=1).gather(1, targets[:, None]).flatten())
+
+
+def _png() -> bytes:
+    import io
+
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray((PICTURE * 255).byte().permute(1, 2, 0).numpy()).save(stream, "PNG")
+    return stream.getvalue()
