@@ -80,7 +80,7 @@ def export(
         OutputExistsError: other inputs made what is there; `force=True` replaces it.
     """
     precisions = (precision,) if isinstance(precision, str) else tuple(precision)
-    made = run_exports(ExportRequest(variant=variant, precisions=precisions, **options), note)
+    made = run_exports(ExportRequest(variant=variant, precisions=precisions, **_with_paths(options)), note)
     return made[0] if isinstance(precision, str) else made
 
 
@@ -99,7 +99,7 @@ def build_engine(
     Raises:
         BuildError: TensorRT makes no engine, or one that computes in another precision than the file says.
     """
-    request = BuildRequest(files=(_path_of(onnx),), targets=(target,), **options)
+    request = BuildRequest(files=(_path_of(onnx),), targets=(target,), **_with_paths(options))
     return run_builds(request, note)[0]
 
 
@@ -120,7 +120,8 @@ def verify(
     Raises:
         MissingRequirementError: an engine was named and cannot run here.
     """
-    return VerifyReport(tuple(run_verifications(VerifyRequest(files=_paths_of(artifacts), **options), note, progress)))
+    request = VerifyRequest(files=_paths_of(artifacts), **_with_paths(options))
+    return VerifyReport(tuple(run_verifications(request, note, progress)))
 
 
 def benchmark(
@@ -149,7 +150,7 @@ def benchmark(
 
     batches = (batch,) if isinstance(batch, int) else tuple(batch)
     options.setdefault("omp_threads", os.environ.get("OMP_NUM_THREADS"))
-    spec = BenchSpec(files=_paths_of(artifacts), batches=batches, compare=tuple(compare), **options)
+    spec = BenchSpec(files=_paths_of(artifacts), batches=batches, compare=tuple(compare), **_with_paths(options))
     return run_benchmark(spec, note, progress)
 
 
@@ -224,7 +225,7 @@ def headroom(checkpoint: Path | str | None = None, *, note: Note = _silent, **op
     from cnx_deploy.diagnosis.headroom import HeadroomRequest, run_headroom
 
     path = Path(checkpoint) if checkpoint is not None else None
-    return run_headroom(HeadroomRequest(checkpoint=path, **options), note)
+    return run_headroom(HeadroomRequest(checkpoint=path, **_with_paths(options)), note)
 
 
 def inspect(file: Source) -> "Inspection":
@@ -299,6 +300,12 @@ class VerifyReport:
 
 def _path_of(source: Source) -> Path:
     return source.path if isinstance(source, Artifact) else Path(source)
+
+
+def _with_paths(options: dict[str, Any]) -> dict[str, Any]:
+    """The same options with the path of a file or folder as one, where it is given as text."""
+    names = ("checkpoint", "output_dir", "export_dir", "engines_dir", "save_inputs", "save_outputs", "data")
+    return {name: Path(value) if name in names and isinstance(value, str) else value for name, value in options.items()}
 
 
 def _paths_of(sources: Source | Sequence[Source]) -> tuple[Path, ...]:

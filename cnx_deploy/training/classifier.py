@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torchmetrics.classification import MulticlassAccuracy
@@ -40,8 +39,8 @@ class ClassificationModule(TaskModule):
         """Cross-entropy with label smoothing, on mixed images where that is asked for: (N,)."""
         pixels, labels = batch
         images, targets = self.mix(self.network_input(pixels), labels)
-        logits = (self._compiled or (self.model,))[0](images)
-        return F.cross_entropy(logits, targets, label_smoothing=self.spec.label_smoothing, reduction="none")
+        outputs = {"logits": (self._compiled or (self.model,))[0](images)}
+        return self.model.task.loss(outputs, targets, label_smoothing=self.spec.label_smoothing)
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         """Take the step, then move the average."""
@@ -60,12 +59,12 @@ class ClassificationModule(TaskModule):
         pixels, labels = batch
         images = self.network_input(pixels)
         logits = self.model(images).float()
-        self.add("val", F.cross_entropy(logits, labels, reduction="none"))
+        self.add("val", self.model.task.loss({"logits": logits}, labels))
         self.top1.update(logits, labels)
         self.top5.update(logits, labels)
         if self.averaged is not None:
             logits = self.averaged.module(images).float()
-            self.add("ema", F.cross_entropy(logits, labels, reduction="none"))
+            self.add("ema", self.model.task.loss({"logits": logits}, labels))
             self.ema_top1.update(logits, labels)
 
     def epoch_record(self, losses: dict[str, float], rate: float, clock: EpochClock) -> TrainingRecord:

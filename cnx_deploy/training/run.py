@@ -129,7 +129,12 @@ def initial_model(
         loaded = _with_fitting_head(init, spec, names)
     else:
         loaded = resolve_model(
-            spec.network, checkpoint=checkpoint, pretrained=pretrained, num_classes=len(names), reset_head=reset_head
+            spec.network,
+            checkpoint=checkpoint,
+            pretrained=pretrained,
+            num_classes=len(names),
+            reset_head=reset_head,
+            task="classification",
         )
     if loaded.class_names not in (None, names):
         raise CheckpointError(
@@ -144,12 +149,12 @@ def initial_model(
 
 def _with_fitting_head(path: Path, spec: TrainingSpec, names: tuple[str, ...]) -> LoadedModel:
     try:
-        loaded = load_checkpoint(path, spec.network, num_classes=len(names))
+        loaded = load_checkpoint(path, spec.network, num_classes=len(names), task="classification")
     except CheckpointError:  # no head, or one of other classes; anything else the second reading says again
         loaded = None
     if loaded is not None and loaded.class_names in (None, names):
         return loaded
-    return load_checkpoint(path, spec.network, num_classes=len(names), reset_head=True)
+    return load_checkpoint(path, spec.network, num_classes=len(names), reset_head=True, task="classification")
 
 
 def _model_to_train(spec: TrainingSpec, initial: ConvNeXtV2 | None, num_classes: int) -> ConvNeXtV2:

@@ -140,7 +140,7 @@ def test_its_outputs_are_exported_and_each_is_judged_by_its_gate(files: list[cnx
 
 
 def test_it_is_verified_timed_and_used(files: list[cnx.Artifact], tmp_path: Path) -> None:
-    report = cnx.verify(files, samples=2, save_outputs=tmp_path / "saved")
+    report = cnx.verify(files, samples=2, save_outputs=str(tmp_path / "saved"))
     assert report.passed, str(report)
     assert [(row.candidate, row.output) for row in report.results[1].results] == [
         (runner, output)
