@@ -160,7 +160,9 @@ def test_a_fault_is_found_in_the_layout_for_cpus_too() -> None:
 
 
 def test_in_bf16_what_overflows_in_fp16_needs_nothing() -> None:
-    assert tried_on(case_with(faulty("hidden"), "bf16")).passes(())
+    probe = form_judge(case_with(faulty("hidden"), "bf16"))(())
+    assert probe.found.all_finite
+    assert probe.found.relative_l2_max < 0.16, "BF16's own noise is 0.02 to 0.04 here, and what overflows is far off"
 
 
 def test_a_probe_leaves_no_trace_in_the_next(tiny_model: ConvNeXtV2) -> None:
@@ -204,7 +206,7 @@ def test_images_come_in_batches_that_the_file_takes(
     artifact, loaded = replace(tiny_onnx_fp16, manifest=manifest), LoadedModel(tiny_model, NO_WEIGHTS)
     case = case_of(artifact, loaded, GATES["fp16"], None, samples)
     assert [len(images) for images in case.batches] == sizes
-    assert len(case.expected) == sum(sizes)
+    assert len(case.expected["logits"]) == sum(sizes)
 
 
 def test_a_folder_gives_the_images_and_one_with_too_few_is_refused(
@@ -215,7 +217,7 @@ def test_a_folder_gives_the_images_and_one_with_too_few_is_refused(
     loaded, manifest = LoadedModel(tiny_model, NO_WEIGHTS), tiny_onnx_fp16.manifest
     record = replace(manifest.model, preprocessing=Preprocessing(image_size=SIZE))
     artifact = replace(tiny_onnx_fp16, manifest=replace(manifest, model=record))
-    assert len(case_of(artifact, loaded, GATES["fp16"], tmp_path, 4).expected) == 3
+    assert len(case_of(artifact, loaded, GATES["fp16"], tmp_path, 4).expected["logits"]) == 3
     fixed = replace(manifest, model=record, request=replace(manifest.request, batch=(8, 8, 8)))
     with pytest.raises(InputError, match="fewer images than the 8"):
         case_of(replace(artifact, manifest=fixed), loaded, GATES["fp16"], tmp_path, 4)

@@ -134,12 +134,14 @@ def test_a_bf16_file_is_of_the_opset_whose_convolution_takes_it(bf16) -> None:
     assert bf16.manifest.facts.types.keys() == {"BFLOAT16", "FLOAT"}
 
 
-def test_a_bf16_file_is_right_to_its_own_gate_and_not_to_fp16s(bf16, tiny_model) -> None:
-    images = images_for(SIZE)
-    found = EmulatedRunner(bf16.path).run(images)["logits"]
-    deviation = differences(found, reference_runner(tiny_model, DeploySpec(image_size=SIZE)).run(images)["logits"])
-    assert GATES["bf16"].failures(deviation) == ()
-    assert deviation.relative_l2_max > 4e-3  # FP16 is at 1e-3
+def test_a_bf16_file_rounds_to_eight_bits_and_not_to_eleven(bf16, tiny_model) -> None:
+    """Its noise is 8 times that of FP16; a network of random weights magnifies both to about its gate."""
+    images, plain = images_for(SIZE), DeploySpec(image_size=SIZE)
+    expected = reference_runner(tiny_model, plain).run(images)["logits"]
+    found = differences(EmulatedRunner(bf16.path).run(images)["logits"], expected).relative_l2_max
+    fp16 = deployed_runner(tiny_model, DeploySpec("fp16", SIZE)).run(images)["logits"]
+    assert 2.0 < found / differences(fp16, expected).relative_l2_max < 32.0
+    assert found < 4 * GATES["bf16"].relative_l2_max
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.runners.pytorch import reference_runner
 
 DEEP = Variant("deep-test", (1, 1, 6, 1), (8, 16, 32, 64), 0, 0.0)
-SIZE = 32
+SIZE = 64
 NO_WEIGHTS = WeightsRecord("random", "0", "0" * 64, "none (random weights)")
 
 
@@ -39,14 +39,14 @@ def infinite_weight(model: ConvNeXtV2, stage: int, index: int) -> None:
 
 
 def cancellation(model: ConvNeXtV2, stage: int, index: int) -> None:
-    """Hidden channels in pairs, whose second weights differ by little and cancel by 50: finite, but not accurate."""
+    """Hidden channels in pairs, whose second weights differ by little and cancel by 200: finite, and far beyond the gate."""
     block = model.stage_blocks()[stage][index]
     half = block.pwconv1.weight.shape[0] // 2
     with torch.no_grad():
         for tensor in (block.pwconv1.weight, block.pwconv1.bias, block.grn.gamma[0, 0, 0], block.grn.beta[0, 0, 0]):
             tensor[half:] = tensor[:half]
-        block.pwconv2.weight[:, :half] += 50.0
-        block.pwconv2.weight[:, half:] -= 50.0
+        block.pwconv2.weight[:, :half] += 200.0
+        block.pwconv2.weight[:, half:] -= 200.0
 
 
 def hot_stream(model: ConvNeXtV2, stage: int, index: int) -> None:
@@ -110,5 +110,5 @@ def case_with(model: ConvNeXtV2, precision: str = "fp16", layout: Layout | None 
     spec = DeploySpec(precision, SIZE, layout=layout)
     batches = (runner_input(next(image_like_batches(4, SIZE, batch_size=4)), "float"),)
     record = ModelRecord(model.variant.name, 10, SIZE, NO_WEIGHTS, Preprocessing())
-    expected = reference_runner(model, spec).run(batches[0])["logits"]
+    expected = reference_runner(model, spec).run(batches[0])
     return Case(LoadedModel(model, NO_WEIGHTS), record, ExportSpec(deploy=spec), batches, expected, GATES[precision])

@@ -196,7 +196,7 @@ def test_batch_invariance_in_fp32_and_not_of_a_network_that_sums_over_the_batch(
         alone = torch.cat([runner.run(image[None])["logits"] for image in images])
         return float((runner.run(images)["logits"] - alone).abs().max())
 
-    assert largest_difference() <= 1e-5
+    assert largest_difference() <= 2e-5  # 3e-6 here; what sums over the batch is at 1e-3
     real = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *more: real(x + 1e-3 * x.mean(0, keepdim=True), *more))
     assert largest_difference() > 1e-4
