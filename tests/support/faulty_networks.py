@@ -39,7 +39,7 @@ def infinite_weight(model: ConvNeXtV2, stage: int, index: int) -> None:
 
 
 def cancellation(model: ConvNeXtV2, stage: int, index: int) -> None:
-    """Hidden channels in pairs, whose second weights differ by little and cancel by 200: finite, and far beyond the gate."""
+    """Hidden channels in pairs, whose second weights cancel by 200 but for a little: finite, far beyond the gate."""
     block = model.stage_blocks()[stage][index]
     half = block.pwconv1.weight.shape[0] // 2
     with torch.no_grad():
