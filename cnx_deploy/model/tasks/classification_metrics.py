@@ -27,7 +27,8 @@ __all__ = [
 
 BINS = 15
 """Bins of the calibration error, as in the tables of its paper."""
-EDGES = torch.linspace(0.0, 1.0, BINS + 1, dtype=torch.float64)
+# On the CPU by name: a task may be imported while a model is made on the meta device, which would take this with it.
+EDGES = torch.linspace(0.0, 1.0, BINS + 1, dtype=torch.float64, device="cpu")
 TOP = 5
 """Best classes that are kept of an image."""
 WORST = 10
