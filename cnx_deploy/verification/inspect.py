@@ -209,25 +209,26 @@ def check_suffix(path: Path, kind: FileKind) -> None:
 def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     from cnx_deploy.model.checkpoint import FOREIGN_LICENCE, load_checkpoint
     from cnx_deploy.model.layouts import official_state, structure_of, variant_with_structure
+    from cnx_deploy.model.tasks.base import find_task
     from cnx_deploy.model.weight_files import read_weight_file
 
     file = read_weight_file(path)
     layout, state = official_state(file.tensors, str(path))
-    variant, head = variant_with_structure(structure_of(state)), state.get("head.weight")
+    variant, task = variant_with_structure(structure_of(state)), find_task(file.metadata.get("task", "classification"))
+    classes = task.num_classes_in(state)
     facts: dict[str, Any] = {
         "layout": layout,
         "variant": variant.name if variant else None,
-        "classes": head.shape[0] if head is not None else None,
+        "task": task.name,
+        "classes": classes,
         "parameters": sum(tensor.numel() for tensor in state.values()),
         "licence": file.metadata.get("licence", FOREIGN_LICENCE),
         "entry": file.entry,
         "metadata": dict(file.metadata),
     }
     del file, state  # before the file is read once more
-    if head is None:
-        return facts, (
-            "It has no classification head, as FCMAE pre-training leaves it: give it one with --reset-head.",
-        )
+    if classes is None:
+        return facts, (f"It has no {task.name} head, as FCMAE pre-training leaves it: give it one with --reset-head.",)
     if variant is None:
         return facts, ("Its depths and widths are none of the eight variants'.",)
     return {**facts, "weights_sha256": load_checkpoint(path, variant).weights.sha256}, ()

@@ -127,7 +127,8 @@ def _weights_source(artifact: Artifact) -> tuple[Verdict, str]:
     from cnx_deploy.model.checkpoint import load_checkpoint  # torch: only where there are weights to hash
 
     try:
-        loaded = load_checkpoint(path, artifact.manifest.model.variant).weights
+        model = artifact.manifest.model
+        loaded = load_checkpoint(path, model.variant, task=model.task).weights
     except CnxDeployError as error:
         return "fault", str(error)
     if loaded.sha256 != weights.sha256:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import pkgutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 import cnx_deploy
+from cnx_deploy.cli import main
 
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "tensorrt", "tensorrt_rtx", "numpy", "lightning", "PIL", "rich")
 
@@ -37,3 +39,17 @@ def test_importing_the_package_loads_nothing_else() -> None:
 def test_every_module_imports() -> None:
     for module in pkgutil.walk_packages(cnx_deploy.__path__, "cnx_deploy."):
         importlib.import_module(module.name)
+
+
+@pytest.mark.parametrize(("command", "policy"), [("variants", "passive"), ("bench", None)])
+def test_threads_wait_without_spinning_but_in_the_benchmark(
+    command: str, policy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    found = os.environ.pop("OMP_WAIT_POLICY", None)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert (found, os.environ["OMP_WAIT_POLICY"]) == (policy, "active")
