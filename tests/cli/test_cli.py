@@ -184,7 +184,8 @@ def test_build_sigint_sigterm_is_exit_code_130(cnx, empty, monkeypatch):
 
 def test_variants_as_json_is_one_document_of_both_versions(cnx):
     code, out, err = cnx("variants", "--json")
-    versions = [entry["version"] for entry in json.loads(out)["variants"]]
+    own = [entry for entry in json.loads(out)["variants"] if entry["name"] != "tiny-test"]
+    versions = [entry["version"] for entry in own]
     assert (code, err, versions) == (0, "", [2] * 8 + [1] * 9)
 
 
@@ -266,7 +267,7 @@ def test_a_folder_of_other_classes_is_a_usage_error(cnx, project):
     shutil.rmtree(project / "images" / "3")
     code, _, err = cnx("eval", "export/atto-64-fp32.onnx", "images")
     assert code == 2
-    assert "4 classes, 3 were expected" in err
+    assert "gives logits of 4; the 3 classes of" in err
 
 
 @pytest.mark.parametrize("words", [("verify",), ("inspect",), ("build-trt",), ("predict", "images")])

@@ -74,7 +74,7 @@ def test_nan_weights_end_in_exit_code_3_and_are_told_from_rounding(
     document = json.loads(printed.out)
     assert stop.value.code == 3
     assert (document["outcome"], document["reference_nonfinite"]) == ("nothing helps", 40)
-    assert "PyTorch in FP32 gives 40 logits" in printed.err
+    assert "PyTorch in FP32 gives 40 values" in printed.err
 
 
 def test_a_gate_that_fp32_fails_ends_in_exit_code_3(tiny_onnx_fp16: Artifact, tiny_model: ConvNeXtV2) -> None:

@@ -80,7 +80,7 @@ def fixed_external(tiny_variant, tmp_path_factory) -> Exported:
         record,
         spec,
         tmp_path_factory.mktemp("external"),
-        verify=lambda made: replace(PARITY, candidate=made.path.name),
+        verify=lambda made: (replace(PARITY, candidate=made.path.name),),
     )
 
 

@@ -1,6 +1,7 @@
 """Our own files, weights that do not fit, and the choice of a source."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,9 +126,9 @@ def test_checkpoint_wrong_variant_names_the_first_tensor_and_both_shapes(tmp_pat
     assert "Give 'atto', whose shapes it has" in message
 
 
-def test_checkpoint_wrong_variant_that_no_table_has(tiny_model, tmp_path):
-    path = saved(tiny_model.state_dict(), tmp_path / "tiny.pt")
-    with pytest.raises(CheckpointError, match=r"depths \(1, 1, 2, 1\) and widths \(8, 16, 32, 64\).*none of the known"):
+def test_checkpoint_wrong_variant_that_no_table_has(tiny_variant, tmp_path):
+    path = saved(random_model(replace(tiny_variant, depths=(1, 1, 1, 1)), 10).state_dict(), tmp_path / "tiny.pt")
+    with pytest.raises(CheckpointError, match=r"depths \(1, 1, 1, 1\) and widths \(8, 16, 32, 64\).*none of the known"):
         load_checkpoint(path)
 
 

@@ -267,7 +267,7 @@ def test_an_engine_of_an_earlier_export_is_said_to_be_outdated(tmp_path):
 def test_a_reference_gives_the_checked_sizes_in_the_runners_layout_with_logits_for_each_image(exports, reference):
     deploy = replace(exports[0].manifest.deploy, input_kind="uint8")
     pairs = list(reference.batches(deploy, InputSpec("uint8", 32, 2, 4)))
-    assert [(len(batch.images), len(batch), len(logits)) for batch, logits in pairs] == [
+    assert [(len(batch.images), len(batch), len(outputs["logits"])) for batch, outputs in pairs] == [
         (2, 2, 2),
         (4, 4, 4),
         (4, 4, 4),
@@ -279,7 +279,8 @@ def test_fewer_images_than_a_fixed_batch_are_filled_up_for_the_candidate_and_for
     Image.new("RGB", (40, 40), "teal").save(tmp_path / "one.png")
     manifest = exports[0].manifest
     fixed = replace(exports[0], manifest=replace(manifest, request=replace(manifest.request, batch=(4, 4, 4))))
-    ((images, logits),) = Reference(exports[0], tmp_path).pairs(fixed)
+    ((images, outputs),) = Reference(exports[0], tmp_path).pairs(fixed)
+    logits = outputs["logits"]
     assert (images.shape, logits.shape) == ((4, 3, 32, 32), (4, 10))
     assert torch.equal(logits, logits[:1].expand(4, -1))
 
