@@ -26,7 +26,7 @@ from cnx_deploy.diagnosis.mixed_precision import (
     export_and_probe,
     probe_recorded,
 )
-from cnx_deploy.diagnosis.search import find_kept, islands_of, spelled
+from cnx_deploy.diagnosis.search import find_kept
 from cnx_deploy.exporters.onnx import ExportSpec
 from cnx_deploy.exporters.untrusted import check_recorded
 from cnx_deploy.model.checkpoint import LoadedModel
@@ -67,17 +67,11 @@ class Bisection:
             return "none needed"
         return "nothing helps" if self.kept is None else "found"
 
-    @property
-    def islands(self) -> tuple[tuple[str, ...], ...]:
-        """`kept`, grouped into what stays in FP32 without a break."""
-        return islands_of(self.kept or (), self.units)
-
     def to_dict(self) -> dict[str, Any]:
         """Return the result for JSON."""
-        final, command, shares = self.final, None, None
-        if final is not None:
-            shares = {"parameters": round(final.parameter_share, 6), "results": round(final.result_share, 4)}
+        final, share, command = self.final, None, None
         if final is not None and self.kept is not None:
+            share = {"parameters": round(final.parameter_share, 6), "results": round(final.result_share, 4)}
             command = export_command(self.artifact, self.kept, final)
         return {
             "schema_version": SCHEMA_VERSION,
@@ -88,13 +82,12 @@ class Bisection:
             "outcome": self.outcome,
             "recorded": self.recorded.probe.to_dict(),
             "first_nonfinite": self.recorded.first_nonfinite,
-            "infinite_weights": list(self.recorded.infinite_weights),
+            "infinite_weights": self.recorded.infinite_weights,
             "reference_nonfinite": self.reference_nonfinite,
-            "keep_fp32": None if self.kept is None else list(self.kept),
-            "islands": [list(island) for island in self.islands],
-            "final": None if final is None else final.probe.to_dict(),
+            "keep_fp32": self.kept,
+            "final": final and final.probe.to_dict(),
             "without_one": [probe.to_dict() for probe in self.neighbours],
-            "fp32_share": shares,
+            "fp32_share": share,
             "command": command,
             "probes": [probe.to_dict() for probe in self.probes],
         }
@@ -102,12 +95,20 @@ class Bisection:
 
 @dataclass(slots=True)
 class CachedProbes:
-    """A judge of sets that remembers its verdicts; each new one is told to `note`."""
+    """A judge of sets that remembers its verdicts; each new one is told to `note`.
+
+    The verdict over the file as it is is known where that keeps nothing.
+    """
 
     judge: Callable[[Collection[str]], Probe]
+    recorded: RecordedProbe
     units: tuple[str, ...]
     note: Note
     probes: dict[frozenset[str], Probe] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.recorded.probe.kept:
+            self.probes[frozenset()] = self.recorded.probe
 
     def passes(self, kept: Collection[str]) -> bool:
         """Whether the gate holds with these kept."""
@@ -121,12 +122,14 @@ class CachedProbes:
             how = "file" if probe.exported else "probe"
             error = f"relative L2 {probe.found.relative_l2_max:.1e}"
             verdict = f"pass, {error}" if probe.passed else f"FAIL: {'; '.join(probe.failures)}"
-            self.note(f"  {how}, in FP32: {spelled(kept, self.units)}: {verdict}")
+            names = "everything" if set(self.units) <= set(kept) else " ".join(probe.kept) or "nothing"
+            self.note(f"  {how}, in FP32: {names}: {verdict}")
         return self.probes[key]
 
-    def made(self, recorded: RecordedProbe) -> tuple[Probe, ...]:
-        """Return the verdicts beyond the one over the file that was there."""
-        return tuple(probe for probe in self.probes.values() if probe is not recorded.probe)
+    @property
+    def made(self) -> tuple[Probe, ...]:
+        """The verdicts beyond the one over the file that was there."""
+        return tuple(probe for probe in self.probes.values() if probe is not self.recorded.probe)
 
 
 def run_bisection(
@@ -166,10 +169,10 @@ def bisect_artifact(
         return result
     note(f"{artifact.path.name} fails on {result.images} images: {'; '.join(recorded.probe.failures)}")
     if recorded.probe.kept:
-        note(f"  it keeps {spelled(recorded.probe.kept, case.units)} in FP32; the search begins with nothing kept")
-    probes = _cached(form_judge(case), case, recorded, note)
+        note(f"  it keeps {' '.join(recorded.probe.kept)} in FP32; the search begins with nothing kept")
+    probes = CachedProbes(form_judge(case), recorded, case.units, note)
     kept = find_kept(case.units, probes.passes, block_parts(loaded.model.variant))
-    result = replace(result, probes=probes.made(recorded))
+    result = replace(result, probes=probes.made)
     del probes  # and with it two copies of the weights, which are not needed while files are written
     return result if kept is None else _confirmed(result, kept, case, note)
 
@@ -200,7 +203,7 @@ def report_lines(bisection: Bisection) -> Iterator[str]:
     if kept is None or final is None:
         return
     yield f"To keep in FP32, found with {sum(not probe.exported for probe in bisection.probes)} probes:"
-    yield from (f"  {' '.join(island)}" for island in bisection.islands)
+    yield f"  {' '.join(kept)}"
     before = 1.0 - float(bisection.artifact.manifest.facts.half_share)
     shares = f"in FP32: {final.parameter_share:.2%} of the parameters, {final.result_share:.1%} of the operators' "
     shares += f"results, {before:.1%} before"
@@ -208,7 +211,7 @@ def report_lines(bisection: Bisection) -> Iterator[str]:
     for part, fewer in zip(kept, bisection.neighbours, strict=True):
         yield f"Without {part} among them: {'FAIL: ' + '; '.join(fewer.failures) if fewer.failures else 'pass'}"
     if set(bisection.units) <= set(kept):
-        yield "That is all of it: an FP32 file (--precision fp32) says the same with less."
+        yield "That is all of it: an FP32 file (--precision fp32) is the simpler way."
     yield "The same file from the command line, in place of the one that fails:"
     yield f"  {export_command(bisection.artifact, kept, final)}"
 
@@ -236,39 +239,30 @@ def export_command(artifact: Artifact[OnnxManifest], kept: Sequence[str], final:
 
     Options beyond the defaults are named, so that the same file is written in the same place.
     """
-    manifest, model = artifact.manifest, artifact.manifest.model
-    deploy, batch = manifest.deploy, manifest.batch
+    manifest, deploy = artifact.manifest, artifact.manifest.deploy
     name = manifest.stem.removesuffix(f"-{deploy.image_size}-{deploy.precision}")
-    options = [("--variant", model.variant), *_weights_options(artifact), ("--image-size", str(model.image_size))]
-    options += [("--precision", deploy.precision)]
-    options += [("--batch", ":".join(map(str, batch)))] if batch != ExportSpec().batch else []
-    options += [("--input", deploy.input_kind)] if deploy.input_kind != "float" else []
-    options += [("--optimize-for", str(deploy.layout))] if deploy.layout != "gpu" else []
-    options += [("--without-fold", fold) for fold in deploy.leave_out]
-    options += [("--name", name)] if name != model.variant else []
-    options += [("--output-dir", os.path.normpath(artifact.path.parent))]
-    options += [("--keep-fp32", part) for part in kept]
-    options += [("--force",)] if final.verifies else [("--force", "--no-verify")]
-    return shlex.join(["cnx-deploy", "export", *(word for option in options for word in option)])
+    words = ["--variant", manifest.model.variant, *_weights_options(artifact)]
+    words += ["--image-size", str(manifest.model.image_size), "--precision", deploy.precision]
+    words += ["--batch", ":".join(map(str, manifest.batch))] if manifest.batch != ExportSpec().batch else []
+    words += ["--input", deploy.input_kind] if deploy.input_kind != "float" else []
+    words += ["--optimize-for", str(deploy.layout)] if deploy.layout != "gpu" else []
+    words += [word for fold in deploy.leave_out for word in ("--without-fold", fold)]
+    words += ["--name", name] if name != manifest.model.variant else []
+    words += ["--output-dir", os.path.normpath(artifact.path.parent)]
+    words += [word for part in kept for word in ("--keep-fp32", part)]
+    words += ["--force"] if final.verifies else ["--force", "--no-verify"]
+    return shlex.join(["cnx-deploy", "export", *words])
 
 
-def _weights_options(artifact: Artifact) -> list[tuple[str, ...]]:
-    record, weights = artifact.manifest.model, artifact.manifest.model.weights
-    classes = ("--num-classes", str(record.num_classes))
+def _weights_options(artifact: Artifact) -> list[str]:
+    model, weights = artifact.manifest.model, artifact.manifest.model.weights
+    classes = ["--num-classes", str(model.num_classes)]
     if weights.origin == "random":
-        return [("--seed", weights.reference), classes]
-    new_head: list[tuple[str, ...]] = [classes, ("--reset-head",)] if record.head_is_new else []
+        return ["--seed", weights.reference, *classes]
+    new_head = [*classes, "--reset-head"] if model.head_is_new else []
     if weights.origin == "pretrained":
-        return [("--pretrained", weights.reference), *new_head]
-    return [("--checkpoint", os.path.normpath(artifact.path.parent / weights.reference)), *new_head]
-
-
-def _cached(judge: Callable[[Collection[str]], Probe], case: Case, recorded: RecordedProbe, note: Note) -> CachedProbes:
-    """Make a judge that knows the verdict over the file as it is, where that keeps nothing."""
-    probes = CachedProbes(judge, case.units, note)
-    if not recorded.probe.kept:
-        probes.probes[frozenset()] = recorded.probe
-    return probes
+        return ["--pretrained", weights.reference, *new_head]
+    return ["--checkpoint", os.path.normpath(artifact.path.parent / weights.reference), *new_head]
 
 
 def _confirmed(result: Bisection, kept: tuple[str, ...], case: Case, note: Note) -> Bisection:
@@ -279,7 +273,7 @@ def _confirmed(result: Bisection, kept: tuple[str, ...], case: Case, note: Note)
         files[frozenset(names)] = export_and_probe(names, case)
         return files[frozenset(names)].probe
 
-    exports = _cached(judge, case, result.recorded, note)
+    exports = CachedProbes(judge, result.recorded, case.units, note)
     note("Writing files with the result, and with all of it but one")
     confirmed: tuple[str, ...] | None = kept
     if not exports.passes(kept) or any(exports.passes(fewer) for fewer in _without_one(kept)):
@@ -287,7 +281,7 @@ def _confirmed(result: Bisection, kept: tuple[str, ...], case: Case, note: Note)
         confirmed = find_kept(case.units, exports.passes, block_parts(case.loaded.model.variant))
     neighbours = tuple(exports.probe(fewer) for fewer in _without_one(confirmed or ()))
     final = None if confirmed is None else files[frozenset(confirmed)]
-    probes = (*result.probes, *exports.made(result.recorded))
+    probes = (*result.probes, *exports.made)
     return replace(result, probes=probes, kept=confirmed, final=final, neighbours=neighbours)
 
 

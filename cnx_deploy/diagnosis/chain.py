@@ -10,9 +10,8 @@ says how much FP32 itself is off: no step can be asked to be better. TF32 is off
 
 import copy
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,13 +58,7 @@ class ChainStep:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the step for JSON."""
-        return {
-            "reference": self.reference,
-            "candidate": self.candidate,
-            "blame": self.blame,
-            "result": None if self.result is None else self.result.to_dict(),
-            "not_run": self.not_run,
-        }
+        return {**asdict(self), "result": self.result and self.result.to_dict()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +111,7 @@ def run_chains(
     Raises InputError where there is none.
     """
     artifacts = list(select_artifacts(files, export_dir, engines_dir, note))
-    halves = artifacts if files else [artifact for artifact in artifacts if _is_half(artifact)]
+    halves = [artifact for artifact in artifacts if files or _is_half(artifact)]
     if not halves:
         raise InputError(
             f"No half-precision ONNX file is recorded and present in {export_dir}. Run `cnx-deploy export --variant "
@@ -150,11 +143,10 @@ def follow_chain(
     batches, expected = [images for images, _ in pairs], joined([outputs for _, outputs in pairs])
     floor, floor_images = _noise_floor(artifact, reference, batches)
     steps: list[ChainStep] = []
-    with closing(_steps(artifact, engines, reference, batches, expected, progress)) as following:
-        for step in following:
-            steps.append(step)
-            if step.failed:
-                break
+    for step in _steps(artifact, engines, reference, batches, expected, progress):
+        steps.append(step)
+        if step.failed:
+            break
     return Chain(artifact.path.name, floor, floor_images, tuple(steps))
 
 
@@ -198,7 +190,7 @@ def _steps(
     batches: Sequence[Tensor],
     expected: Outputs,
     progress: Progress | None,
-) -> Generator[ChainStep]:
+) -> Iterator[ChainStep]:
     row, checked = artifact.manifest.precision, RunnerOptions(hashes_hold=True)
     judged = partial(_judged, reference)
     with tempfile.TemporaryDirectory() as folder:
@@ -219,21 +211,19 @@ def _steps(
         except MissingRequirementError as error:
             yield ChainStep(*pair, blame, None, str(error))
             continue
-        cut = _recut(batches, opened)
+        # An engine's profile may be narrower than its file's range.
+        images, spec = torch.cat(list(batches)), opened.input_spec
+        pieces = torch.split(images, batch_sizes(len(images), spec))
+        cut = [piece for piece in pieces if len(piece) >= spec.min_batch]
         outputs, count = _outputs(opened, cut, engine.path.name, progress), sum(map(len, cut))
         wanted = {name: output[:count] for name, output in rounded.items()}
         yield judged(pair, blame, outputs, wanted, row.gate, cut)
 
 
 def _judged(
-    reference: Reference,
-    pair: tuple[str, str],
-    blame: str,
-    outputs: Outputs,
-    expected: Outputs,
-    gate: Gate,
+    reference: Reference, pair: tuple[str, str], blame: str, outputs: Outputs, expected: Outputs, gate: Gate,
     batches: Sequence[Tensor],
-) -> ChainStep:
+) -> ChainStep:  # fmt: skip
     """Compare one step's candidate with its reference, whose names are `pair` in the order reference, candidate."""
     gate, names = reference.task.gate(gate), (pair[1], pair[0])
     results = verdicts(outputs, expected, reference.specs, gate, names, map(len, batches))
@@ -251,9 +241,3 @@ def _outputs(runner: Runner, batches: Sequence[Tensor], what: str, progress: Pro
     told: Callable[[int], None] | None = None if progress is None else lambda images: progress(what, images)
     with runner:
         return outputs_of(runner, batches, told)
-
-
-def _recut(batches: Sequence[Tensor], runner: Runner) -> list[Tensor]:
-    """Cut the images into batches that an engine takes, whose profile may be narrower than its file's range."""
-    images, spec = torch.cat(list(batches)), runner.input_spec
-    return [piece for piece in torch.split(images, batch_sizes(len(images), spec)) if len(piece) >= spec.min_batch]

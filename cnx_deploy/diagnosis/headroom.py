@@ -162,7 +162,8 @@ class Headroom:
     @property
     def blocks(self) -> tuple[Summary, ...]:
         """The worst of each block, downsampling and the head, in order of depth."""
-        return tuple(self._summary(unit, unit, unit_of) for unit in self._units())
+        units = dict.fromkeys(unit_of(tensor.module) for tensor in self.tensors)
+        return tuple(self._summary(unit, unit, unit_of) for unit in units)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything for JSON."""
@@ -187,16 +188,12 @@ class Headroom:
             **{name: [entry.to_dict() for entry in getattr(self, name)] for name in lists},
         }
 
-    def _units(self) -> list[str]:
-        return list(dict.fromkeys(unit_of(tensor.module) for tensor in self.tensors))
-
     def _parts_of(self, tensor: TensorRange) -> tuple[str, ...]:
         """Return what has to be kept so that one tensor is not stored in half."""
-        unit, units = unit_of(tensor.module), self._units()
-        leaving = [other for other in self.tensors if unit_of(other.module) == unit][-1]
-        if unit == "head" or tensor is not leaving:
+        unit, after = unit_of(tensor.module), self.tensors[self.tensors.index(tensor) + 1 :]
+        reader = unit_of(after[0].module) if after else "head"
+        if unit in ("head", reader):  # it does not leave its unit
             return (_part_of(tensor.module),)
-        reader = units[units.index(unit) + 1]
         return (unit,) if reader == "head" else (unit, reader)
 
     def _summary(self, name: str, key: object, key_of: Callable[[str], object]) -> Summary:
@@ -295,29 +292,30 @@ def measure_headroom(
 
 def report_lines(headroom: Headroom, *, lists_all: bool = False) -> Iterator[str]:
     """Yield the report for a terminal: stages, tensors (the largest, or all in order of depth), weights, verdicts."""
-    weights, margin = headroom.network["weights"], f"margin {headroom.margin:g}"
+    weights = headroom.network["weights"]
     images = f"{headroom.counted_images} of {headroom.image_size} px ({headroom.source})"
     yield f"{headroom.network['variant']}, weights {weights['origin']} {weights['reference']}, {images}"
-    yield f"FP16 holds at most {HALF_MAX:.0f}; {margin}. Measured in FP32 on a CPU; on a GPU: not run."
+    limit = f"FP16 holds at most {HALF_MAX:.0f}; margin {headroom.margin:g}"
+    yield f"{limit}. Measured in FP32 on a CPU; on a GPU: not run."
     yield ""
-    yield (
-        f"{'':8} {'largest stored in FP16':>22} {'share':>9}   {'GRN RMS':>8} {'sum of squares':>15} {'share':>9}   "
-        f"{'LayerNorm |x-mean|':>18} {'squared':>9}"
-    )
-    yield from (_stage_line(stage) for stage in headroom.stages)
+    columns = "{:8} {:>22} {:>9}   {:>8} {:>15} {:>9}   {:>18} {:>9}".format
+    heads = ("largest stored in FP16", "share", "GRN RMS", "sum of squares", "share", "LayerNorm |x-mean|", "squared")
+    yield columns("", *heads)
+    for stage in headroom.stages:
+        cells = [f"{stage.stored.largest:.4g}", _percent(stage.stored.share)] if stage.stored else ["–", "–"]
+        if (response := stage.response) is not None:
+            cells += [f"{response.rms:.3g}", f"{response.square_sum:,.0f}", _percent(response.share)]
+        else:
+            cells += ["–", "–", "–"]
+        cells += [f"{stage.norm.deviation:.4g}", _percent(stage.norm.share)] if stage.norm else ["–", "–"]
+        yield columns(stage.name, *cells)
     yield ""
     yield f"{'tensor' if lists_all else 'largest tensors':40} {'max |x|':>9} {'share':>9}"
     largest = sorted(headroom.tensors, key=lambda tensor: rank(tensor.share))[: -MOST_LISTED - 1 : -1]
     for tensor in headroom.tensors if lists_all else largest:
         yield f"{tensor.name:40} {tensor.largest:>9.4g} {_percent(tensor.share):>9}"
     yield ""
-    yield _weights_line(headroom.parameters)
-    yield f"This project's FP16 file: {_own_verdict(headroom)}"
-    yield f"Written the naive way:    {_naive_verdict(headroom)}"
-    if headroom.responses:
-        size = headroom.naive_image_size
-        limit = "at any image size" if size is None else f"up to {size:,} px" if size else "at no image size"
-        yield f"{'':26}GRN's sums keep the margin {limit}, by an RMS that no size changes to first order"
+    yield from _verdicts(headroom)
 
 
 def failure(headroom: Headroom) -> CheckFailedError | None:
@@ -348,46 +346,33 @@ def _part_of(module: str) -> str:
     return module if module.rpartition(".")[2] in BLOCK_PARTS else unit_of(module)
 
 
-def _stage_line(stage: Summary) -> str:
-    stored, response, norm = stage.stored, stage.response, stage.norm
-    words = f"{stage.name:8} "
-    words += f"{stored.largest:>22.4g} {_percent(stored.share):>9}   " if stored else f"{'':32}   "
-    sums = (f"{response.rms:.3g}", f"{response.square_sum:,.0f}", _percent(response.share)) if response else "–––"
-    words += "{:>8} {:>15} {:>9}   ".format(*sums)
-    return words + (f"{norm.deviation:>18.4g} {_percent(norm.share):>9}" if norm else "")
-
-
-def _weights_line(parameters: tuple[ParameterRange, ...]) -> str:
+def _verdicts(headroom: Headroom) -> Iterator[str]:
+    """Yield a line on the weights, on the file's own form and on the naive one, which is information."""
     count, subnormal, flushed, nonfinite = (
-        sum(getattr(parameter, kind) for parameter in parameters)
+        sum(getattr(parameter, kind) for parameter in headroom.parameters)
         for kind in ("count", "subnormal", "flushed", "nonfinite")
     )
-    largest = worst(parameters)
-    words = (
+    yield (
         f"Weights in FP16: {_percent(subnormal / max(1, count))} of {count:,} subnormal, {flushed:,} flushed to zero, "
         f"{nonfinite or 'none'} infinite or NaN"
     )
-    return words if largest is None else f"{words}; largest {largest.largest:.4g}"
-
-
-def _own_verdict(headroom: Headroom) -> str:
-    largest = worst(headroom.tensors)
-    if largest is None or not headroom.passed:
-        failing = len(headroom.failing_tensors) + len(headroom.failing_parameters)
-        return f"FAIL at any image size: {failing} tensors or parameters lack the margin"
-    reached = _percent(largest.share * headroom.margin)
-    return f"pass at any image size: {reached} of the limit with the margin; sums over positions are in FP32"
-
-
-def _naive_verdict(headroom: Headroom) -> str:
-    """Say how GRN's sums and LayerNorm's squares fare in FP16; information, never the exit code."""
-    if (largest := worst(headroom.naive_failures)) is None:
-        return f"pass at {headroom.image_size} px (information)"
-    count = f"{len(headroom.naive_failures)} of {len(headroom.responses) + len(headroom.norms)} statistics"
-    return (
-        f"FAIL at {headroom.image_size} px (information): {count} without the margin, {largest.module} most "
-        f"({_percent(largest.share)})"
-    )
+    largest, failing = worst(headroom.tensors), len(headroom.failing_tensors) + len(headroom.failing_parameters)
+    if largest is None or failing:
+        own = f"FAIL at any image size: {failing} tensors or parameters lack the margin"
+    else:
+        reached = _percent(largest.share * headroom.margin)
+        own = f"pass at any image size: {reached} of the limit with the margin; sums over positions are in FP32"
+    yield f"This project's FP16 file: {own}"
+    naive = f"pass at {headroom.image_size} px (information)"
+    if (most := worst(headroom.naive_failures)) is not None:
+        statistics = f"{len(headroom.naive_failures)} of {len(headroom.responses) + len(headroom.norms)} statistics"
+        naive = f"FAIL at {headroom.image_size} px (information): {statistics} without the margin, {most.module} most "
+        naive += f"({_percent(most.share)})"
+    yield f"Written the naive way:    {naive}"
+    if headroom.responses:
+        size = headroom.naive_image_size
+        limit = "at any image size" if size is None else f"up to {size:,} px"
+        yield f"{'':26}GRN's sums keep the margin {limit}, by an RMS that no size changes to first order"
 
 
 def _way_out(headroom: Headroom) -> str:

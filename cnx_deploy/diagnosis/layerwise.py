@@ -21,8 +21,7 @@ from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError, MissingRequirementError
 from cnx_deploy.core.gates import Gate
 from cnx_deploy.core.manifest import Artifact
-from cnx_deploy.data import ImageLike, evenly, find_images
-from cnx_deploy.data.input_spec import InputSpec
+from cnx_deploy.diagnosis.images import raw_batches
 from cnx_deploy.diagnosis.layer_outputs import (
     BACKENDS,
     ExportedNetwork,
@@ -52,7 +51,7 @@ REORDERED = 0.5
 MAX_IMAGES = 8
 """Every module's output is held for each image: 0.7 GB an image for huge at 224 px."""
 
-MARKS = {"ok": "", "jumps": "^", "fails": "!", "other order": "!", "not finite": "!", "not lined up": "!"}
+MARKS = {"ok": " ", "jumps": "^", "fails": "!", "other order": "!", "not finite": "!", "not lined up": "!"}
 LEGEND = (
     "! fails, ^ more than all before explain. Relative L2 against PyTorch in FP32, the largest of the block's modules"
 )
@@ -164,8 +163,10 @@ class LayerComparison:
         place = None
         if self.first is not None:
             result, output = self.first
-            place = {"backend": result.backend, "module": output.module, "block": block_of(output.module)}
-            place["verdict"] = output.verdict
+            place = {
+                "backend": result.backend, "module": output.module, "block": block_of(output.module),
+                "verdict": output.verdict,
+            }  # fmt: skip
         return {
             "artifact": self.artifact,
             "images": self.images,
@@ -207,9 +208,13 @@ def compare_artifact(
             f"{artifact.manifest.source_name}: where a GPU is, a copy of that is compiled with its layers as outputs."
         )
     check_recorded(artifact)
-    spec = artifact.manifest.deploy
-    batches = _batches(artifact, spec, samples, data)
-    return compare_layers(artifact.path, recorded_model(artifact).model, spec, batches, progress=progress)
+    if not 1 <= samples <= MAX_IMAGES:
+        raise InputError(
+            f"Layers are compared on 1 to {MAX_IMAGES} images, not {samples}: every output of each is held in memory."
+        )
+    batches = raw_batches(artifact.manifest, samples, data, whole=True)
+    model = recorded_model(artifact).model
+    return compare_layers(artifact.path, model, artifact.manifest.deploy, batches, progress=progress)
 
 
 def compare_layers(
@@ -321,14 +326,10 @@ def _backend_result(
             outputs = [read(images) for images in batches]
     except MissingRequirementError as error:
         return BackendResult(backend.name, gate, not_run=str(error))
-    results = (
-        compare_output(
-            module,
-            [(found[module], expected[module]) for found, expected in zip(outputs, reference, strict=True)],
-            gate,
-        )
-        for module in network.outputs.by_module
-    )
+    results = []
+    for module in network.outputs.by_module:
+        pairs = [(tensors[module], expected[module]) for tensors, expected in zip(outputs, reference, strict=True)]
+        results.append(compare_output(module, pairs, gate))
     return BackendResult(backend.name, gate, find_jumps(results, row.rounding))
 
 
@@ -353,33 +354,13 @@ def _holds_the_same(output: Tensor, reference: Tensor, gate: Gate) -> bool:
     return bool(((a - b).norm(dim=1) <= gate.relative_l2_max * b.norm(dim=1)).all())
 
 
-def _batches(artifact: Artifact, spec: DeploySpec, samples: int, data: Path | None) -> list[Tensor]:
-    """Return at least `samples` raw images in whole batches within the range that the file was exported for."""
-    if not 1 <= samples <= MAX_IMAGES:
-        raise InputError(
-            f"Layers are compared on 1 to {MAX_IMAGES} images, not {samples}: every output of each is held in memory."
-        )
-    smallest, _, largest = artifact.manifest.batch
-    size = max(smallest, min(samples, largest))
-    count = math.ceil(samples / size) * size
-    source = ImageLike(count) if data is None else find_images(data)
-    preprocessing = replace(artifact.manifest.model.preprocessing, image_size=spec.image_size)
-    image_input = InputSpec(spec.input_kind, spec.image_size)
-    read = source.batches(preprocessing, image_input, size, evenly(len(source), count))
-    batches = [batch.images for batch in read if len(batch) >= smallest]
-    if not batches:
-        raise InputError(f"{data} has fewer images than the {smallest} of one batch. Add some, or leave --data out.")
-    return batches
-
-
 def _cell(result: BackendResult, block: str) -> str:
     """Write the largest relative L2 of a block's outputs, and the gravest mark among them."""
     outputs = [output for output in result.outputs if block_of(output.module) == block]
-    mark = max((MARKS[output.verdict] for output in outputs), key=("", "^", "!").index, default="")
+    mark = max((MARKS[output.verdict] for output in outputs), key=(" ", "^", "!").index, default=" ")
     known = [output.figures.relative_l2 for output in outputs if output.figures is not None]
-    if any(math.isnan(error) for error in known):
-        return f"not finite{mark}"
-    return f"{max(known):.1e}{mark or ' '}" if known else f"-{mark or ' '}"
+    largest = "not finite" if any(map(math.isnan, known)) else f"{max(known):.1e}" if known else "-"
+    return largest + mark
 
 
 def _summary(result: BackendResult) -> str:
@@ -387,13 +368,13 @@ def _summary(result: BackendResult) -> str:
         return f"not run: {result.not_run}"
     within, limit = sum(not output.fails for output in result.outputs), result.gate.relative_l2_max
     text = f"{within} of {len(result.outputs)} modules within {limit:g}"
-    finite = [output for output in result.outputs if math.isfinite(output.relative_l2)]
+    finite = [(output.module, output.figures) for output in result.outputs
+              if output.figures is not None and math.isfinite(output.relative_l2)]  # fmt: skip
     if finite:
-        worst = max(finite, key=lambda output: output.relative_l2)
-        peaks = {output.module: output.figures.max_abs for output in finite if output.figures is not None}
-        peak = max(peaks, key=lambda module: peaks[module])
-        text += f", largest {worst.relative_l2:.1e} at {worst.module}; largest |x| {peaks[peak]:.3g} at {peak}"
-    if result.begins is not None:
-        begins = result.begins
+        at, worst = max(finite, key=lambda pair: pair[1].relative_l2)
+        text += f", largest {worst.relative_l2:.1e} at {at}"
+        at, worst = max(finite, key=lambda pair: pair[1].max_abs)
+        text += f"; largest |x| {worst.max_abs:.3g} at {at}"
+    if (begins := result.begins) is not None:
         text += f"; {'diverges from' if result.diverges else 'jumps at'} {begins.module}: {begins.describe()}"
     return text

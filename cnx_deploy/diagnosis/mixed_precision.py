@@ -24,8 +24,7 @@ from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError, ParityError
 from cnx_deploy.core.gates import Differences, Gate
 from cnx_deploy.core.manifest import Artifact, ModelRecord, OnnxManifest
-from cnx_deploy.data import ImageLike, evenly, find_images
-from cnx_deploy.data.input_spec import InputSpec
+from cnx_deploy.diagnosis.images import raw_batches
 from cnx_deploy.diagnosis.search import in_order, units_of
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.checkpoint import LoadedModel
@@ -43,8 +42,6 @@ __all__ = [
     "probe_recorded",
 ]  # fmt: skip
 
-BATCH = 8
-"""Images run at once, where the file takes as many: this decides memory alone."""
 LAYER_NORM = OPERATORS["LayerNormalization"]
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -68,13 +65,7 @@ class Probe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the probe for JSON."""
-        return {
-            "kept": list(self.kept),
-            "exported": self.exported,
-            "passed": self.passed,
-            "failures": list(self.failures),
-            "found": asdict(self.found),
-        }
+        return {**asdict(self), "passed": self.passed}
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,13 +183,10 @@ class RoundedOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def case_of(artifact: Artifact[OnnxManifest], loaded: LoadedModel, gate: Gate, data: Path | None, samples: int) -> Case:
-    """Make what a recorded file is judged by: images of the folder `data`, or seeded ones, and PyTorch in FP32.
-
-    Raises InputError when the folder holds fewer images than the file takes at once.
-    """
+    """Make what a recorded file is judged by: images of the folder `data`, or seeded ones, and PyTorch in FP32."""
     deploy = replace(artifact.manifest.deploy, keep_fp32=())
     spec, record = ExportSpec(deploy=deploy, batch=artifact.manifest.batch), artifact.manifest.model
-    batches = _batches(record, spec, data, samples)
+    batches = tuple(raw_batches(artifact.manifest, samples, data))
     with reference_runner(loaded.model, deploy) as runner:
         expected = joined([runner.run(images) for images in batches])
     return Case(loaded, record, spec, batches, expected, gate)
@@ -223,7 +211,11 @@ def export_and_probe(kept: Collection[str], case: Case) -> ExportedProbe:
     spec = replace(case.spec, deploy=replace(case.spec.deploy, keep_fp32=tuple(kept)))
     with tempfile.TemporaryDirectory() as folder:
         artifact = export_onnx(case.loaded.model, case.record, spec, Path(folder))
-        graph, verifies = Graph(artifact.path), _verifies(artifact, case)
+        graph, verifies = Graph(artifact.path), True
+        try:
+            verify_export(artifact, case.loaded.model)
+        except (ParityError, InputError):  # the latter where all is kept, and nothing is left for the emulator to round
+            verifies = False
     with torch.inference_mode():
         passes = [graph.evaluate(images).tensors for images in case.batches]
     outputs = joined([{name: tensors[name] for name in graph.outputs} for tensors in passes])
@@ -239,27 +231,3 @@ def export_and_probe(kept: Collection[str], case: Case) -> ExportedProbe:
 
 def _weights(graph: Graph) -> dict[str, Tensor]:
     return {name: value for name, value in graph.constants.items() if value.is_floating_point()}
-
-
-def _verifies(artifact: Artifact[OnnxManifest], case: Case) -> bool:
-    try:
-        verify_export(artifact, case.loaded.model)
-    except (ParityError, InputError):  # the latter where all is kept, and nothing is left for the emulator to round
-        return False
-    return True
-
-
-def _batches(record: ModelRecord, spec: ExportSpec, data: Path | None, samples: int) -> tuple[Tensor, ...]:
-    """Return raw images in batches that the file takes; `samples` is rounded up where it takes no fewer."""
-    smallest, _, largest = spec.batch
-    size = max(smallest, min(largest, BATCH))
-    rest = samples % size
-    total = samples - rest + max(rest, smallest) if rest else samples
-    source = ImageLike(total) if data is None else find_images(data)
-    preprocessing = replace(record.preprocessing, image_size=spec.deploy.image_size)
-    image_input = InputSpec(spec.deploy.input_kind, spec.deploy.image_size)
-    read = source.batches(preprocessing, image_input, size, evenly(len(source), total))
-    fitting = [batch.images for batch in read if len(batch) >= smallest]
-    if not fitting:
-        raise InputError(f"{data} has fewer images than the {smallest} that the file takes at once. Add some.")
-    return tuple(fitting)

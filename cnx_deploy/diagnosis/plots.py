@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.plotting import BLUE, GREEN, GREY, GRID, ORANGE, PURPLE, RED, save_svg
 from cnx_deploy.diagnosis.headroom import Headroom
-from cnx_deploy.diagnosis.layerwise import BackendResult, LayerComparison
-from cnx_deploy.diagnosis.ranges import NormRange, ResponseRange, TensorRange, stage_of, unit_of
+from cnx_deploy.diagnosis.layerwise import LayerComparison
+from cnx_deploy.diagnosis.ranges import TensorRange, stage_of, unit_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_headroom", "plot_layers"]
 
-WIDTH, PANEL, GAP, HEAD, FOOT = 7.2, 1.45, 0.5, 0.95, 0.45
-"""Inches: the figure, a panel's height, between panels, above them, below them."""
 SERIES = (
     ("largest |x| stored in FP16", BLUE, "o", 3.5),
     ("naive: GRN's sum of squares", RED, "s", 4.0),
@@ -51,42 +49,39 @@ def plot_layers(comparison: LayerComparison, path: Path) -> Path:
 
 def _headroom_figure(headroom: Headroom) -> "Figure":
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
-    height = HEAD + 4 * PANEL + 3 * GAP + FOOT
-    figure = Figure(figsize=(WIDTH, height))
-    panels = figure.subplots(
-        4, 1, sharey=True,
-        gridspec_kw={
-            "left": 0.1, "right": 0.92, "bottom": FOOT / height, "top": 1 - HEAD / height, "hspace": GAP / PANEL
-        },
-    )  # fmt: skip
+    # Fixed margins: a layout engine moves axes by the last digit each time, and that changes the bytes.
+    figure = Figure(figsize=(7.2, 8.7))
+    panels = figure.subplots(4, 1, sharey=True)
+    figure.subplots_adjust(left=0.1, right=0.92, bottom=0.05, top=0.885, hspace=0.35)
     for stage, axes in enumerate(panels):
         _draw_stage(axes, headroom, stage)
     weights = headroom.network["weights"]
-    title = f"FP16 headroom of {headroom.network['variant']} at {headroom.image_size} px"
     drawn = f"share of 65504 in order of depth, less is better; {headroom.counted_images} ({headroom.source}), "
     drawn += f"weights {weights['origin']} {Path(weights['reference']).name}"
-    figure.text(0.02, 1 - 0.08 / height, title, size=11, weight="bold", va="top")
-    figure.text(0.02, 1 - 0.29 / height, drawn, size=8, va="top")
-    marks = [Line2D([], [], linestyle="none", color=c, marker=m, markersize=s + 1) for _, c, m, s in SERIES]
+    _write_title(figure, f"FP16 headroom of {headroom.network['variant']} at {headroom.image_size} px", drawn)
     figure.legend(
-        marks, [name for name, *_ in SERIES], loc="upper left", ncols=3, fontsize=8, handletextpad=0.2,
-        columnspacing=1.2, bbox_to_anchor=(0.0, 1 - 0.43 / height),
+        *panels[0].get_legend_handles_labels(), loc="upper left", ncols=3, fontsize=8, handletextpad=0.2,
+        columnspacing=1.2, bbox_to_anchor=(0.0, 0.95),
     )  # fmt: skip
-    figure.text(0.1, 0.1 / height, "block (s: stem, d: downsampling, h: pooling and head)", size=8, color=GREY)
+    figure.text(0.1, 0.012, "block (s: stem, d: downsampling, h: pooling and head)", size=8, color=GREY)
     return figure
 
 
 def _draw_stage(axes: "Axes", headroom: Headroom, stage: int) -> None:
     tensors = [tensor for tensor in headroom.tensors if stage_of(tensor.module) == stage]
+    # The stem's norm has no place of its own where it is computed on the patches.
     places = {tensor.module: place for place, tensor in enumerate(tensors)}
-    _draw_series(axes, 0, list(enumerate(tensors)))
-    statistics: tuple[Sequence[ResponseRange | NormRange], ...] = (headroom.responses, headroom.norms)
-    for series, ranges in enumerate(statistics, start=1):
-        own = [entry for entry in ranges if stage_of(entry.module) == stage]
-        # The stem's norm has no place of its own where it is computed on the patches.
-        _draw_series(axes, series, [(places.get(entry.module, 0), entry) for entry in own])
+    hidden = 0
+    ranges: tuple[Sequence[Any], ...] = (headroom.tensors, headroom.responses, headroom.norms)
+    for (label, color, marker, size), every in zip(SERIES, ranges, strict=True):
+        own = [entry for entry in every if stage_of(entry.module) == stage]
+        across = range(len(own)) if every is headroom.tensors else [places.get(entry.module, 0) for entry in own]
+        axes.plot(
+            across, [entry.share for entry in own], linestyle="-" if every is headroom.tensors else "none",
+            linewidth=0.5, color=color, marker=marker, markersize=size, markeredgewidth=0, label=label,
+        )  # fmt: skip
+        hidden += sum(not math.isfinite(entry.share) for entry in own)
     axes.set_yscale("log")
     axes.grid(visible=False, axis="x")
     # One label above its line, one below: the lines are close where the axis is long.
@@ -98,19 +93,7 @@ def _draw_stage(axes: "Axes", headroom: Headroom, stage: int) -> None:
             fontsize=7.5, color="black",
         )  # fmt: skip
     _draw_units(axes, tensors)
-    everything: tuple[TensorRange | ResponseRange | NormRange, ...] = (*headroom.tensors, *headroom.responses)
-    everything = (*everything, *headroom.norms)
-    hidden = sum(stage_of(entry.module) == stage and not math.isfinite(entry.share) for entry in everything)
     axes.set_title(f"stage {stage + 1}" + (f": {hidden} NaN or infinite, not drawn" if hidden else ""))
-
-
-def _draw_series(axes: "Axes", series: int, placed: Sequence[tuple[int, Any]]) -> None:
-    """Draw the points of one series; matplotlib leaves out what has no place on a logarithmic axis."""
-    _, color, marker, size = SERIES[series]
-    axes.plot(
-        [place for place, _ in placed], [entry.share for _, entry in placed], linestyle="-" if series == 0 else "none",
-        linewidth=0.5, color=color, marker=marker, markersize=size, markeredgewidth=0,
-    )  # fmt: skip
 
 
 def _draw_units(axes: "Axes", tensors: Sequence[TensorRange]) -> None:
@@ -121,16 +104,17 @@ def _draw_units(axes: "Axes", tensors: Sequence[TensorRange]) -> None:
     for start in starts[1:]:
         axes.axvline(start - 0.5, color=GRID, linewidth=0.8)
     middles = [(start + end - 1) / 2 for start, end in zip(starts, [*starts[1:], len(units)], strict=True)]
-    axes.set_xticks(middles, [_unit_label(name) for name in names])
+    letters = {"head": "h", "downsample_layers.0": "s"}
+    labels = [letters.get(name, name.rpartition(".")[2] if name.startswith("stages.") else "d") for name in names]
+    axes.set_xticks(middles, labels)
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.8, len(units) - 0.2)
 
 
-def _unit_label(unit: str) -> str:
-    first, _, rest = unit.partition(".")
-    if first == "stages":
-        return rest.rpartition(".")[2]
-    return "h" if first == "head" else "s" if rest == "0" else "d"
+def _write_title(figure: "Figure", title: str, below: str) -> None:
+    height = figure.get_figheight()
+    figure.text(0.02, 1 - 0.08 / height, title, size=11, weight="bold", va="top")
+    figure.text(0.02, 1 - 0.29 / height, below, size=8, va="top")
 
 
 def _layers_figure(comparison: LayerComparison) -> "Figure":
@@ -141,7 +125,16 @@ def _layers_figure(comparison: LayerComparison) -> "Figure":
     axes = figure.add_axes((0.1, 0.26, 0.87, 0.51))
     modules = [output.module for output in ran[0].outputs]
     for result in ran:
-        _draw_backend(axes, result)
+        color, shape = LOOKS[result.backend]
+        errors = [output.relative_l2 for output in result.outputs]
+        # What has no number is a mark at the upper edge, and 0, which a logarithmic axis has not, a gap.
+        drawn = [error or math.nan for error in errors]
+        axes.plot(
+            range(len(errors)), drawn, f"{shape}-", color=color, markersize=2.5, linewidth=0.9, label=result.backend
+        )
+        lost = [at for at, error in enumerate(errors) if math.isnan(error)]
+        edge = axes.get_xaxis_transform()
+        axes.plot(lost, [1.0] * len(lost), shape, color=color, markersize=4, transform=edge, clip_on=False)
     axes.set_yscale("log")
     axes.set_ylabel("relative L2")
     axes.set_xlim(-1, len(modules))
@@ -149,9 +142,8 @@ def _layers_figure(comparison: LayerComparison) -> "Figure":
     axes.set_xticks(list(ticks), list(ticks.values()), rotation=45, ha="right")
     for limit in sorted({result.gate.relative_l2_max for result in ran}):
         axes.axhline(limit, color=GREY, linewidth=0.8, linestyle="--")
-    figure.text(0.02, 0.96, f"{comparison.artifact} by layer", size=11, weight="bold", va="top")
-    drawn = f"against PyTorch in FP32, worst of {comparison.images} images; dashed: what fails; at the top: not finite"
-    figure.text(0.02, 0.89, drawn, size=8, va="top")
+    below = f"against PyTorch in FP32, worst of {comparison.images} images; dashed: what fails; at the top: not finite"
+    _write_title(figure, f"{comparison.artifact} by layer", below)
     if comparison.first is not None:
         result, output = comparison.first
         axes.axvline(modules.index(output.module), color=RED, linewidth=1)
@@ -161,24 +153,12 @@ def _layers_figure(comparison: LayerComparison) -> "Figure":
     return figure
 
 
-def _draw_backend(axes: "Axes", result: BackendResult) -> None:
-    """Draw a line; what has no number is a mark at the upper edge, and 0, which a log axis has not, a gap."""
-    color, shape = LOOKS[result.backend]
-    errors = [output.relative_l2 for output in result.outputs]
-    drawn = [error or math.nan for error in errors]
-    axes.plot(range(len(errors)), drawn, f"{shape}-", color=color, markersize=2.5, linewidth=0.9, label=result.backend)
-    lost = [at for at, error in enumerate(errors) if math.isnan(error)]
-    axes.plot(
-        lost, [1.0] * len(lost), shape, color=color, markersize=4, transform=axes.get_xaxis_transform(), clip_on=False
-    )
-
-
 def _stage_ticks(modules: Sequence[str]) -> dict[int, str]:
     """Return where each stage's first module, the stem, a downsampling and the head stand."""
-    ticks: dict[int, str] = {}
+    ticks: dict[str, int] = {}
     for at, module in enumerate(modules):
         name = ".".join(module.split(".")[:2])
         name = "stem" if name == "downsample_layers.0" else name.replace("downsample_layers.", "downsampling ")
-        if name not in ticks.values() and name not in ("norm", "head"):
-            ticks[at] = name
-    return ticks
+        if name not in ("norm", "head"):
+            ticks.setdefault(name, at)
+    return {at: name for name, at in ticks.items()}

@@ -150,11 +150,6 @@ class ParameterRange(Range):
         """The largest absolute value before the cast."""
         return self.largest
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the range for JSON, with the counts as shares too."""
-        shares = {"subnormal_share": self.subnormal / self.count, "flushed_share": self.flushed / self.count}
-        return {**asdict(self), **shares, "share": self.share}
-
 
 AnyRange = TypeVar("AnyRange", bound=Range)
 
@@ -208,7 +203,22 @@ def recorded_form(model: ConvNeXtV2, preprocessing: Preprocessing) -> DeployedCo
 
 def parameter_ranges(form: nn.Module) -> tuple[ParameterRange, ...]:
     """Count, parameter by parameter of an FP32 form, what its cast to FP16 makes of it."""
-    return tuple(_parameter_range(name, parameter.detach()) for name, parameter in form.named_parameters())
+    ranges = []
+    for name, parameter in form.named_parameters():
+        values = parameter.detach()
+        halves = values.half()
+        magnitudes = halves.abs()
+        ranges.append(
+            ParameterRange(
+                name=name,
+                count=values.numel(),
+                largest=_largest(values),
+                subnormal=int(((magnitudes > 0) & (magnitudes < SMALLEST_NORMAL)).sum()),
+                flushed=int(((halves == 0) & (values != 0)).sum()),
+                nonfinite=int((~torch.isfinite(halves)).sum()),
+            )
+        )
+    return tuple(ranges)
 
 
 class Recorder:
@@ -259,7 +269,10 @@ class Recorder:
     def _hooks(self, name: str, module: nn.Module) -> Iterator[RemovableHandle]:
         """Register the hooks of one module; its input is seen before its output."""
         before: dict[type[nn.Module], Callable[[Any, Any], None]] = {
-            GainedLinear: lambda module, given: self._gained_weight(name, module, *given),
+            # The largest |gain · weight| without the product, which is one a sample: (N, 4C, C).
+            GainedLinear: lambda module, given: self._keep(
+                name, "gained weight", float((given[1].abs()[:, 0] * module.weight.abs().amax(dim=1)).amax())
+            ),
             ResponseGain: lambda module, given: self._response(name, module, *given),
             TokenNorm: lambda _, given: self._norm(name, given[0], axis=-1),
             ChannelsFirstNorm: lambda _, given: self._norm(name, given[0], axis=1),
@@ -268,7 +281,7 @@ class Recorder:
             yield module.register_forward_pre_hook(hook)
         if isinstance(module, TokenBlock) and module.grn is not None and not module.gain_in_weight:
             yield module.pwconv2.register_forward_pre_hook(
-                lambda _, given: self._tensor(name, "hidden × gain", given[0])
+                lambda _, given: self._keep(name, "hidden × gain", _largest(given[0]))
             )
         if isinstance(module, NormedPatchConvolution):
             yield module.root.register_forward_hook(
@@ -280,16 +293,8 @@ class Recorder:
 
     def _output(self, name: str, module: nn.Module, output: Tensor) -> None:
         if isinstance(module, nn.Linear | GainedLinear) and output.ndim == 3:  # a product and a sum in the graph
-            self._tensor(name, "product", output - module.bias)
-        self._tensor(name, "output", output)
-
-    def _tensor(self, name: str, what: str, tensor: Tensor) -> None:
-        self._keep(name, what, _largest(tensor))
-
-    def _gained_weight(self, name: str, module: GainedLinear, _hidden: Tensor, gain: Tensor) -> None:
-        """Keep the largest |gain · weight| without the product, which is one a sample: (N, 4C, C)."""
-        gains = gain.abs()[:, 0] * module.weight.abs().amax(dim=1)  # (N, 4C)
-        self._keep(name, "gained weight", float(gains.amax()))
+            self._keep(name, "product", _largest(output - module.bias))
+        self._keep(name, "output", _largest(output))
 
     def _normed_patches(self, name: str, full_scale: float, patches: Tensor, rooted: Tensor) -> None:
         """Keep the largest of the scaled patches and of r, which they carry; see `NormedPatchConvolution`."""
@@ -316,16 +321,3 @@ def _largest(tensor: Tensor) -> float:
     """Return the largest absolute value without a copy of the tensor; NaN stays NaN."""
     low, high = torch.aminmax(tensor)
     return larger(abs(float(low)), abs(float(high)))
-
-
-def _parameter_range(name: str, values: Tensor) -> ParameterRange:
-    halves = values.half()
-    magnitudes = halves.abs()
-    return ParameterRange(
-        name=name,
-        count=values.numel(),
-        largest=_largest(values),
-        subnormal=int(((magnitudes > 0) & (magnitudes < SMALLEST_NORMAL)).sum()),
-        flushed=int(((halves == 0) & (values != 0)).sum()),
-        nonfinite=int((~torch.isfinite(halves)).sum()),
-    )

@@ -12,10 +12,7 @@ from itertools import combinations
 from cnx_deploy.core.variants import Variant
 from cnx_deploy.model.deploy import BLOCK_PARTS
 
-__all__ = [
-    "Passes", "find_kept", "in_order", "islands_of", "minimal_set", "parts_of_unit", "smallest_subset", "spelled",
-    "units_of",
-]  # fmt: skip
+__all__ = ["Passes", "find_kept", "in_order", "minimal_set", "parts_of_unit", "smallest_subset", "units_of"]
 
 Passes = Callable[[Collection[str]], bool]
 """Whether the check passes with these kept. Called again with the same names, it should not work again."""
@@ -94,29 +91,6 @@ def in_order(names: Collection[str], units: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=order.index))
 
 
-def islands_of(kept: Collection[str], units: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """Group the names, in order, into islands within which the network stays in FP32.
-
-    Neighbouring units are one island, and so are the parts of one block.
-    """
-    islands: list[tuple[str, ...]] = []
-    for name in in_order(kept, units):
-        if islands and _joins(islands[-1][-1], name, units):
-            islands[-1] = (*islands[-1], name)
-        else:
-            islands.append((name,))
-    return tuple(islands)
-
-
-def spelled(kept: Collection[str], units: Sequence[str]) -> str:
-    """Write the names in words, a run of three units and more by its ends."""
-    words = []
-    for island in islands_of(kept, units):
-        is_run = len(island) > 2 and island[0] in units
-        words.append(f"{island[0]} to {island[-1]} ({len(island)} parts)" if is_run else ", ".join(island))
-    return ", ".join(words) or "nothing"
-
-
 def _shortest_prefix(units: Sequence[str], needed: Sequence[str], passes: Passes, *, from_the_end: bool) -> int:
     """Return the length of the shortest prefix that passes beside `needed`: none of it does not, all of it does."""
     low, high, stride = 0, len(units), 1
@@ -127,9 +101,3 @@ def _shortest_prefix(units: Sequence[str], needed: Sequence[str], passes: Passes
         else:
             low, from_the_end = middle, False
     return high
-
-
-def _joins(left: str, right: str, units: Sequence[str]) -> bool:
-    if left in units and right in units:
-        return units.index(right) == units.index(left) + 1
-    return left not in units and right not in units and left.rpartition(".")[0] == right.rpartition(".")[0]

@@ -127,7 +127,7 @@ class ImageAugmentation:
     def __call__(self, image: Tensor, seed: int) -> Tensor:
         """Augment by the draws of `seed`; the caller's random numbers stay as they are."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed goes to every kind of device as well
             for step in self.steps:
                 image = step(image)
         return image

@@ -78,10 +78,10 @@ def test_nan_weights_end_in_exit_code_3_and_are_told_from_rounding(
 
 
 def test_a_gate_that_fp32_fails_ends_in_exit_code_3(tiny_onnx_fp16: Artifact, tiny_model: ConvNeXtV2) -> None:
-    found = bisected(tiny_onnx_fp16, tiny_model, Gate("exact", 0.0, 1.0, 1.0, 0.0))
-    error = failure(found)
+    bisection = bisected(tiny_onnx_fp16, tiny_model, Gate("exact", 0.0, 1.0, 1.0, 0.0))
+    error = failure(bisection)
     assert error is not None
-    assert (found.outcome, error.exit_code, len(found.probes)) == ("nothing helps", 3, 1)
+    assert (bisection.outcome, error.exit_code, len(bisection.probes)) == ("nothing helps", 3, 1)
     assert "fails with every module in FP32 too (relative L2" in str(error)
 
 
@@ -143,9 +143,9 @@ def overflowing(artifact: Artifact, case: Case) -> RecordedProbe:
 
 
 def test_what_is_no_half_precision_file_is_refused(
-    tiny_onnx_fp32: Artifact, tiny_onnx_fp16: Artifact, tiny_engine: Artifact, monkeypatch: pytest.MonkeyPatch
+    tiny_onnx_fp32: Artifact, tiny_onnx_fp16: Artifact, engine: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for artifact in (tiny_onnx_fp32, tiny_engine):
+    for artifact in (tiny_onnx_fp32, engine):
         with pytest.raises(InputError, match="no ONNX file of half precision"):
             run_bisection(artifact.path, print)
     with pytest.raises(InputError, match="samples must be at least 1"):
@@ -278,7 +278,7 @@ def test_files_without_one_of_the_names_fail_and_probes_say_what_files_say(found
 
 
 @pytest.mark.slow
-def test_the_report_names_island_reason_minimality_share_and_command(found_and_replayed: Replayed) -> None:
+def test_the_report_names_parts_reason_minimality_share_and_command(found_and_replayed: Replayed) -> None:
     found, kept = found_and_replayed.found, found_and_replayed.kept
     text = "\n".join(report_lines(found))
     assert "First operator whose result is NaN or infinite: stages.2.1.pwconv1/" in text
@@ -288,4 +288,4 @@ def test_the_report_names_island_reason_minimality_share_and_command(found_and_r
     document = json.loads(json.dumps(found.to_dict()))
     assert (document["schema_version"], document["outcome"]) == (1, "found")
     assert 0.05 < document["fp32_share"]["parameters"] < 0.5
-    assert document["islands"] == [list(kept)]
+    assert document["keep_fp32"] == list(kept)

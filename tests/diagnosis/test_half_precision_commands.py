@@ -110,12 +110,14 @@ def test_a_fault_of_the_tokens_form_is_blamed_on_the_export(tmp_path, monkeypatc
     ("precision", "tf32", "gate"),
     [("bf16", False, "bf16"), ("fp16", False, "fp16"), ("fp32", False, "fp32-engine"), ("fp32", True, "tf32-engine")],
 )
-def test_an_engine_is_judged_by_the_gate_of_its_precision(tiny_engine: Artifact, precision, tf32, gate) -> None:
-    onnx = tiny_engine.manifest.onnx
-    onnx = replace(onnx, deploy=replace(onnx.deploy, precision=precision))
-    request = replace(tiny_engine.manifest.request, onnx=onnx, allow_tf32=tf32)
-    changed = replace(tiny_engine, manifest=replace(tiny_engine.manifest, request=request))
-    assert changed.manifest.gate.name == gate
+def test_an_engine_is_judged_by_the_gate_of_its_precision(engine: Artifact, precision, tf32, gate) -> None:
+    onnx = engine.manifest.onnx
+    request = replace(
+        engine.manifest.request,
+        onnx=replace(onnx, deploy=replace(onnx.deploy, precision=precision)),
+        allow_tf32=tf32,
+    )
+    assert replace(engine.manifest, request=request).gate.name == gate
 
 
 def test_bf16_engines_are_compared_with_pytorch_in_bf16(monkeypatch) -> None:

@@ -25,7 +25,6 @@ from cnx_deploy.diagnosis.layer_outputs import (
     LOGITS,
     ExportedNetwork,
     OutputTensors,
-    canonical,
     compiled_plan,
     copy_with_outputs,
     engine_outputs,
@@ -80,22 +79,14 @@ def sound(tiny_onnx_fp32: Artifact, tiny_onnx_fp16: Artifact) -> dict[str, Layer
 # Sound files
 
 
-def test_every_module_of_both_files_is_compared_and_agrees_on_every_backend(sound: dict[str, LayerComparison]) -> None:
+def test_every_module_of_both_files_is_compared_in_order_of_depth_and_agrees_on_every_backend(
+    sound: dict[str, LayerComparison], tiny_onnx_fp16: Artifact
+) -> None:
+    ran = {name: [result.backend for result in found.ran] for name, found in sound.items()}
+    assert ran == {"fp32": ["onnxruntime"], "fp16": list(ON_CPU)}
     for found in sound.values():
         assert (found.passed, dict(found.missing)) == (True, {})
         assert {output.verdict for result in found.ran for output in result.outputs} <= {"ok", "jumps"}
-
-
-def test_the_backends_that_ran_are_those_that_say_something_of_the_precision(sound: dict[str, LayerComparison]) -> None:
-    assert {name: [result.backend for result in found.ran] for name, found in sound.items()} == {
-        "fp32": ["onnxruntime"],
-        "fp16": list(ON_CPU),
-    }
-
-
-def test_outputs_stand_for_every_module_that_computes_in_order_of_depth(
-    sound: dict[str, LayerComparison], tiny_onnx_fp16: Artifact
-) -> None:
     form = reference_form(random_model(TINY_TEST, 10, seed=0), spec_of(tiny_onnx_fp16))
     modules = [output.module for output in sound["fp16"].backends[0].outputs]
     assert sorted(modules) == sorted(module_names(form))
@@ -167,16 +158,13 @@ def test_a_changed_constant_is_named_at_its_module(
     assert found.to_dict()["first_divergence"]["block"] == block
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_another_epsilon_is_named_at_its_norm(request: pytest.FixtureRequest, tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "epsilon"), [("fp32", 0.1), ("fp16", 0.1), ("fp32", 1e-5)])
+def test_another_epsilon_even_torchs_default_is_named_at_its_norm(
+    request: pytest.FixtureRequest, tmp_path: Path, precision: str, epsilon: float
+) -> None:
     artifact = request.getfixturevalue(f"tiny_onnx_{precision}")
-    path = planted(artifact, tmp_path, with_epsilon("stages.1.0.norm/LayerNormalization", 0.1))
-    assert set(beginnings(compare(artifact, path)).values()) - {None} == {"stages.1.0.norm"}
-
-
-def test_torchs_default_epsilon_of_1e_5_is_named_at_its_norm(tiny_onnx_fp32: Artifact, tmp_path: Path) -> None:
-    path = planted(tiny_onnx_fp32, tmp_path, with_epsilon("stages.2.0.norm/LayerNormalization", 1e-5))
-    assert beginnings(compare(tiny_onnx_fp32, path)) == {"onnxruntime": "stages.2.0.norm"}
+    path = planted(artifact, tmp_path, with_epsilon("stages.2.0.norm/LayerNormalization", epsilon))
+    assert set(beginnings(compare(artifact, path)).values()) - {None} == {"stages.2.0.norm"}
 
 
 def test_a_fault_that_fails_only_further_on_is_named_where_the_error_jumps(
@@ -214,18 +202,17 @@ def marked(result: BackendResult, module: str, verdict: Any) -> BackendResult:
     return replace(result, outputs=tuple(outputs))
 
 
-def test_of_two_backends_the_one_that_parts_at_the_least_depth_is_named(sound: dict[str, LayerComparison]) -> None:
+def test_of_two_backends_the_one_that_parts_at_the_least_depth_is_named_and_a_jump_alone_is_no_failure(
+    sound: dict[str, LayerComparison],
+) -> None:
     torch_side, ort, emulator, _ = sound["fp16"].backends
     backends = (torch_side, marked(ort, "norm", "fails"), marked(emulator, "stages.0.0", "fails"))
     first = replace(sound["fp16"], backends=backends).first
     assert first is not None
     assert (first[0].backend, first[1].module) == ("emulator", "stages.0.0")
-
-
-def test_a_jump_alone_is_said_and_is_no_failure(sound: dict[str, LayerComparison]) -> None:
-    found = replace(sound["fp32"], backends=(marked(sound["fp32"].backends[1], "norm", "jumps"),))
-    assert (found.passed, found.first) == (True, None)
-    assert "jumps at norm" in "\n".join(report_lines(found))
+    jumping = replace(sound["fp32"], backends=(marked(sound["fp32"].backends[1], "norm", "jumps"),))
+    assert (jumping.passed, jumping.first) == (True, None)
+    assert "jumps at norm" in "\n".join(report_lines(jumping))
 
 
 def test_of_two_faults_the_first_is_named(tiny_onnx_fp32: Artifact, tmp_path: Path) -> None:
@@ -233,9 +220,8 @@ def test_of_two_faults_the_first_is_named(tiny_onnx_fp32: Artifact, tmp_path: Pa
         with_constant("head.bias", shifted)(model)
         with_constant("stages.0.0.pwconv1.bias", shifted)(model)
 
-    assert beginnings(compare(tiny_onnx_fp32, planted(tiny_onnx_fp32, tmp_path, both))) == {
-        "onnxruntime": "stages.0.0.pwconv1"
-    }
+    path = planted(tiny_onnx_fp32, tmp_path, both)
+    assert beginnings(compare(tiny_onnx_fp32, path)) == {"onnxruntime": "stages.0.0.pwconv1"}
 
 
 def test_an_fp16_overflow_is_named_by_the_emulator_and_hidden_by_onnx_runtime(
@@ -309,12 +295,11 @@ def renamed(prefix: str) -> Callable[[onnx.ModelProto], None]:
     return change
 
 
-def test_a_file_with_other_node_names_is_refused(tiny_onnx_fp32: Artifact, tmp_path: Path) -> None:
+def test_a_file_without_module_names_is_refused_and_a_module_without_one_is_no_pass(
+    tiny_onnx_fp32: Artifact, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match=r"names none of the network's 52 modules .* 'node_0/"):
         compare(tiny_onnx_fp32, planted(tiny_onnx_fp32, tmp_path, renamed("")))
-
-
-def test_one_module_without_a_name_is_listed_and_is_no_pass(tiny_onnx_fp32: Artifact, tmp_path: Path) -> None:
     found = compare(tiny_onnx_fp32, planted(tiny_onnx_fp32, tmp_path, renamed("stages.2.1.pwconv1/")))
     assert found.missing["stages.2.1.pwconv1"] == "no node is named after it"
     assert [module for module in found.missing if module.startswith("node_")]
@@ -341,18 +326,12 @@ def test_another_shape_is_not_lined_up_and_fails() -> None:
     assert "(2, 4, 8), the reference's (2, 9, 8)" in found.reason
 
 
-def test_a_file_that_is_no_onnx_is_corrupt(tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_refused(tiny_onnx_fp32: Artifact, engine: Artifact, tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(b"garbage, not protobuf")
     with pytest.raises(CorruptArtifactError, match="not an ONNX model"):
         find_outputs(tmp_path / "x.onnx", ("head",))
-
-
-def test_an_engine_is_refused_with_the_name_of_its_source(tiny_engine: Artifact) -> None:
-    with pytest.raises(InputError, match=r"Name the file it was built from, tiny-test-32-fp16\.onnx"):
-        compare_artifact(tiny_engine)
-
-
-def test_more_images_than_fit_are_refused(tiny_onnx_fp32: Artifact) -> None:
+    with pytest.raises(InputError, match=r"Name the file it was built from, atto-224-fp16\.onnx"):
+        compare_artifact(engine)
     with pytest.raises(InputError, match="1 to 8 images, not 9"):
         compare_artifact(tiny_onnx_fp32, samples=9)
 
@@ -376,9 +355,6 @@ def output(error: float, verdict: str = "ok") -> OutputResult:
 )
 def test_a_jump_is_four_times_all_outputs_before_and_one_rounding(errors: list[float], verdicts: list[str]) -> None:
     assert [found.verdict for found in find_jumps(map(output, errors), 5e-7)] == verdicts
-
-
-def test_an_output_that_fails_is_no_jump_as_well() -> None:
     assert [found.verdict for found in find_jumps([output(1e-6), output(1.0, "fails")], 5e-7)] == ["ok", "fails"]
 
 
@@ -401,13 +377,6 @@ def test_zero_on_both_sides_agrees_and_zero_on_one_does_not() -> None:
     zero, one = torch.zeros(1, 3), torch.ones(1, 3)
     verdicts = [compare_output("m", [pair], GATES["fp32"]).verdict for pair in ((zero, zero), (one, zero), (zero, one))]
     assert verdicts == ["ok", "fails", "fails"]
-
-
-@pytest.mark.parametrize(
-    ("shape", "expected"), [((2, 8, 3, 5), (2, 15, 8)), ((2, 15, 8), (2, 15, 8)), ((2, 8), (2, 1, 8))]
-)
-def test_the_canonical_view_is_samples_positions_channels(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    assert canonical(torch.zeros(shape)).shape == expected
 
 
 # TensorRT: the real compiler, and a double of the runtime
@@ -514,18 +483,12 @@ def test_without_a_gpu_tensorrt_is_not_run_and_says_why(
 # The plot and the command
 
 
-def test_the_plot_has_a_line_a_backend_and_the_same_bytes_each_time(
+def test_the_plot_has_a_line_a_backend_and_marks_where_it_begins_and_what_is_not_finite(
     sound: dict[str, LayerComparison], tmp_path: Path
 ) -> None:
     first, second = (plot_layers(sound["fp16"], tmp_path / name).read_bytes() for name in ("a.svg", "b.svg"))
     assert first == second
     assert [name for name in (*ON_CPU, "tensorrt") if f">{name}<" in first.decode()] == list(ON_CPU)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.svg", "b.svg"]
-
-
-def test_the_plot_marks_where_it_begins_and_what_is_not_finite(
-    sound: dict[str, LayerComparison], tmp_path: Path
-) -> None:
     result, nan = sound["fp16"].backends[2], float("nan")
     lost = replace(result.outputs[9], verdict="not finite", figures=OutputDifferences(nan, nan, 3, float("inf")))
     outputs = (*result.outputs[:9], lost, *result.outputs[10:])
@@ -554,17 +517,6 @@ def change_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> N
     data = json.loads(path.read_text(encoding="utf-8"))
     change(data)
     path.write_text(json.dumps(data), encoding="utf-8")
-
-
-@pytest.mark.usefixtures("recorded")
-def test_the_command_prints_a_row_a_block_and_ends_well(cnx: Command) -> None:
-    code, printed, _ = cnx("diagnose", "layers")
-    lines = printed.splitlines()
-    assert (code, lines[0], lines[-1]) == (0, "tiny-test-32-fp32.onnx, images: 2", "no backend diverges")
-    blocks = [line.split()[0] for line in lines[2:15]]
-    assert [block for block in blocks if block.startswith("stages")] == [
-        "stages.0.0", "stages.1.0", "stages.2.0", "stages.2.1", "stages.3.0",
-    ]  # fmt: skip
 
 
 def test_a_fault_is_exit_code_3_in_the_table_and_in_the_document(
@@ -598,12 +550,19 @@ def test_what_cannot_be_compared_is_wrong_usage(cnx: Command, words: tuple[str, 
     assert (code, message in " ".join(said.split())) == (2, True)
 
 
-def test_images_of_a_folder_are_compared_on(recorded: Artifact, tmp_path: Path) -> None:
+def test_the_command_prints_a_row_a_block_on_images_of_a_folder_and_ends_well(
+    recorded: Artifact, cnx: Command, tmp_path: Path
+) -> None:
     (tmp_path / "images").mkdir()
     for index in range(3):
         Image.new("RGB", (40, 40), (80 * index, 90, 200)).save(tmp_path / "images" / f"{index}.png")
-    found = compare_artifact(recorded, samples=3, data=tmp_path / "images")
-    assert (found.images, found.passed) == (3, True)
+    code, printed, _ = cnx("diagnose", "layers", "--samples", 3, "--data", "images")
+    lines = printed.splitlines()
+    assert (code, lines[0], lines[-1]) == (0, f"{recorded.path.name}, images: 3", "no backend diverges")
+    blocks = [line.split()[0] for line in lines[2:15]]
+    assert [block for block in blocks if block.startswith("stages")] == [
+        "stages.0.0", "stages.1.0", "stages.2.0", "stages.2.1", "stages.3.0",
+    ]  # fmt: skip
 
 
 def test_a_byte_that_was_altered_is_found_before_the_file_is_parsed(

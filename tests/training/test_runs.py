@@ -63,6 +63,10 @@ def shared_task(request, colours, tiny_variant, tmp_path_factory) -> Task:
     return dataclasses.replace(made, whole=made.run(spec))
 
 
+by_training = pytest.mark.parametrize("shared_task", ["training"], indirect=True)
+"""What the loop and the folder do alike for both."""
+
+
 @pytest.fixture
 def task(shared_task) -> Task:
     """`whole` is shared: do not change it."""
@@ -111,6 +115,7 @@ def test_the_same_request_gives_the_same_weights_whatever_the_workers(task, spec
     assert table(again.run_dir) == table(task.whole.run_dir)
 
 
+@by_training
 def test_another_seed_gives_another_run_in_a_folder_of_its_own(task):
     other = task.run(dataclasses.replace(task.spec, seed=1, epochs=1))
     assert other.run_dir.name == f"{task.name}-002"
@@ -133,6 +138,7 @@ def test_train_resume_exact_after_an_interruption(task, spec, epoch, workers):
     assert difference(resumed.last, task.whole.last) == 0.0
 
 
+@by_training
 def test_resuming_a_finished_run_changes_nothing(task):
     kept = [path for path in task.whole.run_dir.rglob("*") if path.suffix in (".safetensors", ".csv")]
     before = [path.read_bytes() for path in kept]
@@ -164,6 +170,7 @@ def test_another_request_or_a_model_of_another_variant_is_refused(task, spec):
         task.run(other, task.model())
 
 
+@by_training
 def test_a_folder_without_a_run_with_one_or_that_cannot_be_written_is_refused(task, spec, tmp_path):
     with pytest.raises(InputError, match=f"no run of {task.name} to resume"):
         task.run(dataclasses.replace(spec, resume=True))
@@ -174,6 +181,7 @@ def test_a_folder_without_a_run_with_one_or_that_cannot_be_written_is_refused(ta
         task.run(dataclasses.replace(spec, output_dir=tmp_path / "file"))
 
 
+@by_training
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_epochs_before(task, spec):
     factors = [1.0]
 
@@ -190,6 +198,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_epochs_before(task,
     assert all(bool(tensor.isfinite().all()) for tensor in load_file(run_dir / "last.safetensors").values())
 
 
+@by_training
 def test_what_the_machine_lacks_is_told_before_anything_is_written(task, spec, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MissingRequirementError, match="--precision fp32 or bf16"):

@@ -55,18 +55,20 @@ def batch_loss(module: ClassificationModule) -> float:
     return float(module.training_step(one_batch(), 0).detach())
 
 
-@pytest.mark.parametrize("change", [{}, {"optimizer": "sgd", "learning_rate": 0.02}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{}, pytest.param({"optimizer": "sgd", "learning_rate": 0.02}, marks=pytest.mark.slow)], ids=str
+)
 def test_training_learns_what_is_easy_to_learn(spec, change):
-    result = train(dataclasses.replace(spec, **{"epochs": 8, "learning_rate": 5e-3, **change}))
+    result = train(dataclasses.replace(spec, **{"epochs": 6, "learning_rate": 5e-3, **change}))
     losses = [float(row["train_loss"]) for row in rows(result.run_dir)]
     assert losses[-1] < losses[0]
     assert result.best_top1_percent == 100.0
     assert load_checkpoint(result.best, spec.network).class_names == ("blue", "red")
 
 
-@pytest.mark.parametrize(("batch_size", "accumulate"), [(4, 2), (5, 2), (7, 3)])
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(5, 2), (7, 3)])
 def test_accumulated_batches_learn_what_one_large_batch_does(spec, batch_size, accumulate):
-    sgd = dataclasses.replace(spec, optimizer="sgd", learning_rate=0.05, epochs=2)
+    sgd = dataclasses.replace(spec, optimizer="sgd", learning_rate=0.05)
     whole = weights(sgd, batch_size=batch_size * accumulate)  # 24 images: a smaller last step
     parts = weights(sgd, batch_size=batch_size, accumulate=accumulate)
     assert difference(whole, parts) < 1e-5
@@ -98,10 +100,9 @@ def test_stochastic_depth_rises_over_the_blocks_and_drops_branches(spec, plain):
     assert difference(weights(spec, drop_path_rate=0.4), plain) > 1e-4
 
 
-@pytest.mark.parametrize(("scale", "deviation"), [(0.001, 2e-5), (1.0, 2e-2)])
-def test_a_new_head_is_scaled(spec, scale, deviation):
-    still = weights(spec, head_init_scale=scale, learning_rate=1e-12, weight_decay=0.0)
-    assert float(still["head.weight"].std()) == pytest.approx(deviation, rel=0.2)
+def test_a_new_head_is_scaled(spec):
+    still = weights(spec, head_init_scale=0.001, learning_rate=1e-12, weight_decay=0.0)
+    assert float(still["head.weight"].std()) == pytest.approx(2e-5, rel=0.2)  # of 0.02
 
 
 def test_gradients_are_clipped(spec):
