@@ -36,9 +36,8 @@ UNITS = units_of(DEEP)
 
 def tried_on(case: Case) -> CachedProbes:
     """Nothing is known before: as of a file that keeps something."""
-    recorded = RecordedProbe(
-        Probe(("head",), differences(case.expected["logits"], case.expected["logits"]), (), exported=True), None, ()
-    )
+    logits = case.expected["logits"]
+    recorded = RecordedProbe(Probe(("head",), differences(logits, logits), (), exported=True), None, ())
     return CachedProbes(form_judge(case), recorded, case.units, lambda _: None)
 
 
