@@ -164,7 +164,7 @@ def bisect_artifact(
     """Bisect a file made from `loaded`; see `run_bisection`."""
     case = case_of(artifact, loaded, gate, data, samples)
     recorded = probe_recorded(artifact, case)
-    result = Bisection(artifact, gate, len(case.expected), case.units, recorded, case.reference_nonfinite)
+    result = Bisection(artifact, gate, sum(map(len, case.batches)), case.units, recorded, case.reference_nonfinite)
     if recorded.probe.passed:
         return result
     note(f"{artifact.path.name} fails on {result.images} images: {'; '.join(recorded.probe.failures)}")

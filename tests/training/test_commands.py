@@ -79,15 +79,6 @@ def test_the_whole_configuration_is_printed_and_nothing_trained(colours, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-def test_train_takes_a_recipe_and_options_beside_it(colours, tmp_path):
-    words = ("--recipe", "fine-tune", "--epochs", 2, "--accumulate", 2, "--learning-rate", 1e-3, "--run-dir", tmp_path)
-    assert "average" in invoke(train, colours, *words).stderr
-    written = json.loads((tmp_path / "run.json").read_text())
-    assert (written["spec"]["recipe"], written["spec"]["layer_decay"]) == ("fine-tune", 0.9)
-    assert written["resolved"]["learning_rate"] == 1e-3
-
-
 def test_dataset_bad_files_and_uneven_classes_are_said(tmp_path):
     data = write_colours(tmp_path / "colours", train=22)
     (data / "train" / "red" / "0.png").write_bytes(b"no image")

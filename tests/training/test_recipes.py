@@ -84,16 +84,12 @@ def test_a_given_option_takes_the_place_of_the_recipes():
     assert spec_from_recipe(DATA, "tiny", "fine-tune", epochs=30, warmup_epochs=1.0).warmup_epochs == 1.0
 
 
-def test_a_given_rate_takes_the_place_of_the_recipes_base_rate():
+def test_a_given_rate_takes_the_place_of_the_recipes_and_a_base_rate_is_scaled_to_all_images_of_a_step():
     assert spec_from_recipe(DATA, "tiny", "fine-tune", learning_rate=1e-3).resolved_learning_rate == 1e-3
     given = spec_from_recipe(DATA, "atto", "article", base_learning_rate=0.32)
     assert given.resolved_learning_rate == pytest.approx(0.32 * 4 / 256)
-
-
-def test_the_base_rate_is_scaled_to_all_images_of_a_step():
     spec = spec_from_recipe(DATA, "atto", "fine-tune", batch_size=32, accumulate=2, launch=Launch(0, 4, 2))
-    assert spec.images_per_step == 512
-    assert spec.resolved_learning_rate == pytest.approx(4e-4)
+    assert (spec.images_per_step, spec.resolved_learning_rate) == (512, pytest.approx(4e-4))
 
 
 @pytest.mark.parametrize(
@@ -129,24 +125,16 @@ def test_layer_decay_slows_the_first_layers_most(tiny_variant):
     assert len(rate_of) == len(named)
 
 
-def test_the_schedule_moves_every_group_by_the_same_factor(tiny_variant):
-    spec = TrainingSpec(DATA, tiny_variant, learning_rate=0.1, layer_decay=0.5, epochs=10, warmup_epochs=1.0)
+def test_the_schedule_moves_every_group_by_the_same_factor_and_ends_at_the_final_rate(tiny_variant):
+    spec = TrainingSpec(
+        DATA, tiny_variant, learning_rate=0.1, final_learning_rate=1e-4, layer_decay=0.5, epochs=10, warmup_epochs=1.0
+    )
     optimizer = make_optimizer(create_model(tiny_variant, 2), spec)
-    make_schedule(optimizer, spec, 100)
+    schedule = make_schedule(optimizer, spec, 100)
     first = sorted({group["lr"] for group in optimizer.param_groups})
-    assert first[-1] == pytest.approx(0.1 / 11)
-    assert first[0] == pytest.approx(0.1 / 11 * 0.5**5)
-
-
-def test_the_cosine_ends_at_the_final_rate(tiny_variant):
-    spec = TrainingSpec(DATA, tiny_variant, learning_rate=0.1, final_learning_rate=1e-4, warmup_epochs=0.0)
-    optimizer = make_optimizer(create_model(tiny_variant, 2), spec)
-    schedule = make_schedule(optimizer, spec, 50)
-    assert schedule.lr_lambdas[0](50) * 0.1 == pytest.approx(1e-4)
-    assert schedule.lr_lambdas[0](25) * 0.1 == pytest.approx(1e-4 + (0.1 - 1e-4) / 2)
-
-
-def test_a_constant_schedule_stays(tiny_variant):
+    assert (first[0], first[-1]) == (pytest.approx(0.1 / 11 * 0.5**5), pytest.approx(0.1 / 11))
+    factor = schedule.lr_lambdas[0]
+    assert (factor(100) * 0.1, factor(55) * 0.1) == (pytest.approx(1e-4), pytest.approx((0.1 + 1e-4) / 2))
     spec = TrainingSpec(DATA, tiny_variant, schedule="constant")
     schedule = make_schedule(make_optimizer(create_model(tiny_variant, 2), spec), spec, 50)
     assert {schedule.lr_lambdas[0](step) for step in (0, 25, 50)} == {1.0}

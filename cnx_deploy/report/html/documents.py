@@ -22,7 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 Document = TypeVar("Document")
-Verdict = Literal["ok", "jumps", "not lined up", "other order", "fails", "not finite"]
+Verdict = Literal["ok", "jumps", "not lined up", "fails", "not finite"]
 """Over a module, the gravest last."""
 
 
