@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.plotting import BLUE, GREEN, GREY, GRID, ORANGE, PURPLE, RED, save_svg
 from cnx_deploy.diagnosis.headroom import Headroom
-from cnx_deploy.diagnosis.layerwise import LayerComparison
+from cnx_deploy.diagnosis.layer_record import LayerComparison
 from cnx_deploy.diagnosis.ranges import TensorRange, stage_of, unit_of
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _layers_figure(comparison: LayerComparison) -> "Figure":
     axes.set_xlim(-1, len(modules))
     ticks = _stage_ticks(modules)
     axes.set_xticks(list(ticks), list(ticks.values()), rotation=45, ha="right")
-    for limit in sorted({result.gate.relative_l2_max for result in ran}):
+    for limit in sorted({result.relative_l2_max for result in ran}):
         axes.axhline(limit, color=GREY, linewidth=0.8, linestyle="--")
     below = f"against PyTorch in FP32, worst of {comparison.images} images; dashed: what fails; at the top: not finite"
     _write_title(figure, f"{comparison.artifact} by layer", below)

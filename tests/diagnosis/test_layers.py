@@ -33,17 +33,8 @@ from cnx_deploy.diagnosis.layer_outputs import (
     reference_form,
     torch_outputs,
 )
-from cnx_deploy.diagnosis.layerwise import (
-    JUMP,
-    BackendResult,
-    LayerComparison,
-    OutputDifferences,
-    OutputResult,
-    compare_artifact,
-    compare_output,
-    find_jumps,
-    report_lines,
-)
+from cnx_deploy.diagnosis.layer_record import BackendResult, LayerComparison, OutputDifferences, OutputResult
+from cnx_deploy.diagnosis.layerwise import JUMP, compare_artifact, compare_output, find_jumps, report_lines
 from cnx_deploy.diagnosis.plots import plot_layers
 from cnx_deploy.exporters.trt.backend import Backend, load_backend
 from cnx_deploy.exporters.trt.network import NetworkBuild

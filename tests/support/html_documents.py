@@ -10,8 +10,8 @@ from cnx_deploy.bench.record import Correctness, NotRun, Ratio
 from cnx_deploy.cli.options import _finite
 from cnx_deploy.core.gates import GATES
 from cnx_deploy.diagnosis.headroom import Headroom
-from cnx_deploy.diagnosis.layerwise import BackendResult, LayerComparison, OutputDifferences, OutputResult
-from cnx_deploy.diagnosis.layerwise import Verdict as LayerVerdict
+from cnx_deploy.diagnosis.layer_record import BackendResult, LayerComparison, OutputDifferences, OutputResult
+from cnx_deploy.diagnosis.layer_record import Verdict as LayerVerdict
 from cnx_deploy.diagnosis.ranges import NormRange, ParameterRange, ResponseRange, TensorRange
 from tests.support.bench_rows import NETWORK, record_of, row
 
@@ -61,7 +61,7 @@ def layers(error: float, verdict: LayerVerdict) -> dict[str, Any]:
     """Two modules of one block on two backends, the second's last as told; a third did not run."""
     good = OutputResult("stages.0.0.dwconv", "ok", OutputDifferences(1e-4, 1.0, 0, 3.0))
     bad = OutputResult("stages.0.0.grn", verdict, OutputDifferences(error, 0.5, 0 if math.isfinite(error) else 7, 3.0))
-    gate = GATES["fp16"]
+    gate = GATES["fp16"].relative_l2_max
     backends = (
         BackendResult("torch", gate, (good, replace(good, module="stages.0.0.grn"))),
         BackendResult("emulator", gate, (good, bad)),

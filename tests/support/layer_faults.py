@@ -12,7 +12,8 @@ from torch import nn
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.data import image_like_batches, runner_input
-from cnx_deploy.diagnosis.layerwise import LayerComparison, compare_layers
+from cnx_deploy.diagnosis.layer_record import LayerComparison
+from cnx_deploy.diagnosis.layerwise import compare_layers
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from tests.conftest import TINY_TEST
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from cnx_deploy.bench.record import BenchmarkRecord
 from cnx_deploy.core.plotting import BLUE, GREY, GRID, svg_bytes
-from cnx_deploy.report.html.documents import HeadroomDocument, LayersDocument
+from cnx_deploy.diagnosis.layer_record import LayerComparison
+from cnx_deploy.report.html.documents import HeadroomDocument
 from cnx_deploy.report.html.networks import Entry
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def ratio_chart(document: BenchmarkRecord, network: str) -> "Markup | str":
     return _inline(f"Times as fast as {document.baseline}, more is better", draw)
 
 
-def layers_chart(document: LayersDocument) -> "Markup":
+def layers_chart(document: LayerComparison) -> "Markup":
     """Draw relative L2 by block, a mark a backend that ran."""
 
     def draw() -> "Figure":

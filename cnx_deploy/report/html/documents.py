@@ -4,10 +4,10 @@ A figure is None where the document has null: JSON has no NaN, so null is what a
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -15,15 +15,11 @@ from cnx_deploy.bench.record import BenchmarkRecord
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.manifest import Count
 from cnx_deploy.core.strict_json import Finite, PositiveNumber, command_document, typed
+from cnx_deploy.diagnosis.layer_record import LayerComparison, comparisons_in
 
-__all__ = [
-    "BackendDocument", "Given", "HeadroomDocument", "LayersDocument", "Range", "RangeSummary", "read_benchmark",
-    "read_headroom", "read_layers",
-]  # fmt: skip
+__all__ = ["Given", "HeadroomDocument", "Range", "RangeSummary", "read_benchmark", "read_headroom", "read_layers"]
 
 Document = TypeVar("Document")
-Verdict = Literal["ok", "jumps", "not lined up", "fails", "not finite"]
-"""Over a module, the gravest last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,73 +99,6 @@ class HeadroomDocument(msgspec.Struct, frozen=True):
     blocks: tuple[RangeSummary, ...]
 
 
-class _OutputFigures(msgspec.Struct, frozen=True):
-    relative_l2: Finite | None
-
-
-class OutputDocument(msgspec.Struct, frozen=True):
-    """The verdict over one module."""
-
-    block: str
-    verdict: Verdict
-    figures: _OutputFigures | None
-
-
-class BackendDocument(msgspec.Struct, frozen=True):
-    """One backend's modules; `relative_l2_max` is the limit above which a module fails."""
-
-    backend: str
-    relative_l2_max: Finite
-    not_run: str | None
-    outputs: tuple[OutputDocument, ...]
-
-    @property
-    def within(self) -> int:
-        """How many modules are within the limit."""
-        return sum(output.verdict in ("ok", "jumps") for output in self.outputs)
-
-    def of_block(self, block: str) -> tuple[str, float | None] | None:
-        """Return a block's gravest verdict and its largest relative L2, None where that is not known for each."""
-        outputs = [output for output in self.outputs if output.block == block]
-        if not outputs:
-            return None
-        errors = [output.figures.relative_l2 for output in outputs if output.figures is not None]
-        known = [error for error in errors if error is not None]
-        worst = max(known) if known and len(known) == len(errors) else None
-        return max((output.verdict for output in outputs), key=get_args(Verdict).index), worst
-
-
-class _Divergence(msgspec.Struct, frozen=True):
-    module: str
-    backend: str
-    verdict: str
-
-
-class LayersDocument(msgspec.Struct, frozen=True):
-    """One file compared layer by layer; `missing` names modules that the file gives no tensor for, and why."""
-
-    artifact: str
-    images: Count
-    passed: bool
-    first_divergence: _Divergence | None
-    missing: Mapping[str, str]
-    backends: tuple[BackendDocument, ...]
-
-    @property
-    def ran(self) -> tuple[BackendDocument, ...]:
-        """The backends that ran."""
-        return tuple(backend for backend in self.backends if backend.outputs)
-
-    @property
-    def blocks(self) -> tuple[str, ...]:
-        """The blocks in order of depth."""
-        return tuple(dict.fromkeys(output.block for backend in self.ran for output in backend.outputs))
-
-
-class _LayersList(msgspec.Struct, frozen=True):
-    layers: tuple[LayersDocument, ...]
-
-
 def read_benchmark(path: Path) -> Given[BenchmarkRecord]:
     """Read a benchmark; InputError for anything else, a plan included."""
     return _read(path, "cnx-deploy bench", BenchmarkRecord.from_document)
@@ -180,9 +109,9 @@ def read_headroom(path: Path) -> Given[HeadroomDocument]:
     return _read(path, "cnx-deploy diagnose headroom", lambda values: typed(values, HeadroomDocument))
 
 
-def read_layers(path: Path) -> Given[tuple[LayersDocument, ...]]:
+def read_layers(path: Path) -> Given[tuple[LayerComparison, ...]]:
     """Read a comparison of one or more files layer by layer; InputError for anything else."""
-    return _read(path, "cnx-deploy diagnose layers", lambda values: typed(values, _LayersList).layers)
+    return _read(path, "cnx-deploy diagnose layers", comparisons_in)
 
 
 def _read(path: Path, command: str, read: Callable[[dict[str, Any]], Document]) -> Given[Document]:

@@ -12,11 +12,11 @@ from cnx_deploy.core.errors import CorruptArtifactError, InputError, OutputExist
 from cnx_deploy.core.files import write_text
 from cnx_deploy.core.plotting import require_packages
 from cnx_deploy.core.system import cpu_count, cpu_name, find_gpus, tool_versions
+from cnx_deploy.diagnosis.layer_record import LayerComparison
 from cnx_deploy.report.html import charts
 from cnx_deploy.report.html.documents import (
     Given,
     HeadroomDocument,
-    LayersDocument,
     read_benchmark,
     read_headroom,
     read_layers,
@@ -38,7 +38,7 @@ class Page:
     records: Records
     benchmarks: tuple[Given[BenchmarkRecord], ...]
     headrooms: tuple[Given[HeadroomDocument], ...]
-    layers: tuple[Given[tuple[LayersDocument, ...]], ...]
+    layers: tuple[Given[tuple[LayerComparison, ...]], ...]
     gaps: tuple[Gap, ...]
     tiles: tuple[Tile, ...]
     environment: Mapping[str, str]

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cnx_deploy.bench.record import BenchmarkRecord
+from cnx_deploy.diagnosis.layer_record import LayerComparison
 from cnx_deploy.report.html.charts import percent
-from cnx_deploy.report.html.documents import Given, HeadroomDocument, LayersDocument
+from cnx_deploy.report.html.documents import Given, HeadroomDocument
 from cnx_deploy.report.html.networks import Entry, Records
 
 __all__ = ["Gap", "Tile", "gaps", "tiles"]
@@ -67,7 +68,7 @@ def gaps(
     records: Records,
     benchmarks: Sequence[Given[BenchmarkRecord]],
     headrooms: Sequence[HeadroomDocument],
-    layers: Sequence[LayersDocument],
+    layers: Sequence[LayerComparison],
 ) -> Iterator[Gap]:
     """Yield everything that was not run, what matters most first."""
     unrun = _unrun(records, benchmarks)
