@@ -1,6 +1,5 @@
 """Foreign ONNX files that lie: where their data lies, what their graphs hold, and what a run of them does."""
 
-import json
 import os
 import resource
 import time
@@ -15,7 +14,6 @@ import torch
 from onnx import TensorProto, helper
 from PIL import Image
 
-from cnx_deploy.cli import main
 from cnx_deploy.core.artifacts import sha256_of_file
 from cnx_deploy.core.child_process import Limits, run_isolated
 from cnx_deploy.core.errors import (
@@ -40,44 +38,54 @@ from tests.support import hostile_onnx
 from tests.support.hostile_onnx import (
     DATA,
     IR_VERSION,
+    METADATA,
     SIDE,
     Change,
     before_logits,
     changed_place,
     field,
     foreign_classifier,
-    peak_megabytes,
     place_weights,
-    refused,
     varint,
     written,
 )
-
-
-def code_of(*words: object) -> int:
-    """Exit code of a command."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in words])
-    return int(stop.value.code or 0)
-
+from tests.support.lies import MEGABYTES, check_command, peak_megabytes, put, refused, run
 
 # --- outside data -----------------------------------------------------------------------------------------------------
 
+AT = ("location", DATA)
+PLACES: list[tuple[list[tuple[str, str]], type[CnxDeployError], str]] = [
+    *(
+        ([("location", name)], RefusedArtifactError, "'weights' lies in")
+        for name in ("../secret", "a/../../secret", "/etc/passwd", "", ".", f"{DATA}\0.txt")
+    ),
+    *(([("location", name)], CorruptArtifactError, "is missing") for name in ("..\\secret", "C:secret", "absent")),
+    *(
+        ([AT, entry], CorruptArtifactError, f"has 48 bytes and lies at offset {place!r}, length {length!r} of")
+        for entry, place, length in (
+            (("offset", "-1"), "-1", "48"), (("offset", "1"), "1", "48"), (("offset", f"{2**64}"), f"{2**64}", "48"),
+            (("length", "४८"), "0", "४८"), (("length", "44"), "0", "44"), (("length", f"{10**15}"), "0", f"{10**15}"),
+        )
+    ),
+    ([AT, ("basepath", "/etc")], RefusedArtifactError, "at most once"),
+    ([("Location", DATA)], RefusedArtifactError, "has the keys"),
+    ([AT, ("location", "../secret"), ("length", "48")], RefusedArtifactError, "at most once"),
+]  # fmt: skip
 
-@pytest.mark.parametrize("location", ["../secret", "a/../../secret", "/etc/passwd", "", ".", f"{DATA}\0.txt"])
-def test_outside_data_beyond_the_files_own_folder_is_refused(location: str, tmp_path: Path) -> None:
+
+@pytest.mark.parametrize(("entries", "error", "text"), PLACES)
+def test_outside_data_beyond_the_files_own_folder_or_its_range_is_refused(
+    entries: list[tuple[str, str]], error: type[CnxDeployError], text: str, tmp_path: Path
+) -> None:
     """What lies outside is a file that would fit; a name with a backslash or a drive is one that is missing here."""
-    path = written(tmp_path / "model", changed_place(location=location))
+    path = written(tmp_path / "model", lambda model: place_weights(model, entries))
     (tmp_path / "secret").write_bytes((path.parent / DATA).read_bytes())
-    refused(lambda: read_onnx(path), RefusedArtifactError, "'weights' lies in")
-    for strange in ("..\\secret", "C:secret"):
-        place = written(tmp_path / "model", changed_place(location=strange))
-        refused(lambda place=place: read_onnx(place), CorruptArtifactError, "is missing")
+    refused(lambda: read_onnx(path), error, "'weights'", text)
 
 
 def test_outside_data_under_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path, changed_place(location="weights_data"))
-    path.write_bytes(path.read_bytes().replace(b"weights_data", b"weights\xffdata"))
+    put(path, path.read_bytes().replace(b"weights_data", b"weights\xffdata"))
     refused(lambda: read_onnx(path), RefusedArtifactError, "'weights'", "UTF-8")
 
 
@@ -134,18 +142,6 @@ def test_outside_data_in_a_folder_within_is_let_in_and_so_is_a_folder_reached_by
         assert check_graph(each).outside_files == (str(path.parent / "inside" / DATA),)
 
 
-@pytest.mark.parametrize(
-    "entries",
-    [
-        {"offset": "-1"}, {"length": "-48"}, {"length": "0x30"}, {"length": "४८"}, {"offset": "4096"}, {"offset": "1"},
-        {"length": str(10**15)}, {"offset": str(2**64)}, {"length": "44"},
-    ],
-)  # fmt: skip
-def test_outside_data_in_a_range_that_does_not_fit_is_corrupt(entries: dict[str, str], tmp_path: Path) -> None:
-    path = written(tmp_path, changed_place(**entries))
-    refused(lambda: read_onnx(path), CorruptArtifactError, "'weights' has 48 bytes", next(iter(entries.values())))
-
-
 def test_outside_data_that_claims_petabytes_is_refused_although_a_sparse_file_has_them(tmp_path: Path) -> None:
     def claim(model: onnx.ModelProto) -> None:
         model.graph.initializer[0].dims[:] = [1 << 20, 1 << 20]
@@ -155,27 +151,6 @@ def test_outside_data_that_claims_petabytes_is_refused_although_a_sparse_file_ha
     with (tmp_path / DATA).open("r+b") as stream:
         stream.truncate(4 << 40)
     refused(lambda: read_onnx(path), RefusedArtifactError, "4,398,046,511,104 bytes of tensors up to 'weights'")
-
-
-def test_outside_data_that_is_missing_is_corrupt(tmp_path: Path) -> None:
-    path = written(tmp_path)
-    (tmp_path / DATA).unlink()
-    refused(lambda: read_onnx(path), CorruptArtifactError, "weights.data is missing")
-
-
-@pytest.mark.parametrize(
-    "entries",
-    [
-        [("location", DATA), ("basepath", "/etc")],
-        [("Location", DATA)],
-        [("location", DATA), ("location", "../secret"), ("length", "48")],
-    ],
-)
-def test_outside_data_with_an_unknown_key_or_one_twice_is_refused(
-    entries: list[tuple[str, str]], tmp_path: Path
-) -> None:
-    path = written(tmp_path, lambda model: place_weights(model, entries))
-    refused(lambda: read_onnx(path), RefusedArtifactError, "has the keys", "at most once")
 
 
 def recorded(template: Artifact, path: Path, *names: str) -> Artifact:
@@ -191,20 +166,20 @@ def recorded(template: Artifact, path: Path, *names: str) -> Artifact:
 def test_outside_data_that_the_manifest_lists_is_read(tiny_onnx_fp32: Artifact, tmp_path: Path) -> None:
     path = written(tmp_path)
     artifact = recorded(tiny_onnx_fp32, path, path.name, DATA)
-    assert code_of("inspect", path) == 0
+    assert run("inspect", path)[0] == 0
     with open_runner(artifact) as runner:
         assert runner.info.backend == "onnxruntime"
 
 
 def test_outside_data_swapped_in_beside_what_the_manifest_lists_is_read_by_nobody(
-    tiny_onnx_fp16: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_onnx_fp16: Artifact, tmp_path: Path
 ) -> None:
     """The hashes match: the graph reads a file that has none. Whoever parses, runs or checks the chain says so."""
     path = written(tmp_path)
     artifact = recorded(tiny_onnx_fp16, path, path.name)
     text = "reads 'weights.data', which its manifest does not list"
-    assert code_of("inspect", path) == 4
-    assert text in capsys.readouterr().err
+    code, said = run("inspect", path)
+    assert (code, text in said) == (4, True)
     for use in (
         lambda: open_runner(artifact),
         lambda: open_runner(artifact, "emulate-fp16"),
@@ -220,20 +195,18 @@ def test_outside_data_swapped_in_beside_what_the_manifest_lists_is_read_by_nobod
 # --- bytes that are no graph ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [b"\x9c\x13random" * 90, bytes(900), b""])
-def test_garbage_is_told_by_its_content(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("content", [b"\x9c\x13random" * 90, b""])
+def test_garbage_is_told_by_its_content(content: bytes, tmp_path: Path) -> None:
     """Nothing in it says ONNX but its name: wrong input, as a text file would be."""
-    path = tmp_path / "foreign.onnx"
-    path.write_bytes(content)
-    assert code_of("inspect", path) == 2
-    assert "nor an ONNX file" in capsys.readouterr().err
+    code, said = run("inspect", put(tmp_path / "foreign.onnx", content))
+    assert (code, "nor an ONNX file" in said) == (2, True)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.999])
 def test_a_file_that_is_cut_off_is_corrupt(share: float, tmp_path: Path) -> None:
     path = written(tmp_path)
     content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * share)])
+    put(path, content[: int(len(content) * share)])
     refused(lambda: check_graph(path), CorruptArtifactError, "foreign.onnx is not a valid ONNX file")
 
 
@@ -250,29 +223,21 @@ def test_a_file_beyond_the_size_that_protobuf_reads_is_refused(tmp_path: Path, m
     refused(lambda: read_onnx(path), RefusedArtifactError, "bytes, at most")
 
 
-@pytest.mark.parametrize(
-    ("reader", "outcomes"),
-    [
-        ("check_graph", {"sound", "CorruptArtifactError", "RefusedArtifactError"}),
-        ("load_model", {"sound", "CorruptArtifactError"}),
-    ],
-)
-@pytest.mark.parametrize("count", [150, pytest.param(3_000, marks=pytest.mark.slow)])
-def test_flipped_bytes_end_in_one_of_our_errors_and_never_the_process(
-    reader: str, outcomes: set[str], count: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("count", [100, pytest.param(3_000, marks=pytest.mark.slow)])
+def test_flipped_bytes_end_in_one_of_our_errors_and_never_the_process(count: int, tmp_path: Path) -> None:
     """In a child, so that a crash of ONNX's own checker would be seen and survived."""
     written(tmp_path)
-    arguments = {"folder": str(tmp_path), "seed": count, "count": count}
     found = run_isolated(
         f"{hostile_onnx.__name__}:outcomes_of_flips",
-        arguments | {"reader": f"cnx_deploy.exporters.graph_checks:{reader}"},
+        {"folder": str(tmp_path), "seed": count, "count": count},
         Limits(600.0, 2 << 30),
         what="Checking flipped files",
         failure=CnxDeployError,
     )
+    checked, loaded = ({outcome[at] for outcome in found} for at in range(2))
     assert len(found) == count
-    assert outcomes <= set(found)
+    assert checked >= {"sound", "CorruptArtifactError", "RefusedArtifactError"}
+    assert loaded >= {"sound", "CorruptArtifactError"}
 
 
 # --- hostile graphs ---------------------------------------------------------------------------------------------------
@@ -374,23 +339,17 @@ def _levels(count: int) -> bytes:
 
 BOMBS = {
     "a million nodes": lambda: field(1, field(4, b"Abs")) * 1_000_000,
-    "15,000 nodes twice, which a parser merges": lambda: field(1, field(4, b"Abs")) * 15_000,
     "two million numbers of an attribute": lambda: field(1, field(5, (varint(8 << 3) + b"\x01") * 2_000_000)),
     "a thousand levels of graphs in nodes": lambda: field(1, _levels(1_000)),
 }
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_bomb_for_the_parser_goes_off_in_a_child_with_limits(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "foreign.onnx"
-    path.write_bytes(IR_VERSION + field(7, BOMBS[name]()) * (2 if "twice" in name else 1))
+def test_a_bomb_for_the_parser_goes_off_in_a_child_with_limits(name: str, tmp_path: Path) -> None:
+    path = put(tmp_path / "foreign.onnx", IR_VERSION + field(7, BOMBS[name]()))
     before = peak_megabytes()
-    assert code_of("inspect", path) == 4
-    message = capsys.readouterr().err
-    assert (message.count("Error: "), "Traceback" in message, path.name in message) == (1, False, True)
-    assert peak_megabytes() - before < hostile_onnx.MEGABYTES
+    check_command("inspect", path, allowed=[4])
+    assert peak_megabytes() - before < MEGABYTES
 
 
 # --- in a child, and run once -----------------------------------------------------------------------------------------
@@ -400,10 +359,8 @@ def test_a_sound_file_is_let_in_with_the_facts_that_a_check_here_finds(
     tiny_onnx_fp16: Artifact, tmp_path: Path
 ) -> None:
     """Names of axes, epsilons and sets come back from the child as they were."""
-    alone = tmp_path / "alone.onnx"
-    alone.write_bytes(tiny_onnx_fp16.path.read_bytes())
-    (tmp_path / "link.onnx").symlink_to(alone)
-    for path in (written(tmp_path), alone, tmp_path / "link.onnx"):
+    (tmp_path / "link.onnx").symlink_to(put(tmp_path / "alone.onnx", tiny_onnx_fp16.path.read_bytes()))
+    for path in (written(tmp_path), tmp_path / "link.onnx"):
         assert admit_onnx(path).facts == check_graph(path)
 
 
@@ -463,20 +420,17 @@ def test_a_bomb_that_only_a_run_sets_off_takes_bounded_memory(change: Change, tm
 
 def test_a_run_that_does_not_end_is_ended(tmp_path: Path) -> None:
     path, started = written(tmp_path, _hang), time.perf_counter()
-    with pytest.raises(RefusedArtifactError, match=r"took more than 4 s and was ended"):
-        trial_run(path, Limits(4.0, 2 << 30))
+    with pytest.raises(RefusedArtifactError, match=r"took more than 2 s and was ended"):
+        trial_run(path, Limits(2.0, 2 << 30))
     assert time.perf_counter() - started < 30.0
 
 
-def test_predict_refuses_a_bomb_before_this_process_has_run_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_predict_refuses_a_bomb_before_this_process_has_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(untrusted, "MEMORY_BYTES", 600_000_000)
     path = written(tmp_path, _bomb)
     Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "image.png")
-    assert code_of("predict", path, tmp_path, "--json") == 4
-    document = json.loads(capsys.readouterr().out)
-    assert document["error"] == "RefusedArtifactError"
-    assert "of memory and was ended" in document["message"]
+    code, said = run("predict", path, tmp_path, "--json")
+    assert (code, '"RefusedArtifactError"' in said, "of memory and was ended" in said) == (4, True, True)
 
 
 def _mismatch(model: onnx.ModelProto) -> None:
@@ -491,17 +445,6 @@ def _mismatch(model: onnx.ModelProto) -> None:
     before_logits(model, *nodes, added="sum")
 
 
-def _gray(model: onnx.ModelProto) -> None:
-    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 1
-    model.graph.initializer[0].dims[0] = 1
-    model.graph.initializer[0].raw_data = bytes(16)
-
-
-def _any_side(model: onnx.ModelProto) -> None:
-    for axis in model.graph.input[0].type.tensor_type.shape.dim[2:]:
-        axis.dim_param = "side"
-
-
 def _two_outputs(model: onnx.ModelProto) -> None:
     model.graph.output.append(helper.make_tensor_value_info("means", TensorProto.FLOAT, ["batch", 3]))
 
@@ -510,12 +453,10 @@ def _two_outputs(model: onnx.ModelProto) -> None:
     ("change", "error", "text"),
     [
         (_mismatch, CorruptArtifactError, "ONNX Runtime cannot run"),
-        (_gray, InputError, r"takes images tensor\(float\) \['batch', 1, 32, 32\]"),
-        (_any_side, InputError, r"takes images tensor\(float\) \['batch', 3, 'side', 'side'\]"),
         (_two_outputs, InputError, r"gives logits tensor\(float\) \['batch', 4\], means tensor"),
     ],
 )
-def test_a_trial_run_says_what_cannot_run_and_what_takes_no_images(
+def test_a_trial_run_says_what_cannot_run_and_what_gives_other_than_logits(
     change: Change, error: type[CnxDeployError], text: str, tmp_path: Path
 ) -> None:
     path = written(tmp_path, change, outside=False)
@@ -542,14 +483,9 @@ def test_a_bf16_file_is_let_in_without_a_run_and_predict_says_what_it_takes(tmp_
     ("entries", "error"),
     [
         ({"cnx_deploy.preprocessing": "[" * 100_000}, CorruptArtifactError),
-        (
-            {"cnx_deploy.preprocessing": '{"image_size": 32}', "cnx_deploy.class_names": '[1, "a"]'},
-            CorruptArtifactError,
-        ),
-        ({"cnx_deploy.preprocessing": '{"side": 32}'}, InputError),
+        ({**METADATA, "cnx_deploy.class_names": '[1, "a"]'}, CorruptArtifactError),
         ({}, InputError),
     ],
-    ids=["nested deep", "names that are numbers", "unknown field", "none"],
 )
 def test_metadata_that_lies_is_one_message(
     entries: dict[str, str], error: type[CnxDeployError], tmp_path: Path

@@ -1,6 +1,7 @@
 """Files of weights that lie: each is refused before it costs memory, and nothing in it runs."""
 
 import json
+import os
 import pickle
 import struct
 import zipfile
@@ -18,10 +19,8 @@ from torch import nn
 from cnx_deploy.core.errors import CheckpointError, CnxDeployError, CorruptArtifactError, InputError
 from cnx_deploy.core.errors import RefusedArtifactError as Refused
 from cnx_deploy.model.checkpoint import load_checkpoint, save_checkpoint
-from cnx_deploy.model.weight_files import METADATA_KEY, read_weight_file
-from tests.support.foreign_models import saved
-from tests.support.hostile_onnx import refused
-from tests.support.lies import QUICK, VALUES, result_or_error
+from cnx_deploy.model.weight_files import METADATA_KEY, claims_too_much, read_weight_file
+from tests.support.lies import QUICK, VALUES, put, refused, result_or_error
 
 BIAS = "downsample_layers.0.0.bias"
 
@@ -89,40 +88,53 @@ def overwritten(path: Path, offset: int, content: bytes) -> Path:
     data = bytearray(path.read_bytes())
     at = data.index(b"PK\x01\x02") + offset
     data[at : at + len(content)] = content
-    path.write_bytes(data)
-    return path
+    return put(path, bytes(data))
 
 
-def test_a_zip_bomb_is_refused(tmp_path):
+def zip_bomb(path: Path) -> Path:
     """64 MB of zeros in 70 kB; torch.load would unpack it, as it would 64 GB."""
-    path = archive(
-        tmp_path / "a.pt", lambda name, own: bytes(64 << 20) if name.endswith("data/0") else own, packed=True
-    )
-    assert path.stat().st_size < 100_000
-    assert_refused(path, Refused, "is compressed, and unpacked it would take 67,1")
+    return archive(path, lambda name, own: bytes(64 << 20) if name.endswith("data/0") else own, packed=True)
 
 
-def test_an_archive_whose_entries_overlap_is_refused(tmp_path):
-    path = overwritten(archive(tmp_path / "a.pt"), 20, struct.pack("<I", 1 << 30) * 2)  # sizes packed and unpacked
-    assert_refused(path, Refused, "its entries overlap, and unpacked it would take 1,073,7")
+def overlapping(path: Path) -> Path:
+    return overwritten(archive(path), 20, struct.pack("<I", 1 << 30) * 2)  # sizes packed and unpacked
 
 
-def test_a_pickle_program_longer_than_any_state_dicts_is_refused(tmp_path):
-    path = archive(tmp_path / "a.pt", lambda name, own: own + bytes((64 << 20) * name.endswith("data.pkl")))
-    assert_refused(path, Refused, "the pickle in it has 67,10")
+def long_program(path: Path) -> Path:
+    return archive(path, lambda name, own: own + bytes((64 << 20) * name.endswith("data.pkl")))
 
 
-def test_a_pickle_that_claims_a_petabyte_for_a_record_of_32_bytes_is_corrupt(tmp_path):
-    path = archive(
-        tmp_path / "a.pt", lambda name, own: own.replace(b"K\x08t", b"\x8a\x08" + struct.pack("<q", 1 << 50) + b"t")
-    )
-    assert_refused(path, CorruptArtifactError, "cannot be read as a PyTorch checkpoint")
+def petabyte(path: Path) -> Path:
+    """For a record of 32 bytes; the allocator's words for it are those of a machine that is short of memory."""
+    claim = b"\x8a\x08" + struct.pack("<q", 1 << 50) + b"t"
+    return archive(path, lambda name, own: own.replace(b"K\x08t", claim))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (zip_bomb, Refused, "is compressed, and unpacked it would take 67,1"),
+        (overlapping, Refused, "its entries overlap, and unpacked it would take 1,073,7"),
+        (long_program, Refused, "the pickle in it has 67,10"),
+        (petabyte, CorruptArtifactError, "cannot be read as a PyTorch checkpoint"),
+    ],
+)
+def test_an_archive_that_claims_more_than_it_holds_is_refused(tmp_path, make, error, says):
+    assert_refused(make(tmp_path / "a.pt"), error, says)
 
 
 def test_an_archive_of_a_zip_version_that_nobody_writes_is_no_other_exception(tmp_path):
     """zipfile raises NotImplementedError for it; torch's own reader does not mind."""
     path = overwritten(archive(tmp_path / "a.pt"), 6, b"\xff")
     result_or_error(lambda: read_weight_file(path), CorruptArtifactError, Refused)
+
+
+@pytest.mark.parametrize(("asked", "lies"), [(14_000, False), (1 << 50, True)])
+def test_a_pickle_lies_where_it_asks_for_more_than_the_file_has(asked, lies, tmp_path):
+    path = put(tmp_path / "a.pt", bytes(20_000))
+    error = RuntimeError(f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {asked} bytes.")
+    assert claims_too_much(error, path) is lies
+    assert claims_too_much(MemoryError(), path)  # there is room for twice the file
 
 
 @pytest.mark.parametrize(
@@ -136,12 +148,10 @@ def test_an_archive_of_a_zip_version_that_nobody_writes_is_no_other_exception(tm
         ),
         (lambda: {BIAS: torch.empty(4, device="meta")}, CheckpointError, "is no ordinary tensor"),
         (lambda: {BIAS: torch.ones(4).long()}, CheckpointError, "expected float32"),
-        (lambda: {BIAS: torch.tensor([1.0, float("nan")])}, CorruptArtifactError, "NaN or infinity"),
         (lambda: [1, 2], CheckpointError, "state dict"),
         (lambda: {"model": {"epoch": 3}}, CheckpointError, "state dict"),
-        (lambda: {"epoch": 3}, CheckpointError, "state dict"),
     ],
-    ids=["expanded view", "shared storage", "sparse", "meta", "integers", "nan", "list", "entry", "numbers"],
+    ids=["expanded view", "shared storage", "sparse", "meta", "integers", "list", "entry"],
 )  # fmt: skip
 def test_a_pickle_of_other_than_dense_finite_floats_is_an_error(tmp_path, state, error, says):
     torch.save(state(), tmp_path / "a.pt")
@@ -152,7 +162,8 @@ def test_a_tensor_that_is_named_twice_by_a_state_dict_still_loads(tiny_model, ti
     """Sharing itself is no fault: two norms that hold the same values, as tied weights do."""
     state = tiny_model.state_dict()
     state["norm.bias"] = state["norm.weight"]
-    loaded = load_checkpoint(saved(state, tmp_path / "tied.pt"), tiny_variant).model
+    torch.save(state, tmp_path / "tied.pt")
+    loaded = load_checkpoint(tmp_path / "tied.pt", tiny_variant).model
     assert torch.equal(loaded.norm.bias, tiny_model.norm.weight)
 
 
@@ -165,8 +176,7 @@ def entry(kind: str, shape: list[int], begin: int, end: int) -> dict[str, object
 
 def forged(path: Path, header: object, body: int = 0, *, length: int | None = None) -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + bytes(body))
-    return path
+    return put(path, struct.pack("<Q", len(text) if length is None else length) + text + bytes(body))
 
 
 @pytest.mark.parametrize(("length", "is_there"), [(1 << 63, False), (200_000_000, False), (200_000_000, True)])
@@ -189,7 +199,6 @@ FORGERIES = {
     "no JSON": (b"{no", 0, "invalid JSON in header"),
     "named twice": (b'{"a":%s,"a":%s}' % ((json.dumps(entry("F32", [1], 0, 4)).encode(),) * 2), 4, "names a twice"),
     "nested deep": (b'{"a":' + b"[" * 100_000, 0, "nested too deep"),
-    "metadata nested deep": ({"__metadata__": {METADATA_KEY: "[" * 100_000}}, 0, "metadata that is not JSON"),
     "metadata no object": ({"__metadata__": {METADATA_KEY: "[1]"}}, 0, "metadata that is not JSON"),
     "metadata twice": ({"__metadata__": {METADATA_KEY: '{"a": 1, "a": 2}'}}, 0, "metadata that is not JSON"),
 }
@@ -222,9 +231,10 @@ def test_an_entry_of_ours_with_another_type_is_corrupt(tiny_model, tmp_path, nam
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_a_checkpoint_that_is_cut_off_is_corrupt(tiny_model, tiny_variant, tmp_path, suffix):
-    path = saved(tiny_model.state_dict(), tmp_path / f"whole{suffix}")
+    path = tmp_path / f"whole{suffix}"
+    (torch.save if suffix == ".pt" else save_file)(tiny_model.state_dict(), path)
     content = path.read_bytes()
-    for share in (0.0, 0.001, 0.01, 0.25, 0.75, 0.99, 0.9999):
+    for share in (0.0, 0.01, 0.5, 0.9999):
         path.write_bytes(content[: int(len(content) * share)])
         with pytest.raises(CorruptArtifactError):
             load_checkpoint(path, tiny_variant)
@@ -260,5 +270,12 @@ def test_altered_pickles_are_errors_of_ours_whatever_the_alteration(tiny_variant
 def test_what_is_no_checkpoint_file_is_wrong_input(tmp_path, name):
     (tmp_path / "folder.pt").mkdir()
     (tmp_path / "notes.txt").write_text("notes")
-    with pytest.raises(InputError):
-        load_checkpoint(tmp_path / name)
+    assert_refused(tmp_path / name, InputError)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_weights_in_a_pipe_or_device_are_wrong_input_and_not_waited_for(make, suffix, tmp_path):
+    make(tmp_path / f"weights{suffix}")
+    assert_refused(tmp_path / f"weights{suffix}", InputError, "is no regular file")

@@ -8,7 +8,9 @@ import contextlib
 import copy
 import io
 import json
-from collections.abc import Callable, Iterator
+import resource
+import time
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from hypothesis import strategies as st
 from cnx_deploy.cli import main
 from cnx_deploy.core.errors import CnxDeployError
 
-CODES = {0, 1, 2, 3, 4, 5, 130}
+SECONDS, MEGABYTES = 2.0, 60.0
+"""Bounds on the processor time and memory of a refusal, far above what is seen: 0.05 s, 1 MB."""
+
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=y>"
 QUICK = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 LONG = settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
@@ -139,12 +143,20 @@ def result_or_error(read: Callable[[], Any], *kinds: type[CnxDeployError]) -> An
 
 
 def refused(read: Callable[[], Any], kind: type[CnxDeployError], *parts: str) -> str:
-    """The message of the error that a reader raises; every part has to be in it."""
+    """Read; the message of exactly this error, which has every part and came soon and with little memory."""
+    before, started = peak_megabytes(), time.process_time()
     with pytest.raises(CnxDeployError) as caught:
         read()
-    assert type(caught.value) is kind
+    taken, grown = time.process_time() - started, peak_megabytes() - before
+    assert type(caught.value) is kind, caught.value
     assert [part for part in parts if part not in str(caught.value)] == [], str(caught.value)
+    assert (taken < SECONDS, grown < MEGABYTES) == (True, True), (taken, grown)
     return str(caught.value)
+
+
+def peak_megabytes(of: int = resource.RUSAGE_SELF) -> float:
+    """Peak resident memory so far, of this process or (RUSAGE_CHILDREN) of the largest child."""
+    return resource.getrusage(of).ru_maxrss / 1024
 
 
 def run(*words: object) -> tuple[int, str]:
@@ -155,7 +167,7 @@ def run(*words: object) -> tuple[int, str]:
     return int(stop.value.code or 0), printed.getvalue() + told.getvalue()
 
 
-def check_command(*words: object, allowed: frozenset[int] = frozenset({0, 2, 4})) -> int:
+def check_command(*words: object, allowed: Collection[int] = (0, 2, 4)) -> int:
     """Run a command over what lies: a code that is allowed, no traceback, one message where it failed."""
     code, said = run(*words)
     assert code in allowed, (code, said)
