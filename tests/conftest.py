@@ -11,9 +11,11 @@ from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 
-# The same examples each time, so that a run that fails fails again; --hypothesis-profile explore draws new ones.
+# The same examples each time, so that a run that fails fails again. --hypothesis-profile explore draws new ones, and
+# "long", of the slow run, twenty times as many of what reads untrusted input (tests/support/lies.py).
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("explore", derandomize=False)
+settings.register_profile("long", derandomize=False)
 settings.load_profile("repeatable")
 
 TINY_TEST = Variant("tiny-test", (1, 1, 2, 1), (8, 16, 32, 64), 138_104, 0.0)

@@ -1,21 +1,20 @@
-"""Random words after every command: an exit code of the table and a message, never a traceback (slow: thousands)."""
+"""Random words after every command: an exit code of the table and a message, never a traceback."""
 
 import contextlib
-import io
 import string
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from cnx_deploy.cli import COMMANDS, cli, main
+from cnx_deploy.cli import COMMANDS, cli
 from cnx_deploy.cli.options import DefaultGroup
+from tests.support.lies import FEW, QUICK, run
 
 CODES = {0, 1, 2, 3, 4, 5, 130}
-EXAMPLES = 40
 GARBAGE = st.text(string.printable, max_size=12)
 NUMBERS = st.one_of(
     st.integers(-(2**70), 2**70).map(str),
@@ -82,17 +81,9 @@ def command_lines(draw: st.DrawFn, name: str) -> list[str]:
     return [*words, *draw(st.lists(GARBAGE, max_size=1))]
 
 
-def run(words: list[str]) -> tuple[int, str]:
-    """Exit code and what was printed; any exception but the exit itself is a failure of the test."""
-    printed, told = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(told), pytest.raises(SystemExit) as stop:
-        main(words)
-    return int(stop.value.code or 0), printed.getvalue() + told.getvalue()
-
-
 def check(words: list[str]) -> None:
     before = {path.name for path in Path().iterdir()}
-    code, said = run(words)
+    code, said = run(*words)
     assert code in CODES
     assert "Traceback" not in said
     assert code == 0 or said.strip()
@@ -102,24 +93,16 @@ def check(words: list[str]) -> None:
         Path(name).unlink()
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", FUZZED)
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@FEW
 @given(data=st.data())
 def test_cli_fuzz(folder, name, data):
     check(data.draw(command_lines(name)))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("name", FUZZED)
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_cli_fuzz_at_length(folder, name, data):
-    check(data.draw(command_lines(name)))
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@QUICK
 @given(words=st.lists(st.one_of(GARBAGE, st.sampled_from(["-h", "--version", "--json", *COMMANDS])), max_size=3))
 def test_cli_fuzz_without_a_command(folder, words):
-    if not set(words) & HEAVY and not {"verify", "bench", "build-trt", "report"} & set(words):
+    if not set(words) & {*HEAVY, "verify", "bench", "build-trt", "report"}:
         check(words)

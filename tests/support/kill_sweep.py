@@ -1,4 +1,4 @@
-"""Work that is killed at many points: `python -m tests.support.kill_sweep KIND FOLDER` prints one JSON line a point.
+"""Work that is killed at many points: `python -m tests.support.kill_sweep FOLDER KINDS` prints one JSON line a point.
 
 A process of its own, because it forks: everything is imported once and each point costs what the work costs. A point is
 a change of the file system ("the 7th"), which covers every state between two of them, or a share of the time that the
@@ -16,14 +16,14 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cnx_deploy.core import artifacts
 from cnx_deploy.core.artifacts import open_artifact, reusable_artifact, sha256_of_file, stage_artifact
 from cnx_deploy.core.errors import CorruptArtifactError, InputError
 from cnx_deploy.core.files import write_text
-from tests.core.test_artifacts import MODEL, REQUEST, SOURCE, manifest_of
+from tests.core.test_artifacts import REQUEST, SOURCE, manifest_of
 
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 TIMED_POINTS = 8
@@ -41,27 +41,30 @@ class Case:
     state: Callable[[Path], str]
 
 
-def main(kind: str, root: Path) -> None:
-    """Sweep over the points of a kind of work."""
-    by_time = {"export": export_case, "train": training_case}
-    if kind in by_time:
-        case = by_time[kind](root)
-        seconds = seconds_of(case, root / "whole")
-        draw, killed = random.Random(0), 0
-        for point in range(3 * TIMED_POINTS):  # on a machine that got faster since, some are done before their time
-            killed += is_killed(case, root / f"time-{point}", seconds=seconds * draw.uniform(0.02, 1.0))
-            if killed == TIMED_POINTS:
-                break
-    else:
-        case = {"file": file_case, "artifact": lambda: artifact_case(True), "first": lambda: artifact_case(False)}[
-            kind
-        ]()
+def main(root: Path, *kinds: str) -> None:
+    """Sweep over the points of each kind of work."""
+    artifacts.RENAMES_SECONDS = 0.05  # the writer that a reader would wait for is dead
+    for kind in kinds:
+        if kind == "train":
+            sweep_by_time(training_case(root), root)
+            continue
+        case = {"file": file_case, "artifact": artifact_case, "first": lambda: artifact_case(replaces=False)}[kind]()
         for point in itertools.count():
-            if not is_killed(case, root / f"event-{point}", event=point):
+            if not is_killed(kind, case, root / f"{kind}-{point}", event=point):
                 break
 
 
-def is_killed(case: Case, folder: Path, *, event: int | None = None, seconds: float | None = None) -> bool:
+def sweep_by_time(case: Case, root: Path) -> None:
+    """Kill at random shares of the time that the work takes; some may be done before, on a machine that got faster."""
+    seconds = seconds_of(case, root / "whole")
+    draw, killed = random.Random(0), 0
+    for point in range(3 * TIMED_POINTS):
+        killed += is_killed("train", case, root / f"time-{point}", seconds=seconds * draw.uniform(0.02, 1.0))
+        if killed == TIMED_POINTS:
+            return
+
+
+def is_killed(kind: str, case: Case, folder: Path, *, event: int | None = None, seconds: float | None = None) -> bool:
     """Run the work to a point, and print what it left and what the same work makes of that; whether it was killed."""
     folder.mkdir(parents=True)
     case.prepare(folder)
@@ -69,7 +72,8 @@ def is_killed(case: Case, folder: Path, *, event: int | None = None, seconds: fl
     state = case.state(folder)
     case.work(folder)
     left = sorted(path.name for path in folder.rglob(".*"))
-    print(json.dumps({"killed": killed, "state": state, "after": case.state(folder), "left": left}), flush=True)  # noqa: T201
+    point = {"kind": kind, "killed": killed, "state": state, "after": case.state(folder), "left": left}
+    print(json.dumps(point), flush=True)  # noqa: T201
     shutil.rmtree(folder)
     return killed
 
@@ -135,7 +139,7 @@ def file_case() -> Case:
     )
 
 
-def artifact_case(replaces: bool) -> Case:
+def artifact_case(*, replaces: bool = True) -> Case:
     """Two files become two others, one under another name; or, as without --force, the place is free."""
 
     def make(content: bytes, *names: str) -> Callable[[Path], None]:
@@ -164,32 +168,6 @@ def artifact_case(replaces: bool) -> Case:
 
     prepare = make(b"old", "small.onnx", "small.old.data") if replaces else lambda folder: None
     return Case(prepare, make(b"newer", "small.onnx", "small.new.data"), state)
-
-
-def export_case(root: Path) -> Case:
-    from cnx_deploy.core.deploy_spec import DeploySpec
-    from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
-    from cnx_deploy.model.convnextv2 import random_model
-    from cnx_deploy.verification.verify import verify_export
-    from tests.conftest import TINY_TEST
-
-    model = random_model(TINY_TEST, 2, seed=0)
-    hashes: dict[str, str] = {}
-
-    def work(name: str, batch: tuple[int, int, int]) -> Callable[[Path], None]:
-        def export(folder: Path) -> None:
-            spec = ExportSpec(deploy=DeploySpec("fp16", 32), batch=batch)
-            check = partial(verify_export, model=model)
-            hashes[export_onnx(model, MODEL, spec, folder, force=True, verify=check).sha256] = name
-
-        return export
-
-    work("old", (1, 2, 4))(root / "older")
-    return Case(
-        lambda folder: shutil.copytree(root / "older", folder, dirs_exist_ok=True),
-        work("new", (1, 4, 8)),
-        lambda folder: hashes[open_artifact(folder / "tiny-test-32-fp16.onnx").sha256],
-    )
 
 
 def training_case(root: Path) -> Case:
@@ -226,4 +204,4 @@ def training_case(root: Path) -> Case:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -25,11 +25,17 @@ SECONDS, MEGABYTES = 2.0, 60.0
 """Bounds on the processor time and memory of a refusal, far above what is seen: 0.05 s, 1 MB."""
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=y>"
-QUICK = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-LONG = settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
-"""Examples of a reader by default, and in the slow tests."""
-FEW = settings(QUICK, max_examples=15)
+AT_LENGTH = settings.get_current_profile_name() == "long"
+"""The slow run has twenty times as many examples, and other ones each time."""
+
+QUICK = settings(
+    max_examples=600 if AT_LENGTH else 30, deadline=None, derandomize=not AT_LENGTH,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+FEW = settings(QUICK, max_examples=300 if AT_LENGTH else 15)
 """Of what takes tenths of a second."""
+
+LONG = settings(QUICK, max_examples=600, derandomize=False)
 
 VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=8),
