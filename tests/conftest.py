@@ -1,15 +1,22 @@
-"""Fixtures that every test file shares: the smallest network that has every part of the real ones."""
+"""Fixtures that every test file shares: the smallest network that has every part of the real ones.
+
+Nothing heavy is imported before a fixture needs it: the process that hands tests to the workers reads this file too.
+"""
+
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
-from cnx_deploy.core.deploy_spec import DeploySpec
-from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
-from cnx_deploy.core.preprocessing import Preprocessing
+import cnx_deploy as cnx
 from cnx_deploy.core.variants import Variant, register_variant
-from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
-from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
-from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
+
+if TYPE_CHECKING:
+    from cnx_deploy.model.convnextv2 import ConvNeXtV2
 
 # The same examples each time, so that a run that fails fails again. --hypothesis-profile explore draws new ones, and
 # "long", of the slow run, twenty times as many of what reads untrusted input (tests/support/lies.py).
@@ -24,12 +31,15 @@ register_variant(TINY_TEST)  # so that commands and the Python API take it by na
 
 
 LONGEST_FIRST = (
-    "test_comparison.py",
+    "test_runs.py",
+    "test_tasks.py",
+    "test_untrusted_onnx.py",
     "test_chain.py",
-    "test_fp16_safety.py",
-    "test_cli.py",
+    "test_bisection_files.py",
+    "test_deploy_properties.py",
     "test_onnx_export.py",
-    "test_verification.py",
+    "test_fp16_safety.py",
+    "test_plot_performance.py",
 )
 """Files are shared out whole: begun last, a long one would keep one process busy while the other has nothing to do."""
 
@@ -37,6 +47,12 @@ LONGEST_FIRST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest files; the order within a file stays."""
     items.sort(key=lambda item: item.path.name not in LONGEST_FIRST)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the half million objects of what is imported: an export takes a tenth less."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -52,39 +68,81 @@ def tiny_v1_variant() -> Variant:
 
 
 @pytest.fixture
-def tiny_v1_model(tiny_v1_variant: Variant) -> ConvNeXtV2:
+def tiny_v1_model(tiny_v1_variant: Variant) -> "ConvNeXtV2":
     """ConvNeXt V1 with ten classes, every parameter random and LayerScale of the order of one; a fresh copy each."""
+    from cnx_deploy.model.convnextv2 import random_model
+
     return random_model(tiny_v1_variant, 10, seed=0)
 
 
 @pytest.fixture
-def tiny_model(tiny_variant: Variant) -> ConvNeXtV2:
+def tiny_model(tiny_variant: Variant) -> "ConvNeXtV2":
     """Ten classes, evaluation mode, every parameter random and non-zero (seed 0); a fresh copy for each test."""
+    from cnx_deploy.model.convnextv2 import random_model
+
     return random_model(tiny_variant, 10, seed=0)
 
 
-@pytest.fixture(scope="session")
-def tiny_onnx_fp16(tiny_variant: Variant, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """The smallest network's FP16 file at 32 px, batch 1 to 8. Shared: do not change it."""
-    return _exported(tiny_variant, DeploySpec(precision="fp16", image_size=32), tmp_path_factory)
+# Artifacts are made once a run: of the worker processes that ask for one, one makes it and the others reuse it.
 
 
 @pytest.fixture(scope="session")
-def tiny_onnx_fp32(tiny_variant: Variant, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """The smallest network's FP32 file at 32 px, batch 1 to 8. Shared: do not change it."""
-    return _exported(tiny_variant, DeploySpec(precision="fp32", image_size=32), tmp_path_factory)
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all worker processes of this run share."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "made-once"
 
 
 @pytest.fixture(scope="session")
-def tiny_engine(tiny_onnx_fp16: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+def tiny_onnx_fp16(made_once: Path) -> cnx.Artifact:
+    """The smallest network's verified FP16 file at 32 px, batch 1 to 8, weights of seed 0. Shared: do not change it."""
+    return _exported("fp16", made_once)
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx_fp32(made_once: Path) -> cnx.Artifact:
+    """The same in FP32. Shared: do not change it."""
+    return _exported("fp32", made_once)
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx_bf16(made_once: Path) -> cnx.Artifact:
+    """The same in BF16. Shared: do not change it."""
+    return _exported("bf16", made_once)
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_onnx_fp16: cnx.Artifact, made_once: Path) -> cnx.Artifact:
     """An engine of it for sm89, built ahead of time by TensorRT-RTX. Shared: do not change it."""
-    spec = BuildSpec(runtime="tensorrt-rtx", target="sm89", batches=((1, 1, 1), (1, 4, 8)))
-    return build_engine(tiny_onnx_fp16, spec, tmp_path_factory.mktemp("engine"))
+    options = {"target": "sm89", "runtime": "tensorrt-rtx", "batches": ((1, 1, 1), (1, 4, 8))}
+    return cnx.build_engine(tiny_onnx_fp16, output_dir=made_once / "engine", **options)
 
 
-def _exported(variant: Variant, deploy: DeploySpec, folders: pytest.TempPathFactory) -> Artifact:
-    record = ModelRecord(
-        variant.name, 10, 32, WeightsRecord("random", "0", "0" * 64, "none (random weights)"), Preprocessing()
-    )
-    spec = ExportSpec(deploy=deploy, batch=(1, 4, 8))
-    return export_onnx(random_model(variant, 10, seed=0), record, spec, folders.mktemp("onnx"))
+@pytest.fixture(scope="session")
+def tiny_project(
+    tiny_onnx_fp32: cnx.Artifact, tiny_onnx_fp16: cnx.Artifact, tiny_engine: cnx.Artifact,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:  # fmt: skip
+    """A folder with both files in `export` and the engine in `engines`. Shared: do not change it."""
+    from tests.support.artifacts import copy_artifact
+
+    root = tmp_path_factory.mktemp("project")
+    for artifact, folder in ((tiny_onnx_fp32, "export"), (tiny_onnx_fp16, "export"), (tiny_engine, "engines")):
+        copy_artifact(artifact, root / folder)
+    return root
+
+
+def _exported(precision: str, made_once: Path) -> cnx.Artifact:
+    words = {"image_size": 32, "num_classes": 10, "batch": (1, 4, 8)}
+    return cnx.export("tiny-test", precision=precision, output_dir=made_once / precision, **words)
+
+
+@pytest.fixture(scope="module")
+def quick_timing() -> Iterator[None]:
+    """Measure as always, but without the rest before each call and for three windows, whether they agree or not."""
+    from cnx_deploy.bench import timing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "REST_SECONDS", 0.0)
+        patch.setattr(timing, "AGREEMENT", {"cpu": 1e9, "cuda": 1e9})
+        yield

@@ -34,7 +34,9 @@ def made(word: str, model: ConvNeXtV2, folder: Path, spec: DeploySpec = SPEC) ->
 
 
 @pytest.mark.parametrize("kind", ["float", pytest.param("uint8", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("word", ["torch", "timm", pytest.param("timm-18", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "word", ["torch", *(pytest.param(word, marks=pytest.mark.slow) for word in ("timm", "timm-18"))]
+)
 def test_a_peer_gives_the_logits_of_the_reference(tiny_model: ConvNeXtV2, tmp_path: Path, word: str, kind: str) -> None:
     spec = DeploySpec(image_size=32, input_kind=kind)
     expected = reference_runner(tiny_model, spec).run(runner_input(PIXELS, kind))["logits"].clone()
@@ -91,12 +93,15 @@ def test_timms_peer_takes_any_batch_and_says_its_version_and_provider(tiny_model
         pytest.param("timm-18", "a share of each operator", "Erf", marks=pytest.mark.slow),
     ],
 )
-def test_timms_peer_runs_as_our_files_do_or_as_it_is_found(
+def test_timms_peer_runs_as_our_files_do_or_as_it_is_found_and_has_the_logits_of_the_reference(
     tiny_model: ConvNeXtV2, tmp_path: Path, word: str, share: str, gelu: str
 ) -> None:
     setup = PeerSetup(tiny_model, SPEC, RunnerOptions(threads=2, spin=False, thread_per_image=True), tmp_path)
     with PEERS[word].prepare(setup)() as runner:
         assert dict(runner.info.details)["a thread has"] == share
+        logits = runner.run(PEERS[word].input_from_pixels(SPEC)(PIXELS))["logits"]
+    expected = reference_runner(tiny_model, SPEC).run(runner_input(PIXELS, "float"))["logits"]
+    assert not GATES["fp32"].failures(differences(logits, expected))
     operators = {node.op_type for node in onnx.load(tmp_path / "timm.onnx").graph.node}
     assert {"Gelu", "Erf"} & operators == {gelu}
 

@@ -13,12 +13,12 @@ from PIL import Image
 import cnx_deploy as cnx
 from cnx_deploy.bench.record import BenchmarkRecord
 from cnx_deploy.core.errors import InputError
+from tests.support.artifacts import copy_artifact
 
 
-@pytest.fixture(scope="module")
-def onnx(tmp_path_factory: pytest.TempPathFactory) -> cnx.Artifact:
-    folder = tmp_path_factory.mktemp("api")
-    return cnx.export("atto", precision="fp32", image_size=32, num_classes=10, output_dir=folder, batch=(1, 2, 4))
+@pytest.fixture
+def onnx(tiny_onnx_fp32: cnx.Artifact) -> cnx.Artifact:
+    return tiny_onnx_fp32  # made by `cnx.export`
 
 
 def picture(size: tuple[int, int] = (48, 40)) -> Image.Image:
@@ -40,10 +40,10 @@ def test_every_public_name_is_there_and_documented() -> None:
 
 
 def test_an_export_verifies_and_its_report_prints(onnx: cnx.Artifact) -> None:
-    assert (onnx.path.name, onnx.manifest.precision.name) == ("atto-32-fp32.onnx", "fp32")
+    assert (onnx.path.name, onnx.manifest.precision.name) == ("tiny-test-32-fp32.onnx", "fp32")
     report = cnx.verify(onnx, samples=4)
     assert report.passed
-    assert "atto-32-fp32.onnx" in str(report)
+    assert "tiny-test-32-fp32.onnx" in str(report)
     assert "pass" in str(report)
 
 
@@ -80,6 +80,7 @@ def test_what_is_no_image_is_said_in_its_prediction(onnx: cnx.Artifact, image: o
     assert said in found.error
 
 
+@pytest.mark.usefixtures("quick_timing")
 def test_a_benchmark_times_the_file_beside_torch(onnx: cnx.Artifact) -> None:
     record = cnx.benchmark(onnx, batch=1, compare=["torch"], duration_seconds=0.05, threads=1)
     assert {row.backend for row in record.rows} == {"onnxruntime", "torch"}
@@ -87,16 +88,24 @@ def test_a_benchmark_times_the_file_beside_torch(onnx: cnx.Artifact) -> None:
     assert BenchmarkRecord.from_document(json.loads(json.dumps(record.to_document()))) == record
 
 
-def test_an_engine_is_built_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
-    onnx = cnx.export("atto", image_size=32, num_classes=10, output_dir=tmp_path, batch=(1, 2, 4))
-    engine = cnx.build_engine(onnx, target="sm89", output_dir=tmp_path)
-    assert (engine.manifest.target, engine.manifest.source_sha256) == ("sm89", onnx.sha256)
-    assert engine.manifest.facts.compiled.kernels > 0
+def test_an_engine_is_built_for_a_gpu_that_is_not_here(tiny_engine: cnx.Artifact, tiny_onnx_fp16: cnx.Artifact) -> None:
+    manifest = tiny_engine.manifest  # made by `cnx.build_engine`
+    assert (manifest.target, manifest.source_sha256) == ("sm89", tiny_onnx_fp16.sha256)
+    assert manifest.facts.compiled.kernels > 0
 
 
-def test_several_precisions_come_from_one_call(tmp_path: Path) -> None:
-    made = cnx.export("atto", precision=("fp32", "bf16"), image_size=32, num_classes=2, output_dir=tmp_path)
-    assert [artifact.manifest.precision.name for artifact in made] == ["fp32", "bf16"]
+def test_several_precisions_come_from_one_call_and_what_is_there_is_reused(
+    onnx: cnx.Artifact, tiny_onnx_bf16: cnx.Artifact, tmp_path: Path
+) -> None:
+    for artifact in (onnx, tiny_onnx_bf16):
+        copy_artifact(artifact, tmp_path)
+    words = {"image_size": 32, "num_classes": 10, "batch": (1, 4, 8), "output_dir": tmp_path}
+    made = cnx.export("tiny-test", precision=("fp32", "bf16"), **words)
+    assert [(artifact.manifest.precision.name, artifact.reused) for artifact in made] == [
+        ("fp32", True),
+        ("bf16", True),
+    ]
+    assert [artifact.sha256 for artifact in made] == [onnx.sha256, tiny_onnx_bf16.sha256]
 
 
 def test_an_unknown_precision_is_one_error_that_lists_the_known_ones(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from cnx_deploy.runners import registry
 from cnx_deploy.runners.base import HoldsNothing, RunnerInfo
 from cnx_deploy.runners.registry import RunnerEntry, RunnerOptions, register_runner
 
+pytestmark = pytest.mark.usefixtures("quick_timing")
 PICTURE = torch.rand(3, 40, 48, generator=torch.Generator().manual_seed(0))
 
 
@@ -35,13 +36,14 @@ def half_opset_21(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cnx.Arti
     )
     register_precision(row)
     folder = tmp_path_factory.mktemp("precision")
-    yield cnx.export("atto", precision="half21", image_size=32, num_classes=10, output_dir=folder, batch=(1, 2, 4))
+    words = {"image_size": 32, "num_classes": 10, "batch": (1, 2, 4)}
+    yield cnx.export("tiny-test", precision="half21", output_dir=folder, **words)
     del PRECISIONS["half21"]
 
 
 def test_a_precision_from_outside_is_exported_verified_timed_and_used(half_opset_21: cnx.Artifact) -> None:
     manifest = half_opset_21.manifest
-    assert (half_opset_21.path.name, manifest.request.opset) == ("atto-32-half21.onnx", 21)
+    assert (half_opset_21.path.name, manifest.request.opset) == ("tiny-test-32-half21.onnx", 21)
     (found,) = cnx.verify(half_opset_21, samples=2).results
     assert (found.passed, [result.gate.name for result in found.results]) == (True, ["half21"])
     report = cnx.benchmark(half_opset_21, batch=1, duration_seconds=0.05, threads=1)
@@ -84,20 +86,14 @@ def zeros_runner(monkeypatch: pytest.MonkeyPatch) -> None:
     register_runner(RunnerEntry(name="zeros", kinds=("onnx",), can_run=takes_fp32, open=opened, is_default=True))
 
 
-@pytest.fixture(scope="module")
-def fp32(tmp_path_factory: pytest.TempPathFactory) -> cnx.Artifact:
-    folder = tmp_path_factory.mktemp("runner")
-    return cnx.export("atto", precision="fp32", image_size=32, num_classes=10, output_dir=folder, batch=(1, 2, 4))
-
-
 def test_a_runner_from_outside_is_verified_timed_and_used(
-    fp32: cnx.Artifact, half_opset_21: cnx.Artifact, zeros_runner: None
+    tiny_onnx_fp32: cnx.Artifact, half_opset_21: cnx.Artifact, zeros_runner: None
 ) -> None:
-    report = cnx.verify(fp32, samples=2, runners=("zeros",))
+    report = cnx.verify(tiny_onnx_fp32, samples=2, runners=("zeros",))
     assert not report.passed, "zeros are not the network's answers"
     assert report.results[0].results[0].candidate == "zeros fp32"
-    timed = cnx.benchmark(fp32, batch=1, duration_seconds=0.05)
+    timed = cnx.benchmark(tiny_onnx_fp32, batch=1, duration_seconds=0.05)
     assert [(row.backend, row.status) for row in timed.rows] == [("zeros", "INVALID")]
-    assert {score.probability for score in cnx.predict(fp32, PICTURE).scores} == {0.1}
+    assert {score.probability for score in cnx.predict(tiny_onnx_fp32, PICTURE).scores} == {0.1}
     with pytest.raises(InputError, match="zeros takes FP32 files only"):
         cnx.verify(half_opset_21, runners=("zeros",))

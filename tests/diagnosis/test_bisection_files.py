@@ -6,16 +6,15 @@ import shlex
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
-import click
 import pytest
 import torch
 
-from cnx_deploy.cli import cli, main
+from cnx_deploy.cli import main
 from cnx_deploy.core.artifacts import open_artifact
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.gates import GATES, Gate
 from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
-from cnx_deploy.core.variants import VARIANTS, Variant
+from cnx_deploy.core.variants import Variant
 from cnx_deploy.diagnosis import bisect as bisection
 from cnx_deploy.diagnosis.bisect import bisect_artifact, export_command, failure, report_lines, run_bisection
 from cnx_deploy.diagnosis.mixed_precision import (
@@ -45,8 +44,12 @@ def bisected(artifact: Artifact, model: ConvNeXtV2, gate: Gate = GATES["fp16"]) 
 def without_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are judged as their form is, which agrees with them (shown below): an export takes seconds."""
 
+    forms: list[MixedForm] = []
+
     def export_and_probe(kept: Collection[str], case: Case) -> ExportedProbe:
-        outputs = MixedForm(case.loaded.model, case.spec.deploy).outputs(case.batches, kept)
+        if not forms:
+            forms.append(MixedForm(case.loaded.model, case.spec.deploy))
+        outputs = forms[0].outputs(case.batches, kept)
         return ExportedProbe(case.judge(kept, outputs, exported=True), 0.25, 0.5, verifies=True)
 
     monkeypatch.setattr(bisection, "export_and_probe", export_and_probe)
@@ -228,19 +231,13 @@ def found_and_replayed(tiny_variant: Variant, tmp_path_factory: pytest.TempPathF
     model = random_model(tiny_variant, 10, seed=0)
     hot_hidden(model, 2, 1)
     checkpoint = save_checkpoint(folder / "hot.safetensors", model)
-    export = cli.get_command(click.Context(cli), "export")
-    assert export is not None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(VARIANTS, tiny_variant.name, tiny_variant)
-        choice = next(parameter for parameter in export.params if parameter.name == "variant")
-        patch.setattr(choice, "type", click.Choice([tiny_variant.name]))
-        source = ["--variant", tiny_variant.name, "--checkpoint", str(checkpoint), "--image-size", str(FILE_SIZE)]
-        options = ["--precision", "fp16", "--batch", "1:2:4", "--no-verify", "--output-dir", str(folder / "hot")]
-        file = folder / "hot" / f"tiny-test-{FILE_SIZE}-fp16.onnx"
-        run(["export", *source, *options])
-        found = run_bisection(file, lambda _: None)
-        words = shlex.split(found.to_dict()["command"])
-        run([*words[1:], "--output-dir", str(folder / "cool")])
+    source = ["--variant", tiny_variant.name, "--checkpoint", str(checkpoint), "--image-size", str(FILE_SIZE)]
+    options = ["--precision", "fp16", "--batch", "1:2:4", "--no-verify", "--output-dir", str(folder / "hot")]
+    file = folder / "hot" / f"tiny-test-{FILE_SIZE}-fp16.onnx"
+    run(["export", *source, *options])
+    found = run_bisection(file, lambda _: None)
+    words = shlex.split(found.to_dict()["command"])
+    run([*words[1:], "--output-dir", str(folder / "cool")])
     assert found.kept is not None
     assert found.final is not None
     return Replayed(found, found.kept, found.final, open_artifact(folder / "cool" / file.name), model)

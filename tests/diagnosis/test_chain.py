@@ -19,14 +19,15 @@ from cnx_deploy.diagnosis.chain import Chain, follow_chain
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.checkpoint import LoadedModel, hash_weights
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
+from cnx_deploy.model.recorded import recorded_model
 from cnx_deploy.verification.verify import Reference
 from tests.support.hot_networks import with_hot_responses
 
 
-def recorded(model: ConvNeXtV2, folder: Path, size: int = 32, precision: str = "fp16") -> tuple[Artifact, LoadedModel]:
+def recorded(model: ConvNeXtV2, folder: Path) -> tuple[Artifact, LoadedModel]:
     weights = WeightsRecord("random", "0", hash_weights(model), "none (random weights)")
-    record = ModelRecord("tiny-test", 10, size, weights, Preprocessing(image_size=size))
-    spec = ExportSpec(deploy=DeploySpec(precision, size), batch=(1, 2, 4))
+    record = ModelRecord("tiny-test", 10, 32, weights, Preprocessing(image_size=32))
+    spec = ExportSpec(deploy=DeploySpec("fp16", 32), batch=(1, 2, 4))
     return export_onnx(model, record, spec, folder), LoadedModel(model, weights, None, record.preprocessing)
 
 
@@ -38,10 +39,8 @@ def chain(artifact: Artifact, loaded: LoadedModel, engines: tuple[Artifact, ...]
 
 
 @pytest.fixture(scope="module")
-def healthy(tiny_variant, tmp_path_factory) -> tuple[Artifact, LoadedModel]:
-    from cnx_deploy.model.convnextv2 import random_model
-
-    return recorded(random_model(tiny_variant, 10, seed=0), tmp_path_factory.mktemp("healthy"))
+def healthy(tiny_onnx_fp16) -> tuple[Artifact, LoadedModel]:
+    return tiny_onnx_fp16, recorded_model(tiny_onnx_fp16)
 
 
 def test_a_healthy_chain_passes_and_says_what_was_not_run(healthy, engine) -> None:
@@ -101,8 +100,7 @@ def test_a_fault_of_the_optimisations_is_told_from_one_of_the_file(healthy, monk
 
 
 def test_half_precision_that_overflows_is_blamed_and_not_the_export(tiny_variant, tmp_path) -> None:
-    model = with_hot_responses(tiny_variant, 64, 2000.0)
-    verdict = chain(*recorded(model, tmp_path, 64))
+    verdict = chain(*recorded(with_hot_responses(tiny_variant, 32, 2000.0), tmp_path))
     assert [step.failed for step in verdict.steps] == [False, False, True]
     assert "values are NaN or infinite" in verdict.verdict()
     assert "To blame: FP16: see `cnx-deploy diagnose headroom`" in verdict.verdict()
@@ -139,11 +137,11 @@ def test_a_wrong_engine_is_blamed_on_tensorrt(healthy, tiny_engine, monkeypatch)
 @pytest.mark.slow
 def test_the_command_follows_recorded_files_and_ends_in_3_where_a_step_fails(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    made = CliRunner().invoke(cli, ["export", "--variant", "atto", "--image-size", "32", "--precision", "fp16"])
+    made = CliRunner().invoke(cli, ["export", "--variant", "tiny-test", "--image-size", "32", "--precision", "fp16"])
     assert made.exit_code == 0, made.output
     found = CliRunner().invoke(cli, ["diagnose", "chain", "--samples", "3"])
     assert found.exit_code == 0, found.output
-    assert "atto-32-fp16.onnx: 3 steps passed" in found.stdout
+    assert "tiny-test-32-fp16.onnx: 3 steps passed" in found.stdout
     assert found.stdout.count("pass\n") == 3
     plain = chains._outputs
 

@@ -13,6 +13,7 @@ from cnx_deploy.core.gates import GATES, Differences
 from cnx_deploy.core.manifest import ModelRecord, WeightsRecord
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import VARIANTS, Variant
+from cnx_deploy.diagnosis.mixed_precision import MixedForm
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.runners.emulated import EmulatedRunner
@@ -71,9 +72,20 @@ def test_parity_fp16_stress_no_overflow_of_hot_responses(tiny_variant, tmp_path,
     assert_safe(model, FORMS["gpu"], tmp_path)
 
 
-@pytest.mark.parametrize("form", ["cpu", pytest.param("uint8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["cpu", "uint8"])
 def test_parity_fp16_stress_no_overflow_in_every_form(tiny_variant, tmp_path, form):
     assert_safe(with_hot_responses(tiny_variant, SIZE, FACTORS[-1]), FORMS[form], tmp_path)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parity_fp16_stress_no_overflow_in_every_form_before_it_is_exported(tiny_variant, form):
+    """The deploy form itself, each operator's result rounded as in the file: an export takes seconds."""
+    model, spec = with_hot_responses(tiny_variant, SIZE, FACTORS[-1]), FORMS[form]
+    images = images_for(SIZE, kind=spec.input_kind)
+    found = MixedForm(model, spec).outputs((images,))["logits"]
+    expected = reference_runner(model.double(), spec).run(images)["logits"]
+    assert GATES["fp16"].failures(differences(found, expected)) == ()
 
 
 def test_parity_fp16_stress_no_overflow_but_in_the_naive_way_which_onnx_runtime_hides(tiny_variant, tmp_path):

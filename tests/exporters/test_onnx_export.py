@@ -25,6 +25,7 @@ from cnx_deploy.model.deploy import FORM
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.verification.parity import differences
+from tests.support.artifacts import copy_artifact
 
 FP32 = ExportSpec(DeploySpec("fp32", 32), batch=(1, 4, 8))
 FP16 = ExportSpec(DeploySpec("fp16", 32), batch=(1, 4, 8))
@@ -102,8 +103,7 @@ def test_a_forced_export_removes_the_weights_file_it_no_longer_has(tiny_variant,
 @pytest.fixture
 def copied(tmp_path, tiny_onnx_fp32) -> Artifact:
     """A copy of the FP32 export, free to be changed."""
-    shutil.copytree(tiny_onnx_fp32.path.parent, tmp_path / "export", ignore=shutil.ignore_patterns(".*"))
-    return open_artifact(tmp_path / "export" / tiny_onnx_fp32.path.name)
+    return copy_artifact(tiny_onnx_fp32, tmp_path / "export")
 
 
 def types_of(model: onnx.ModelProto) -> dict[str, str]:
@@ -299,6 +299,7 @@ def test_force_replaces(copied, tiny_model):
     assert (replaced.reused, made.manifest.deploy.layout, made.sha256 != copied.sha256) == (False, "gpu", True)
 
 
+@pytest.mark.slow
 def test_an_export_whose_verification_fails_leaves_no_file(tmp_path, tiny_model, tiny_onnx_fp16):
     seen = []
 

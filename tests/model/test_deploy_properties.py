@@ -28,47 +28,50 @@ specs = st.builds(
     std=st.tuples(*[st.floats(0.05, 1.0)] * 3),
     leave_out=st.sets(st.sampled_from(sorted(FOLDS)), max_size=4).map(tuple),
 )
-bounded = settings(max_examples=30, deadline=None, derandomize=True, database=None)
-"""The same examples on every run: a test that fails now and then is looked at by nobody."""
+bounded = settings(max_examples=10, deadline=None, derandomize=True, database=None)
+"""The same examples on every run: a test that fails now and then is looked at by nobody.
+
+Of a network, which takes longest, several requests are tried.
+"""
 
 
 @bounded
-@given(variants, specs, st.integers(1, 5), st.integers(1, 20), st.integers(0, 2**31))
-def test_the_deploy_form_is_the_training_form(variant, spec, batch, classes, seed) -> None:
+@given(variants, st.lists(specs, min_size=3, max_size=3), st.integers(1, 5), st.integers(1, 20), st.integers(0, 2**31))
+def test_the_deploy_form_is_the_training_form(variant, asked, batch, classes, seed) -> None:
     """In float64, for any depths, widths, image size, batch, class count, input, layout, statistics and folds."""
     model = random_model(variant, classes, seed=seed).double()
-    images = runner_input(
-        next(image_like_batches(batch, spec.image_size, batch_size=batch, seed=seed)), spec.input_kind
-    )
-    found = deployed_runner(model, spec).run(images)["logits"]
-    expected = reference_runner(model, spec).run(images)["logits"]
-    assert found.shape == (batch, classes)
-    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-11
+    for spec in asked:
+        pixels = next(image_like_batches(batch, spec.image_size, batch_size=batch, seed=seed))
+        images = runner_input(pixels, spec.input_kind)
+        found = deployed_runner(model, spec).run(images)["logits"]
+        expected = reference_runner(model, spec).run(images)["logits"]
+        assert found.shape == (batch, classes)
+        assert float((found - expected).abs().max() / expected.abs().max()) < 1e-11
 
 
 @bounded
-@given(st.integers(1, 6), st.integers(0, 2**31), st.data())
-def test_batch_invariance_of_the_deploy_form(batch, seed, data) -> None:
-    variant = data.draw(variants)
-    spec = DeploySpec("fp64", 32, layout=data.draw(st.sampled_from(["gpu", "cpu"])))
-    runner = deployed_runner(random_model(variant, 4, seed=seed).double(), spec)
+@given(variants, st.integers(2, 6), st.integers(0, 2**31))
+def test_batch_invariance_of_the_deploy_form(variant, batch, seed) -> None:
+    model = random_model(variant, 4, seed=seed).double()
     images = torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
-    alone = torch.cat([runner.run(image[None])["logits"] for image in images])
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(runner.run(images[order])["logits"], alone[order], rtol=1e-10, atol=1e-10)
+    for layout in ("gpu", "cpu"):
+        runner = deployed_runner(model, DeploySpec("fp64", 32, layout=layout))
+        alone = torch.cat([runner.run(image[None])["logits"] for image in images])
+        torch.testing.assert_close(runner.run(images[order])["logits"], alone[order], rtol=1e-10, atol=1e-10)
 
 
 @bounded
 @given(variants, st.data())
 def test_whatever_is_kept_in_fp32_the_file_passes_the_half_gate(variant, data) -> None:
-    kept = data.draw(st.sets(st.sampled_from(parts_of(variant)), max_size=5))
-    spec = DeploySpec("fp16", 32, layout=data.draw(st.sampled_from(["gpu", "cpu"])), keep_fp32=tuple(kept))
     model = random_model(variant, 10, seed=0)
     images = runner_input(next(image_like_batches(2, 32, batch_size=2)), "float")
-    found = differences(
-        deployed_runner(model, spec).run(images)["logits"], reference_runner(model, spec).run(images)["logits"]
-    )
-    assert found.relative_l2_max < GATES["fp16"].relative_l2_max
+    expected = reference_runner(model, DeploySpec(image_size=32)).run(images)["logits"]
+    for layout in ("gpu", "cpu"):
+        kept = tuple(data.draw(st.sets(st.sampled_from(parts_of(variant)), max_size=5)))
+        spec = DeploySpec("fp16", 32, layout=layout, keep_fp32=kept)
+        found = differences(deployed_runner(model, spec).run(images)["logits"], expected)
+        assert found.relative_l2_max < GATES["fp16"].relative_l2_max
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
@@ -81,19 +84,20 @@ def test_parity_nan_never_passes_wherever_it_is(samples, classes, value, data) -
     place = data.draw(st.integers(0, logits.numel() - 1))
     for side in sides:
         side.view(-1)[place] = value
+    found = differences(candidate, reference)
     for gate in GATES.values():
-        assert gate.failures(differences(candidate, reference))
+        assert gate.failures(found)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
-@given(st.integers(1, 8), st.integers(2, 12), st.floats(1e-3, 1e3), st.sampled_from(sorted(GATES)))
-def test_a_gate_is_as_strict_for_small_logits_as_for_large_ones(samples, classes, scale, name) -> None:
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 8), st.integers(2, 12), st.floats(1e-3, 1e3))
+def test_a_gate_is_as_strict_for_small_logits_as_for_large_ones(samples, classes, scale) -> None:
     reference = torch.randn(samples, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(samples))
-    gate = GATES[name]
-    relative = [2.0 * gate.relative_l2_max, 0.1 * gate.relative_l2_max * gate.relative_l2_max]
-    wrong, right = ((reference * scale) * (1.0 + error) for error in relative)
-    assert any(text.startswith("relative L2") for text in gate.failures(differences(wrong, reference * scale)))
-    assert not any(text.startswith("relative L2") for text in gate.failures(differences(right, reference * scale)))
+    for gate in GATES.values():
+        relative = [2.0 * gate.relative_l2_max, 0.1 * gate.relative_l2_max * gate.relative_l2_max]
+        wrong, right = ((reference * scale) * (1.0 + error) for error in relative)
+        assert any(text.startswith("relative L2") for text in gate.failures(differences(wrong, reference * scale)))
+        assert not any(text.startswith("relative L2") for text in gate.failures(differences(right, reference * scale)))
 
 
 def test_a_gate_that_passes_equal_logits_is_no_gate_for_others() -> None:

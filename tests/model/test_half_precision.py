@@ -34,8 +34,8 @@ def exported(model: ConvNeXtV2, spec: DeploySpec, folder: Path) -> Artifact:
 
 
 @pytest.fixture(scope="module")
-def bf16(tiny_variant, tmp_path_factory) -> Artifact:
-    return exported(random_model(tiny_variant, 10), DeploySpec("bf16", SIZE), tmp_path_factory.mktemp("bf16"))
+def bf16(tiny_onnx_bf16) -> Artifact:
+    return tiny_onnx_bf16
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_an_engine_of_a_file_with_kept_parts_is_built_and_one_that_hides_them_is
 def test_bf16_goes_through_the_commands(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = CliRunner()
-    made = run.invoke(cli, ["export", "--variant", "atto", "--image-size", "32", "--precision", "bf16"])
+    made = run.invoke(cli, ["export", "--variant", "tiny-test", "--image-size", "32", "--precision", "bf16"])
     assert made.exit_code == 0, made.output
     checked = run.invoke(cli, ["verify", "--samples", "4"])
     assert checked.exit_code == 0, checked.output

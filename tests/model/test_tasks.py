@@ -139,6 +139,7 @@ def test_its_outputs_are_exported_and_each_is_judged_by_its_gate(files: list[cnx
         assert found["embedding"].differences.top1_agreement is None, "a feature is no decision"
 
 
+@pytest.mark.usefixtures("quick_timing")
 def test_it_is_verified_timed_and_used(files: list[cnx.Artifact], tmp_path: Path) -> None:
     report = cnx.verify(files, samples=2, save_outputs=str(tmp_path / "saved"))
     assert report.passed, str(report)

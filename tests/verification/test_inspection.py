@@ -10,19 +10,15 @@ import torch
 from safetensors.torch import save_file
 
 from cnx_deploy.cli import main
-from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, InputError
 from cnx_deploy.core.gates import GATES, ParityResult
-from cnx_deploy.core.manifest import WeightsRecord
-from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import package_version
-from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
 from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, resolve_model, save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.model.recorded import model_record
 from cnx_deploy.verification.inspect import inspect_file, kind_of_file, recorded_artifact, with_compiled
 from cnx_deploy.verification.parity import differences
+from tests.support.artifacts import copy_artifact
 
 NEEDS_RTX = pytest.mark.skipif(not package_version("tensorrt-rtx"), reason="tensorrt-rtx is not installed")
 
@@ -32,21 +28,16 @@ def atto() -> LoadedModel:
     return resolve_model("atto", num_classes=3)
 
 
-@pytest.fixture(scope="module")
-def exported(tiny_variant, tmp_path_factory):
-    """An FP16 ONNX artifact of the tiny network (five blocks) at 64 px."""
-    folder = tmp_path_factory.mktemp("export")
-    model = random_model(tiny_variant, 3)
-    loaded = LoadedModel(model, WeightsRecord("random", "0", hash_weights(model), "none"))
-    spec = ExportSpec(DeploySpec(precision="fp16", image_size=64), batch=(1, 2, 4))
-    return export_onnx(model, model_record(loaded, Preprocessing(64), folder), spec, folder)
+@pytest.fixture
+def exported(tiny_onnx_fp16):
+    """An FP16 ONNX artifact of the tiny network (five blocks) at 32 px."""
+    return tiny_onnx_fp16
 
 
-@pytest.fixture(scope="module")
-def engine(exported, tmp_path_factory):
-    """Its engine for sm89, batch 1 to 4, built ahead of time."""
-    spec = BuildSpec(runtime="tensorrt-rtx", target="sm89", batches=((1, 2, 4),))
-    return build_engine(exported, spec, tmp_path_factory.mktemp("engines"))
+@pytest.fixture
+def engine(tiny_engine):
+    """Its engine for sm89, batch 1 and 1 to 8, built ahead of time."""
+    return tiny_engine
 
 
 @pytest.fixture
@@ -66,9 +57,7 @@ def cnx(capsys):
 @pytest.fixture
 def onnx_copy(exported, tmp_path):
     """The ONNX file and its manifest in a folder that a test may spoil."""
-    for path in (exported.path, exported.path.with_suffix(".json")):
-        shutil.copy(path, tmp_path)
-    return tmp_path / exported.path.name
+    return copy_artifact(exported, tmp_path).path
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +116,8 @@ def test_an_onnx_file_is_described_from_its_graph_and_its_manifest(exported):
     found = inspect_file(exported.path)
     facts = found.facts
     assert (found.kind, facts["opset"], facts["operators"]["ReduceSum"]) == ("onnx", 20, 5)
-    assert facts["inputs"] == {"images": ["FLOAT", ["batch", 3, 64, 64]]}
-    assert facts["outputs"] == {"logits": ["FLOAT", ["batch", 3]]}
+    assert facts["inputs"] == {"images": ["FLOAT", ["batch", 3, 32, 32]]}
+    assert facts["outputs"] == {"logits": ["FLOAT", ["batch", 10]]}
     assert 0.4 < facts["half_share"] < 1
     assert facts["metadata"]["cnx_deploy.variant"] == facts["variant"] == "tiny-test"
     assert facts["hashes"] == "match the manifest (1 of 1 files)"
@@ -226,7 +215,7 @@ def test_an_engine_is_described_by_its_manifest(exported, engine):
     found = inspect_file(engine.path)
     facts = found.facts
     assert (found.kind, facts["runtime"], facts["target"]) == ("engine", "tensorrt-rtx", "sm89")
-    assert (facts["profiles"], facts["runtime_version"]) == ([[1, 2, 4]], package_version("tensorrt-rtx"))
+    assert (facts["profiles"], facts["runtime_version"]) == ([[1, 1, 1], [1, 4, 8]], package_version("tensorrt-rtx"))
     assert facts["source"] == {"onnx": exported.path.name, "sha256": exported.sha256}
     assert facts["census"]["types"]["HALF"] > 0
     assert (found.compiled, found.compiled.kernels > 5) == (engine.manifest.facts.compiled, True)
@@ -238,7 +227,7 @@ def test_an_engine_is_described_by_its_manifest(exported, engine):
 def test_an_onnx_file_compiled_now_has_the_kernels_of_its_engine_with_or_without_a_manifest(
     exported, engine, onnx_copy
 ):
-    compiled = with_compiled(inspect_file(exported.path), target="sm89", batch=4).compiled
+    compiled = with_compiled(inspect_file(exported.path), target="sm89", batch=8).compiled
     assert compiled == engine.manifest.facts.compiled
     onnx_copy.with_suffix(".json").unlink()
     other = with_compiled(inspect_file(onnx_copy), target="sm86", batch=2)
@@ -270,7 +259,7 @@ def test_inspect_shows_stages_operations_and_kinds_of_an_engine(cnx, engine):
     code, out, _ = cnx("inspect", str(engine.path))
     compiled, lines = engine.manifest.facts.compiled, out.splitlines()
     assert code == 0
-    assert f"{compiled.kernels} kernels, {compiled.megabytes_per_image} MB an image; sm89, batch 4" in out
+    assert f"{compiled.kernels} kernels, {compiled.megabytes_per_image} MB an image; sm89, batch 8" in out
     for grouping in ("stage", "operation", "kind"):
         start = next(index for index, line in enumerate(lines) if line.split()[:2] == [grouping, "kernels"])
         shown = lines[start + 1 : start + 1 + len(compiled.totals(grouping))]

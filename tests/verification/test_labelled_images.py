@@ -15,18 +15,17 @@ from PIL import Image
 from torch import Tensor
 
 from cnx_deploy.cli import main
+from cnx_deploy.core.artifacts import open_artifact
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.gates import GATES
-from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.core.variants import Variant
 from cnx_deploy.data import ImageSource, image_like_batches, runner_input
 from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.data.preprocessing import to_pixels
-from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
-from cnx_deploy.model.checkpoint import LoadedModel, hash_weights
-from cnx_deploy.model.convnextv2 import random_model
+from cnx_deploy.model.checkpoint import LoadedModel
+from cnx_deploy.model.recorded import recorded_model
 from cnx_deploy.model.tasks.base import Outputs, find_task
 from cnx_deploy.runners.base import HoldsNothing, Runner
 from cnx_deploy.runners.onnxruntime import OrtRunner
@@ -38,6 +37,7 @@ from cnx_deploy.verification.parity import NOISE_MARGIN, differences
 from cnx_deploy.verification.predict import Predictor, predict_images
 from cnx_deploy.verification.saved_results import SavedResults, read_saved
 from cnx_deploy.verification.verify import Candidate, Reference, verify_artifact
+from tests.support.artifacts import copy_artifact
 
 NAMES = tuple("abcdefghij")
 COUNT = 20
@@ -68,24 +68,19 @@ def first_two_swapped(logits: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def recorded(tiny_variant: Variant, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
-    """The tiny network at 32 px in FP32 and FP16, batches of 1 to 4, ten named classes. Do not change the files."""
-    model = random_model(tiny_variant, 10, seed=0)
-    weights = WeightsRecord("random", "0", hash_weights(model), "none (random weights)")
-    preprocessing = Preprocessing(image_size=32)
-    record = ModelRecord("tiny-test", 10, 32, weights, preprocessing, NAMES)
+def recorded(tiny_onnx_fp32: Artifact, tiny_onnx_fp16: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    """The tiny network at 32 px in FP32 and FP16, batches of 1 to 8, ten named classes. Do not change the files."""
     folder = tmp_path_factory.mktemp("recorded")
-    single, half = (
-        export_onnx(model, record, ExportSpec(deploy=DeploySpec(precision, 32), batch=(1, 2, 4)), folder)
-        for precision in ("fp32", "fp16")
-    )
-    return single, half, LoadedModel(model, weights, NAMES, preprocessing)
+    single, half = (named(copy_artifact(artifact, folder)) for artifact in (tiny_onnx_fp32, tiny_onnx_fp16))
+    return single, half, recorded_model(single)
 
 
-@pytest.fixture(autouse=True)
-def factory_of_weights(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny variant is not in the table that recorded weights are made from."""
-    monkeypatch.setattr("cnx_deploy.verification.verify.recorded_model", lambda _: recorded[2])
+def named(artifact: Artifact) -> Artifact:
+    """The same file with class names in its manifest."""
+    manifest = replace(artifact.manifest, model=replace(artifact.manifest.model, class_names=NAMES))
+    path = artifact.path.with_suffix(".json")
+    path.write_text(manifest.to_json(), encoding="utf-8")
+    return open_artifact(path)
 
 
 @pytest.fixture
@@ -261,7 +256,7 @@ def test_both_precisions_agree_with_pytorch_on_all_images_and_count_the_right_an
         result = found.results[0]
         assert isinstance(result, LabelledResult)
         assert (found.passed, result.agreement.images, result.agreement.available) == (True, COUNT, COUNT)
-        assert (result.agreement.reference_correct, result.batches) == (correct, (1, 2, 4))
+        assert (result.agreement.reference_correct, result.batches) == (correct, (1, 2, 7, 8))
     emulated = found.results[1]
     assert isinstance(emulated, LabelledResult)
     assert (emulated.candidate, emulated.agreement.images) == ("emulator fp16", 10)

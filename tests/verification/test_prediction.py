@@ -27,6 +27,7 @@ from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.model.recorded import model_record
 from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.verification.predict import Predictor, find_image_files, open_predictor, predict_images
+from tests.support.artifacts import copy_artifact
 
 NAMES = ("cat", "dog", "owl", "ant", "bee", "elk")
 PREPROCESSING = Preprocessing(64, crop_ratio=0.9, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
@@ -64,9 +65,7 @@ def exported(tiny, tmp_path_factory):
 @pytest.fixture
 def onnx_copy(exported, tmp_path):
     """The ONNX file and its manifest in a folder that a test may spoil."""
-    for path in (exported.path, exported.path.with_suffix(".json")):
-        shutil.copy(path, tmp_path)
-    return tmp_path / exported.path.name
+    return copy_artifact(exported, tmp_path).path
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from cnx_deploy.core.errors import CorruptArtifactError, MissingRequirementError
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import Gpu
-from cnx_deploy.core.variants import VARIANTS
+from cnx_deploy.core.variants import find_variant
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.backend import load_backend
 from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
@@ -33,8 +33,8 @@ from cnx_deploy.verification.provenance import ProvenanceReport, check_provenanc
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint under a licence, its ONNX file with weights in a file of their own, an engine. Do not change."""
     root = tmp_path_factory.mktemp("chain")
-    variant = VARIANTS["atto"]
-    path = save_checkpoint(root / "atto.safetensors", random_model(variant, 2, seed=0), licence="CC-BY-NC-4.0")
+    variant = find_variant("tiny-test")
+    path = save_checkpoint(root / "tiny.safetensors", random_model(variant, 2, seed=0), licence="CC-BY-NC-4.0")
     loaded = load_checkpoint(path, variant)
     record = model_record(loaded, Preprocessing(image_size=32), root / "export", path)
     spec = ExportSpec(deploy=DeploySpec("fp16", 32), batch=(1, 2, 4), external_data_bytes=1000)
@@ -76,51 +76,55 @@ def test_manifest_roundtrip_an_untouched_chain_passes_and_its_licence_is_in_all_
     found = checked(chain)
     assert found.passed
     texts = " | ".join(finding.text for finding in found.findings if finding.verdict == "ok")
-    assert "atto.safetensors, CC-BY-NC-4.0" in texts
-    assert "built from atto-32-fp16.onnx" in texts
-    assert "atto-32-fp16.onnx.data" in texts
-    for path in (chain / "export/atto-32-fp16.onnx", chain / "engines/atto-32-fp16-rtx-sm89.engine"):
+    assert "tiny.safetensors, CC-BY-NC-4.0" in texts
+    assert "built from tiny-test-32-fp16.onnx" in texts
+    assert "tiny-test-32-fp16.onnx.data" in texts
+    for path in (chain / "export/tiny-test-32-fp16.onnx", chain / "engines/tiny-test-32-fp16-rtx-sm89.engine"):
         assert open_artifact(path).manifest.model.weights.licence == "CC-BY-NC-4.0"
-    model = onnx.load(chain / "export/atto-32-fp16.onnx", load_external_data=False)
+    model = onnx.load(chain / "export/tiny-test-32-fp16.onnx", load_external_data=False)
     assert {prop.key: prop.value for prop in model.metadata_props}["cnx_deploy.licence"] == "CC-BY-NC-4.0"
 
 
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "byte of the ONNX file": (lambda c: flipped(c / "export/atto-32-fp16.onnx", 999), "atto-32-fp16.onnx was altered"),
-    "byte of the weights": (lambda c: flipped(c / "export/atto-32-fp16.onnx.data", 9), "onnx.data was altered"),
-    "byte of the engine": (lambda c: flipped(c / "engines/atto-32-fp16-rtx-sm89.engine", -1), "engine was altered"),
-    "missing weights": (lambda c: (c / "export/atto-32-fp16.onnx.data").unlink(), "onnx.data is missing"),
+    "byte of the ONNX file": (
+        lambda c: flipped(c / "export/tiny-test-32-fp16.onnx", 999),
+        "tiny-test-32-fp16.onnx was altered",
+    ),
+    "byte of the weights": (lambda c: flipped(c / "export/tiny-test-32-fp16.onnx.data", 9), "onnx.data was altered"),
+    "byte of the engine": (
+        lambda c: flipped(c / "engines/tiny-test-32-fp16-rtx-sm89.engine", -1),
+        "engine was altered",
+    ),
+    "missing weights": (lambda c: (c / "export/tiny-test-32-fp16.onnx.data").unlink(), "onnx.data is missing"),
     "swapped files": (
-        lambda c: shutil.copy(c / "export/atto-32-fp16.onnx", c / "engines/atto-32-fp16-rtx-sm89.engine"),
+        lambda c: shutil.copy(c / "export/tiny-test-32-fp16.onnx", c / "engines/tiny-test-32-fp16-rtx-sm89.engine"),
         "engine has",
     ),
     "another checkpoint": (
-        lambda c: save_checkpoint(
-            c / "atto.safetensors", random_model(VARIANTS["atto"], 2, seed=1), licence="CC-BY-NC-4.0"
-        ),
+        lambda c: save_checkpoint(c / "tiny.safetensors", random_model("tiny-test", 2, seed=1), licence="CC-BY-NC-4.0"),
         "its manifest says",
     ),
     "a licence washed off": (
-        lambda c: save_checkpoint(c / "atto.safetensors", random_model(VARIANTS["atto"], 2, seed=0), licence="MIT"),
+        lambda c: save_checkpoint(c / "tiny.safetensors", random_model("tiny-test", 2, seed=0), licence="MIT"),
         "is under 'MIT', its manifest says 'CC-BY-NC-4.0'",
     ),
-    "byte of the checkpoint": (lambda c: flipped(c / "atto.safetensors", -5), "was altered"),
+    "byte of the checkpoint": (lambda c: flipped(c / "tiny.safetensors", -5), "was altered"),
     "engine of another ONNX file": (
-        lambda c: edited(c / "engines/atto-32-fp16-rtx-sm89.json", lambda d: d.update(source_sha256="1" * 64)),
-        "it was built from another atto-32-fp16.onnx",
+        lambda c: edited(c / "engines/tiny-test-32-fp16-rtx-sm89.json", lambda d: d.update(source_sha256="1" * 64)),
+        "it was built from another tiny-test-32-fp16.onnx",
     ),
     "other weights named": (
-        lambda c: edited(c / "export/atto-32-fp16.json", lambda d: d.update(source_sha256="1" * 64)),
+        lambda c: edited(c / "export/tiny-test-32-fp16.json", lambda d: d.update(source_sha256="1" * 64)),
         "and was made from 111111111111…",
     ),
     "another licence in an engine's manifest": (
         lambda c: edited(
-            c / "engines/atto-32-fp16-rtx-sm89.json", lambda d: d["model"]["weights"].update(licence="MIT")
+            c / "engines/tiny-test-32-fp16-rtx-sm89.json", lambda d: d["model"]["weights"].update(licence="MIT")
         ),
         "names other weights or another licence",
     ),
     "no licence": (
-        lambda c: edited(c / "export/atto-32-fp16.json", lambda d: d["model"]["weights"].update(licence=" ")),
+        lambda c: edited(c / "export/tiny-test-32-fp16.json", lambda d: d["model"]["weights"].update(licence=" ")),
         "no licence is recorded",
     ),
     "a file of nobody": (
@@ -138,14 +142,14 @@ def test_onnx_extdata_missing_swapped_and_every_other_break_of_the_chain_is_name
 
 
 def test_without_files_records_are_notes_and_named_files_are_faults(chain: Path) -> None:
-    (chain / "engines/atto-32-fp16-rtx-sm89.engine").unlink()
+    (chain / "engines/tiny-test-32-fp16-rtx-sm89.engine").unlink()
     assert checked(chain).passed
-    named = check_provenance([chain / "engines/atto-32-fp16-rtx-sm89.json"], chain / "export", chain / "engines")
+    named = check_provenance([chain / "engines/tiny-test-32-fp16-rtx-sm89.json"], chain / "export", chain / "engines")
     assert not named.passed
 
 
 def test_engine_wrong_runtime_version_is_a_note_of_the_chain_and_exit_5_when_run(chain: Path) -> None:
-    manifest = chain / "engines/atto-32-fp16-rtx-sm89.json"
+    manifest = chain / "engines/tiny-test-32-fp16-rtx-sm89.json"
     edited(manifest, lambda d: d["facts"].update(runtime_version="1.2.3.4"))
     notes = [finding.text for finding in checked(chain).findings if finding.verdict == "note"]
     assert any("built with tensorrt-rtx 1.2.3.4, " in text and "runs on its own release only" in text for text in notes)
@@ -166,13 +170,13 @@ def test_engine_wrong_sm_is_a_note_of_the_chain_and_exit_5_when_run(
     )
     assert notes() == ["built for sm89, this machine's GPU is sm75"]
     with pytest.raises(MissingRequirementError, match=r"is for sm89; this GPU is sm75\. Build for it"):
-        _check_gpu(open_artifact(chain / "engines/atto-32-fp16-rtx-sm89.engine"), "sm75")
+        _check_gpu(open_artifact(chain / "engines/tiny-test-32-fp16-rtx-sm89.engine"), "sm75")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="the other TensorRT is here")
 def test_engine_wrong_flavour_names_the_package_that_is_missing(chain: Path) -> None:
-    edited(chain / "engines/atto-32-fp16-rtx-sm89.json", lambda d: d["request"].update(runtime="tensorrt"))
-    engine = open_artifact(chain / "engines/atto-32-fp16-rtx-sm89.engine")
+    edited(chain / "engines/tiny-test-32-fp16-rtx-sm89.json", lambda d: d["request"].update(runtime="tensorrt"))
+    engine = open_artifact(chain / "engines/tiny-test-32-fp16-rtx-sm89.engine")
     with pytest.raises(
         MissingRequirementError, match=r"tensorrt cannot be imported .* Install it: pip install"
     ) as error:
@@ -186,7 +190,7 @@ def test_the_command_ends_with_4_for_a_fault_and_0_without(
 ) -> None:
     monkeypatch.chdir(chain)
     codes = []
-    for change in (lambda: None, lambda: flipped(chain / "export/atto-32-fp16.onnx", 5)):
+    for change in (lambda: None, lambda: flipped(chain / "export/tiny-test-32-fp16.onnx", 5)):
         change()
         with pytest.raises(SystemExit) as stop:
             main(words)
