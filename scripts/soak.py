@@ -78,7 +78,7 @@ def main() -> int:
     parser.add_argument("--predictions", type=int, default=10_000)
     asked = parser.parse_args()
     if min(asked.cycles, asked.predictions) < 10:
-        print("A slope takes at least 10 turns of each. Give more.", file=sys.stderr)
+        print("A slope takes at least 10 turns of each.", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -365,4 +365,4 @@ def read_benchmark(path: Path) -> BenchmarkRecord:
     try:
         return BenchmarkRecord.from_document(document)
     except ValueError as error:
-        raise InputError(f"{path} is no benchmark: {error}. Give what `{COMMAND} --json` printed.") from error
+        raise InputError(f"{path} is no benchmark: {error}. Expected what `{COMMAND} --json` prints.") from error

@@ -46,7 +46,9 @@ def layers(
     if plot is not None:
         check_plot(plot)
         if len(artifacts) != 1:
-            raise click.UsageError(f"--plot draws one file and {len(artifacts)} are compared: name one.")
+            raise click.UsageError(
+                f"--plot draws one file and {len(artifacts)} are compared. Name one FILE on the command line."
+            )
     comparisons = []
     with options.reporter("Comparing") as progress:
         for artifact in artifacts:

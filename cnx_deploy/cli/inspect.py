@@ -38,7 +38,7 @@ def inspect_command(
     network, operation and kind of kernel. --json prints a list with one entry for each file.
     """
     if not compiles and (target or batch):
-        raise click.UsageError("--target and --batch say what to compile for: give --compile too.")
+        raise click.UsageError("--target and --batch say what to compile for. Add --compile.")
     compile_for = (target or "sm89", batch or 64) if compiles else None
     documents: list[dict[str, Any]] = []
     shown, worst = 0, 0
@@ -77,7 +77,7 @@ def _inspected(file: Path, compile_for: tuple[str, int] | None, *, lists_kernels
             inspection = with_compiled(inspection, target=target, batch=batch, progress=progress)
     if lists_kernels and inspection.compiled is None:
         raise InputError(
-            f"No list of kernels is recorded for {file}. Give --compile for an ONNX file; build an engine again with "
+            f"No list of kernels is recorded for {file}. Add --compile for an ONNX file; build an engine again with "
             "cnx-deploy build-trt --force."
         )
     return inspection

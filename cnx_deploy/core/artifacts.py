@@ -85,7 +85,7 @@ def open_artifact(path: Path) -> Artifact:
 def read_artifact(path: Path) -> Artifact:
     """Read an artifact's manifest alone, no hash checked; same errors as `open_artifact`."""
     if path.is_dir():
-        raise InputError(f"{path} is a folder: expected an artifact's file. Name one that is in it.")
+        raise InputError(f"{path} is a folder; expected the path of an ONNX file, an engine or a manifest.")
     manifest_path = path if path.suffix == ".json" else path.with_suffix(".json")
     if not manifest_path.is_file() and path.suffix == SUFFIXES["engine"] and path.exists():
         raise refused_engine(path)

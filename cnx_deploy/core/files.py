@@ -38,7 +38,7 @@ def open_regular(path: Path) -> BinaryIO:
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise InputError(f"{path} is no regular file, so it cannot be read here. Name a file.")
+        raise InputError(f"{path} is no regular file (a folder, pipe or device), so it cannot be read.")
     return os.fdopen(descriptor, "rb")
 
 

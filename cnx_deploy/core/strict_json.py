@@ -75,11 +75,13 @@ def command_document(path: Path, command: str) -> tuple[dict[str, Any], bytes]:
         if not isinstance(found, dict):
             raise ValueError(f"the document is {kind_of(found)}, expected an object")
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}). Give what `{command} --json` printed.") from error
+        raise InputError(
+            f"{path} cannot be read as JSON ({error}). Expected what `{command} --json` prints."
+        ) from error
     if {"error", "message", "exit_code"} <= found.keys():
         said = shortened(repr(found["message"]))
         raise InputError(
-            f"{path} is the message of a command that failed: {said}. Give what `{command} --json` printed."
+            f"{path} is the message of a command that failed: {said}. Expected what `{command} --json` prints."
         )
     return found, content
 

@@ -126,7 +126,7 @@ def split_by_class(images: ImageFiles, seed: int, val_share: float) -> tuple[Ima
     Raises InputError for a share outside (0, 1) and a class of one image.
     """
     if not 0.0 < val_share < 1.0:
-        raise InputError(f"The validation share lies between 0 and 1, not at {val_share}. Give for example 0.2.")
+        raise InputError(f"The validation share is {val_share}; it has to lie between 0 and 1, for example 0.2.")
     generator = torch.Generator().manual_seed(seed)
     val: set[int] = set()
     for name, members in zip(images.class_names, _members(images), strict=True):

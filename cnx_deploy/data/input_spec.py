@@ -53,10 +53,7 @@ def check_input(images: Tensor, spec: InputSpec) -> None:
         )
     if batch < max(1, spec.min_batch) or (spec.max_batch is not None and batch > spec.max_batch):
         limit = "any" if spec.max_batch is None else spec.max_batch
-        raise InputError(
-            f"A batch of {batch} is outside the model's range of {max(1, spec.min_batch)} to {limit}. Give fewer or "
-            "more."
-        )
+        raise InputError(f"A batch of {batch} is outside the model's range of {max(1, spec.min_batch)} to {limit}.")
     if not spec.takes_nonfinite and images.is_floating_point() and images.device.type == "cpu":
         _check_finite(images)
 

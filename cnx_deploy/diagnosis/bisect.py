@@ -142,7 +142,7 @@ def run_bisection(
     """
     artifact = open_artifact(file)
     if not is_onnx(artifact) or not artifact.manifest.precision.has_islands:
-        raise InputError(f"{artifact.path.name} is no ONNX file of half precision. Name one that is FP16 or BF16.")
+        raise InputError(f"{artifact.path.name} is no ONNX file of half precision; FP16 and BF16 files are searched.")
     check_recorded(artifact)
     if artifact.manifest.request.form != FORM:
         raise InputError(f"{artifact.path.name} has an earlier deploy form. Export it again with --force.")

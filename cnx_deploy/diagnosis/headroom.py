@@ -104,7 +104,9 @@ class Headroom:
 
     def __post_init__(self) -> None:
         if not self.tensors:
-            raise InputError("There is no image to measure on. Name a folder that holds some, or leave --data out.")
+            raise InputError(
+                "There is no image to measure on. --data takes a folder with images; without it images are seeded."
+            )
 
     @property
     def counted_images(self) -> str:

@@ -85,7 +85,7 @@ def compare_artifact(
     artifact = open_artifact(artifact.path)
     if not is_onnx(artifact):
         raise InputError(
-            f"{artifact.path.name} is an engine, whose inner tensors cannot be read. Name the file it was built from, "
+            f"{artifact.path.name} is an engine, whose inner tensors cannot be read. Use the file it was built from, "
             f"{artifact.manifest.source_name}: where a GPU is, a copy of that is compiled with its layers as outputs."
         )
     check_recorded(artifact)

@@ -48,7 +48,7 @@ class ExportSpec:
     def __post_init__(self) -> None:
         if not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2]:
             raise InputError(
-                f"A batch range is smallest:typical:largest, each at least 1, not {self.batch}. Give it so."
+                f"The batch range is {self.batch}; it has to be (smallest, typical, largest), such as (1, 8, 64)."
             )
         _ = self.opset
 

@@ -116,8 +116,8 @@ def load_pretrained(
     files = fetch_pretrained(tag, cache_dir)
     if files.num_classes is None and not (reset_head and num_classes):
         raise CheckpointError(
-            f"{tag} was pre-trained without a head: expected reset_head and num_classes (--reset-head "
-            "--num-classes N) for a new one. Give them, or take a fine-tuned tag (fcmae_ft_…)."
+            f"{tag} was pre-trained without a head. Add --reset-head --num-classes N (reset_head and num_classes) for "
+            "a new head, or use a fine-tuned tag (fcmae_ft_…)."
         )
     expected = num_classes if num_classes is not None else files.num_classes
     variant = variant_name_of_tag(tag)
@@ -152,8 +152,8 @@ def resolve_model(
         return load_pretrained(pretrained, num_classes=num_classes, reset_head=reset_head, task=task)
     if variant is None or reset_head:
         raise InputError(
-            f"Random weights need a variant and have no head to replace, not variant {name} and reset_head "
-            f"{reset_head}. Give one of {', '.join(VARIANTS)}, or a checkpoint."
+            f"Random weights need a variant and have no head to replace; the variant is {name} and reset_head is "
+            f"{reset_head}. The variants are {', '.join(VARIANTS)}; a checkpoint names its own."
         )
     classes = 1000 if num_classes is None else num_classes
     model = random_model(variant, classes, seed=seed, task=task or "classification")
@@ -178,7 +178,10 @@ def save_checkpoint(
     if path.suffix != ".safetensors":
         raise InputError(f"{path} is no name for a checkpoint of ours: expected the suffix .safetensors. Rename it.")
     if class_names is not None and len(class_names) != model.num_classes:
-        raise InputError(f"The model has {model.num_classes} classes and {len(class_names)} names. Give one a class.")
+        raise InputError(
+            f"The model has {model.num_classes} classes and class_names has {len(class_names)} names; each class needs "
+            "one name."
+        )
     state = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in model.state_dict().items()}
     known = {
         "format_version": FORMAT_VERSION,
@@ -275,18 +278,18 @@ def _class_count(
 ) -> int:
     found = task.num_classes_in(state)
     if num_classes is not None and num_classes < 1:
-        raise InputError(f"A classifier needs at least one class, not {num_classes}. Give the number of your classes.")
+        raise InputError(f"num_classes is {num_classes}; a classifier needs at least 1.")
     if reset_head and (num_classes or found):
         return num_classes or found or 0
     if found is None:
         raise CheckpointError(
-            f"{where} has no {task.name} head, as FCMAE pre-training leaves it: expected reset_head and num_classes "
-            "(--reset-head --num-classes N) for a new one. Give both."
+            f"{where} has no {task.name} head, as FCMAE pre-training leaves it. Add --reset-head --num-classes N "
+            "(reset_head and num_classes) for a new head."
         )
     if num_classes not in (None, found):
         raise CheckpointError(
-            f"{where} has {found} classes, {num_classes} were asked for. Leave the number out, or give reset_head "
-            "(--reset-head) for a new head and train it."
+            f"{where} has {found} classes and {num_classes} were asked for. Leave out --num-classes (num_classes), or "
+            "add --reset-head (reset_head) for a new head, which has to be trained."
         )
     return found
 
@@ -298,7 +301,7 @@ def _variant_of(state: Mapping[str, Tensor], wanted: Variant | None, *, where: s
         shown = f"depths {structure[0]} and widths {structure[1]}" if structure else "no complete stage"
         raise CheckpointError(
             f"{where} has {shown}, which is none of the known variants ({', '.join(ALL_VARIANTS)}). "
-            "Give the variant it was made for."
+            "A size of your own is added with register_variant."
         )
     return found
 
@@ -328,7 +331,7 @@ def _filled_model(
     if differences := shape_differences(state, model.state_dict()):
         first = next((each for each in differences if each.problem == "shape"), differences[0])
         found = variant_with_structure(structure_of(state))
-        hint = f"Give {found.name!r}, whose shapes it has." if found not in (None, variant) else "Check what wrote it."
+        hint = f"Its shapes are those of {found.name!r}." if found not in (None, variant) else "Check what wrote it."
         raise CheckpointError(
             f"{where} does not fit {variant.name!r}: {first.name} is {format_shape(first.in_file)} in the file, "
             f"{format_shape(first.in_model)} in the model. {hint}\n{difference_table(differences)}"

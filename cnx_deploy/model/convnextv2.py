@@ -45,9 +45,9 @@ class ConvNeXtV2(nn.Module):
         task: Task | str = "classification",
     ) -> None:
         if num_classes < 1:
-            raise InputError(f"A network needs at least one class, not {num_classes}. Give the number of your classes.")
+            raise InputError(f"num_classes is {num_classes}; a network needs at least 1.")
         if not 0.0 <= drop_path_rate < 1.0:
-            raise InputError(f"A stochastic-depth rate lies in [0, 1), not at {drop_path_rate}. Give one that does.")
+            raise InputError(f"drop_path_rate is {drop_path_rate}; a stochastic-depth rate is at least 0 and below 1.")
         super().__init__()
         self.variant = variant
         self.num_classes = num_classes

@@ -114,7 +114,7 @@ def official_state(tensors: Mapping[str, Tensor], where: str) -> tuple[Layout, d
         if official in state:
             raise CheckpointError(
                 f"{where} mixes layouts: {name} and another tensor both stand for {official}. "
-                "Give a state dict as one library wrote it."
+                "A state dict has to be as one library wrote it."
             )
         dense = _dense_kernel(tensor) if layout == "fcmae" and name.endswith(".kernel") else tensor
         state[official] = _official_shape(official, dense)

@@ -96,11 +96,13 @@ def _holds(path: Path, text: str) -> bool:
 def _text(path: Path) -> str:
     """InputError for what is no text in UTF-8, or has more than a record would."""
     if (size := path.stat().st_size) > MAX_DOCUMENT_BYTES:
-        raise InputError(f"{path} has {size:,} bytes: expected a text of at most {MAX_DOCUMENT_BYTES:,}. Name another.")
+        raise InputError(
+            f"{path} has {size:,} bytes: expected a text of at most {MAX_DOCUMENT_BYTES:,}. Check --readme."
+        )
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no text in UTF-8 ({error}). Save it as such, or name another.") from error
+        raise InputError(f"{path} is no text in UTF-8 ({error}). Save it in UTF-8.") from error
 
 
 def _wanted(export_dir: Path, engines_dir: Path, readme: Path | None) -> list[tuple[Path, str]]:

@@ -126,7 +126,7 @@ class OrtRunner:
         except (*LOAD_ERRORS, RuntimeError) as error:
             raise CnxDeployError(
                 f"ONNX Runtime cannot run {self._path} on a batch of {len(images)} ({str(error).splitlines()[0]}). "
-                "Give a smaller batch, or export the network again."
+                "A smaller batch may fit into memory."
             ) from error
 
 

@@ -289,8 +289,8 @@ class TensorRTRunner:
         holding = [index for index, (low, _, high) in enumerate(self._profiles) if low <= batch <= high]
         if not holding:
             raise InputError(
-                f"No profile of the engine holds a batch of {batch}; it has {self._profiles}. Run another, or build "
-                "it with --batch."
+                f"No profile of the engine holds a batch of {batch}; its ranges are {self._profiles}. Build it "
+                "again with a --batch range that does."
             )
         self._session.select_profile(min(holding, key=lambda index: self._profiles[index][2]))
 

@@ -94,7 +94,7 @@ def inspect_file(path: Path) -> Inspection:
     if kind == "unknown":
         raise InputError(
             f"{path} is neither a checkpoint (safetensors, PyTorch), nor an ONNX file, nor a TensorRT engine by its "
-            "content. Give one of these, or the manifest of one."
+            "content. These three and manifests can be inspected."
         )
     if kind == "engine":
         facts, notes = _engine_facts(artifact if artifact is not None and is_engine(artifact) else None)
@@ -159,7 +159,7 @@ def trusted_engine(found: Inspection) -> Inspection:
 def kind_of_file(path: Path) -> FileKind:
     """Tell a file's kind from its first bytes; its name is not looked at. Raises InputError when it cannot be read."""
     if path.is_dir():
-        raise InputError(f"{path} is a folder, expected a checkpoint, an ONNX file or an engine. Name the files in it.")
+        raise InputError(f"{path} is a folder, expected a checkpoint, an ONNX file or an engine.")
     try:
         with open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size

@@ -55,8 +55,8 @@ class RunningDifferences:
         fits = len(shape) >= 2 if self._activation is None else len(shape) == 2
         if shape != reference.shape or not fits or not candidate.numel():
             raise InputError(
-                f"Cannot compare outputs of shape {tuple(shape)} with {tuple(reference.shape)}: expected the "
-                "same. Give both runs the same images and classes."
+                f"Cannot compare outputs of shape {tuple(shape)} with {tuple(reference.shape)}: both sides need the "
+                "same images and classes."
             )
         a, b = (side.detach().double().cpu().flatten(1) for side in (candidate, reference))
         error = a - b
@@ -159,9 +159,7 @@ def outputs_of(runner: Runner, batches: Iterable[Tensor], progress: Callable[[in
         if progress is not None:
             progress(len(images))
     if not collected:
-        raise InputError(
-            "There is no image to compare on: expected at least one. Give more samples, or a folder that holds some."
-        )
+        raise InputError("There is no image to compare on. At least one sample, or a folder with an image, is needed.")
     return joined(collected)
 
 

@@ -77,7 +77,7 @@ def open_predictor(path: Path, *, many: bool = False, device: str = "cpu") -> Pr
         return _unrecorded_onnx(path, many, device)
     if kind == "unknown":
         raise InputError(
-            f"{path} is neither a checkpoint, nor an ONNX file, nor an engine by its content. Give one of these."
+            f"{path} is neither a checkpoint, nor an ONNX file, nor an engine by its content; only these can predict."
         )
     check_suffix(path, kind)
     return _checkpoint_predictor(path, device)
@@ -96,7 +96,7 @@ def find_image_files(paths: Sequence[Path]) -> ImageFiles:
             continue
         inside = sorted(images_below(path))
         if not inside:
-            raise InputError(f"{path} holds no image files ({', '.join(sorted(SUFFIXES))}). Give another folder.")
+            raise InputError(f"{path} holds no image files. Their names end in {', '.join(sorted(SUFFIXES))}.")
         found.extend(inside)
     return ImageFiles(tuple(found))
 
@@ -172,7 +172,7 @@ def _unrecorded_onnx(path: Path, many: bool, device: str) -> Predictor:
 
 def _checkpoint_predictor(path: Path, device: str) -> Predictor:
     if device == "cuda" and not torch.cuda.is_available():
-        raise MissingRequirementError("PyTorch finds no GPU here: expected one for the device cuda. Leave it out.")
+        raise MissingRequirementError("PyTorch finds no GPU here, so the device cuda cannot be used. Use --device cpu.")
     loaded = load_checkpoint(path)
     preprocessing = loaded.preprocessing or Preprocessing()
     spec = DeploySpec(image_size=preprocessing.image_size, mean=preprocessing.mean, std=preprocessing.std)

@@ -92,7 +92,9 @@ def test_a_plan_is_called_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ODD_JSON)
 def test_what_is_no_document_is_wrong_input(tmp_path: Path, name: str) -> None:
     path = put(tmp_path / "baseline.json", ODD_JSON[name])
-    refused(lambda: read_benchmark(path), InputError, "cannot be read as JSON (", "Give what `cnx-deploy bench --json`")
+    refused(
+        lambda: read_benchmark(path), InputError, "cannot be read as JSON (", "Expected what `cnx-deploy bench --json`"
+    )
 
 
 def check_record(folder: Path, content: bytes) -> None:

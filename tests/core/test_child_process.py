@@ -70,7 +70,7 @@ def test_a_child_that_gives_no_answer_is_one_short_message(name: str, limits: Li
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
-        ("refuse", InputError, r"^The file is none, and one was expected\. Give another\.$"),
+        ("refuse", InputError, r"^The file is no image; a picture was expected\.$"),
         ("find_no_room", OSError, r"^\[Errno 28\] No space left on device$"),
         ("find_no_memory", OutOfMemoryError, r"^There is not enough memory \(MemoryError\)"),
     ],

@@ -311,7 +311,7 @@ def test_what_cannot_be_compared_is_refused(tiny_onnx_fp32: Artifact, engine: Ar
     (tmp_path / "x.onnx").write_bytes(b"garbage, not protobuf")
     with pytest.raises(CorruptArtifactError, match="not an ONNX model"):
         find_outputs(tmp_path / "x.onnx", ("head",))
-    with pytest.raises(InputError, match=r"Name the file it was built from, atto-224-fp16\.onnx"):
+    with pytest.raises(InputError, match=r"Use the file it was built from, atto-224-fp16\.onnx"):
         compare_artifact(engine)
     with pytest.raises(InputError, match="1 to 8 images, not 9"):
         compare_artifact(tiny_onnx_fp32, samples=9)

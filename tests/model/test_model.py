@@ -238,5 +238,5 @@ def test_dynamic_resolution_of_the_training_form(tiny_model, size):
 
 
 def test_a_classifier_without_classes_is_wrong_input(tiny_variant):
-    with pytest.raises(InputError, match="at least one class"):
+    with pytest.raises(InputError, match="at least 1"):
         create_model(tiny_variant, 0)

@@ -53,7 +53,7 @@ def babble() -> None:
 
 
 def refuse() -> None:
-    raise InputError("The file is none, and one was expected. Give another.")
+    raise InputError("The file is no image; a picture was expected.")
 
 
 def find_no_room() -> None:

@@ -77,10 +77,7 @@ class Backend:
             hint = (
                 " SM90 and SM100 are data-centre GPUs: use --runtime tensorrt there." if target in _DATA_CENTRE else ""
             )
-            raise InputError(
-                f"{self.name} {self.version} builds for {', '.join(self.targets)}, not "
-                f"{target}.{hint or ' Name one of these.'}"
-            )
+            raise InputError(f"{self.name} {self.version} builds for {', '.join(self.targets)}, not {target}.{hint}")
 
     def _check_own_gpu(self, gpu: Gpu) -> None:
         if self.targets and gpu.target not in self.targets:
@@ -167,4 +164,4 @@ def require_gpu(find_library: Callable[[str], str | None] = ctypes.util.find_lib
     if find_gpus():
         return
     driver = "a driver is installed but no GPU answers" if find_library("cuda") else "no NVIDIA driver is installed"
-    raise MissingRequirementError(f"This needs an NVIDIA GPU, and {driver}. Run it on a machine that has one.")
+    raise MissingRequirementError(f"This needs an NVIDIA GPU, and {driver}.")

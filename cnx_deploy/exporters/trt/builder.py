@@ -36,7 +36,7 @@ def build_engine(
     source = open_artifact(onnx.path if isinstance(onnx, Artifact) else onnx)
     if not is_onnx(source):
         raise InputError(
-            f"{source.path} is of kind {source.manifest.kind}; an engine is built from an ONNX file. Name one."
+            f"{source.path} is of kind {source.manifest.kind}; an engine is built from an ONNX file (.onnx)."
         )
     backend = load_backend(spec.runtime)
     backend.check_target(spec.target)

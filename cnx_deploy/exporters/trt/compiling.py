@@ -55,8 +55,7 @@ class BuildSpec:
     def __post_init__(self) -> None:
         if not self.batches or any(not 1 <= low <= typical <= high for low, typical, high in self.batches):
             raise InputError(
-                f"Batch ranges are smallest:typical:largest, each at least 1, not {self.batches}. Give them so, as "
-                "in 1:8:64."
+                f"The batch ranges are {self.batches}; each has to be smallest:typical:largest, such as 1:8:64."
             )
 
 

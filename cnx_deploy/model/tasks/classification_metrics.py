@@ -290,9 +290,11 @@ class PredictionWriter:
 
     def __init__(self, path: Path, data: Path) -> None:
         if path.suffix.lower() != ".csv":
-            raise InputError(f"{path} is no name for predictions: expected the suffix .csv. Give another.")
+            raise InputError(
+                f"Predictions are written as CSV, and {path} has another suffix. Use a name that ends in .csv."
+            )
         if path.exists() and path.resolve() == data.resolve():
-            raise InputError(f"{path} is the data itself: predictions would replace it. Give another name.")
+            raise InputError(f"{path} is the data itself, and predictions would replace it. Choose another file name.")
         self.path = path
         self._open = contextlib.ExitStack()
 

@@ -78,7 +78,7 @@ class Graph:
         found = next((step.name for step in self.steps if step.output == tensor), None)
         if found is None:
             raise InputError(
-                f"No operator of the graph makes a tensor called {tensor!r}: expected one of its own. Name another."
+                f"No operator of the graph makes a tensor called {tensor!r}; expected the name of an operator's output."
             )
         return found
 
