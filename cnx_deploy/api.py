@@ -9,27 +9,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from cnx_deploy.core.artifacts import find_artifacts, open_artifact, select_artifacts
 from cnx_deploy.core.deploy_spec import DeploySpec, InputKind, Layout
 from cnx_deploy.core.errors import InputError, MissingRequirementError
 from cnx_deploy.core.manifest import Artifact, EngineManifest, OnnxManifest
 from cnx_deploy.core.precision import find_precision
-from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import this_machine
-from cnx_deploy.data import GivenImages, ImageSource
+from cnx_deploy.data import ImageSource
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.backend import default_targets, load_backend, require_gpu
 from cnx_deploy.exporters.trt.builder import BuildSpec
 from cnx_deploy.exporters.trt.builder import build_engine as build_one_engine
 from cnx_deploy.exporters.trt.compiling import limits_for
-from cnx_deploy.model.checkpoint import LoadedModel, resolve_model
+from cnx_deploy.model.checkpoint import ModelRequest
 from cnx_deploy.model.deploy import check_parts
 from cnx_deploy.model.recorded import model_record
 from cnx_deploy.runners.registry import find_runner
 from cnx_deploy.verification.metrics import Verification, table_of
+from cnx_deploy.verification.predict import Model, open_predictor
 from cnx_deploy.verification.saved_results import SavedResults, save_for_polygraphy
 from cnx_deploy.verification.verify import Progress, Reference, verify_artifact, verify_export
 
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from cnx_deploy.diagnosis.headroom import Headroom
     from cnx_deploy.training import TrainingResult
     from cnx_deploy.verification.inspect import Inspection
-    from cnx_deploy.verification.predict import Predictor
 
 __all__ = [
     "BuildRequest", "ExportRequest", "Model", "VerifyReport", "VerifyRequest", "benchmark", "build_engine", "evaluate",
@@ -154,7 +152,7 @@ def benchmark(
     return run_benchmark(spec, note, progress)
 
 
-def load(model: Source, *, device: str = "cpu") -> "Model":
+def load(model: Source, *, device: str = "cpu") -> Model:
     """Open a checkpoint, an ONNX file or an engine to predict with; use the model as a context manager.
 
     Args:
@@ -165,9 +163,7 @@ def load(model: Source, *, device: str = "cpu") -> "Model":
         CorruptArtifactError: the file is not what its manifest says.
         RefusedArtifactError: an engine without a manifest, which could run anything.
     """
-    from cnx_deploy.verification.predict import open_predictor
-
-    return Model(open_predictor(_path_of(model), many=True, device=device))
+    return open_predictor(_path_of(model), many=True, device=device)
 
 
 def predict(model: Source, images: Images, *, top: int = 5) -> Any:
@@ -191,10 +187,10 @@ def evaluate(model: Source, data: Path | str | ImageSource, *, batch_size: int =
     from cnx_deploy.verification.evaluation import evaluate as evaluate_runner
 
     with load(model, device=device) as opened:
-        made = opened.predictor
         return evaluate_runner(
-            made.runner, data, made.preprocessing, batch_size=batch_size, task=made.task, class_names=made.class_names
-        )
+            opened.runner, data, opened.preprocessing, batch_size=batch_size, task=opened.task,
+            class_names=opened.class_names,
+        )  # fmt: skip
 
 
 def train(data: Path | str, variant: str = "atto", *, recipe: str = "plain", **options: Any) -> "TrainingResult":
@@ -235,50 +231,6 @@ def inspect(file: Source) -> "Inspection":
     return inspect_file(_path_of(file))
 
 
-class Model:
-    """An opened checkpoint, ONNX file or engine with the preprocessing and class names that belong to it.
-
-    `notes` say what was assumed of it, for example that its weights are random.
-    """
-
-    def __init__(self, predictor: "Predictor") -> None:
-        self.predictor = predictor
-        self.notes = predictor.notes
-
-    def __enter__(self) -> Self:
-        self.predictor.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.predictor.__exit__(kind, error, trace)
-
-    def __repr__(self) -> str:
-        info, size = self.predictor.runner.info, self.predictor.preprocessing.image_size
-        return f"Model({info.backend} {info.version} in {info.arithmetic} on {info.device}, {size} px)"
-
-    def predict(self, images: Images, *, top: int = 5, batch_size: int = 8) -> Any:
-        """Answer for one image or a list of them; each is resized, cropped and normalised as the model asks for.
-
-        Args:
-            images: paths; PIL images of any mode; arrays (H, W, 3) or (H, W) of uint8; tensors (3, H, W) of uint8, or
-                of floats in [0, 1]; or a `data.ImageSource`. A list and a source give a list.
-            top: classes named for each image.
-            batch_size: images run at once, within the range that the model takes.
-
-        Returns:
-            The task's `Prediction` for an image; of a classifier it has `scores`, the best class first, with
-            probabilities in [0, 1]. For a file that cannot be read it has no answer and says why in `error`.
-        """
-        from cnx_deploy.verification.predict import predict_images
-
-        is_single = not isinstance(images, list | tuple | ImageSource)
-        source = images if isinstance(images, ImageSource) else GivenImages([images] if is_single else images)
-        predictions = list(predict_images(self.predictor, source, top=top, batch_size=batch_size))
-        return predictions[0] if is_single else predictions
-
-
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
     """What `verify` found of each artifact; `print` shows it as a table."""
@@ -314,21 +266,12 @@ def _paths_of(sources: Source | Sequence[Source]) -> tuple[Path, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExportRequest:
-    """What `cnx-deploy export` takes; see `onnx_export.ExportSpec` and `model.deploy.DeploySpec`.
+class ExportRequest(ModelRequest):
+    """What `cnx-deploy export` takes; see `exporters.onnx.ExportSpec` and `core.deploy_spec.DeploySpec`.
 
-    `task` None means the checkpoint's own, else classification. `image_size` None means the checkpoint's own, else 224.
     `keep_fp32` is of the half-precision files alone.
     """
 
-    variant: str
-    checkpoint: Path | None = None
-    pretrained: str | None = None
-    seed: int = 0
-    task: str | None = None
-    num_classes: int | None = None
-    reset_head: bool = False
-    image_size: int | None = None
     precisions: tuple[str, ...] = ("fp32", "fp16")
     batch: tuple[int, int, int] = (1, 8, 64)
     input_kind: InputKind = "float"
@@ -382,30 +325,38 @@ class VerifyRequest:
 
 def run_exports(request: ExportRequest, note: Note) -> list[Artifact[OnnxManifest]]:
     """Export one model in each precision asked for; each file is compared with PyTorch before it is put into place."""
-    loaded = resolve_model(
-        request.variant,
-        checkpoint=request.checkpoint,
-        pretrained=request.pretrained,
-        seed=request.seed,
-        num_classes=request.num_classes,
-        reset_head=request.reset_head,
-        task=request.task,
-    )
-    check_parts(request.keep_fp32, loaded.model.variant)
     halves = [name for name in request.precisions if find_precision(name).has_islands]
     if request.keep_fp32 and not halves:
         raise InputError("--keep-fp32 is of half-precision files, and none is asked for. Add --precision fp16 or bf16.")
-    if loaded.weights.origin == "random":
-        # A fresh network has these without effect; random weights give them one.
-        included = "GRN" if loaded.model.variant.version == 2 else "LayerScale"
-        kind = f"random (seed {request.seed}), {included} included"
-        note(f"No checkpoint: weights are {kind}. Predictions mean nothing.")
-    if loaded.head_is_new:
-        note(f"The head for {loaded.model.num_classes} classes is new and random: train it before it is used.")
-    preprocessing = loaded.preprocessing or Preprocessing()
-    if request.image_size is not None:
-        preprocessing = replace(preprocessing, image_size=request.image_size)
-    return [_export(loaded, preprocessing, precision, request, note) for precision in request.precisions]
+    loaded, preprocessing = request.load(note)
+    check_parts(request.keep_fp32, loaded.model.variant)
+    made = []
+    for precision in request.precisions:
+        deploy = DeploySpec(
+            precision=precision,
+            image_size=preprocessing.image_size,
+            input_kind=request.input_kind,
+            layout=request.optimize_for,
+            leave_out=request.leave_out,
+            keep_fp32=request.keep_fp32 if precision in halves else (),
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+        )
+        spec = ExportSpec(deploy=deploy, batch=request.batch, name=request.name)
+        record = model_record(loaded, preprocessing, request.output_dir, request.checkpoint)
+        check = None if request.no_verify else partial(verify_export, model=loaded.model)
+        artifact = export_onnx(loaded.model, record, spec, request.output_dir, force=request.force, verify=check)
+        gc.collect()  # the exporter's graphs are cycles that hold the weights: huge in two precisions needs them gone
+        if artifact.reused:
+            note(f"{artifact.path} is there and was made from the same inputs: reused")
+        else:
+            parity = artifact.manifest.facts.worst_parity
+            error = (
+                f"relative L2 {parity.differences.relative_l2_max:.1e} against PyTorch" if parity else "not verified"
+            )
+            note(f"{artifact.path} ({artifact.size_bytes / 1e6:.1f} MB), {error}")
+        made.append(artifact)
+    return made
 
 
 def run_builds(
@@ -428,14 +379,9 @@ def run_builds(
     targets = request.targets or default_targets(backend)
     engines = []
     for artifact in present:
-        low, typical, high = artifact.manifest.batch
+        batches = request.batches or (artifact.manifest.batch,)
         for target in targets:
-            spec = BuildSpec(
-                runtime=backend.name,
-                target=target,
-                batches=request.batches or ((low, typical, high),),
-                allow_tf32=request.allow_tf32,
-            )
+            spec = BuildSpec(runtime=backend.name, target=target, batches=batches, allow_tf32=request.allow_tf32)
             note(f"Building {artifact.path.name} for {target} with {backend.name} {backend.version}")
             limits = limits_for(artifact.size_bytes)
             words = (artifact, spec, request.output_dir)
@@ -504,30 +450,3 @@ def _outdated(engine: Artifact, export_dir: Path) -> str | None:
     if recorded is None or recorded.sha256 == engine.manifest.source_sha256:
         return None
     return f"{engine.path.name} was built from an earlier {engine.manifest.source_name}: build it again with --force."
-
-
-def _export(
-    loaded: LoadedModel, preprocessing: Preprocessing, precision: str, request: ExportRequest, note: Note
-) -> Artifact[OnnxManifest]:
-    deploy = DeploySpec(
-        precision=precision,
-        image_size=preprocessing.image_size,
-        input_kind=request.input_kind,
-        layout=request.optimize_for,
-        leave_out=request.leave_out,
-        keep_fp32=request.keep_fp32 if find_precision(precision).has_islands else (),
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-    )
-    spec = ExportSpec(deploy=deploy, batch=request.batch, name=request.name)
-    record = model_record(loaded, preprocessing, request.output_dir, request.checkpoint)
-    check = None if request.no_verify else partial(verify_export, model=loaded.model)
-    artifact = export_onnx(loaded.model, record, spec, request.output_dir, force=request.force, verify=check)
-    gc.collect()  # the exporter's graphs are cycles that hold the weights: huge in two precisions needs them gone
-    if artifact.reused:
-        note(f"{artifact.path} is there and was made from the same inputs: reused")
-    else:
-        parity = artifact.manifest.facts.worst_parity
-        verdict = f"relative L2 {parity.differences.relative_l2_max:.1e} against PyTorch" if parity else "not verified"
-        note(f"{artifact.path} ({artifact.size_bytes / 1e6:.1f} MB), {verdict}")
-    return artifact

@@ -37,6 +37,7 @@ from cnx_deploy.core.manifest import Artifact, EngineFacts, OnnxFacts
 from cnx_deploy.core.precision import PRECISIONS, find_precision
 from cnx_deploy.core.system import cpu_count
 from cnx_deploy.data import image_like_batches, runner_input
+from cnx_deploy.exporters.trt.backend import require_gpu
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.recorded import recorded_gate, recorded_model
 from cnx_deploy.runners.pytorch import reference_runner
@@ -122,10 +123,13 @@ def run_benchmark(spec: BenchSpec, note: Note, progress: Progress | None = None)
     Raises:
         InputError: Nothing is recorded, or a file that was named is no artifact.
         CorruptArtifactError: A file's hash is not the recorded one.
+        MissingRequirementError: An engine was named and no GPU is here.
     """
     conditions = conditions_now(threads=spec.threads, duration_seconds=spec.duration_seconds, seed=spec.seed)
     warnings = list(doubts(conditions, spec.omp_threads))
     artifacts = list(select_artifacts(spec.files, spec.export_dir, spec.engines_dir, note))
+    if spec.files and any(artifact.manifest.kind == "engine" for artifact in artifacts):
+        require_gpu()  # an engine that was named is asked for
     if not spec.files:  # files that are named were hashed when they were selected
         artifacts = [open_artifact(artifact.path) for artifact in artifacts]
     torch.set_num_threads(conditions.threads)

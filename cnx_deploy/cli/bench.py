@@ -1,6 +1,5 @@
 """`cnx-deploy bench`, `bench sweep`, `bench plan` and `bench gate`."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,50 +13,36 @@ from cnx_deploy.core.errors import CheckFailedError
 PEERS = ("torch", "compile", "timm", "timm-whole", "timm-18")
 
 
-class _Peers(click.ParamType[Any]):
-    """`torch`, or several with commas between them."""
-
-    name = ",".join(PEERS)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        words = tuple(str(value).split(","))
-        for word in words:
-            if word not in PEERS:
-                self.fail(f"{word!r} is not one of {', '.join(PEERS)}.", param, ctx)
-        return words
-
-
-class _Percent(click.ParamType[float]):
-    """`5%` or `5`; 0.05 to the command."""
-
-    name = "percent"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        text = str(value).removesuffix("%")
-        if not text.replace(".", "", 1).isdigit() or float(text) >= 100:
-            self.fail(f"{value!r} is not a percentage from 0 to 100, such as 5%.", param, ctx)
-        return float(text) / 100
-
-
-def _merged(ctx: click.Context, param: click.Parameter, given: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+def _peers(ctx: click.Context, param: click.Parameter, given: Sequence[str]) -> tuple[str, ...]:
     """Peers that were given with commas or one by one, each once."""
-    return tuple(dict.fromkeys(word for words in given for word in words))
+    words = tuple(dict.fromkeys(word for text in given for word in text.split(",")))
+    if unknown := [word for word in words if word not in PEERS]:
+        raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(PEERS)}.")
+    return words
 
 
-files = click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+def _share(ctx: click.Context, param: click.Parameter, given: str) -> float:
+    """`5%` or `5`; 0.05 to the command."""
+    text = given.removesuffix("%")
+    if not text.replace(".", "", 1).isdigit() or float(text) >= 100:
+        raise click.BadParameter(f"{given!r} is not a percentage from 0 to 100, such as 5%.")
+    return float(text) / 100
+
+
 batches = click.option(
-    "--batch", "batches", type=click.IntRange(min=1), multiple=True, default=(1, 8), help="Repeatable [default: 1, 8]."
+    "--batch", type=click.IntRange(min=1), multiple=True, default=(1, 8), help="Repeatable [default: 1, 8]."
 )
 compare = click.option(
-    "--compare", type=_Peers(), multiple=True, callback=_merged,
+    "--compare", metavar=",".join(PEERS), multiple=True, callback=_peers,
     help="Measure these in turns and print speed-ups over them.",
 )  # fmt: skip
-csv = click.option("--csv", "as_csv", is_flag=True, help="Print CSV with timm's column names first.")
 
 
 def timing_options(command: Callable[..., None]) -> Callable[..., None]:
-    """How runners are timed, the same for a benchmark and a sweep."""
+    """Add how runners are timed and what is printed, the same for a benchmark and a sweep."""
     for option in (
+        options.as_json,
+        click.option("--csv", "as_csv", is_flag=True, help="Print CSV with timm's column names first."),
         click.option("--cuda-graph", is_flag=True, help="Capture engines in a CUDA graph."),
         click.option(
             "--thread-per-image/--whole-batch", default=True, show_default=True,
@@ -77,14 +62,12 @@ def timing_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command("measure")
-@files
+@options.files
 @options.export_dir
 @options.engines_dir
 @batches
 @compare
 @timing_options
-@csv
-@options.as_json
 def measure(as_csv: bool, as_json: bool, **values: Any) -> None:
     """Time ONNX FILES and engines; by default everything recorded that can run here.
 
@@ -94,7 +77,7 @@ def measure(as_csv: bool, as_json: bool, **values: Any) -> None:
 
 
 @click.command("sweep")
-@files
+@options.files
 @options.export_dir
 @options.engines_dir
 @click.option(
@@ -103,26 +86,24 @@ def measure(as_csv: bool, as_json: bool, **values: Any) -> None:
 @click.option("--slo-ms", type=click.FloatRange(min=0, min_open=True), help="Find the largest batch within this time.")
 @compare
 @timing_options
-@csv
-@options.as_json
 def sweep(as_csv: bool, as_json: bool, **values: Any) -> None:
     """Time batches 1, 2, 4, …, and find the smallest that is nearly as good as the best."""
     _measure(values, as_csv=as_csv, as_json=as_json)
 
 
 @click.command("plan")
-@files
+@options.files
 @options.export_dir
 @options.engines_dir
 @batches
 @compare
 @options.as_json
-def plan(as_json: bool, **values: Any) -> None:
+def plan(batch: tuple[int, ...], as_json: bool, **values: Any) -> None:
     """Print what would be measured and the bounds of GPUs; measure nothing."""
     from cnx_deploy.bench.comparison import BenchSpec, plan_benchmark
     from cnx_deploy.bench.report import plan_lines
 
-    planned = plan_benchmark(BenchSpec(**values), options.note)
+    planned = plan_benchmark(BenchSpec(batches=batch, **values), options.note)
     if as_json:
         options.echo_json(planned.to_document())
     else:
@@ -130,9 +111,12 @@ def plan(as_json: bool, **values: Any) -> None:
 
 
 @click.command("gate")
-@click.argument("baseline", type=click.Path(path_type=Path))
-@click.argument("current", type=click.Path(path_type=Path))
-@click.option("--max-regress", type=_Percent(), default="5%", show_default=True, help="How much slower is allowed.")
+@click.argument("baseline", type=options.PATH)
+@click.argument("current", type=options.PATH)
+@click.option(
+    "--max-regress", metavar="PERCENT", callback=_share, default="5%", show_default=True,
+    help="How much slower is allowed.",
+)  # fmt: skip
 @options.as_json
 def gate(baseline: Path, current: Path, max_regress: float, as_json: bool) -> None:
     """Judge the document CURRENT that `bench --json` printed against BASELINE.
@@ -154,13 +138,12 @@ bench = options.DefaultGroup("bench", measure, (sweep, plan, gate))
 
 
 def _measure(values: dict[str, Any], *, as_csv: bool, as_json: bool) -> None:
-    options.refuse_engines_without_gpu(values["files"])
-    from cnx_deploy.bench.comparison import BenchSpec, run_benchmark
+    from cnx_deploy import benchmark
     from cnx_deploy.bench.report import as_csv as csv_of
 
-    spec = BenchSpec(**values, omp_threads=os.environ.get("OMP_NUM_THREADS"))
+    files = values.pop("files")
     with options.reporter("Measuring") as progress:
-        record = run_benchmark(spec, options.note, progress)
+        record = benchmark(files, note=options.note, progress=progress, **values)
     if as_json:
         options.echo_json(record.to_document())
     else:

@@ -9,14 +9,11 @@ import click
 from cnx_deploy.cli import options
 from cnx_deploy.core.errors import CnxDeployError, ParityError
 
-FILES = click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 DATA = click.option(
     "--data", type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of images [default: seeded images].",
 )  # fmt: skip
-PLOT = click.option(
-    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="SVG file to draw (needs the extra report)."
-)
+PLOT = click.option("--plot", type=options.FILE, help="SVG file to draw (needs the extra report).")
 
 
 @click.group()
@@ -25,7 +22,7 @@ def diagnose() -> None:
 
 
 @diagnose.command()
-@FILES
+@options.files
 @options.export_dir
 @DATA
 @click.option("--samples", type=click.IntRange(1, 8), default=2, show_default=True, help="Images, at least.")
@@ -66,7 +63,7 @@ def layers(
 
 
 @diagnose.command()
-@FILES
+@options.files
 @options.export_dir
 @options.engines_dir
 @DATA
@@ -88,7 +85,7 @@ def chain(files: tuple[Path, ...], as_json: bool, **arguments: Any) -> None:
 
 
 @diagnose.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=options.PATH)
 @DATA
 @click.option("--samples", type=click.IntRange(min=1), default=4, show_default=True, help="Images to judge on.")
 @click.option(
@@ -108,12 +105,12 @@ def bisect(file: Path, as_json: bool, **arguments: Any) -> None:
 
 
 @diagnose.command()
-@click.argument("checkpoint", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("checkpoint", required=False, type=options.EXISTING)
 @click.option("--variant", **{**options.VARIANT, "help": "Size of the network [default: the checkpoint's]."})
 @options.pretrained
 @options.seed
 @options.num_classes
-@click.option("--reset-head", is_flag=True, help="Re-initialise the head when the class count differs.")
+@options.reset_head
 @DATA
 @options.image_size
 @click.option("--samples", type=click.IntRange(min=1), default=16, show_default=True, help="Images, at most.")

@@ -2,29 +2,22 @@
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from cnx_deploy.cli import options
 
-if TYPE_CHECKING:
-    from cnx_deploy.model.tasks.classification_metrics import Evaluation
-    from cnx_deploy.runners.base import RunnerInfo
-
-FILE = click.Path(dir_okay=False, path_type=Path)
-
 
 @click.command("eval")
-@click.argument("artifact", type=click.Path(path_type=Path))
-@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("artifact", type=options.PATH)
+@click.argument("data", type=options.PATH)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images run at once.")
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
     help="Where a checkpoint or an ONNX file runs; an engine runs on its GPU.",
 )  # fmt: skip
-@click.option("--plot", type=FILE, help="Draw confusion and reliability into an SVG file.")
-@click.option("--save-predictions", type=FILE, help="Write a CSV file with every image's five best classes.")
+@click.option("--plot", type=options.FILE, help="Draw confusion and reliability into an SVG file.")
+@click.option("--save-predictions", type=options.FILE, help="Write a CSV file with every image's five best classes.")
 @options.as_json
 def evaluate_command(
     artifact: Path, data: Path, batch_size: int, device: str, plot: Path | None, save_predictions: Path | None,
@@ -35,13 +28,28 @@ def evaluate_command(
     DATA has a folder of images for each class, itself or in val/, validation/, valid/ or test/; or is a CSV file with
     the columns path and label, and split (train, val, test) where it holds more than the images to evaluate on.
     """
-    options.refuse_recorded_engine_without_gpu(artifact)
     from cnx_deploy.core.plotting import check_plot
+    from cnx_deploy.model.tasks.classification_metrics import PredictionWriter
+    from cnx_deploy.verification.evaluation import evaluate
     from cnx_deploy.verification.evaluation_plot import write_plot
+    from cnx_deploy.verification.predict import open_predictor
 
     if plot is not None:
         check_plot(plot)
-    found, info = _evaluated(artifact, data, batch_size, device, save_predictions)
+    # Made before the artifact is opened: a name that cannot be used ends the command at once.
+    writer = PredictionWriter(save_predictions, data) if save_predictions is not None else None
+    with open_predictor(artifact, many=True, device=device) as model, contextlib.ExitStack() as held:
+        progress = held.enter_context(options.reporter("Evaluating"))
+        for text in model.notes:
+            options.note(f"Note: {text}")
+        found = evaluate(
+            model.runner, data, model.preprocessing, batch_size=batch_size, task=model.task,
+            class_names=model.class_names, progress=lambda done, total: progress(f"{done} of {total}", done / total),
+            each=held.enter_context(writer).add if writer is not None else None,
+        )  # fmt: skip
+        info = model.runner.info
+    if writer is not None:
+        options.note(f"{writer.path}")
     if plot is not None:
         options.note(f"{write_plot(found, plot, f'{artifact.name} on {found.count} images of {data.name}')}")
     if as_json:
@@ -49,35 +57,4 @@ def evaluate_command(
         options.echo_json({"artifact": str(artifact), "data": str(data), **backend, **found.to_dict()})
         return
     options.echo(f"{artifact} on {found.count} images of {data}, {info.backend} {info.version} on {info.device}")
-    for line in found.lines():
-        options.echo(line)
-
-
-def _evaluated(
-    artifact: Path, data: Path, batch_size: int, device: str, predictions: Path | None
-) -> tuple["Evaluation", "RunnerInfo"]:
-    from cnx_deploy.model.tasks.classification_metrics import PredictionWriter
-    from cnx_deploy.verification.evaluation import evaluate
-    from cnx_deploy.verification.predict import open_predictor
-
-    # Made before the artifact is opened: a name that cannot be used ends the command at once.
-    writer = PredictionWriter(predictions, data) if predictions is not None else None
-    with open_predictor(artifact, many=True, device=device) as predictor, contextlib.ExitStack() as held:
-        progress = held.enter_context(options.reporter("Evaluating"))
-        for text in predictor.notes:
-            options.note(f"Note: {text}")
-        each = held.enter_context(writer).add if writer is not None else None
-        found = evaluate(
-            predictor.runner,
-            data,
-            predictor.preprocessing,
-            batch_size=batch_size,
-            task=predictor.task,
-            class_names=predictor.class_names,
-            progress=lambda done, total: progress(f"{done} of {total} images", done / total),
-            each=each,
-        )
-        info = predictor.runner.info
-    if writer is not None:
-        options.note(f"{writer.path}")
-    return found, info
+    options.echo("\n".join(found.lines()))

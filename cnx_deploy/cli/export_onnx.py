@@ -1,6 +1,5 @@
 """`cnx-deploy export`."""
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,7 +14,7 @@ from cnx_deploy.core.precision import exportable_precisions
 @options.pretrained
 @options.seed
 @options.num_classes
-@click.option("--reset-head", is_flag=True, help="Re-initialise the head when the class count differs.")
+@options.reset_head
 @options.image_size
 @click.option(
     "--precision", "precisions", type=click.Choice(exportable_precisions()), multiple=True, default=("fp32", "fp16"),
@@ -27,41 +26,26 @@ from cnx_deploy.core.precision import exportable_precisions
     help="Raw images: float32 (N,3,S,S) in [0,1], or uint8 (N,S,S,3).",
 )  # fmt: skip
 @click.option(
-    "--optimize-for",
-    type=click.Choice(["gpu", "cpu"]),
-    help="Layout of the graph [default: cpu for fp32, else gpu].",
+    "--optimize-for", type=click.Choice(["gpu", "cpu"]), help="Layout of the graph [default: cpu for fp32, else gpu]."
 )
 @click.option(
-    "--keep-fp32",
-    metavar="MODULE",
-    multiple=True,
+    "--keep-fp32", metavar="MODULE", multiple=True,
     help="Keep a module of the half-precision files in FP32, such as stages.2.3 or stages.2.3.pwconv1 (repeatable).",
-)
+)  # fmt: skip
 @click.option(
-    "--without-fold",
-    "leave_out",
-    metavar="NAME",
-    multiple=True,
+    "--without-fold", "leave_out", metavar="NAME", multiple=True,
     help="Leave out a fold of the deploy form (repeat for several); docs/decisions/0003 lists them.",
-)
-@click.option(
-    "--output-dir", type=click.Path(file_okay=False, path_type=Path), default=Path("export"), show_default=True
-)
+)  # fmt: skip
+@options.output_dir("export")
 @click.option("--name", help="First part of the file names [default: the variant].")
 @click.option("--no-verify", is_flag=True, help="Skip the comparison of the written file with PyTorch.")
 @options.force
 @options.as_json
-def export(**arguments: Any) -> None:
+def export(as_json: bool, **arguments: Any) -> None:
     """Export a variant to ONNX and write its manifest.
 
     Without --checkpoint or --pretrained the weights are random, GRN included, and the manifest says so.
     """
     from cnx_deploy.api import ExportRequest, run_exports  # torch is loaded only when asked for
 
-    as_json = bool(arguments.pop("as_json"))
-    results = run_exports(ExportRequest(**arguments), options.note)
-    if as_json:
-        options.echo_json({"artifacts": [{"path": str(r.path), "sha256": r.sha256} for r in results]})
-    else:
-        for artifact in results:
-            options.echo(artifact.path)
+    options.echo_artifacts(run_exports(ExportRequest(**arguments), options.note), as_json=as_json)

@@ -18,7 +18,7 @@ GROUPINGS: tuple["Grouping", ...] = ("stage", "operation", "kind")
 
 
 @click.command("inspect")
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, type=options.PATH)
 @click.option("--compile", "compiles", is_flag=True, help="Compile ONNX files with TensorRT-RTX; needs no GPU.")
 @click.option("--target", help="GPU to compile for [default: sm89].")
 @click.option("--batch", type=click.IntRange(min=1), help="Batch to compile for [default: 64].")

@@ -15,25 +15,10 @@ from cnx_deploy.core.errors import CnxDeployError
 from cnx_deploy.core.variants import ALL_VARIANTS
 
 __all__ = [
-    "BATCH_RANGE",
-    "DefaultGroup",
-    "as_json",
-    "checkpoint",
-    "echo_json",
-    "engines_dir",
-    "export_dir",
-    "fail",
-    "force",
-    "image_size",
-    "note",
-    "num_classes",
-    "pretrained",
-    "refuse_engines_without_gpu",
-    "refuse_recorded_engine_without_gpu",
-    "reporter",
-    "seed",
-    "variant",
-]
+    "BATCH_RANGE", "EXISTING", "FILE", "FOLDER", "PATH", "VARIANT", "DefaultGroup", "as_json", "checkpoint", "echo",
+    "echo_artifacts", "echo_json", "engines_dir", "export_dir", "fail", "files", "force", "image_size", "note",
+    "num_classes", "output_dir", "pretrained", "reporter", "reset_head", "seed", "variant",
+]  # fmt: skip
 
 
 class _BatchRange(click.ParamType[Any]):
@@ -54,34 +39,39 @@ class _BatchRange(click.ParamType[Any]):
 
 
 BATCH_RANGE = _BatchRange()
-
+PATH = click.Path(path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 VARIANT: dict[str, Any] = {
     "type": click.Choice(list(ALL_VARIANTS)),
     "metavar": "VARIANT",
     "help": "atto to huge, or of ConvNeXt V1 v1-atto to v1-xlarge: see cnx-deploy variants.",
 }
+
+files = click.argument("files", nargs=-1, type=PATH)
 variant = click.option("--variant", required=True, **VARIANT)
-checkpoint = click.option(
-    "--checkpoint",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Weights to load, any known layout.",
-)
+checkpoint = click.option("--checkpoint", type=EXISTING, help="Weights to load, any known layout.")
 pretrained = click.option("--pretrained", metavar="TAG", help="Published weights, e.g. convnextv2_atto.fcmae_ft_in1k.")
 seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of random weights.")
 num_classes = click.option(
     "--num-classes", type=click.IntRange(min=1), help="Classes of random weights [default: 1000]."
 )
+reset_head = click.option("--reset-head", is_flag=True, help="Re-initialise the head when the class count differs.")
 image_size = click.option("--image-size", type=int, help="Side of the square image in pixels, a multiple of 32.")
 force = click.option("--force", is_flag=True, help="Replace what other inputs made.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 export_dir = click.option(
-    "--export-dir", type=click.Path(file_okay=False, path_type=Path), default=Path("export"), show_default=True,
-    help="Folder of recorded ONNX files.",
-)  # fmt: skip
+    "--export-dir", type=FOLDER, default=Path("export"), show_default=True, help="Folder of recorded ONNX files."
+)
 engines_dir = click.option(
-    "--engines-dir", type=click.Path(file_okay=False, path_type=Path), default=Path("engines"), show_default=True,
-    help="Folder of recorded engines.",
-)  # fmt: skip
+    "--engines-dir", type=FOLDER, default=Path("engines"), show_default=True, help="Folder of recorded engines."
+)
+
+
+def output_dir(default: str, text: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Where a command writes."""
+    return click.option("--output-dir", type=FOLDER, default=Path(default), show_default=True, help=text)
 
 
 class DefaultGroup(click.Group):
@@ -134,28 +124,14 @@ def echo_json(document: Any) -> None:
     click.echo(printable_json(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False)))
 
 
-def refuse_engines_without_gpu(files: Iterable[Path]) -> None:
-    """Raise MissingRequirementError for a named engine where no GPU is, before torch is loaded (seconds)."""
-    if any(Path(file).suffix == ".engine" for file in files):
-        from cnx_deploy.exporters.trt.backend import require_gpu
-
-        require_gpu()
-
-
-def refuse_recorded_engine_without_gpu(path: Path) -> None:
-    """The same for one file, told by its content; an engine that no manifest names is refused as such first.
-
-    Raises what `artifacts.open_artifact` raises for an engine; other files are left to whoever reads them.
-    """
-    if path.suffix != ".engine" or not path.is_file():
-        return
-    from cnx_deploy.verification.inspect import kind_of_file
-
-    if kind_of_file(path) == "engine":
-        from cnx_deploy.core.artifacts import open_artifact
-
-        open_artifact(path)
-        refuse_engines_without_gpu([path])
+def echo_artifacts(artifacts: Iterable[Any], *, as_json: bool) -> None:
+    """Print the paths of artifacts that were made."""
+    made = [{"path": str(artifact.path), "sha256": artifact.sha256} for artifact in artifacts]
+    if as_json:
+        echo_json({"artifacts": made})
+    else:
+        for row in made:
+            echo(row["path"])
 
 
 @contextlib.contextmanager

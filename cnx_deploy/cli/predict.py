@@ -10,34 +10,29 @@ from cnx_deploy.core.errors import InputError
 
 
 @click.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("artifact", type=options.PATH)
+@click.argument("images", nargs=-1, required=True, type=options.PATH)
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes named for each image.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images run at once.")
 @options.as_json
-@click.pass_context
-def predict(
-    ctx: click.Context, artifact: Path, images: tuple[Path, ...], top: int, batch_size: int, as_json: bool
-) -> None:
+def predict(artifact: Path, images: tuple[Path, ...], top: int, batch_size: int, as_json: bool) -> None:
     """Predict for IMAGES (files, or folders of them) with ARTIFACT: a checkpoint, an ONNX file or an engine.
 
     A file that is no image gets a row that says so, and exit code 2 at the end.
     """
-    options.refuse_recorded_engine_without_gpu(artifact)
     from cnx_deploy.verification.predict import find_image_files, open_predictor, predict_images
 
     files = find_image_files(images)
     rows = []
-    with open_predictor(artifact, many=len(files) > 1) as predictor:
-        for text in predictor.notes:
+    with open_predictor(artifact, many=len(files) > 1) as model:
+        for text in model.notes:
             options.note(f"Note: {text}")
-        for row in predict_images(predictor, files, top=top, batch_size=batch_size):
+        for row in predict_images(model, files, top=top, batch_size=batch_size):
             rows.append(row)
             if not as_json:
                 options.echo(one_line(f"{row.path}: {row}"))
     if as_json:
         options.echo_json({"artifact": str(artifact), "predictions": [row.to_dict() for row in rows]})
-    failed = sum(row.error is not None for row in rows)
-    if failed:
+    if failed := sum(row.error is not None for row in rows):
         options.note(f"Error: {failed} of {len(rows)} files could not be classified.")
-        ctx.exit(InputError.exit_code)
+        raise click.exceptions.Exit(InputError.exit_code)

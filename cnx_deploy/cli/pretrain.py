@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("data", type=options.PATH)
 @options.variant
 @options.checkpoint
 @click.option("--mask-ratio", type=float, default=0.6, show_default=True, help="Share of patches that are hidden.")

@@ -13,16 +13,14 @@ if TYPE_CHECKING:
     from cnx_deploy.data import Dataset
     from cnx_deploy.training import TrainingSpec
 
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-
 
 @click.command()
-@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("data", type=options.PATH)
 @options.variant
-@click.option("--checkpoint", type=FILE, help="Weights to start from, any known layout.")
+@click.option("--checkpoint", type=options.EXISTING, help="Weights to start from, any known layout.")
 @options.pretrained
 @click.option("--reset-head", is_flag=True, help="Draw a new head for --checkpoint or --pretrained.")
-@click.option("--init", type=FILE, help="Weights to start from; a head of other classes is drawn anew.")
+@click.option("--init", type=options.EXISTING, help="Weights to start from; a head of other classes is drawn anew.")
 @click.option(
     "--recipe", type=click.Choice(["plain", "fine-tune", "from-scratch", "article"]), default="plain",
     show_default=True, help="What sets the options that are not given: the papers' for the variant, or the article's.",

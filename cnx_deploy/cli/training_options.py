@@ -1,7 +1,6 @@
 """The options of `cnx-deploy train` and `cnx-deploy pretrain`: what both take, and what a recipe sets."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
@@ -10,7 +9,6 @@ from cnx_deploy.cli import options
 
 __all__ = ["recipe_options", "run_options"]
 
-FOLDER = click.Path(file_okay=False, path_type=Path)
 NUMBERS: tuple[tuple[str, type, str], ...] = (
     ("--epochs", int, "Times that every image is seen [plain: 30]."),
     ("--image-size", int, "Side in pixels, a multiple of 32 [224]."),
@@ -64,10 +62,8 @@ def run_options(name: str) -> Callable[[Command], Command]:
             click.option("--workers", type=int, help="Loader processes [default: 0 where the images fit in memory]."),
             click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True),
             click.option("--deterministic", is_flag=True, help="Only GPU kernels that give the same bits again."),
-            click.option(
-                "--output-dir", type=FOLDER, default=Path("runs"), show_default=True, help="A run is a folder in it."
-            ),
-            click.option("--run-dir", type=FOLDER, help=f"The run's folder itself [default: a fresh {name}-NNN]."),
+            options.output_dir("runs", "A run is a folder in it."),
+            click.option("--run-dir", type=options.FOLDER, help=f"The run's folder [default: a fresh {name}-NNN]."),
             click.option("--resume", is_flag=True, help="Go on with the newest run of the variant, or with --run-dir."),
             click.option(
                 "--no-image-check", is_flag=True, help="Start without decoding every image once to find broken ones."

@@ -1,8 +1,7 @@
 """`cnx-deploy verify`, `verify records` and `verify saved`."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,11 +10,12 @@ from cnx_deploy.cli.printable import one_line
 from cnx_deploy.core.errors import InputError, ParityError
 from cnx_deploy.runners.registry import runner_names
 
-FILES = click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+if TYPE_CHECKING:
+    from cnx_deploy.api import VerifyReport
 
 
 @click.command()
-@FILES
+@options.files
 @options.export_dir
 @options.engines_dir
 @click.option(
@@ -32,27 +32,26 @@ FILES = click.argument("files", nargs=-1, type=click.Path(path_type=Path))
     help="What runs ONNX files, on all images (repeat for several) [default: what proves most].",
 )  # fmt: skip
 @click.option(
-    "--save-inputs", type=click.Path(file_okay=False, path_type=Path),
+    "--save-inputs", type=options.FOLDER,
     help="Folder for the images and PyTorch's logits in Polygraphy's formats.",
 )  # fmt: skip
 @click.option(
-    "--save-outputs", type=click.Path(file_okay=False, path_type=Path),
+    "--save-outputs", type=options.FOLDER,
     help="New folder for both sides' logits, with hashes: `verify saved` judges them again.",
 )  # fmt: skip
 @options.as_json
 def compare(as_json: bool, **arguments: Any) -> None:
     """Compare ONNX FILES and engines with PyTorch; by default everything recorded. Exit code 3 when a gate fails."""
-    options.refuse_engines_without_gpu(arguments["files"])
-    from cnx_deploy.api import VerifyRequest, run_verifications
+    from cnx_deploy import verify
 
+    files = arguments.pop("files")
     with options.reporter("Verifying") as progress:
-        request = VerifyRequest(**arguments)
-        verifications = run_verifications(request, options.note, lambda text, images: progress(text, 0.0))
-    _show(verifications, as_json=as_json)
+        report = verify(files, note=options.note, progress=lambda text, images: progress(text, 0.0), **arguments)
+    _show(report, as_json=as_json)
 
 
 @click.command()
-@FILES
+@options.files
 @options.export_dir
 @options.engines_dir
 @options.as_json
@@ -74,7 +73,7 @@ def records(files: tuple[Path, ...], export_dir: Path, engines_dir: Path, as_jso
 
 
 @click.command()
-@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("folder", type=options.FOLDER)
 @click.option("--gate", metavar="NAME", help="Gate to judge by in place of the saved one.")
 @click.option("--relative-l2", type=float, help="Largest relative L2 of an image.")
 @click.option("--cosine", type=float, help="Smallest centred cosine of an image.")
@@ -83,23 +82,21 @@ def records(files: tuple[Path, ...], export_dir: Path, engines_dir: Path, as_jso
 @options.as_json
 def saved(folder: Path, as_json: bool, **gate: Any) -> None:
     """Judge again what `verify --save-outputs` wrote to FOLDER and run nothing. Exit code 3 when a gate fails."""
+    from cnx_deploy.api import VerifyReport
     from cnx_deploy.verification.saved_results import judge_saved
 
-    _show(judge_saved(folder, **gate), as_json=as_json)
+    _show(VerifyReport(tuple(judge_saved(folder, **gate))), as_json=as_json)
 
 
 verify = options.DefaultGroup("verify", compare, (records, saved))
 
 
-def _show(verifications: Sequence[Any], *, as_json: bool) -> None:
+def _show(report: "VerifyReport", *, as_json: bool) -> None:
     """A row for each result; ends the command where one failed."""
-    from cnx_deploy.verification.metrics import table_of
-
     if as_json:
-        options.echo_json({"verifications": [entry.to_dict() for entry in verifications]})
+        options.echo_json(report.to_dict())
     else:
-        options.echo("\n".join(table_of(verifications)))
-    failed = [entry.artifact for entry in verifications if not entry.passed]
-    if failed:
+        options.echo(report)
+    if failed := [entry.artifact for entry in report.results if not entry.passed]:
         message = f"{', '.join(failed)} differ from PyTorch by more than the gate allows; see the rows above."
         options.fail(ParityError(message), as_json=as_json)

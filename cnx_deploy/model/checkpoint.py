@@ -6,7 +6,7 @@ done with the weights, and their hash.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,10 @@ from cnx_deploy.model.pretrained import PRETRAINED_LICENCE, fetch_pretrained, va
 from cnx_deploy.model.tasks.base import Task, find_task
 from cnx_deploy.model.weight_files import METADATA_KEY, WeightFile, read_weight_file
 
-__all__ = ["LoadedModel", "hash_weights", "load_checkpoint", "load_pretrained", "resolve_model", "save_checkpoint"]
+__all__ = [
+    "LoadedModel", "ModelRequest", "hash_weights", "load_checkpoint", "load_pretrained", "resolve_model",
+    "save_checkpoint",
+]  # fmt: skip
 
 FORMAT_VERSION = 1
 RANDOM_LICENCE = "none (random weights)"
@@ -158,6 +161,39 @@ def resolve_model(
     classes = 1000 if num_classes is None else num_classes
     model = random_model(variant, classes, seed=seed, task=task or "classification")
     return LoadedModel(model, WeightsRecord("random", str(seed), hash_weights(model), RANDOM_LICENCE))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRequest:
+    """Which weights a command takes, and at which image size: a checkpoint, published ones, or random ones by `seed`.
+
+    See `resolve_model`. `image_size` None means the checkpoint's own, else 224.
+    """
+
+    variant: str | None = None
+    checkpoint: Path | None = None
+    pretrained: str | None = None
+    seed: int = 0
+    task: str | None = None
+    num_classes: int | None = None
+    reset_head: bool = False
+    image_size: int | None = None
+
+    def load(self, note: Callable[[str], None]) -> tuple[LoadedModel, Preprocessing]:
+        """The model and how its images are made; `note` is told of random weights and of a new head."""
+        loaded = resolve_model(
+            self.variant, checkpoint=self.checkpoint, pretrained=self.pretrained, seed=self.seed,
+            num_classes=self.num_classes, reset_head=self.reset_head, task=self.task,
+        )  # fmt: skip
+        if loaded.weights.origin == "random":
+            # A fresh network has these without effect; random weights give them one.
+            included = "GRN" if loaded.model.variant.version == 2 else "LayerScale"
+            note(f"No checkpoint: weights are random (seed {self.seed}), {included} included. Results mean nothing.")
+        if loaded.head_is_new:
+            note(f"The head for {loaded.model.num_classes} classes is new and random: train it before it is used.")
+        preprocessing = loaded.preprocessing or Preprocessing()
+        size = preprocessing.image_size if self.image_size is None else self.image_size
+        return loaded, replace(preprocessing, image_size=size)
 
 
 def save_checkpoint(

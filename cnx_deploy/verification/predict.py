@@ -10,16 +10,11 @@ import torch
 
 from cnx_deploy.core.artifacts import refused_engine
 from cnx_deploy.core.deploy_spec import DeploySpec
-from cnx_deploy.core.errors import (
-    CheckFailedError,
-    CorruptArtifactError,
-    InputError,
-    MissingRequirementError,
-)
+from cnx_deploy.core.errors import CheckFailedError, CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.strict_json import strict_json, typed
-from cnx_deploy.data import SUFFIXES, ImageBatch, ImageFiles, ImageSource
+from cnx_deploy.data import SUFFIXES, GivenImages, ImageBatch, ImageFiles, ImageSource
 from cnx_deploy.data.dataset import images_below
 from cnx_deploy.exporters.graph_checks import admit_onnx
 from cnx_deploy.exporters.untrusted import limits_for
@@ -32,14 +27,15 @@ from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.runners.registry import RunnerOptions, open_runner
 from cnx_deploy.verification.inspect import ONNX_CHECKS, check_suffix, kind_of_file, recorded_artifact
 
-__all__ = ["Predictor", "find_image_files", "open_predictor", "predict_images"]
+__all__ = ["Model", "find_image_files", "open_predictor", "predict_images"]
 
 
 @dataclass(frozen=True, slots=True)
-class Predictor:
-    """A runner, its task, how its images are made and what its classes are called. Use it as a context manager.
+class Model:
+    """An opened checkpoint, ONNX file or engine: its runner, its task, how its images are made and its classes.
 
-    `class_names` None: the artifact names none, so classes go by their index. `notes` say what was assumed.
+    Use it as a context manager. `class_names` None: the artifact names none, so classes go by their index. `notes` say
+    what was assumed of it, for example that its weights are random.
     """
 
     runner: Runner
@@ -57,8 +53,30 @@ class Predictor:
     ) -> None:
         self.runner.__exit__(kind, error, trace)
 
+    def __repr__(self) -> str:
+        info, size = self.runner.info, self.preprocessing.image_size
+        return f"Model({info.backend} {info.version} in {info.arithmetic} on {info.device}, {size} px)"
 
-def open_predictor(path: Path, *, many: bool = False, device: str = "cpu") -> Predictor:
+    def predict(self, images: Any, *, top: int = 5, batch_size: int = 8) -> Any:
+        """Answer for one image or a list of them; each is resized, cropped and normalised as the model asks for.
+
+        Args:
+            images: paths; PIL images of any mode; arrays (H, W, 3) or (H, W) of uint8; tensors (3, H, W) of uint8, or
+                of floats in [0, 1]; or a `data.ImageSource`. A list and a source give a list.
+            top: classes named for each image.
+            batch_size: images run at once, within the range that the model takes.
+
+        Returns:
+            The task's `Prediction` for an image; of a classifier it has `scores`, the best class first, with
+            probabilities in [0, 1]. For a file that cannot be read it has no answer and says why in `error`.
+        """
+        is_single = not isinstance(images, list | tuple | ImageSource)
+        source = images if isinstance(images, ImageSource) else GivenImages([images] if is_single else images)
+        predictions = list(predict_images(self, source, top=top, batch_size=batch_size))
+        return predictions[0] if is_single else predictions
+
+
+def open_predictor(path: Path, *, many: bool = False, device: str = "cpu") -> Model:
     """Open a checkpoint, an ONNX file or an engine, told by its content, on `device` (cpu or cuda) or the engine's GPU.
 
     Hashes are checked where a manifest names the file. An ONNX file of this project without its manifest is taken
@@ -70,7 +88,7 @@ def open_predictor(path: Path, *, many: bool = False, device: str = "cpu") -> Pr
     kind = kind_of_file(path)
     artifact = recorded_artifact(path)
     if artifact is not None:
-        return _recorded_predictor(artifact, many, device)
+        return _recorded_model(artifact, many, device)
     if kind == "engine":
         raise refused_engine(path)
     if kind == "onnx":
@@ -80,7 +98,7 @@ def open_predictor(path: Path, *, many: bool = False, device: str = "cpu") -> Pr
             f"{path} is neither a checkpoint, nor an ONNX file, nor an engine by its content; only these can predict."
         )
     check_suffix(path, kind)
-    return _checkpoint_predictor(path, device)
+    return _checkpoint_model(path, device)
 
 
 def find_image_files(paths: Sequence[Path]) -> ImageFiles:
@@ -101,9 +119,7 @@ def find_image_files(paths: Sequence[Path]) -> ImageFiles:
     return ImageFiles(tuple(found))
 
 
-def predict_images(
-    predictor: Predictor, images: ImageSource, *, top: int = 5, batch_size: int = 8
-) -> Iterator[Prediction]:
+def predict_images(predictor: Model, images: ImageSource, *, top: int = 5, batch_size: int = 8) -> Iterator[Prediction]:
     """Yield one prediction an image, in order; an image that cannot be read gives its reason and the rest go on.
 
     `top` is cut to the number of classes, `batch_size` to the runner's range. Raises CheckFailedError, which names the
@@ -126,17 +142,15 @@ def predict_images(
         yield unread(index)
 
 
-def _recorded_predictor(artifact: Artifact, many: bool, device: str) -> Predictor:
+def _recorded_model(artifact: Artifact, many: bool, device: str) -> Model:
     model = artifact.manifest.model
-    is_random = model.weights.origin == "random"
-    notes = (
-        (f"The weights are random (seed {model.weights.reference}): the answers mean nothing.",) if is_random else ()
-    )
+    seed = f"The weights are random (seed {model.weights.reference}): the answers mean nothing."
+    notes = (seed,) if model.weights.origin == "random" else ()
     runner = open_runner(artifact, options=RunnerOptions(device=device, thread_per_image=many, hashes_hold=True))
-    return Predictor(runner, find_task(model.task), model.preprocessing, model.class_names, notes)
+    return Model(runner, find_task(model.task), model.preprocessing, model.class_names, notes)
 
 
-def _unrecorded_onnx(path: Path, many: bool, device: str) -> Predictor:
+def _unrecorded_onnx(path: Path, many: bool, device: str) -> Model:
     admission = admit_onnx(path)
     metadata = admission.facts.metadata
     if "cnx_deploy.preprocessing" not in metadata:
@@ -154,10 +168,8 @@ def _unrecorded_onnx(path: Path, many: bool, device: str) -> Predictor:
         names = None if written is None else typed(written, tuple[str, ...])
     except ValueError as error:
         raise CorruptArtifactError(f"{path} has metadata that is not JSON ({error}). Export it again.") from error
-    preprocessing, task = (
-        Preprocessing.from_dict(recorded),
-        find_task(metadata.get("cnx_deploy.task", "classification")),
-    )
+    preprocessing = Preprocessing.from_dict(recorded)
+    task = find_task(metadata.get("cnx_deploy.task", "classification"))
     checks = list(ONNX_CHECKS)
     if "BFLOAT16" not in admission.facts.types:
         trial_run(path, limits_for(admission.size_bytes))
@@ -167,17 +179,17 @@ def _unrecorded_onnx(path: Path, many: bool, device: str) -> Predictor:
     if metadata.get("cnx_deploy.weights_origin") == "random":
         notes.append("The weights are random: the answers mean nothing.")
     runner = OrtRunner(path, device=device, thread_per_image=many)
-    return Predictor(runner, task, preprocessing, names or None, tuple(notes))
+    return Model(runner, task, preprocessing, names or None, tuple(notes))
 
 
-def _checkpoint_predictor(path: Path, device: str) -> Predictor:
+def _checkpoint_model(path: Path, device: str) -> Model:
     if device == "cuda" and not torch.cuda.is_available():
         raise MissingRequirementError("PyTorch finds no GPU here, so the device cuda cannot be used. Use --device cpu.")
     loaded = load_checkpoint(path)
     preprocessing = loaded.preprocessing or Preprocessing()
     spec = DeploySpec(image_size=preprocessing.image_size, mean=preprocessing.mean, std=preprocessing.std)
     assumed = f"The checkpoint says nothing of its images: {preprocessing.image_size} px and ImageNet's mean and std."
-    return Predictor(
+    return Model(
         reference_runner(loaded.model.to(device), spec),
         loaded.model.task,
         preprocessing,
@@ -186,7 +198,7 @@ def _checkpoint_predictor(path: Path, device: str) -> Predictor:
     )
 
 
-def _predicted(predictor: Predictor, batch: ImageBatch, top: int) -> list[Prediction]:
+def _predicted(predictor: Model, batch: ImageBatch, top: int) -> list[Prediction]:
     """The answer to each image of a batch."""
     runner, task = predictor.runner, predictor.task
     given = runner.run(batch.images.to(runner.device))

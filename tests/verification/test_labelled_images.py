@@ -34,7 +34,7 @@ from cnx_deploy.runners.registry import open_runner
 from cnx_deploy.verification.evaluation import evaluate
 from cnx_deploy.verification.metrics import LabelledResult, RunningComparison
 from cnx_deploy.verification.parity import NOISE_MARGIN, differences
-from cnx_deploy.verification.predict import Predictor, predict_images
+from cnx_deploy.verification.predict import Model, predict_images
 from cnx_deploy.verification.saved_results import SavedResults, read_saved
 from cnx_deploy.verification.verify import Candidate, Reference, verify_artifact
 from tests.support.artifacts import copy_artifact
@@ -346,7 +346,7 @@ def test_a_source_from_outside_is_verified_evaluated_and_classified_as_the_same_
     runner = OrtRunner(recorded[0].path)
     evaluations = [evaluate(runner, data, Preprocessing(image_size=32), class_names=NAMES) for data in (images, source)]
     assert evaluations[0].per_class == evaluations[1].per_class
-    predictor = Predictor(runner, find_task("classification"), Preprocessing(image_size=32), NAMES)
+    predictor = Model(runner, find_task("classification"), Preprocessing(image_size=32), NAMES)
     rows = list(predict_images(predictor, source, top=1))
     assert ([row.path for row in rows], len(rows)) == ([f"image {at}" for at in range(COUNT)], COUNT)
     assert sum(row.scores[0].name == NAMES[at % 10] for at, row in enumerate(rows)) == evaluations[0].correct_top1

@@ -26,7 +26,7 @@ from cnx_deploy.model.checkpoint import LoadedModel, WeightsRecord, hash_weights
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.model.recorded import model_record
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.verification.predict import Predictor, find_image_files, open_predictor, predict_images
+from cnx_deploy.verification.predict import Model, find_image_files, open_predictor, predict_images
 from tests.support.artifacts import copy_artifact
 
 NAMES = ("cat", "dog", "owl", "ant", "bee", "elk")
@@ -217,7 +217,7 @@ def test_a_file_that_is_no_artifact_is_an_input_error(tmp_path):
 
 @pytest.fixture
 def tiny_predictor(tiny_model):
-    return Predictor(reference_runner(tiny_model, DeploySpec(image_size=64)), tiny_model.task, Preprocessing(64), None)
+    return Model(reference_runner(tiny_model, DeploySpec(image_size=64)), tiny_model.task, Preprocessing(64), None)
 
 
 def test_nan_inf_input_whose_logits_are_not_finite_is_a_failed_check(tiny_predictor, photos, monkeypatch):
