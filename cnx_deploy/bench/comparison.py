@@ -28,12 +28,12 @@ from cnx_deploy.bench.record import (
     PlannedRow,
     Timing,
     WeightsFacts,
-)
+)  # fmt: skip
 from cnx_deploy.bench.statistics import knees, sweep_batches, sweep_is_over
 from cnx_deploy.bench.timing import Contender, Expected, Progress, TimingSpec, measure_together, open_contender
 from cnx_deploy.core.artifacts import find_artifacts, open_artifact, select_artifacts
 from cnx_deploy.core.errors import InputError, MissingRequirementError
-from cnx_deploy.core.manifest import Artifact, EngineFacts, OnnxFacts
+from cnx_deploy.core.manifest import Artifact, OnnxFacts
 from cnx_deploy.core.precision import PRECISIONS, find_precision
 from cnx_deploy.core.system import cpu_count
 from cnx_deploy.data import image_like_batches, runner_input
@@ -100,16 +100,13 @@ class BenchSpec:
 class _Network:
     """One network being measured: its artifacts, weights and open runners, and what has become of it so far."""
 
+    name: str
     artifacts: Sequence[Artifact]
+    facts: NetworkFacts
     loaded: LoadedModel
     contenders: list[Contender] = field(default_factory=list)
     rows: list[Timing] = field(default_factory=list)
     not_run: list[NotRun] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """The name that rows have for it."""
-        return _network_name(self.artifacts[0])
 
 
 def run_benchmark(spec: BenchSpec, note: Note, progress: Progress | None = None) -> BenchmarkRecord:
@@ -140,7 +137,7 @@ def run_benchmark(spec: BenchSpec, note: Note, progress: Progress | None = None)
     rows = tuple(row for network in networks for row in network.rows)
     return BenchmarkRecord(
         environment=conditions,
-        networks={network.name: _network_facts(network.artifacts) for network in networks},
+        networks={network.name: network.facts for network in networks},
         rows=rows,
         not_run=tuple(missing for network in networks for missing in network.not_run),
         sweep=knees(rows, spec.slo_ms) if spec.sweep_to is not None else (),
@@ -153,9 +150,8 @@ def plan_benchmark(spec: BenchSpec, note: Note) -> Plan:
 
     The bounds are at the largest batch: of this machine's GPU where it is known, else of all GPUs in the table.
     """
-    artifacts: list[Artifact] = [
-        *find_artifacts(spec.export_dir, "onnx"), *find_artifacts(spec.engines_dir, "engine"),
-    ]  # fmt: skip
+    exported, built = find_artifacts(spec.export_dir, "onnx"), find_artifacts(spec.engines_dir, "engine")
+    artifacts: list[Artifact] = [*exported, *built]
     if spec.files or not artifacts:
         artifacts = list(select_artifacts(spec.files, spec.export_dir, spec.engines_dir, note))
     groups = list(_networks_of(artifacts))
@@ -185,10 +181,6 @@ def _networks_of(artifacts: Sequence[Artifact]) -> Iterator[list[Artifact]]:
     yield from groups.values()
 
 
-def _precisions_of(artifacts: Sequence[Artifact]) -> tuple[str, ...]:
-    return tuple(artifact.manifest.precision.name for artifact in artifacts)
-
-
 def _network_name(artifact: Artifact) -> str:
     """`atto-224-1a2b3c4d`: variant, image size, the first digits of the weights' hash; `-uint8` for that input."""
     model, kind = artifact.manifest.model, artifact.manifest.deploy.input_kind
@@ -214,46 +206,38 @@ def _network_facts(artifacts: Sequence[Artifact]) -> NetworkFacts:
 
 
 def _file_facts(artifact: Artifact) -> FileFacts:
-    facts = artifact.manifest.facts
-    return FileFacts(
-        sha256=artifact.sha256,
-        precision=artifact.manifest.precision.name,
-        fp32_layers=facts.census.float_layers if isinstance(facts, EngineFacts) else None,
-        tensors_by_type=facts.types if isinstance(facts, OnnxFacts) else None,
-        compiled=_compiled_facts(artifact),
-    )
-
-
-def _compiled_facts(artifact: Artifact) -> CompiledFacts:
-    facts = artifact.manifest.facts
-    if not isinstance(facts, EngineFacts) or facts.compiled is None:
-        return CompiledFacts()
-    return CompiledFacts(facts.compiled.batch, facts.compiled.kernels, facts.compiled.megabytes_per_image)
+    facts, digest, precision = artifact.manifest.facts, artifact.sha256, artifact.manifest.precision.name
+    if isinstance(facts, OnnxFacts):
+        return FileFacts(digest, precision, tensors_by_type=facts.types)
+    chosen = facts.compiled
+    compiled = CompiledFacts(chosen.batch, chosen.kernels, chosen.megabytes_per_image) if chosen else CompiledFacts()
+    return FileFacts(digest, precision, fp32_layers=facts.census.float_layers, compiled=compiled)
 
 
 def _planned(group: Sequence[Artifact], spec: BenchSpec) -> Iterator[PlannedRow]:
     network = _network_name(group[0])
-    _, precision = place_of_peers(_precisions_of(group))
+    _, precision = _place_of_peers(group)
     for batch in spec.batch_sizes:
         for peer in (PEERS[word] for word in spec.compare):
             yield PlannedRow(network, peer.row_name(precision), batch, peer.missing())
         for artifact in group:
             smallest, _, largest = artifact.manifest.batch
             if smallest <= batch <= largest:
-                yield PlannedRow(network, artifact.path.name, batch, _missing(artifact))
+                missing = None
+                try:
+                    default_runner(artifact)
+                except MissingRequirementError as error:
+                    missing = str(error)
+                yield PlannedRow(network, artifact.path.name, batch, missing)
 
 
-def _missing(artifact: Artifact) -> str | None:
-    """What this machine lacks to run an artifact; None where a runner takes it."""
-    try:
-        default_runner(artifact)
-    except MissingRequirementError as error:
-        return str(error)
-    return None
+def _place_of_peers(artifacts: Sequence[Artifact]) -> tuple[str, str]:
+    return place_of_peers(artifact.manifest.precision.name for artifact in artifacts)
 
 
 def _measure_network(artifacts: Sequence[Artifact], spec: BenchSpec, progress: Progress | None) -> _Network:
-    network = _Network(artifacts, recorded_model(artifacts[0]))
+    loaded = recorded_model(artifacts[0])
+    network = _Network(_network_name(artifacts[0]), artifacts, _network_facts(artifacts), loaded)
     with ExitStack() as stack:
         _open_peers(network, spec, stack)
         _open_artifacts(network, spec, stack)
@@ -263,16 +247,15 @@ def _measure_network(artifacts: Sequence[Artifact], spec: BenchSpec, progress: P
 
 
 def _open_peers(network: _Network, spec: BenchSpec, stack: ExitStack) -> None:
-    deploy = network.artifacts[0].manifest.deploy
-    place = place_of_peers(_precisions_of(network.artifacts))
+    deploy, place = network.artifacts[0].manifest.deploy, _place_of_peers(network.artifacts)
     for peer in (PEERS[word] for word in spec.compare):
         name, gate = peer.row_name(place[1]), find_precision(peer.precision_here(place[1])).gate
-        gate = network.loaded.model.task.gate(gate)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         # A model of its own: the peer may move it to a GPU, and the reference stays on the CPU.
         setup = PeerSetup(copy.deepcopy(network.loaded.model), deploy, spec.runner_options, folder, *place)
         try:
-            contender = open_contender(name, network.name, peer.prepare(setup), gate, stack)
+            make, gate = peer.prepare(setup), network.loaded.model.task.gate(gate)
+            contender = open_contender(name, network.name, make, gate, stack)
         except MissingRequirementError as error:
             network.not_run.append(NotRun(name, network.name, None, None, None, str(error)))
         else:
@@ -286,7 +269,7 @@ def _open_artifacts(network: _Network, spec: BenchSpec, stack: ExitStack) -> Non
         try:
             network.contenders.append(open_contender(name, network.name, make, recorded_gate(artifact), stack))
         except MissingRequirementError as error:
-            compiled = _compiled_facts(artifact)
+            compiled = network.facts.files[name].compiled
             figures = (compiled.batch, compiled.kernels, compiled.megabytes_per_image)
             network.not_run.append(NotRun(name, network.name, *figures, str(error)))
     if not spec.compare and network.contenders:
@@ -315,8 +298,7 @@ def _measure(network: _Network, batch: int, spec: BenchSpec, progress: Progress 
     images = [contender.images_from_pixels(pixels) for contender in fitting]
     timing = TimingSpec(duration_seconds=spec.duration_seconds, seed=spec.seed)
     rows = measure_together(fitting, images, timing, expected=expected, progress=progress)
-    facts = _network_facts(network.artifacts)
-    network.rows.extend(replace(row, roofline=bound_of_row(row, facts)) for row in rows)
+    network.rows.extend(replace(row, roofline=bound_of_row(row, network.facts)) for row in rows)
 
 
 def bound_of_row(row: Timing, network: NetworkFacts) -> Bound | None:

@@ -61,19 +61,19 @@ def doubts(conditions: Conditions, omp_threads: str | None = None) -> tuple[str,
 
     `omp_threads` is the value of OMP_NUM_THREADS, which the caller reads.
     """
-    threads, processors, reasons = conditions.threads, conditions.processors, []
+    threads, processors, load = conditions.threads, conditions.processors, conditions.load_average
+    reasons = list(throttling(conditions.gpus))
     if threads > processors:
         reasons.append(f"{threads} threads on {processors} processors wait for each other: use --threads {processors}")
-    if omp_threads is not None and omp_threads != str(threads):
+    if omp_threads not in (None, str(threads)):
         reasons.append(
             f"OMP_NUM_THREADS is {omp_threads}, and {threads} threads are measured: unset it or set --threads"
         )
-    if conditions.load_average is not None and conditions.load_average > processors:
-        load = f"{conditions.load_average:.1f}"
-        reasons.append(f"the load average was {load} on {processors} processors before the start: others are working")
+    if load is not None and load > processors:
+        reasons.append(f"the load average was {load:.1f} on {processors} processors before the start: others work")
     if conditions.gpu_processes:
         reasons.append(f"{conditions.gpu_processes} other processes were on the GPU before the start")
-    return (*reasons, *throttling(conditions.gpus))
+    return tuple(reasons)
 
 
 def throttling(gpus: tuple[GpuState, ...]) -> tuple[str, ...]:
@@ -88,8 +88,15 @@ def gpu_states() -> tuple[GpuState, ...]:
 
 def states_from_csv(text: str) -> tuple[GpuState, ...]:
     """Read the tool's CSV, one line a GPU in the order of `STATE_FIELDS`; other lines are left out."""
-    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
-    return tuple(_state(*row) for row in rows if len(row) == len(STATE_FIELDS))
+    states = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) == len(STATE_FIELDS):
+            name, driver, sm, max_sm, draw, limit, ecc, mig, mask = cells
+            bits = int(mask, 16) if mask.startswith("0x") else 0
+            reasons = tuple(reason for bit, reason in THROTTLE_BITS.items() if bits & bit)
+            states.append(GpuState(name, driver, sm, max_sm, draw, limit, ecc, mig, reasons))
+    return tuple(states)
 
 
 def isa_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
@@ -100,14 +107,6 @@ def isa_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     present = set(flags.partition(":")[2].split())
     return tuple(flag for flag in ISA_FLAGS if flag in present)
-
-
-def _state(
-    name: str, driver: str, sm: str, max_sm: str, draw: str, limit: str, ecc: str, mig: str, mask: str
-) -> GpuState:
-    bits = int(mask, 16) if mask.startswith("0x") else 0
-    reasons = tuple(reason for bit, reason in THROTTLE_BITS.items() if bits & bit)
-    return GpuState(name, driver, sm, max_sm, draw, limit, ecc, mig, reasons)
 
 
 def _nvidia_smi(query: str) -> str:

@@ -6,13 +6,15 @@ peer images a second are compared, and only on the same machine. What was UNSTAB
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from cnx_deploy.bench.record import BenchmarkRecord, NetworkFacts, Timing, read_benchmark
+from cnx_deploy.bench.record import BenchmarkRecord, Timing
 from cnx_deploy.core.errors import InputError
 
-__all__ = ["Verdict", "failures", "judge_against", "judge_files"]
+__all__ = ["Verdict", "failures", "judge_against"]
+
+IDENTITY = ("variant", "image_size", "num_classes", "input")
+"""What has to be equal for a network to be the same; its weights may be trained further."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +33,11 @@ class Verdict:
     change: float | None = None
     reason: str = ""
 
-
-def judge_files(baseline: Path, current: Path, max_regress: float = 0.05) -> list[Verdict]:
-    """Read two documents that `bench --json` printed, and judge the later against the earlier."""
-    return judge_against(read_benchmark(baseline), read_benchmark(current), max_regress)
+    def __str__(self) -> str:
+        figures = self.reason
+        if self.change is not None:
+            figures = f"{self.measure} {self.before:.4g} -> {self.now:.4g} ({self.change - 1:+.1%})"
+        return f"gate: {self.name} batch {self.batch}: {self.verdict}, {figures}"
 
 
 def judge_against(baseline: BenchmarkRecord, current: BenchmarkRecord, max_regress: float = 0.05) -> list[Verdict]:
@@ -79,14 +82,9 @@ def _undecidable(before: Timing, now: Timing | None, baseline: BenchmarkRecord, 
     for row, when in ((before, "in the baseline"), (now, "now")):
         if row.status != "OK":
             return f"it is {row.status} {when}"
-    earlier, later = _identity(baseline.networks[before.network]), _identity(current.networks[now.network])
-    differing = [name for name, value in earlier.items() if later[name] != value]
+    networks = baseline.networks[before.network], current.networks[now.network]
+    differing = [name for name in IDENTITY if len({getattr(network, name) for network in networks}) > 1]
     return f"another network: {', '.join(differing)} differ" if differing else ""
-
-
-def _identity(network: NetworkFacts) -> dict[str, object]:
-    """What has to be equal for a network to be the same; its weights may be trained further."""
-    return {name: getattr(network, name) for name in ("variant", "image_size", "num_classes", "input")}
 
 
 def _figures(
@@ -97,7 +95,11 @@ def _figures(
     theirs = {ratio.peer: ratio.ratio for ratio in now.ratios if ratio.peer not in current.networks[now.network].files}
     for ratio in before.ratios:
         if ratio.peer in theirs and ratio.peer not in baseline.networks[before.network].files:
-            earlier, later = _version(ratio.peer, baseline), _version(ratio.peer, current)
+            # The release of the peer's backend: one that got faster itself looks like a regression of ours.
+            earlier, later = (
+                next((row.version for row in record.rows if row.name == ratio.peer), "unknown")
+                for record in (baseline, current)
+            )
             changed = f" ({later}, was {earlier})" if earlier != later else ""
             return f"ratio to {ratio.peer}{changed}", ratio.ratio, theirs[ratio.peer]
     machines = baseline.environment.machine, current.environment.machine
@@ -107,8 +109,3 @@ def _figures(
             "cannot be compared. Measure both with the same --compare, for example --compare torch."
         )
     return "images/s", before.images_per_second, now.images_per_second
-
-
-def _version(peer: str, record: BenchmarkRecord) -> str:
-    """The release of the peer's backend: one that got faster itself looks like a regression of ours."""
-    return next((row.version for row in record.rows if row.name == peer), "unknown")

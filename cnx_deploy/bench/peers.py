@@ -165,25 +165,18 @@ def timm_twin(model: ConvNeXtV2) -> nn.Module:
     return twin.eval()
 
 
-def _eager(setup: PeerSetup) -> Callable[[], TorchRunner]:
+def _torch(setup: PeerSetup, *, compiles: bool = False) -> Callable[[], TorchRunner]:
     model = setup.model.to(setup.device)
 
     def make() -> TorchRunner:
-        runner = reference_runner(model, setup.deploy)
-        half = setup.precision
-        if not find_precision(half).has_islands:
-            return runner
-        info = replace(runner.info, precision=half, arithmetic=half, details=(("autocast", half),))
-        dtype = getattr(torch, find_precision(half).dtype)
-        module = HalfAutocast(runner.module, setup.device, dtype).to(setup.device)
-        return TorchRunner(module, runner.input_spec, info, runner.outputs)
+        runner, half = reference_runner(model, setup.deploy), find_precision(setup.precision)
+        if half.has_islands:
+            info = replace(runner.info, precision=half.name, arithmetic=half.name, details=(("autocast", half.name),))
+            module = HalfAutocast(runner.module, setup.device, getattr(torch, half.dtype)).to(setup.device)
+            runner = TorchRunner(module, runner.input_spec, info, runner.outputs)
+        return CompiledRunner(runner) if compiles else runner
 
     return make
-
-
-def _compiled(setup: PeerSetup) -> Callable[[], Runner]:
-    make = _eager(setup)
-    return lambda: CompiledRunner(make())
 
 
 def _timm(setup: PeerSetup, opset: int = OPSET, *, in_whole_batches: bool = False) -> Callable[[], Runner]:
@@ -211,8 +204,8 @@ def _timm(setup: PeerSetup, opset: int = OPSET, *, in_whole_batches: bool = Fals
 
 
 PEERS = {
-    "torch": Peer("torch eager", _eager),
-    "compile": Peer("torch.compile", _compiled),
+    "torch": Peer("torch eager", _torch),
+    "compile": Peer("torch.compile", partial(_torch, compiles=True)),
     "timm": Peer("timm.onnx", _timm, is_timm=True),
     "timm-whole": Peer("timm.onnx whole batch", partial(_timm, in_whole_batches=True), is_timm=True),
     "timm-18": Peer("timm.onnx opset 18", partial(_timm, opset=OLDER_OPSET, in_whole_batches=True), is_timm=True),

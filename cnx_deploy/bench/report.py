@@ -1,14 +1,13 @@
-"""A benchmark for people: the table for a terminal, CSV that lies beside timm's, a plan and the gate's verdicts."""
+"""A benchmark for people: the table for a terminal, CSV that lies beside timm's, and a plan."""
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
-from cnx_deploy.bench.gate import Verdict
 from cnx_deploy.bench.record import BenchmarkRecord, Conditions, Knee, NetworkFacts, NotRun, Plan, Timing
 from cnx_deploy.bench.statistics import PERCENTILES
 
-__all__ = ["as_csv", "gate_lines", "plan_lines", "record_lines"]
+__all__ = ["as_csv", "plan_lines", "record_lines"]
 
 CSV_COLUMNS = (
     "model", "infer_img_size", "infer_samples_per_sec", "infer_step_time", "infer_batch_size", "param_count",
@@ -44,15 +43,6 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         figure = f"at most {bound.bound_images_per_second:>9.0f} images/s by {bound.bound_by}"
         where = f"{bound.variant} {bound.image_size} px {bound.precision} batch {bound.batch}"
         yield f"  {bound.device:32} {where:32} {figure}{', L2 may pass it' if bound.stage_1_fits_l2 else ''}"
-
-
-def gate_lines(verdicts: Sequence[Verdict]) -> Iterator[str]:
-    """One line a verdict."""
-    for verdict in verdicts:
-        figures = verdict.reason
-        if verdict.change is not None:
-            figures = f"{verdict.measure} {verdict.before:.4g} -> {verdict.now:.4g} ({verdict.change - 1:+.1%})"
-        yield f"gate: {verdict.name} batch {verdict.batch}: {verdict.verdict}, {figures}"
 
 
 def as_csv(record: BenchmarkRecord) -> str:

@@ -123,14 +123,14 @@ def gate(baseline: Path, current: Path, max_regress: float, as_json: bool) -> No
 
     Exit code 3 when a file got slower than is allowed, or nothing can be judged.
     """
-    from cnx_deploy.bench.gate import failures, judge_files
-    from cnx_deploy.bench.report import gate_lines
+    from cnx_deploy.bench.gate import failures, judge_against
+    from cnx_deploy.bench.record import read_benchmark
 
-    verdicts = judge_files(baseline, current, max_regress)
+    verdicts = judge_against(read_benchmark(baseline), read_benchmark(current), max_regress)
     if as_json:
         options.echo_json({"gate": [asdict(verdict) for verdict in verdicts]})
     else:
-        options.echo("\n".join(gate_lines(verdicts)))
+        options.echo("\n".join(map(str, verdicts)))
     _fail(failures(verdicts), as_json=as_json)
 
 

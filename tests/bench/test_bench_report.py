@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from cnx_deploy.bench.gate import Verdict
 from cnx_deploy.bench.record import NotRun, Ratio
-from cnx_deploy.bench.report import as_csv, gate_lines, record_lines
+from cnx_deploy.bench.report import as_csv, record_lines
 from cnx_deploy.bench.statistics import knees
 from tests.support.bench_rows import NETWORK, record_of, row
 
@@ -64,7 +64,7 @@ def test_a_sweeps_line_says_what_it_does_not_know() -> None:
 def test_the_gates_lines_give_both_figures_or_the_reason() -> None:
     judged = Verdict("a.onnx", 1, "regression", "ratio to torch", 4.0, 3.0, 0.75)
     unjudged = Verdict("a.onnx", 8, "undecided", reason="it is UNSTABLE now")
-    assert list(gate_lines([judged, unjudged])) == [
+    assert [str(verdict) for verdict in (judged, unjudged)] == [
         "gate: a.onnx batch 1: regression, ratio to torch 4 -> 3 (-25.0%)",
         "gate: a.onnx batch 8: undecided, it is UNSTABLE now",
     ]
