@@ -12,35 +12,13 @@ from cnx_deploy.data.image_source import (
     ImageSource,
     evenly,
     image_like_batches,
-)
+)  # fmt: skip
 from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.data.preprocessing import normalise, runner_input, to_pixels
 
 __all__ = [
-    "MAX_PIXELS",
-    "SUFFIXES",
-    "ClassBalance",
-    "Dataset",
-    "GivenImages",
-    "ImageBatch",
-    "ImageBatches",
-    "ImageCheck",
-    "ImageFiles",
-    "ImageLike",
-    "ImageSource",
-    "InputSpec",
-    "check_images",
-    "class_balance",
-    "evenly",
-    "few_labels",
-    "find_dataset",
-    "find_images",
-    "image_like_batches",
-    "image_source",
-    "load_image",
-    "normalise",
-    "runner_input",
-    "to_pixels",
-    "upright_rgb",
-    "without_broken",
-]
+    "MAX_PIXELS", "SUFFIXES", "ClassBalance", "Dataset", "GivenImages", "ImageBatch", "ImageBatches", "ImageCheck",
+    "ImageFiles", "ImageLike", "ImageSource", "InputSpec", "check_images", "class_balance", "evenly", "few_labels",
+    "find_dataset", "find_images", "image_like_batches", "image_source", "load_image", "normalise", "runner_input",
+    "to_pixels", "upright_rgb", "without_broken",
+]  # fmt: skip

@@ -1,6 +1,7 @@
 """What is wrong with a dataset before hours of work rest on it: files that cannot be read, classes that are uneven."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,11 +33,6 @@ class ImageCheck:
 
     count: int
     broken: tuple[BrokenImage, ...]
-
-    @property
-    def share(self) -> float:
-        """Broken images among all, 0 to 1."""
-        return len(self.broken) / self.count if self.count else 0.0
 
     def lines(self, at_most: int = 10) -> list[str]:
         """A summary and the first `at_most` broken files with their reasons."""
@@ -89,11 +85,8 @@ class ClassBalance:
 
 def class_balance(dataset: Dataset) -> ClassBalance:
     """Count the images of each class."""
-    counts = [[0] * len(dataset.class_names) for _ in range(2)]
-    for own, images in zip(counts, (dataset.train, dataset.val), strict=True):
-        for label in images.labels:
-            own[label] += 1
-    return ClassBalance(dataset.class_names, tuple(counts[0]), tuple(counts[1]))
+    classes, (train, val) = range(len(dataset.class_names)), map(Counter, (dataset.train.labels, dataset.val.labels))
+    return ClassBalance(dataset.class_names, tuple(train[at] for at in classes), tuple(val[at] for at in classes))
 
 
 def check_images(
@@ -103,15 +96,14 @@ def check_images(
 
     `progress` is told images done and their total. Broken images are in the order of the files.
     """
-    total, done = len(images), 0
+    total = len(images)
     broken: list[BrokenImage] = []
     with ThreadPoolExecutor(workers or cpu_count()) as pool:
-        pieces = [images.paths[start : start + PIECE] for start in range(0, total, PIECE)]
-        for piece, among in zip(pieces, pool.map(_broken_among, pieces), strict=True):
+        pieces = (images.paths[start : start + PIECE] for start in range(0, total, PIECE))
+        for number, among in enumerate(pool.map(_broken_among, pieces), start=1):
             broken.extend(among)
-            done += len(piece)
             if progress is not None:
-                progress(done, total)
+                progress(min(number * PIECE, total), total)
     return ImageCheck(total, tuple(broken))
 
 

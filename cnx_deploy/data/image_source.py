@@ -63,6 +63,8 @@ class ImageSource(ABC):
 
     class_names: tuple[str, ...] = ()
     """What the labels mean; empty where the images have none."""
+    labels: Sequence[int] = ()
+    """The class of each image; empty where they have none."""
     description: str = "the image source"
     """What messages call the whole."""
     is_thread_safe: bool = False
@@ -81,7 +83,7 @@ class ImageSource(ABC):
 
     def label(self, index: int) -> int:
         """The index of an image's class in `class_names`; -1 without labels."""
-        return -1
+        return self.labels[index] if self.labels else -1
 
     def choice(self, limit: int | None) -> list[int]:
         """`limit` of the indices, evenly spread so that sorted classes are all met; all with None."""
@@ -119,24 +121,20 @@ class ImageSource(ABC):
         return ImageBatches(self, preprocessing, spec, sizes, chosen, leave_out_broken)
 
 
+@dataclass(frozen=True, slots=True)
 class ImageBatches(Iterable[ImageBatch]):
     """Batches of a source, read while they are iterated; reading them again decodes the images again."""
 
-    def __init__(
-        self,
-        source: ImageSource,
-        preprocessing: Preprocessing,
-        spec: InputSpec,
-        sizes: Iterable[int],
-        indices: Sequence[int],
-        leave_out_broken: bool,
-    ) -> None:
-        self.broken: dict[int, BrokenImage] = {}
-        self._source, self._preprocessing, self._spec = source, preprocessing, spec
-        self._sizes, self._indices, self._leaves_out = sizes, indices, leave_out_broken
+    source: ImageSource
+    preprocessing: Preprocessing
+    spec: InputSpec
+    sizes: Iterable[int]
+    indices: Sequence[int]
+    leaves_out_broken: bool
+    broken: dict[int, BrokenImage] = field(default_factory=dict, init=False)
 
     def __iter__(self) -> Iterator[ImageBatch]:
-        sizes, waiting = iter(self._sizes), list[tuple[int, Tensor]]()
+        sizes, waiting = iter(self.sizes), list[tuple[int, Tensor]]()
         size = self._fitting(next(sizes))
         for index, pixels in self._readable():
             waiting.append((index, pixels))
@@ -147,14 +145,14 @@ class ImageBatches(Iterable[ImageBatch]):
             yield self._batch(waiting)
 
     def _fitting(self, size: int) -> int:
-        return max(self._spec.min_batch, min(size, self._spec.max_batch or size))
+        return max(self.spec.min_batch, min(size, self.spec.max_batch or size))
 
     def _readable(self) -> Iterator[tuple[int, Tensor]]:
         """Index and pixels of every image that can be read, in order; a few are decoded ahead."""
-        workers = cpu_count() if self._source.is_thread_safe else 1
+        workers = cpu_count() if self.source.is_thread_safe else 1
         with ThreadPoolExecutor(workers) as pool:
-            for start in range(0, len(self._indices), 2 * workers):
-                some = self._indices[start : start + 2 * workers]
+            for start in range(0, len(self.indices), 2 * workers):
+                some = self.indices[start : start + 2 * workers]
                 for index, pixels in zip(some, pool.map(self._read, some), strict=True):
                     if isinstance(pixels, Tensor):
                         yield index, pixels
@@ -163,19 +161,19 @@ class ImageBatches(Iterable[ImageBatch]):
 
     def _read(self, index: int) -> Tensor | BrokenImage:
         try:
-            return self._source.pixels(index, self._preprocessing)
+            return self.source.pixels(index, self.preprocessing)
         except InputError as error:
-            if not self._leaves_out:
+            if not self.leaves_out_broken:
                 raise
-            return BrokenImage(self._source.name(index), str(error))
+            return BrokenImage(self.source.name(index), str(error))
 
     def _batch(self, images: Sequence[tuple[int, Tensor]]) -> ImageBatch:
         indices, pixels = zip(*images, strict=True)
-        missing = max(0, self._spec.min_batch - len(pixels))
+        missing = max(0, self.spec.min_batch - len(pixels))
         stacked = torch.stack([*pixels, *[pixels[0]] * missing])
-        labels = torch.tensor([self._source.label(index) for index in indices])
-        names = tuple(self._source.name(index) for index in indices)
-        return ImageBatch(runner_input(stacked, self._spec.kind), indices, names, labels)
+        labels = torch.tensor([self.source.label(index) for index in indices])
+        names = tuple(self.source.name(index) for index in indices)
+        return ImageBatch(runner_input(stacked, self.spec.kind), indices, names, labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,10 +196,6 @@ class ImageFiles(ImageSource):
     def name(self, index: int) -> str:
         """The file's path."""
         return str(self.paths[index])
-
-    def label(self, index: int) -> int:
-        """The file's class; -1 without classes."""
-        return self.labels[index] if self.labels else -1
 
     def subset(self, indices: Sequence[int]) -> Self:
         """The images at `indices`, in their order."""
@@ -230,10 +224,6 @@ class GivenImages(ImageSource):
         """The path, or the image's place."""
         image = self.images[index]
         return str(image) if isinstance(image, str | Path) else f"image {index}"
-
-    def label(self, index: int) -> int:
-        """The image's class; -1 without classes."""
-        return self.labels[index] if self.labels else -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,26 +45,20 @@ def check_input(images: Tensor, spec: InputSpec) -> None:
     found = f"{tuple(images.shape)} {str(images.dtype).removeprefix('torch.')}"
     expected = f"{('N', *spec.shape(0)[1:])} {str(spec.dtype).removeprefix('torch.')}".replace("'", "")
     if images.dtype != spec.dtype or tuple(images.shape) != spec.shape(batch):
-        hint = ""
+        hint = "Convert them; nothing is cast."
         if images.ndim == 4 and (3 in (images.shape[1], images.shape[-1])) and images.dtype == spec.dtype:
-            hint = " The channel axis may be in the wrong place: permute the images."
-        raise InputError(
-            f"The model takes images of shape {expected}, not {found}.{hint or ' Convert them; nothing is cast.'}"
-        )
+            hint = "The channel axis may be in the wrong place: permute the images."
+        raise InputError(f"The model takes images of shape {expected}, not {found}. {hint}")
     if batch < max(1, spec.min_batch) or (spec.max_batch is not None and batch > spec.max_batch):
         limit = "any" if spec.max_batch is None else spec.max_batch
         raise InputError(f"A batch of {batch} is outside the model's range of {max(1, spec.min_batch)} to {limit}.")
     if not spec.takes_nonfinite and images.is_floating_point() and images.device.type == "cpu":
-        _check_finite(images)
-
-
-def _check_finite(images: Tensor) -> None:
-    """Both ends of the range tell: one pass of 0.02 ms for an image of 224 px, where `isfinite` takes 0.4 ms."""
-    low, high = images.aminmax()
-    if math.isfinite(low) and math.isfinite(high):
-        return
-    broken = (~torch.isfinite(images).flatten(1).all(dim=1)).nonzero().flatten().tolist()
-    raise InputError(
-        f"Image {broken[0]} of a batch of {len(images)} holds NaN or infinity ({len(broken)} of them do); a pixel is a "
-        "finite number. Leave it out, or set takes_nonfinite in the runner's input_spec to see what comes of it."
-    )
+        # Both ends of the range tell: one pass of 0.02 ms for an image of 224 px, where `isfinite` takes 0.4 ms.
+        if all(map(math.isfinite, images.aminmax())):
+            return
+        broken = (~torch.isfinite(images).flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        raise InputError(
+            f"Image {broken[0]} of a batch of {len(images)} holds NaN or infinity ({len(broken)} of them do); a "
+            "pixel is a finite number. Leave it out, or set takes_nonfinite in the runner's input_spec to see what "
+            "comes of it."
+        )

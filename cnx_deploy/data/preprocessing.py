@@ -17,13 +17,6 @@ from cnx_deploy.data.decoding import MAX_PIXELS, upright_rgb
 
 __all__ = ["normalise", "runner_input", "to_pixels"]
 
-RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-
 
 def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     """Decoded image of any mode -> (S, S, 3) uint8 RGB, upright, resized and centre-cropped.
@@ -38,7 +31,7 @@ def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
             f"An image of {rgb.width}x{rgb.height} is too long and thin: before its centre is cropped it would be "
             f"resized to {width}x{height}, over {MAX_PIXELS // 1_000_000} million pixels. Crop it first."
         )
-    resized = rgb.resize((width, height), RESAMPLING[preprocessing.interpolation])
+    resized = rgb.resize((width, height), Image.Resampling[preprocessing.interpolation.upper()])
     left, top = round((width - side) / 2), round((height - side) / 2)
     return torch.from_numpy(np.array(resized.crop((left, top, left + side, top + side))))
 
