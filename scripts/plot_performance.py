@@ -3,11 +3,12 @@
 usage: plot_performance.py [--check] [--docs-dir docs]
 
 Needs matplotlib (the extra `report`). The same data and the same matplotlib give the same bytes. `--check` writes
-nothing and exits with 3 when the page or a plot is not what the data say. A section whose data file is missing says so
-and has no plot.
+nothing and exits with 3 when the page or a plot is not what the data say; if only plots are named, another matplotlib
+may have drawn them. A section whose data file is missing says so and has no plot.
 """
 
 import argparse
+import json
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,10 +18,8 @@ from typing import Any
 import numpy as np
 
 from cnx_deploy.bench.bounds import work_of
-from cnx_deploy.core.errors import CnxDeployError, InputError, RecordsError
 from cnx_deploy.core.files import whole_file
-from cnx_deploy.core.plotting import BLUE, GREEN, GREY, GRID, ORANGE, PURPLE, SKY, require_packages, svg_bytes
-from cnx_deploy.core.strict_json import bounded_content, strict_json
+from cnx_deploy.core.plotting import BLUE, GREEN, GREY, GRID, ORANGE, PURPLE, SKY, svg_bytes
 from cnx_deploy.core.variants import VARIANTS
 
 Document = dict[str, Any]
@@ -53,29 +52,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 3 when something is out of date")
     parser.add_argument("--docs-dir", type=Path, default=Path(__file__).resolve().parent.parent / "docs")
     options = parser.parse_args(arguments)
-    try:
-        require_packages("matplotlib")
-        wanted = list(wanted_files(options.docs_dir))
-        stale = [
-            (path, content) for path, content in wanted if content != (path.read_bytes() if path.is_file() else None)
-        ]
-        if options.check and stale:
-            names = ", ".join(str(path) for path, _ in stale)
-            raise RecordsError(
-                f"Not what docs/data says: {names}. Run scripts/plot_performance.py. If only plots are named, another "
-                "matplotlib than this one may have drawn them."
-            )
-        for path, content in stale:
-            if content is None:
-                path.unlink()
-            else:
-                with whole_file(path) as temporary:
-                    temporary.write_bytes(content)
-            print(path)
-    except CnxDeployError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    stale = [
+        (path, content)
+        for path, content in wanted_files(options.docs_dir)
+        if content != (path.read_bytes() if path.is_file() else None)
+    ]
+    for path, content in stale:
+        print(f"{path} is not what docs/data says" if options.check else path)
+        if options.check:
+            continue
+        if content is None:
+            path.unlink()
+        else:
+            with whole_file(path) as temporary:
+                temporary.write_bytes(content)
+    return 3 if options.check and stale else 0
 
 
 def wanted_files(docs: Path) -> Iterator[tuple[Path, bytes | None]]:
@@ -84,19 +75,16 @@ def wanted_files(docs: Path) -> Iterator[tuple[Path, bytes | None]]:
     for name, (command, alt, condition, tell, draw) in SECTIONS.items():
         path, filling, content = docs / "data" / f"{name}.json", "Not recorded yet.", None
         if path.is_file():
-            try:
-                data = strict_json(bounded_content(path))
-                command, day = data.get("command", command), (data.get("environment") or data)["date"][:10]
-                source = f"{command}; {day}. {condition}"
-                filling = f"![{alt}](plots/{name}.svg)\n\nRecorded {day} with `{command}`.\n\n{tell(data)}"
-                content = svg_bytes(lambda draw=draw, data=data, source=source: draw(data, source))
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise InputError(f"{path} is not JSON with the fields of this section ({error!r}).") from error
+            data = json.loads(path.read_bytes())
+            command, day = data.get("command", command), (data.get("environment") or data)["date"][:10]
+            source = f"{command}; {day}. {condition}"
+            filling = f"![{alt}](plots/{name}.svg)\n\nRecorded {day} with `{command}`.\n\n{tell(data)}"
+            content = svg_bytes(lambda draw=draw, data=data, source=source: draw(data, source))
         begin, end = f"<!-- {name}: begin (scripts/plot_performance.py) -->", f"<!-- {name}: end -->"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
-        if not found or not closed:
-            raise InputError(f"performance.md has no place for {name}: it needs the lines {begin!r} and {end!r}.")
+        assert found, f"performance.md has no line {begin!r}"
+        assert closed, f"performance.md has no line {end!r}"
         text = f"{before}{begin}\n{filling}\n{end}{after}"
         yield docs / "plots" / f"{name}.svg", content
     yield docs / "performance.md", text.encode()
@@ -106,12 +94,10 @@ def wanted_files(docs: Path) -> Iterator[tuple[Path, bytes | None]]:
 
 
 def comparisons(data: Document) -> dict[tuple[str, int, str, int], dict[str, Document]]:
-    """Group rows by variant, image size, target and batch, each by graph. InputError without ours beside a peer."""
+    """Group rows by variant, image size, target and batch, each by graph."""
     found: dict[tuple[str, int, str, int], dict[str, Document]] = {}
     for row in data["rows"]:
         found.setdefault((row["variant"], row["image_size"], row["target"], row["batch"]), {})[row["graph"]] = row
-    if not any(OURS in graphs and best_peer(graphs) for graphs in found.values()):
-        raise InputError(f"There is nothing to compare: no row of {OURS} beside one of {' or '.join(PEERS)}.")
     return found
 
 
@@ -152,9 +138,7 @@ def ratio_to(row: Document, peer: str) -> Document | None:
 def traffic_text(data: Document) -> str:
     """Kernels and megabytes an image of each graph, by variant."""
     found = comparisons(data)
-    conditions = {f"{target}, batch {batch}, {size} px" for _, size, target, batch in found}
-    if len(conditions) != 1:
-        raise InputError(f"traffic.json compares variants under one condition, got {sorted(conditions)}.")
+    (condition,) = {f"{target}, batch {batch}, {size} px" for _, size, target, batch in found}
     rows = []
     for (variant, size, _, batch), graphs in found.items():
         cells = [cell for graph in (*PEERS, OURS) for cell in (
@@ -162,7 +146,7 @@ def traffic_text(data: Document) -> str:
             else ("not run", "not run"))]  # fmt: skip
         rows.append((variant, *cells, number(share(graphs), ".3f", "–"), f"{fused_floor(variant, size, batch):.1f}"))
     titles = [title for graph in (*PEERS, OURS) for title in (f"{graph}, kernels", "MB")]
-    conditions_and_tools = f"{conditions.pop()}, FP16; MB an image. {NO_GPU} {versions(data['tools'])}"
+    conditions_and_tools = f"{condition}, FP16; MB an image. {NO_GPU} {versions(data['tools'])}"
     header = ("variant", *titles, "ours ÷ the better peer's", "fused floor, MB")
     return paragraphs(table(header, rows), left_out(row[0] for row in rows), conditions_and_tools)
 
@@ -292,7 +276,7 @@ def targets_plot(data: Document, source: str) -> Any:
     found = {key: ratio for key, graphs in comparisons(data).items() if (ratio := share(graphs)) is not None}
     variants, sizes = list(dict.fromkeys(key[0] for key in found)), sorted({key[1] for key in found})
     targets = sorted({key[2] for key in found}, key=lambda name: int(name.removeprefix("sm")))
-    looks = looks_of(sorted({key[3] for key in found}))
+    looks = dict(zip(sorted({key[3] for key in found}), LOOKS, strict=False))
     drawn = "our bytes an image ÷ the better peer's, less is better; a mark a batch size"
     shape = (len(variants), len(sizes))
     figure, panels = canvas(shape, 0.3 * len(targets), "FP16 memory traffic by GPU generation", drawn, source)
@@ -314,15 +298,12 @@ def cpu_plot(data: Document, source: str) -> Any:
         variant, size = network["variant"], network["image_size"]
         words = row["name"].removesuffix(".onnx").split("-")  # atto-224-fp16.onnx is of the kind "ours fp16"
         own = " ".join(["ours", *(word for word in words if word not in (variant, str(size)))])
-        return variant if size == 224 else f"{variant}\n{size} px", own if row["name"].endswith(".onnx") else row[
-            "name"
-        ]
+        kind = own if row["name"].endswith(".onnx") else row["name"]
+        return variant if size == 224 else f"{variant}\n{size} px", kind
 
     rows = sorted((row for row in data["rows"] if ratio_to(row, BASELINE)), key=lambda row: place(row)[1][:4] != "ours")
-    if not rows:
-        raise InputError(f"There is nothing to compare: no row with a ratio to {BASELINE}.")
     networks, batches = list(dict.fromkeys(place(row)[0] for row in rows)), sorted({row["batch"] for row in rows})
-    looks = looks_of(list(dict.fromkeys(place(row)[1] for row in rows)))
+    looks = dict(zip(dict.fromkeys(place(row)[1] for row in rows), LOOKS, strict=False))
     drawn = f"times as fast as {BASELINE}, with its 95 % interval; hollow: UNSTABLE or INVALID"
     height = 0.16 * len(networks) * (len(looks) + 1)
     figure, (panels,) = canvas((1, len(batches)), height, "Speed on a CPU", drawn, source)
@@ -380,13 +361,6 @@ def canvas(shape: tuple[int, int], panel_inches: float, title: str, drawn: str, 
     figure.text(0.02, 1 - 0.3 / height, drawn, size=8.5, va="top")
     figure.text(0.02, 0.08 / height, "\n".join(lines), size=6.5, color=GREY)
     return figure, axes.tolist()
-
-
-def looks_of(names: Sequence[Any]) -> dict[Any, tuple[str, str]]:
-    """Give each series a colour and a marker."""
-    if len(names) > len(LOOKS):
-        raise InputError(f"A plot has {len(LOOKS)} markers, got {len(names)} series: record fewer in one file.")
-    return dict(zip(names, LOOKS, strict=False))
 
 
 def point(
