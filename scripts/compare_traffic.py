@@ -37,36 +37,6 @@ OURS = "cnx-deploy"
 
 def main() -> int:
     """Print one line a graph; with --record, write them as JSON."""
-    options = parsed_options()
-    rows = []
-    print(f"{'variant':8} {'px':>4} {'target':6} {'batch':>5} {'graph':13} {'kernels':>8} {'MB an image':>12} of peer")
-    for name, size in itertools.product(options.variants, options.image_size):
-        for row in measured(name, size, options):
-            share = f"{row['of_best_peer']:.3f}" if row["of_best_peer"] else ""
-            print(
-                f"{name:8} {size:>4} {row['target']:6} {row['batch']:>5} {row['graph']:13} {row['kernels']:>8} "
-                f"{row['megabytes_per_image']:>12.2f} {share}",
-                flush=True,
-            )
-            rows.append(row)
-    if options.record:
-        command = " ".join(["scripts/compare_traffic.py", *(word for word in sys.argv[1:])])
-        made = {
-            "date": datetime.date.today().isoformat(),
-            "command": command,
-            "tools": {**tool_versions(), **peer_versions()},
-        }
-        options.record.write_text(json.dumps({**made, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    return 0
-
-
-def peer_versions() -> dict[str, str]:
-    """Versions of the peers' packages."""
-    return {name: package_version(name) or "not installed" for name in ("timm", "transformers")}
-
-
-def parsed_options() -> argparse.Namespace:
-    """The command line; options that may be repeated are lists."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("variants", nargs="*", default=["atto"], metavar="VARIANT", help=", ".join(VARIANTS))
     parser.add_argument("--batch", type=int, action="append")
@@ -76,8 +46,27 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--record", type=Path)
     options = parser.parse_args()
     options.batch, options.target = options.batch or [64], options.target or ["sm89"]
-    options.image_size = options.image_size or [224]
-    return options
+    rows = []
+    print(f"{'variant':8} {'px':>4} {'target':6} {'batch':>5} {'graph':13} {'kernels':>8} {'MB an image':>12} of peer")
+    for name, size in itertools.product(options.variants, options.image_size or [224]):
+        for row in measured(name, size, options):
+            share = f"{row['of_best_peer']:.3f}" if row["of_best_peer"] else ""
+            print(
+                f"{name:8} {size:>4} {row['target']:6} {row['batch']:>5} {row['graph']:13} {row['kernels']:>8} "
+                f"{row['megabytes_per_image']:>12.2f} {share}",
+                flush=True,
+            )
+            rows.append(row)
+    if options.record:
+        peers = {name: package_version(name) or "not installed" for name in ("timm", "transformers")}
+        document = {
+            "date": datetime.date.today().isoformat(),
+            "command": " ".join(["scripts/compare_traffic.py", *sys.argv[1:]]),
+            "tools": {**tool_versions(), **peers},
+            "rows": rows,
+        }
+        options.record.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return 0
 
 
 def measured(name: str, size: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:

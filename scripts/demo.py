@@ -23,15 +23,15 @@ def main() -> int:
     start = time.monotonic()
     folders = ["--export-dir", str(EXPORT), "--engines-dir", str(ENGINES)]
     step("The data: 1,797 handwritten digits as an image folder")
-    run([str(BIN / "python"), "scripts/make_digits.py", str(DATA)])
+    run("python", "scripts/make_digits.py", str(DATA))
     step(f"Training atto from scratch, {EPOCHS} epochs at 64 px")
     train()
     step("Export: FP32 for processors, FP16 for GPUs; each compared with PyTorch before it is put into place")
-    checkpoint = str(RUN / "best.safetensors")
-    cnx("export", "--variant", "atto", "--checkpoint", checkpoint, "--name", "digits", "--output-dir", str(EXPORT))
+    weights = ["--variant", "atto", "--checkpoint", str(RUN / "best.safetensors")]
+    run("cnx-deploy", "export", *weights, "--name", "digits", "--output-dir", str(EXPORT))
     step(f"Engines for {', '.join(TARGETS)}, ahead of time")
     targets = [word for target in TARGETS for word in ("--target", target)]
-    cnx("build-trt", "--export-dir", str(EXPORT), "--output-dir", str(ENGINES), *targets)
+    run("cnx-deploy", "build-trt", "--export-dir", str(EXPORT), "--output-dir", str(ENGINES), *targets)
     step("Verify everything against PyTorch on the validation images")
     verified = cnx_json("verify", *folders, "--data", str(DATA / "val"))
     step("Accuracy on the validation images")
@@ -49,19 +49,9 @@ def train() -> None:
     if finished and (RUN / "best.safetensors").is_file():
         print(f"  {RUN} holds a finished run: reused", flush=True)
         return
-    words = ["train", str(DATA), "--variant", "atto", "--image-size", "64", "--epochs", str(EPOCHS), "--no-flip"]
-    cnx(
-        *words,
-        "--crop-ratio",
-        "1.0",
-        "--min-crop-area",
-        "0.8",
-        "--label-smoothing",
-        "0",
-        "--run-dir",
-        str(RUN),
-        *(["--resume"] if RUN.exists() else []),
-    )
+    settings = "--image-size 64 --no-flip --crop-ratio 1.0 --min-crop-area 0.8 --label-smoothing 0"
+    words = ["--epochs", str(EPOCHS), *settings.split(), "--run-dir", str(RUN)]
+    run("cnx-deploy", "train", str(DATA), "--variant", "atto", *words, *(["--resume"] if RUN.exists() else []))
 
 
 def step(title: str) -> None:
@@ -69,25 +59,18 @@ def step(title: str) -> None:
     print(f"\n== {title}", flush=True)
 
 
-def cnx(*words: str) -> None:
-    """Run a cnx-deploy command, its output to the terminal."""
-    run([str(BIN / "cnx-deploy"), *words])
-
-
-def cnx_json(*words: str) -> dict[str, Any]:
+def cnx_json(*words: str) -> Any:
     """Run a cnx-deploy command with --json; progress stays on stderr."""
-    document: dict[str, Any] = json.loads(run([str(BIN / "cnx-deploy"), *words, "--json"], capture=True))
-    return document
+    return json.loads(run("cnx-deploy", *words, "--json"))
 
 
-def run(command: list[str], *, capture: bool = False) -> str:
-    """Print and run a command; leave with its exit code when it fails."""
-    shown = [Path(command[0]).name, *command[1:]]
-    print(f"$ {shlex.join(shown)}", flush=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True, check=False)
+def run(*command: str) -> str:
+    """Print and run a command; leave with its exit code when it fails. What it prints as JSON is returned."""
+    print(f"$ {shlex.join(command)}", flush=True)
+    output = subprocess.PIPE if command[-1] == "--json" else None
+    done = subprocess.run([BIN / command[0], *command[1:]], stdout=output, text=True, check=False)
     if done.returncode:
-        print(done.stdout or "", file=sys.stderr)
-        print(f"The demo stops here: exit code {done.returncode}.", file=sys.stderr)
+        print(done.stdout or "", f"The demo stops here: exit code {done.returncode}.", sep="\n", file=sys.stderr)
         sys.exit(done.returncode)
     return done.stdout or ""
 

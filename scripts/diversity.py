@@ -28,11 +28,7 @@ from torch import Tensor, nn
 from cnx_deploy.core.errors import CheckFailedError, CnxDeployError, InputError
 from cnx_deploy.core.plotting import check_plot, save_svg
 from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.data import (
-    ImageLike,
-    evenly,
-    find_images,
-)
+from cnx_deploy.data import ImageLike, evenly, find_images
 from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.model.checkpoint import load_checkpoint

@@ -5,15 +5,12 @@ not at all; one that is complete already is left as it is.
 """
 
 import argparse
-import os
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 SIDE = 64
 COUNT = 1797
-SEED = 0
-VAL_SHARE = 0.2
 FULL_SCALE = 16.0
 """scikit-learn's digits count dark pixels of a 4×4 field: 0 to 16."""
 
@@ -23,29 +20,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", type=Path, help="folder to make")
     directory: Path = parser.parse_args().directory
+    found = len(list(directory.glob("*/*/*.png")))
+    if directory.exists() and found != COUNT:
+        parser.error(f"{directory} exists with {found} images, not the {COUNT} digits: remove it or name another")
     if directory.exists():
-        found = len(list(directory.glob("*/*/*.png")))
-        if found == COUNT:
-            print(f"{directory} holds the {COUNT} digits already.")
-            return 0
-        print(
-            f"{directory} exists with {found} images, not the {COUNT} digits. Remove it or name another folder.",
-            file=sys.stderr,
-        )
-        return 2
-    make_digits(directory)
+        print(f"{directory} holds the {COUNT} digits already.")
+        return 0
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
+        write_images(Path(temporary) / "digits")
+        (Path(temporary) / "digits").rename(directory)
     print(f"Wrote {COUNT} digits to {directory}.")
     return 0
-
-
-def make_digits(directory: Path) -> None:
-    """Write the images into a temporary folder beside `directory` and rename it."""
-    staging = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
-    try:
-        write_images(staging)
-        staging.rename(directory)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_images(directory: Path) -> None:
@@ -55,7 +41,7 @@ def write_images(directory: Path) -> None:
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    _, val = train_test_split(range(COUNT), test_size=VAL_SHARE, random_state=SEED, stratify=digits.target)
+    _, val = train_test_split(range(COUNT), test_size=0.2, random_state=0, stratify=digits.target)
     held_out = set(val)
     for index, (values, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         folder = directory / ("val" if index in held_out else "train") / str(label)

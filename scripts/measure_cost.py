@@ -61,6 +61,10 @@ def measured(variant: str) -> dict[str, Any]:
         export_seconds, export_mib = run("export", "--variant", variant, folder=folder)
         targets = [word for target in TARGETS for word in ("--target", target)]
         build_seconds, build_mib = run("build-trt", *targets, folder=folder)
+
+        def megabytes(pattern: str) -> float:
+            return round(sum(path.stat().st_size for path in folder.glob(pattern)) / 1e6, 1)
+
         return {
             "variant": variant,
             "parameters": VARIANTS[variant].parameter_count,
@@ -68,8 +72,8 @@ def measured(variant: str) -> dict[str, Any]:
             "export_peak_mib": round(export_mib),
             "build_seconds": round(build_seconds, 2),
             "build_peak_mib": round(build_mib),
-            "onnx_megabytes": round(size_of(folder / "export", "*fp16.onnx*") / 1e6, 1),
-            "engine_megabytes": round(size_of(folder / "engines", "*sm89.engine") / 1e6, 1),
+            "onnx_megabytes": megabytes("export/*fp16.onnx*"),
+            "engine_megabytes": megabytes("engines/*sm89.engine"),
         }
 
 
@@ -83,11 +87,6 @@ def run(*words: str, folder: Path) -> tuple[float, float]:
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
     return time.perf_counter() - start, usage.ru_maxrss / 1024
-
-
-def size_of(folder: Path, pattern: str) -> int:
-    """Bytes of the files in a folder that fit a pattern."""
-    return sum(path.stat().st_size for path in folder.glob(pattern))
 
 
 if __name__ == "__main__":

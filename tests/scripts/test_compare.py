@@ -33,7 +33,7 @@ def one_thread():
 
 
 def concluded(compare, first, second, folder, capsys) -> tuple[dict, str]:
-    sides = [compare.Side(name, values, values) for name, values in (("old", first), ("new", second))]
+    sides = {name: [[value] for value in values] for name, values in (("old", first), ("new", second))}
     compare.conclude("test", sides, {}, folder / "found.json")
     return json.loads((folder / "found.json").read_text()), capsys.readouterr().out
 
