@@ -1,27 +1,20 @@
 """Work against an independent count and the network itself; bounds against worked figures; which GPU a name means."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from cnx_deploy.bench.bounds import DEVICES, NOT_MEASURED, Device, Work, bound_of, find_device, work_of
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.variants import ALL_VARIANTS, VARIANTS
+from cnx_deploy.core.variants import VARIANTS
 from cnx_deploy.model.convnextv2 import create_model
 
 # An own count made apart from this code, FP16 at 224 px: GMAC, GMAC, then megabytes (1e6).
 COUNTED = {
-    "atto": (0.518, 0.029, 7.4, 14.4),
-    "femto": (0.745, 0.035, 10.5, 17.2),
-    "pico": (1.320, 0.047, 18.1, 22.8),
-    "nano": (2.381, 0.065, 31.2, 31.2),
-    "tiny": (4.350, 0.105, 57.3, 49.8),
-    "base": (15.13, 0.229, 177, 106),
-    "large": (34.02, 0.343, 396, 159),
-    "huge": (114.3, 0.629, 1321, 291),
-}
+    "atto": (0.518, 0.029, 7.4, 14.4), "femto": (0.745, 0.035, 10.5, 17.2), "pico": (1.320, 0.047, 18.1, 22.8),
+    "nano": (2.381, 0.065, 31.2, 31.2), "tiny": (4.350, 0.105, 57.3, 49.8), "base": (15.13, 0.229, 177, 106),
+    "large": (34.02, 0.343, 396, 159), "huge": (114.3, 0.629, 1321, 291),
+}  # fmt: skip
 # Images a second at large batch, FP16 at 224 px, counted apart from this code: compute, bandwidth.
 BOUNDS = {
     ("RTX 4090", "atto"): (159e3, 70.2e3),
@@ -46,12 +39,6 @@ def figures(work: Work) -> tuple[float, ...]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_work_is_the_independent_count(variant: str) -> None:
     assert figures(work_of(variant, 224, "fp16")) == pytest.approx(COUNTED[variant], rel=0.01, abs=5e-4)
-
-
-def test_the_count_notices_a_block_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    deeper = replace(VARIANTS["atto"], depths=(2, 2, 7, 2))
-    monkeypatch.setitem(ALL_VARIANTS, "atto", deeper)
-    assert figures(work_of("atto", 224, "fp16")) != pytest.approx(COUNTED["atto"], rel=0.01, abs=5e-4)
 
 
 def test_macs_and_parameters_are_those_of_the_network() -> None:
@@ -100,23 +87,16 @@ def test_bounds_are_the_worked_figures(name: str, variant: str) -> None:
     assert bound.bound_by == ("compute" if compute < bandwidth else "bandwidth")
 
 
-def test_sparse_peaks_would_not_be_the_worked_figures() -> None:
-    device = device_named("RTX 4090")
-    sparse = replace(device, fp16_tflops=2 * device.fp16_tflops)
-    bound = bound_of(work_of("huge", 224, "fp16"), sparse, batch=100_000)
-    assert bound.compute_bound_images_per_second != pytest.approx(BOUNDS["RTX 4090", "huge"][0], rel=0.01)
-
-
 def test_fp32_runs_on_the_cuda_cores() -> None:
     work, device = work_of("atto", 224, "fp32"), device_named("NVIDIA L4")
     assert bound_of(work, device, batch=1).compute_bound_images_per_second == pytest.approx(30.3e12 / (2 * work.macs))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
-def test_depthwise_work_beside_the_tensor_cores_never_binds(variant: str, device: Device) -> None:
+def test_depthwise_work_beside_the_tensor_cores_never_binds(variant: str) -> None:
     work = work_of(variant, 224, "fp16")
-    assert work.depthwise_macs / device.fp32_tflops < work.gemm_macs / device.fp16_tflops
+    for device in DEVICES:
+        assert work.depthwise_macs / device.fp32_tflops < work.gemm_macs / device.fp16_tflops, device.name
 
 
 def test_weights_are_read_once_a_call() -> None:
@@ -126,12 +106,6 @@ def test_weights_are_read_once_a_call() -> None:
     assert eight.megabytes_per_image * 1e6 == pytest.approx(work.fused_bytes + work.weight_bytes / 8)
     assert (one.traffic, one.bound_by) == ("fused", "bandwidth")
     assert (eight.bound_by, eight.stage_1_fits_l2) == ("compute", False)
-
-
-def test_compiled_bytes_replace_the_count() -> None:
-    bound = bound_of(work_of("atto", 224, "fp16"), device_named("L4"), batch=8, compiled_bytes=30_000_000)
-    assert (bound.traffic, bound.megabytes_per_image) == ("as compiled", 30.0)
-    assert bound.bound_images_per_second == pytest.approx(300e9 / 30e6)
 
 
 def test_whether_stage_1_fits_in_the_cache_depends_on_the_batch() -> None:
@@ -145,14 +119,13 @@ def test_a_bound_says_that_it_was_not_measured_and_what_share_of_it_a_measuremen
     bound = bound_of(work, device, batch=8)
     assert (bound.basis, bound.measured_over_bound) == (NOT_MEASURED, None)
     assert (bound.device, bound.variant, bound.precision, bound.batch) == ("NVIDIA L4", "atto", "fp16", 8)
-    measured = bound_of(work, device, batch=8, measured=bound.bound_images_per_second / 4)
-    assert measured.measured_over_bound == pytest.approx(0.25)
-
-
-@pytest.mark.parametrize(("batch", "compiled_bytes"), [(0, None), (1, 0)])
-def test_an_empty_batch_and_no_bytes_are_refused(batch: int, compiled_bytes: int | None) -> None:
-    with pytest.raises(InputError, match="at least 1"):
-        bound_of(work_of("atto", 224, "fp16"), DEVICES[0], batch=batch, compiled_bytes=compiled_bytes)
+    compiled = bound_of(work, device, batch=8, compiled_bytes=30_000_000, measured=2500.0)
+    assert (compiled.traffic, compiled.megabytes_per_image) == ("as compiled", 30.0)
+    assert compiled.bound_images_per_second == pytest.approx(300e9 / 30e6)
+    assert compiled.measured_over_bound == pytest.approx(0.25)
+    for values in ({"batch": 0}, {"batch": 1, "compiled_bytes": 0}):
+        with pytest.raises(InputError, match="at least 1"):
+            bound_of(work, device, **values)
 
 
 def test_a_precision_is_refused_where_a_gpu_has_no_peak_in_it() -> None:
@@ -186,7 +159,4 @@ def test_activations_are_counted_as_timm_publishes_them(variant: str, millions: 
 def test_a_gpu_is_found_by_the_drivers_name_and_no_other_is_taken_for_it(name: str, found: str | None) -> None:
     device = find_device(name)
     assert (device and device.name) == found
-
-
-def test_names_in_the_table_are_distinct_and_sourced() -> None:
-    assert all(find_device(device.name) is device and device.source for device in DEVICES)
+    assert all(find_device(device.name) is device for device in DEVICES)

@@ -106,9 +106,8 @@ def test_the_command_fails_for_a_regression_and_names_it(tmp_path: Path) -> None
     assert [verdict["verdict"] for verdict in json.loads(allowed.stdout)["gate"]] == ["ok", "ok"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 1, "rows": []}', '{"schema_version": 3}'])
-def test_what_is_no_benchmark_is_wrong_input_to_the_command(tmp_path: Path, text: str) -> None:
+def test_what_is_no_benchmark_is_wrong_input_to_the_command(tmp_path: Path) -> None:
     path = tmp_path / "baseline.json"
-    path.write_text(text, encoding="utf-8")
+    path.write_text("{}", encoding="utf-8")
     assert check_command("bench", "gate", path, path, allowed=frozenset({2})) == 2
     assert check_command("bench", "gate", tmp_path / "none.json", path, allowed=frozenset({2})) == 2

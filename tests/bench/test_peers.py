@@ -106,15 +106,6 @@ def test_timms_peer_runs_as_our_files_do_or_as_it_is_found_and_has_the_logits_of
     assert {"Gelu", "Erf"} & operators == {gelu}
 
 
-@pytest.mark.slow
-def test_timms_peer_still_runs_when_its_file_is_gone(tiny_model: ConvNeXtV2, tmp_path: Path) -> None:
-    (tmp_path / "timm").mkdir()
-    runner, logits = made("timm", tiny_model, tmp_path / "timm")
-    shutil.rmtree(tmp_path / "timm")
-    take = PEERS["timm"].input_from_pixels(SPEC)
-    torch.testing.assert_close(runner.run(take(PIXELS))["logits"], logits)
-
-
 def test_without_timm_its_peer_is_a_missing_requirement(
     tiny_model: ConvNeXtV2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given
 
 from cnx_deploy.bench.gate import judge_against
-from cnx_deploy.bench.record import BenchmarkRecord, Plan, read_benchmark
+from cnx_deploy.bench.record import BenchmarkRecord, read_benchmark
 from cnx_deploy.cli.options import _finite
 from cnx_deploy.core.errors import InputError
-from tests.support.bench_rows import QUIET
 from tests.support.html_documents import benchmark
 from tests.support.lies import LONG, ODD_JSON, QUICK, documents, placed, put, refused, result_or_error
 
@@ -40,30 +39,20 @@ def test_the_committed_benchmark_of_schema_version_2_is_a_baseline_of_itself() -
 
 
 LIES: list[tuple[tuple[Any, ...], Any, str]] = [
-    (("environment",), None, "environment: Expected object, got null"),
-    (("environment", "cpu"), 1, "environment.cpu: Expected str, got int"),
     (("environment", "processors"), 0, "environment.processors: Expected int >= 1"),
     (("environment", "load_average"), "low", "environment.load_average: Expected float | null, got str"),
-    (("environment", "gpus"), "L4", "environment.gpus: Expected array, got str"),
     (("environment", "tools", "torch"), None, "environment.tools[...]: Expected str, got null"),
-    (("networks",), [], "networks: Expected object, got array"),
     (("networks", "atto-32", "image_size"), 1.5, "networks[...].image_size: Expected int, got float"),
     (("networks", "atto-32", "num_classes"), 10**400, "networks[...].num_classes: Expected int <= 2147483648"),
-    (("networks", "atto-32", "files"), {"a.onnx": 1}, "networks[...].files[...]: Expected object, got int"),
     (("networks",), {}, "rows[0].network: 'atto-32' is none of its networks"),
-    (("rows", 1), None, "rows[1]: Expected object, got null"),
     (("rows", 1, "network"), "x" * 9000, "rows[1].network: 'xxxxxxxx"),
     (("rows", 1, "batch"), True, "rows[1].batch: Expected int, got bool"),
     (("rows", 1, "status"), "FINE", "rows[1].status: Invalid enum value 'FINE'"),
     (("rows", 1, "images_per_second"), 0, "rows[1].images_per_second: Expected float >= 1e-150"),
-    (("rows", 1, "latency", "median_ms"), "8", "rows[1].latency.median_ms: Expected float, got str"),
     (("rows", 1, "latency", "cv_percent"), 1e308, "rows[1].latency.cv_percent: Expected float <= 1e+150"),
     (("rows", 1, "ratios", 0, "ratio"), -1.0, "rows[1].ratios[0].ratio: Expected float >= 1e-150"),
-    (("rows", 2, "remarks"), [1], "rows[2].remarks[0]: Expected str, got int"),
-    (("not_run", 0, "reason"), [], "not_run[0].reason: Expected str, got array"),
-    (("warnings",), "none", "warnings: Expected array, got str"),
+    (("rows", 1), {"name": "a"}, "rows[1]: Object missing required field"),
     (("schema_version",), 1, "it has schema version 1, expected 3"),
-    (("schema_version",), None, "it has schema version null, expected 3"),
     (("planned",), [], "it is a plan, which measured nothing"),
 ]
 
@@ -73,20 +62,6 @@ def test_a_lie_is_named_by_its_field(tmp_path: Path, place: tuple[Any, ...], lie
     path = written(tmp_path, placed(SOUND, place, lie))
     said = refused(lambda: read_benchmark(path), InputError, f"{path} is no benchmark: {reason}")
     assert len(said) < 500
-
-
-@pytest.mark.parametrize("field", ["name", "network", "batch", "status", "images_per_second", "latency", "ratios"])
-def test_a_missing_field_of_a_row_is_named(tmp_path: Path, field: str) -> None:
-    document = json.loads(json.dumps(SOUND))
-    del document["rows"][1][field]
-    path = written(tmp_path, document)
-    refused(lambda: read_benchmark(path), InputError, f"rows[1]: Object missing required field {field}")
-
-
-def test_a_plan_is_called_one(tmp_path: Path) -> None:
-    plan = Plan(environment=QUIET, networks={}, planned=(), roofline=())
-    path = written(tmp_path, plan.to_document())
-    refused(lambda: read_benchmark(path), InputError, "it is a plan, which measured nothing")
 
 
 @pytest.mark.parametrize("name", ODD_JSON)

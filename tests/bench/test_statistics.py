@@ -18,19 +18,11 @@ def test_the_figures_are_those_of_the_sample() -> None:
 
 
 @pytest.mark.parametrize(
-    ("calls", "carried"),
-    [
-        (49, []),
-        (50, ["p90"]),
-        (99, ["p90"]),
-        (100, ["p90", "p95"]),
-        (499, ["p90", "p95"]),
-        (500, ["p90", "p95", "p99"]),
-    ],
+    ("calls", "carried"), [(49, ""), (50, "p90"), (99, "p90"), (100, "p90 p95"), (499, "p90 p95"), (500, "p90 p95 p99")]
 )
-def test_a_percentile_takes_five_samples_beyond_it(calls: int, carried: list[str]) -> None:
+def test_a_percentile_takes_five_samples_beyond_it(calls: int, carried: str) -> None:
     found = latency_of([1.0] * calls)
-    assert [name for name in ("p90", "p95", "p99") if getattr(found, f"{name}_ms") is not None] == carried
+    assert [name for name in ("p90", "p95", "p99") if getattr(found, f"{name}_ms") is not None] == carried.split()
 
 
 def test_the_medians_interval_covers_in_about_95_of_100_samples() -> None:
@@ -61,9 +53,6 @@ def test_a_ratio_is_of_neighbours_and_says_how_many_times_as_fast() -> None:
 )
 def test_the_last_three_windows_agree_or_it_is_said_in_what_they_do_not(windows: list[list[float]], found: str) -> None:
     assert disagreement(windows, 0.10) == found
-
-
-def test_a_stricter_tolerance_finds_more() -> None:
     assert disagreement([[10.0], [10.0], [10.6]], 0.05) == "medians of 10, 10, 10.6 ms"
 
 
