@@ -13,7 +13,6 @@ differ by GRN's beta and by channels that change their sign alone.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -138,7 +138,7 @@ def measured(path: Path, asked: argparse.Namespace) -> tuple[str, tuple[TensorDi
 
 
 def table(networks: Networks) -> Iterator[str]:
-    """A row a block, the checkpoints side by side by their numbers; "dead" where every channel is zero."""
+    """A row a block, the checkpoints side by side by their numbers; "nan" where every channel is zero."""
     columns = {
         f"{number} {head}": {each.block: each.distance for each in tensors if each.part == part}
         for number, (_, tensors) in enumerate(networks, start=1)
@@ -147,20 +147,16 @@ def table(networks: Networks) -> Iterator[str]:
     }
     yield f"{'block':12}" + "".join(f"{head:>10}" for head in columns)
     for block in dict.fromkeys(each.block for _, tensors in networks for each in tensors):
-        yield f"{block:12}" + "".join(_cell(column.get(block)) for column in columns.values())
-    known = ([value for value in column.values() if not math.isnan(value)] for column in columns.values())
-    yield f"{'mean':12}" + "".join(_cell(math.fsum(values) / len(values) if values else math.nan) for values in known)
+        cells = (column.get(block) for column in columns.values())
+        yield f"{block:12}" + "".join(f"{'' if cell is None else f'{cell:.4f}':>10}" for cell in cells)
+    means = (np.nanmean(list(column.values())) for column in columns.values())
+    yield f"{'mean':12}" + "".join(f"{mean:>10.4f}" for mean in means)
     for name, tensors in networks:
         dead = [each for each in tensors if each.dead_share > 0]
         if dead:
             worst = max(dead, key=lambda each: each.dead_share)
             most = f"most in {worst.block} behind {HEADS[worst.part]} ({100 * worst.dead_share:.2f} %)"
             yield f"{name}: channels that are zero everywhere in {len(dead)} tensors, {most}"
-
-
-def _cell(distance: float | None) -> str:
-    text = "" if distance is None else "dead" if math.isnan(distance) else f"{distance:.4f}"
-    return f"{text:>10}"
 
 
 def figure_of(networks: Networks) -> Any:

@@ -13,7 +13,6 @@ says what came from elsewhere, and marks what was found nowhere "from memory, no
 is left out (no dense FP16 rate was found for the RTX PRO 6000 Blackwell Server Edition).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +20,7 @@ from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.manifest import Positive
 from cnx_deploy.core.precision import find_precision
 from cnx_deploy.core.strict_json import Finite
-from cnx_deploy.core.variants import Variant, find_variant
+from cnx_deploy.core.variants import find_variant
 
 __all__ = ["DEVICES", "NOT_MEASURED", "Bound", "Device", "Work", "bound_of", "find_device", "work_of"]
 
@@ -146,7 +145,8 @@ def work_of(variant: str, image_size: int, precision: str, num_classes: int = 10
     size = find_variant(variant)
     macs = size.mac_count(image_size, num_classes)
     element = find_precision(precision).storage_bytes
-    maps = tuple(_stage_maps(size, image_size))
+    # Elements of one C × H × W map in each stage, stage 1 first.
+    maps = tuple(width * (image_size // (4 << stage)) ** 2 for stage, width in enumerate(size.dims))
     blocks = sum(depth * elements for depth, elements in zip(size.depths, maps, strict=True))
     parameters = size.parameter_count + (num_classes - 1000) * (size.dims[-1] + 1)
     # Every stage's map is written by the convolution before it and read by the layer after it.
@@ -236,13 +236,6 @@ def bound_of(
         batch=batch,
         measured_over_bound=None if measured is None else measured / min(compute, bandwidth),
     )
-
-
-def _stage_maps(variant: Variant, image_size: int) -> Iterator[int]:
-    """Elements of one C × H × W map in each stage, stage 1 first."""
-    for stage, width in enumerate(variant.dims):
-        side = image_size // (4 * 2**stage)
-        yield width * side * side
 
 
 def _significant_words(name: str) -> list[str]:

@@ -12,15 +12,8 @@ import numpy as np
 from cnx_deploy.bench.record import Knee, Latency, Ratio, Timing
 
 __all__ = [
-    "PERCENTILES",
-    "WINDOWS",
-    "disagreement",
-    "knees",
-    "latency_of",
-    "ratio_of",
-    "sweep_batches",
-    "sweep_is_over",
-]
+    "PERCENTILES", "WINDOWS", "disagreement", "knees", "latency_of", "ratio_of", "sweep_batches", "sweep_is_over",
+]  # fmt: skip
 
 Samples = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -133,15 +133,9 @@ def open_contender(name: str, network: str, make: Callable[[], Runner], gate: Ga
     runner.run(images)
     cold_call_ms = 1000.0 * (time.perf_counter() - start)
     peak = peak_memory_mib()
+    taken, on_device = None if peak is None else max(0.0, peak - before), _taken_on_device(free_before, runner.device)
     return Contender(
-        name,
-        runner,
-        create_seconds,
-        None if peak is None else max(0.0, peak - before),
-        gate,
-        network,
-        cold_call_ms=cold_call_ms,
-        device_memory_mib=_taken_on_device(free_before, runner.device),
+        name, runner, create_seconds, taken, gate, network, cold_call_ms=cold_call_ms, device_memory_mib=on_device
     )
 
 
@@ -316,8 +310,19 @@ def _timing(sample: _Sample, peers: Sequence[_Sample], expected: Expected | None
     gpu = _gpu_times([times for window in sample.phases[-WINDOWS:] for times in window], spec.seed)
     correctness = None if expected is None else sample.outputs.judge(expected, contender.gate)
     wrong = correctness.failures if correctness is not None else ()
-    unsteady = _unsteady(sample, gpu)
-    few = f"{latency.calls} calls only: one of the run takes over {SLOW_CALL_MS:g} ms"
+    unsteady, limits = [], []
+    if sample.disagreement:
+        unsteady.append(f"after {len(sample.windows)} windows the last three disagree: {sample.disagreement}")
+    if latency.calls < spec.min_calls:
+        limits.append(f"{latency.calls} calls only: one of the run takes over {SLOW_CALL_MS:g} ms")
+    if gpu is not None:  # trtexec's rules for what else than the network limits the speed
+        compute_ms = gpu.compute.median_ms
+        if gpu.compute.cv_percent > GPU_CV_PERCENT:
+            unsteady.append(f"compute time varies by {gpu.compute.cv_percent:.1f} %, more than {GPU_CV_PERCENT:g} %")
+        if gpu.enqueue_ms > ENQUEUE_SHARE * compute_ms:
+            limits.append(f"enqueue-bound ({gpu.enqueue_ms:.3g} of {compute_ms:.3g} ms): try --cuda-graph")
+        if max(gpu.h2d_ms, gpu.d2h_ms) >= compute_ms:
+            limits.append(f"transfer-bound from host memory ({gpu.h2d_ms:.3g} ms in, {gpu.d2h_ms:.3g} ms out)")
     return Timing(
         name=contender.name,
         network=contender.network,
@@ -342,19 +347,9 @@ def _timing(sample: _Sample, peers: Sequence[_Sample], expected: Expected | None
             if peer is not sample and peer.contender.runner.device.type == contender.runner.device.type
         ),
         status="INVALID" if wrong else "UNSTABLE" if unsteady else "OK",
-        remarks=(*wrong, *unsteady, *([few] if latency.calls < spec.min_calls else []), *_limits(gpu)),
+        remarks=(*wrong, *unsteady, *limits),
         device_memory_mib=contender.device_memory_mib,
     )
-
-
-def _unsteady(sample: _Sample, gpu: GpuTimes | None) -> list[str]:
-    """Why a row is UNSTABLE, empty where it is not."""
-    reasons = []
-    if sample.disagreement:
-        reasons.append(f"after {len(sample.windows)} windows the last three disagree: {sample.disagreement}")
-    if gpu is not None and gpu.compute.cv_percent > GPU_CV_PERCENT:
-        reasons.append(f"compute time varies by {gpu.compute.cv_percent:.1f} %, more than {GPU_CV_PERCENT:g} %")
-    return reasons
 
 
 def _gpu_times(phases: Sequence[PhaseTimes], seed: int) -> GpuTimes | None:
@@ -367,18 +362,6 @@ def _gpu_times(phases: Sequence[PhaseTimes], seed: int) -> GpuTimes | None:
         d2h_ms=statistics.median(times.d2h_ms for times in phases),
         enqueue_ms=statistics.median(times.enqueue_ms for times in phases),
     )
-
-
-def _limits(gpu: GpuTimes | None) -> list[str]:
-    """What else than the network limits the speed, by trtexec's rules."""
-    if gpu is None:
-        return []
-    compute_ms, limits = gpu.compute.median_ms, []
-    if gpu.enqueue_ms > ENQUEUE_SHARE * compute_ms:
-        limits.append(f"enqueue-bound ({gpu.enqueue_ms:.3g} of {compute_ms:.3g} ms): try --cuda-graph")
-    if max(gpu.h2d_ms, gpu.d2h_ms) >= compute_ms:
-        limits.append(f"transfer-bound from host memory ({gpu.h2d_ms:.3g} ms in, {gpu.d2h_ms:.3g} ms out)")
-    return limits
 
 
 def reset_peak_memory() -> float:
