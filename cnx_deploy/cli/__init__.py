@@ -93,12 +93,10 @@ def main(arguments: list[str] | None = None) -> None:
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except click.ClickException as error:
-        if "--json" in words:
-            _echo_document(type(error).__name__, error.format_message(), error.exit_code)
         shown = io.StringIO()
         error.show(file=shown)
-        click.echo(printable(shown.getvalue()), nl=False, err=True)
         code = error.exit_code
+        _show(shown.getvalue(), type(error), error.format_message(), code, as_json="--json" in words)
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         code = 130
@@ -106,9 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
         told = _explained(error)
         if told is None or "--debug" in words:
             raise
-        name = type(error if isinstance(error, OSError) else told).__name__
-        _show(name, told, as_json="--json" in words)
-        code = told.exit_code
+        kind, code = type(error if isinstance(error, OSError) else told), told.exit_code
+        _show(f"Error: {told}\n", kind, str(told), code, as_json="--json" in words)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -141,12 +138,8 @@ def _explained(error: BaseException) -> CnxDeployError | None:
     return error if isinstance(error, CnxDeployError) else None
 
 
-def _show(name: str, error: CnxDeployError, *, as_json: bool) -> None:
+def _show(text: str, kind: type[BaseException], message: str, exit_code: int, *, as_json: bool) -> None:
     """One message on stderr, and with --json the same as the document on stdout."""
     if as_json:
-        _echo_document(name, str(error), error.exit_code)
-    click.echo(f"Error: {printable(str(error))}", err=True)
-
-
-def _echo_document(name: str, message: str, exit_code: int) -> None:
-    click.echo(json.dumps({"error": name, "message": message, "exit_code": exit_code}, indent=2))
+        click.echo(json.dumps({"error": kind.__name__, "message": message, "exit_code": exit_code}, indent=2))
+    click.echo(printable(text), nl=False, err=True)

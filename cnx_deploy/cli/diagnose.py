@@ -59,7 +59,7 @@ def layers(
     failed = [comparison.artifact for comparison in comparisons if not comparison.passed]
     error = ParityError(f"{', '.join(failed)} part from PyTorch by layer; see above where.") if failed else None
     document = {"layers": [comparison.to_dict() for comparison in comparisons]}
-    _show(document, _paragraphs(map(report_lines, comparisons)), error, as_json=as_json)
+    _show(document, map(report_lines, comparisons), error, as_json=as_json)
 
 
 @diagnose.command()
@@ -81,7 +81,7 @@ def chain(files: tuple[Path, ...], as_json: bool, **arguments: Any) -> None:
     failed = [chain for chain in chains if chain.failed is not None]
     error = ParityError(" ".join(f"{chain.artifact}: {chain.verdict()}" for chain in failed)) if failed else None
     document = {"chains": [chain.to_dict() for chain in chains]}
-    _show(document, _paragraphs(map(report_lines, chains)), error, as_json=as_json)
+    _show(document, map(report_lines, chains), error, as_json=as_json)
 
 
 @diagnose.command()
@@ -101,7 +101,7 @@ def bisect(file: Path, as_json: bool, **arguments: Any) -> None:
     from cnx_deploy.diagnosis.bisect import failure, report_lines, run_bisection
 
     bisection = run_bisection(file, options.note, **arguments)
-    _show(bisection.to_dict(), report_lines(bisection), failure(bisection), as_json=as_json)
+    _show(bisection.to_dict(), [report_lines(bisection)], failure(bisection), as_json=as_json)
 
 
 @diagnose.command()
@@ -140,21 +140,14 @@ def headroom(lists_all: bool, plot: Path | None, as_json: bool, **arguments: Any
         result = run_headroom(request, options.note, measured)
     if plot is not None:
         options.note(f"{plot_headroom(result, plot)}")
-    _show(result.to_dict(), report_lines(result, lists_all=lists_all), failure(result), as_json=as_json)
+    _show(result.to_dict(), [report_lines(result, lists_all=lists_all)], failure(result), as_json=as_json)
 
 
-def _paragraphs(reports: Iterable[Iterable[str]]) -> Iterable[str]:
-    """Yield the lines of several reports, with an empty line between two."""
-    for index, lines in enumerate(reports):
-        yield from (["", *lines] if index else lines)
-
-
-def _show(document: Any, lines: Iterable[str], error: CnxDeployError | None, *, as_json: bool) -> None:
-    """Print a result as JSON or as lines, and end with the error where there is one."""
+def _show(document: Any, reports: Iterable[Iterable[str]], error: CnxDeployError | None, *, as_json: bool) -> None:
+    """Print a result as JSON, or its reports with an empty line between two; end with the error where there is one."""
     if as_json:
         options.echo_json(document)
     else:
-        for line in lines:
-            options.echo(line)
+        options.echo("\n\n".join("\n".join(lines) for lines in reports))
     if error is not None:
         options.fail(error, as_json=as_json)

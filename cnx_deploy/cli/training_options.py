@@ -9,7 +9,7 @@ from cnx_deploy.cli import options
 
 __all__ = ["recipe_options", "run_options"]
 
-NUMBERS: tuple[tuple[str, type, str], ...] = (
+RECIPE: tuple[tuple[str, Any, str], ...] = (
     ("--epochs", int, "Times that every image is seen [plain: 30]."),
     ("--image-size", int, "Side in pixels, a multiple of 32 [224]."),
     ("--batch-size", int, "Images a process and step [plain: 32]."),
@@ -32,11 +32,13 @@ NUMBERS: tuple[tuple[str, type, str], ...] = (
     ("--erasing-probability", float, "Share of images with a rectangle erased [plain: 0]."),
     ("--mixup-alpha", float, "Mixup's Beta parameter; 0: none [plain: 0]."),
     ("--cutmix-alpha", float, "CutMix's Beta parameter; 0: none [plain: 0]."),
-)
-CHOSEN: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("--optimizer", ("adamw", "sgd"), "[plain: adamw]"),
-    ("--schedule", ("cosine", "constant"), "Of the learning rate [plain: cosine]."),
-    ("--layer-decay-groups", ("single", "group"), "Each block a layer, or three of stage 3 [plain: single]."),
+    ("--optimizer", click.Choice(["adamw", "sgd"]), "[plain: adamw]"),
+    ("--schedule", click.Choice(["cosine", "constant"]), "Of the learning rate [plain: cosine]."),
+    (
+        "--layer-decay-groups",
+        click.Choice(["single", "group"]),
+        "A block, or three of stage 3 [plain: single].",
+    ),
 )
 
 Command = Callable[..., Any]
@@ -46,8 +48,7 @@ def recipe_options(command: Command) -> Command:
     """Add all that a recipe sets; an option that is not given is None, which leaves it to the recipe."""
     return _added(
         command,
-        *(click.option(name, type=kind, help=text) for name, kind, text in NUMBERS),
-        *(click.option(name, type=click.Choice(values), help=text) for name, values, text in CHOSEN),
+        *(click.option(name, type=kind, help=text) for name, kind, text in RECIPE),
         click.option("--flip/--no-flip", default=None, help="Mirror images or not: not for digits [flip]."),
     )
 
@@ -65,9 +66,7 @@ def run_options(name: str) -> Callable[[Command], Command]:
             options.output_dir("runs", "A run is a folder in it."),
             click.option("--run-dir", type=options.FOLDER, help=f"The run's folder [default: a fresh {name}-NNN]."),
             click.option("--resume", is_flag=True, help="Go on with the newest run of the variant, or with --run-dir."),
-            click.option(
-                "--no-image-check", is_flag=True, help="Start without decoding every image once to find broken ones."
-            ),
+            click.option("--no-image-check", is_flag=True, help="Start without decoding all to find broken images."),
             click.option("--show-config", is_flag=True, help="Print the whole configuration as JSON, train nothing."),
             options.as_json,
         )
