@@ -7,7 +7,7 @@ verdict decides. The naive form keeps GRN's sum of squares and LayerNorm's squar
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from cnx_deploy.diagnosis.ranges import (
     unit_of,
     worst,
 )
-from cnx_deploy.model.checkpoint import LoadedModel, resolve_model
+from cnx_deploy.model.checkpoint import LoadedModel, ModelRequest
 from cnx_deploy.model.deploy import BLOCK_PARTS
 
 __all__ = ["Headroom", "HeadroomRequest", "failure", "measure_headroom", "report_lines", "run_headroom"]
@@ -47,22 +47,15 @@ MOST_PARTS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeadroomRequest:
+class HeadroomRequest(ModelRequest):
     """What `cnx-deploy diagnose headroom` takes; weights are resolved as for an export.
 
-    `image_size` None means the checkpoint's own, else 224. `data` None means seeded image-like batches; else a folder
-    of images, of which at most `samples` are taken. `margin` is a factor of at least 1: on a stored tensor's largest
-    absolute value, and on the naive form's sums of squares and squares.
+    `data` None means seeded image-like batches; else a folder of images, of which at most `samples` are taken.
+    `margin` is a factor of at least 1: on a stored tensor's largest absolute value, and on the naive form's sums of
+    squares and squares.
     """
 
-    checkpoint: Path | None = None
-    variant: str | None = None
-    pretrained: str | None = None
-    seed: int = 0
-    num_classes: int | None = None
-    reset_head: bool = False
     data: Path | None = None
-    image_size: int | None = None
     samples: int = 16
     margin: float = 4.0
 
@@ -230,21 +223,7 @@ def run_headroom(
     request: HeadroomRequest, note: Callable[[str], None], progress: Callable[[int], None] | None = None
 ) -> Headroom:
     """Load the weights that `request` names and measure them; `progress` is told the images of each batch."""
-    loaded = resolve_model(
-        request.variant,
-        checkpoint=request.checkpoint,
-        pretrained=request.pretrained,
-        seed=request.seed,
-        num_classes=request.num_classes,
-        reset_head=request.reset_head,
-    )
-    if loaded.weights.origin == "random":
-        note(f"No checkpoint: weights are random (seed {request.seed}). Their ranges say nothing of trained ones.")
-    if loaded.head_is_new:
-        note(f"The head for {loaded.model.num_classes} classes is new and random: train it before it is used.")
-    preprocessing = loaded.preprocessing or Preprocessing()
-    if request.image_size is not None:
-        preprocessing = replace(preprocessing, image_size=request.image_size)
+    loaded, preprocessing = request.load(note)
     images = ImageLike(request.samples) if request.data is None else find_images(request.data)
     spec = InputSpec("uint8", preprocessing.image_size)
     batches = images.batches(preprocessing, spec, BATCH, evenly(len(images), request.samples))
