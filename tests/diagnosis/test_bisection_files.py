@@ -253,9 +253,7 @@ def run(words: list[str]) -> None:
 def test_the_printed_command_writes_a_file_that_passes_where_the_first_one_fails(found_and_replayed: Replayed) -> None:
     replayed, found = found_and_replayed.file, found_and_replayed.found
     assert found.outcome == "found"
-    assert (
-        replayed.manifest.deploy.keep_fp32 == list(found_and_replayed.kept) == list(parts("2.1.pwconv1", "2.1.pwconv2"))
-    )
+    assert replayed.manifest.deploy.keep_fp32 == found_and_replayed.kept == parts("2.1.pwconv1", "2.1.pwconv2")
     case = case_of(replayed, LoadedModel(found_and_replayed.model, NO_WEIGHTS), GATES["fp16"], None, 4)
     again = probe_recorded(replayed, case)
     assert again.probe.found == found_and_replayed.final.probe.found

@@ -69,13 +69,13 @@ def test_a_fault_of_the_export_stops_the_chain_at_the_first_step(healthy, monkey
     artifact, loaded = healthy
     export = chains._export_fp32
 
-    def faulty(*arguments: object) -> Path:
-        path = export(*arguments)
-        model = onnx.load(path)
+    def faulty(*arguments: object) -> Artifact:
+        made = export(*arguments)
+        model = onnx.load(made.path)
         bias = next(tensor for tensor in model.graph.initializer if tensor.name == "stages.1.0.pwconv1.bias")
         bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + 0.05, bias.name))
-        onnx.save(model, path)
-        return path
+        onnx.save(model, made.path)
+        return made
 
     monkeypatch.setattr(chains, "_export_fp32", faulty)
     verdict = chain(artifact, loaded)
