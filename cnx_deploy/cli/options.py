@@ -69,7 +69,7 @@ engines_dir = click.option(
 )
 
 
-def output_dir(default: str, text: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def output_dir(default: str, text: str = "Folder to write to.") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Where a command writes."""
     return click.option("--output-dir", type=FOLDER, default=Path(default), show_default=True, help=text)
 

@@ -101,6 +101,9 @@ class Headroom:
                 "There is no image to measure on. --data takes a folder with images; without it images are seeded."
             )
 
+    def __str__(self) -> str:
+        return "\n".join(report_lines(self))
+
     @property
     def counted_images(self) -> str:
         """For people: "16 images"."""

@@ -68,6 +68,9 @@ class Inspection:
         suffix = self.path.suffix
         return name if suffix in suffixes else f"{name}, although its name ends in {suffix or 'nothing'}"
 
+    def __str__(self) -> str:
+        return f"{self.path}: {self.description}, {self.size_bytes / 1e6:.1f} MB, SHA-256 {self.sha256}"
+
     def to_dict(self) -> dict[str, Any]:
         """The inspection as JSON has it."""
         compiled: dict[str, Any] | None = None

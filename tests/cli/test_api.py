@@ -47,6 +47,10 @@ def test_an_export_verifies_and_its_report_prints(onnx: cnx.Artifact) -> None:
     assert "pass" in str(report)
 
 
+def test_what_a_file_is_prints_in_one_line(onnx: cnx.Artifact) -> None:
+    assert str(cnx.inspect(onnx)).startswith(f"{onnx.path}: an ONNX file, ")
+
+
 def test_a_model_gives_the_same_classes_for_a_path_an_image_an_array_and_a_tensor(
     onnx: cnx.Artifact, tmp_path: Path
 ) -> None:

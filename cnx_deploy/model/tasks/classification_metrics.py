@@ -183,6 +183,9 @@ class Evaluation:
         """The report for people, line by line; `to_dict` has everything that is cut here."""
         return _report_lines(self)
 
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
     def _macro(self, rate: str) -> float:
         present = [getattr(row, rate) for row in self.per_class if row.count]
         return math.fsum(present) / len(present)
