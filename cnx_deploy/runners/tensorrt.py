@@ -135,7 +135,7 @@ class TensorRTRunner:
     A context serves one call at a time, so threads that share a runner wait for each other in `run`. With a CUDA graph,
     and in `run_phases`, every call gives the same buffer: threads that read it later take a runner each.
 
-    Raises MissingRequirementError without a GPU (in under two seconds), for an engine of another release or another
+    Raises MissingRequirementError without a GPU, for an engine of another release or another
     GPU; CorruptArtifactError when the runtime refuses it all the same or it takes other types than its manifest says.
     """
 

