@@ -129,8 +129,12 @@ def run_benchmark(spec: BenchSpec, note: Note, progress: Progress | None = None)
         require_gpu()  # an engine that was named is asked for
     if not spec.files:  # files that are named were hashed when they were selected
         artifacts = [open_artifact(artifact.path) for artifact in artifacts]
+    before = torch.get_num_threads()
     torch.set_num_threads(conditions.threads)
-    networks = [_measure_network(group, spec, progress) for group in _networks_of(artifacts)]
+    try:
+        networks = [_measure_network(group, spec, progress) for group in _networks_of(artifacts)]
+    finally:
+        torch.set_num_threads(before)  # the caller's: idle threads of a process that goes on would spin
     warnings.extend(throttling(gpu_states()))
     for warning in warnings:
         note(f"Warning: {warning}.")

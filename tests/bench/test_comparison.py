@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from onnx import numpy_helper
 
@@ -210,3 +211,13 @@ def test_a_row_on_a_known_gpu_is_a_share_of_its_bound() -> None:
     assert (counted.traffic, counted.megabytes_per_image) == ("as compiled", pytest.approx(31.23))
     for other in ("AMD EPYC", "NVIDIA GeForce RTX 4090 Laptop GPU"):
         assert bound_of_row(bench_rows.row(8, 100, device=other), network) is None
+
+
+def test_a_benchmark_leaves_torchs_threads_as_they_were(folder: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        run_benchmark(spec_of(folder, threads=2), print)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
