@@ -5,7 +5,7 @@ Nothing heavy is imported before a fixture needs it: the process that hands test
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ TINY_TEST = Variant("tiny-test", (1, 1, 2, 1), (8, 16, 32, 64), 138_104, 0.0)
 TINY_V1_TEST = Variant("tiny-v1-test", (1, 1, 2, 1), (8, 16, 32, 64), 137_040, None, version=1)
 register_variant(TINY_TEST)  # so that commands and the Python API take it by name
 
+Command = Callable[..., tuple[int, str, str]]
 
 LONGEST_FIRST = (
     "test_runs.py",
@@ -53,6 +54,22 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector the half million objects of what is imported: an export takes a tenth less."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(name="cnx")
+def command_line(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run `cnx-deploy` with some words in this process: (exit code, stdout, stderr)."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        from cnx_deploy.cli import main
+
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in words])
+        printed = capsys.readouterr()
+        return int(stop.value.code or 0), printed.out, printed.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

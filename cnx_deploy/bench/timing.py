@@ -238,7 +238,10 @@ def measure_together(
     ]
     for sample in samples:
         _warm_up(sample, spec, progress)
-    while not _is_done(samples, spec):
+    windows = samples[0].windows
+    while len(windows) < spec.max_windows and (
+        len(windows) < WINDOWS or any(sample.disagreement for sample in samples)
+    ):
         _measure_window(samples, spec, progress)
     peers = [sample for sample in samples if sample.contender.is_peer]
     return [_timing(sample, peers, expected, spec) for sample in samples]
@@ -274,11 +277,6 @@ def _is_warm_window(window: Sequence[float]) -> bool:
     if window and window[-1] > SLOW_CALL_MS:
         return True
     return len(window) * WINDOWS >= WARM_UP_CALLS and sum(window) * WINDOWS >= 1000.0 * WARM_UP_SECONDS
-
-
-def _is_done(samples: Sequence[_Sample], spec: TimingSpec) -> bool:
-    measured = len(samples[0].windows)
-    return measured >= spec.max_windows or (measured >= WINDOWS and not any(sample.disagreement for sample in samples))
 
 
 def _measure_window(samples: Sequence[_Sample], spec: TimingSpec, progress: Progress | None) -> None:

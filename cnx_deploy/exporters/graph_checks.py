@@ -66,6 +66,7 @@ LARGEST_VALUE = 1 << 32
 LARGEST_EPSILON = 1e-3
 SUBGRAPHS = frozenset({onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS})
 HALVES = frozenset({onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
+FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, *HALVES})
 STANDARD = frozenset({"", "ai.onnx"})
 LISTED_AT_MOST = 20
 
@@ -369,17 +370,15 @@ def _epsilons(model: onnx.ModelProto) -> Iterator[float]:
     scalars = {
         tensor.name: float(onnx.numpy_helper.to_array(tensor).reshape(()))
         for tensor in model.graph.initializer
-        if _is_float(tensor) and tensor.data_location != onnx.TensorProto.EXTERNAL and math.prod(tensor.dims) == 1
+        if tensor.data_type in FLOATS
+        and tensor.data_location != onnx.TensorProto.EXTERNAL
+        and math.prod(tensor.dims) == 1
     }
     for node in model.graph.node:
         if node.op_type == "LayerNormalization":
             yield next((entry.f for entry in node.attribute if entry.name == "epsilon"), 1e-5)
         elif node.op_type == "Add":
             yield from (scalars[name] for name in node.input if 0.0 < scalars.get(name, 0.0) < LARGEST_EPSILON)
-
-
-def _is_float(tensor: onnx.TensorProto) -> bool:
-    return tensor.data_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, *HALVES)
 
 
 def _tensor_spec(value: onnx.ValueInfoProto) -> tuple[str, tuple[int | str, ...]]:

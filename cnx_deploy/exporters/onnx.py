@@ -183,15 +183,11 @@ def _name_nodes(graph: ir.Model) -> None:
     seen: Counter[str] = Counter()
     for node in graph.graph:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")
-        modules = [scope for scope in _parse_scopes(scopes)[:-1] if scope]
+        # The exporter writes the scopes as a Python list of strings, which is JSON but for its quotes.
+        modules = [str(scope) for scope in json.loads(scopes.replace("'", '"'))[:-1] if scope]
         base = f"{modules[-1] if modules else 'model'}/{node.op_type}"
         seen[base] += 1
         node.name = base if seen[base] == 1 else f"{base}_{seen[base]}"
-
-
-def _parse_scopes(text: str) -> list[str]:
-    """The exporter writes the scopes as a Python list of strings, which is JSON but for its quotes."""
-    return [str(scope) for scope in json.loads(text.replace("'", '"'))]
 
 
 def _strip_debug_metadata(graph: ir.Model) -> None:

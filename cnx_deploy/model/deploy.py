@@ -74,7 +74,9 @@ class DeployedConvNeXtV2(nn.Module):
         # Each part is rounded as it is made: float64 copies of huge take 5 GB.
         self.downsample_layers = nn.ModuleList(
             _rounded(layer, f"downsample_layers.{index}", spec)
-            for index, layer in enumerate(_downsample_layers(model, spec))
+            for index, layer in enumerate(
+                (_stem(model, spec), *(_downsampling(*layers, spec) for layers in model.downsampling_layers()))
+            )
         )
         self.stages = nn.ModuleList(nn.Sequential(*stage) for stage in _stages(model, spec))
         for name, module in model.task.deployed_modules(model, spec).items():
@@ -107,11 +109,6 @@ def deploy_form(model: ConvNeXtV2, spec: DeploySpec) -> DeployedConvNeXtV2:
     Constants are folded in float64 and rounded once to the precision asked for.
     """
     return DeployedConvNeXtV2(model, spec).eval().requires_grad_(False)
-
-
-def _downsample_layers(model: ConvNeXtV2, spec: DeploySpec) -> list[nn.Module]:
-    """The stem and the three downsamplings, with what the folds put into them."""
-    return [_stem(model, spec), *(_downsampling(norm, conv, spec) for norm, conv in model.downsampling_layers())]
 
 
 def _stem(model: ConvNeXtV2, spec: DeploySpec) -> nn.Sequential:

@@ -19,20 +19,6 @@ EXPORT = ("export", "--variant", "tiny-test", "--image-size", "32", "--num-class
 """What the shared artifacts were asked for with, as a user asks."""
 
 
-@pytest.fixture
-def cnx(capsys):
-    """Run a command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(word) for word in words])
-        printed = capsys.readouterr()
-        return int(stop.value.code or 0), printed.out, printed.err
-
-    return run
-
-
 @pytest.fixture(scope="session")
 def exported_folder(tiny_onnx_fp32, tiny_onnx_fp16, tmp_path_factory):
     """A folder with the smallest network at 32 px in both precisions in `export/`, and an image of each class."""

@@ -36,7 +36,7 @@ from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.model.deploy import deploy_form, parts_of
 from cnx_deploy.runners.emulator.graph import Graph
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
-from tests.diagnosis.conftest import Command
+from tests.conftest import Command
 
 WIDE_STEM = Variant("wide-stem", (1, 1, 1, 1), (192, 8, 16, 32), 0, 0.0)
 """Wide enough in stage 1 for the stem's norm to be on the patches, as in large and huge; GRN's gain goes both ways."""

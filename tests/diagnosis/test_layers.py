@@ -42,8 +42,7 @@ from cnx_deploy.model.checkpoint import hash_weights
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.runners import tensorrt
 from cnx_deploy.runners.tensorrt import EngineSession
-from tests.conftest import TINY_TEST
-from tests.diagnosis.conftest import Command
+from tests.conftest import TINY_TEST, Command
 from tests.support import trt_double
 from tests.support.layer_faults import (
     IMAGES,

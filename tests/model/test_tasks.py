@@ -26,6 +26,7 @@ from cnx_deploy.model.deploy_layers import TokenNorm, doubles, linear, widen
 from cnx_deploy.model.layers import EPS
 from cnx_deploy.model.tasks import base
 from cnx_deploy.model.tasks.base import Outputs, Prediction, Task, find_task, register_task
+from cnx_deploy.verification.saved_results import judge_saved
 
 PICTURE = torch.rand(3, 40, 48, generator=torch.Generator().manual_seed(0))
 WIDTH = 6
@@ -143,6 +144,9 @@ def test_its_outputs_are_exported_and_each_is_judged_by_its_gate(files: list[cnx
 def test_it_is_verified_timed_and_used(files: list[cnx.Artifact], tmp_path: Path) -> None:
     report = cnx.verify(files, samples=2, save_outputs=str(tmp_path / "saved"))
     assert report.passed, str(report)
+    assert {row.gate.name for row in report.results[1].results} == {"fp16 multi-label"}
+    again = [judged.to_dict()["results"] for judged in judge_saved(tmp_path / "saved")]
+    assert again == [judged.to_dict()["results"] for judged in report.results], "saved outputs are judged the same"
     assert [(row.candidate, row.output) for row in report.results[1].results] == [
         (runner, output)
         for runner in ("onnxruntime fp16", "emulator fp16") for output in ("labels", "embedding")
@@ -178,6 +182,9 @@ def test_the_commands_show_it(files: list[cnx.Artifact], tmp_path: Path) -> None
 def test_an_engine_compiles_and_names_its_outputs(files: list[cnx.Artifact], tmp_path: Path) -> None:
     engine = cnx.build_engine(files[1], target="sm89", output_dir=tmp_path)
     assert (engine.manifest.model.task, engine.manifest.facts.half_share_of_products) == ("multi-label", 1.0)
+    compiled = engine.manifest.facts.compiled
+    assert compiled is not None
+    assert "other" not in {kernel.block for kernel in compiled.kernel_list}, "every kernel of the head is known as such"
 
 
 def test_a_fault_in_one_output_alone_stops_the_export_and_is_named(

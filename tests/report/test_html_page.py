@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from hypothesis import strategies as st
 
 from cnx_deploy.bench.conditions import conditions_now
 from cnx_deploy.bench.record import Plan
-from cnx_deploy.cli import main
 from cnx_deploy.cli.options import _finite
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.gates import GATES
 from cnx_deploy.core.manifest import Compiled, EngineManifest, manifest_from_json
 from cnx_deploy.core.variants import find_variant
 from cnx_deploy.report.html.page import MARK
+from tests.conftest import Command
 from tests.support.html_documents import PEER, benchmark, headroom, layers, written
 from tests.support.html_page import ROOT, Node, manifest, page_of, parsed, put, rows, section
 from tests.support.lies import EVIL, FEW, documents, lying, placed, result_or_error
@@ -31,7 +32,6 @@ from tests.support.lies import put as put_bytes
 
 PARITY = ("relative_l2_max", "centred_cosine_min", "top1_agreement", "mean_kl")
 ENGINE = "atto-224-fp16-rtx-sm89"
-Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +52,10 @@ def bench_page(tmp_path: Path) -> Node:
 
 
 @pytest.fixture
-def cnx(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Run `cnx-deploy report` in an empty folder, in this process: (exit code, stdout, stderr)."""
+def cnx(cnx: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """`cnx-deploy report` in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main(["report", *(str(word) for word in words)])
-        printed = capsys.readouterr()
-        return int(stop.value.code or 0), printed.out, printed.err
-
-    return run
+    return partial(cnx, "report")
 
 
 def tiles_of(page: Node) -> str:

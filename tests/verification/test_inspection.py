@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cnx_deploy.cli import main
 from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, InputError
 from cnx_deploy.core.gates import GATES, ParityResult
 from cnx_deploy.core.system import package_version
@@ -38,20 +37,6 @@ def exported(tiny_onnx_fp16):
 def engine(tiny_engine):
     """Its engine for sm89, batch 1 and 1 to 8, built ahead of time."""
     return tiny_engine
-
-
-@pytest.fixture
-def cnx(capsys):
-    """Run a command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*words):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main(list(words))
-        printed = capsys.readouterr()
-        return stop.value.code, printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture

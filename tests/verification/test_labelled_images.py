@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cnx_deploy.cli import main
 from cnx_deploy.core.artifacts import open_artifact
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError
@@ -95,21 +94,13 @@ def images(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cnx(capsys: pytest.CaptureFixture[str], recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cnx:
-    """Run `cnx-deploy` in a folder whose export/ holds the FP32 file: (exit code, stdout, stderr)."""
+def cnx(cnx: Cnx, recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cnx:
+    """The command line in a folder whose export/ holds the FP32 file."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "export").mkdir()
     for suffix in (".onnx", ".json"):
         shutil.copy(recorded[0].path.with_suffix(suffix), tmp_path / "export")
-
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(word) for word in words])
-        printed = capsys.readouterr()
-        return int(stop.value.code or 0), printed.out, printed.err
-
-    return run
+    return cnx
 
 
 def altered(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor], *paths: Path) -> None:

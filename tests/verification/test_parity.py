@@ -260,3 +260,30 @@ def test_the_spread_is_exact_far_from_zero_whatever_the_batches():
     for part in (slice(0, 1), slice(1, 8), slice(8, 40)):
         running.add(reference[part] + 0.5, reference[part])
     assert running.result().max_abs_in_std == pytest.approx(0.5 / float(reference.std(correction=0)), rel=1e-9)
+
+
+# Outputs of other tasks
+
+
+def test_scores_by_themselves_are_compared_as_torchs_bernoulli_and_by_their_signs():
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(50, 6, generator=generator)
+    candidate = reference + 0.05 * torch.randn(50, 6, generator=generator)
+    candidate[3, 2], reference[3, 2] = -2.0, 2.0
+    found = differences(candidate, reference, "sigmoid")
+    pair = [torch.distributions.Bernoulli(logits=side.double()) for side in (reference, candidate)]
+    assert found.mean_kl == pytest.approx(float(torch.distributions.kl_divergence(*pair).mean()), rel=1e-9)
+    changed = ((candidate > 0) != (reference > 0)).any(dim=1)
+    assert (found.flips, found.flips - found.excused_flips) == (int(changed.sum()), 1), "one change is no noise"
+    assert found.top1_agreement == pytest.approx(1 - 1 / 50)
+
+
+def test_values_without_decisions_are_of_any_shape_and_have_no_top1_and_no_kl():
+    reference = torch.randn(3, 4, 5, 2, generator=torch.Generator().manual_seed(0))
+    found = differences(reference * 1.01, reference, None)
+    assert (found.top1_agreement, found.mean_kl, found.flips) == (None, None, 0)
+    assert found.relative_l2_max == pytest.approx(0.01, rel=1e-4)
+    assert GATES["fp32"].failures(found) == ("relative L2 0.01, gate 1e-05",)
+    spoilt = reference.clone()
+    spoilt[0, 0, 0, 0] = math.nan
+    assert GATES["fp16"].failures(differences(spoilt, reference, None)) == ("1 values are NaN or infinite",)

@@ -57,14 +57,14 @@ OPERATIONS = (
     (r"downsample_layers\.\d+\.\d+/\w+", "downsample norm"),
     (r"model/ReduceMean", "pool"),
     (r"norm/\w+", "head norm"),
-    (r"head/\w+", "head"),
+    (r"head(\.[\w.]+)?/\w+", "head"),
 )
 ORDER = tuple(operation for _, operation in OPERATIONS)
 BIAS = " bias"
 
 STEM = "downsample_layers.0"
 BLOCK = re.compile(r"(downsample_layers\.\d+|stages\.\d+\.\d+)\b")
-HEAD = re.compile(r"(norm|head)/.+|model/ReduceMean")
+HEAD = re.compile(r"norm/.+|head(\.[\w.]+)?/.+|model/ReduceMean")
 MOVES = re.compile(r".+/(Cast|Transpose|Reshape|Squeeze|Unsqueeze|Flatten|Concat|Pad)")
 NUMBER = re.compile(r"_\d+$")
 
