@@ -194,3 +194,10 @@ def test_an_input_of_another_name_is_refused(tmp_path, tiny_onnx_fp32, tiny_vari
     onnx.save(model, tmp_path / "renamed.onnx")
     with pytest.raises(GraphCheckError, match=r"one input 'images' expected, found \['pixels'\]"):
         check_export(tmp_path / "renamed.onnx", variant=tiny_variant, layout="cpu", batch=(1, 4, 8), opset=20, **HEAD)
+
+
+@pytest.mark.parametrize("declared", [("scores", (10,)), ("logits", (9,))])
+def test_outputs_other_than_the_task_declares_are_refused(tiny_onnx_fp32, tiny_variant, declared):
+    head = {**HEAD, "outputs": (OutputSpec(*declared, "logit"),)}
+    with pytest.raises(GraphCheckError, match=r"outputs .* expected, found .*logits"):
+        check_export(tiny_onnx_fp32.path, variant=tiny_variant, layout="cpu", batch=(1, 4, 8), opset=20, **head)

@@ -328,6 +328,7 @@ LOGITS: dict[str, tuple[bytes, str]] = {
     ),
     "other classes": (PAIR(array(np.zeros((4, 3), np.float32))), "shape (4, 3), expected float32 of ('N', 2)"),
     "fewer images": (PAIR(*[array(np.zeros((3, 2), np.float32))] * 2), "outputs of 3 images, expected 4"),
+    "first byte lost": (PAIR(GOOD)[1:], "holds no outputs of this run"),
     "none": (archived({}), "outputs of 0 images, expected 4"),
 }
 
