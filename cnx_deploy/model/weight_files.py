@@ -18,7 +18,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,15 @@ class WeightFile:
     """Tensors under the file's own names, float32 and finite.
 
     `metadata`: our own header, empty for foreign files. `entry`: which entry of a pickle the tensors are from, None
-    when the file is the state dict itself.
+    when the file is the state dict itself. `beside`: what else the file says at its top level, by name: the entries of
+    a pickle that hold no tensor (`args`, `meta`, `hyper_parameters`, `epoch`), the other texts of a safetensors header.
+    It is foreign data of any type, which may contain itself.
     """
 
     tensors: dict[str, Tensor]
     metadata: Mapping[str, Any] = field(default_factory=dict)
     entry: str | None = None
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_weight_file(path: Path, *, ema: bool = False) -> WeightFile:
@@ -108,7 +111,7 @@ def read_weight_file(path: Path, *, ema: bool = False) -> WeightFile:
         raise InputError(
             f"{path} is no checkpoint by its name: expected .safetensors, {', '.join(PICKLE_SUFFIXES)}. Rename it."
         )
-    return WeightFile(_finite_floats(weights.tensors, path), weights.metadata, weights.entry)
+    return replace(weights, tensors=_finite_floats(weights.tensors, path))
 
 
 def read_pickle(path: Path) -> object:
@@ -194,7 +197,8 @@ def _read_safetensors(path: Path) -> WeightFile:
     try:
         with safe_open(path, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is not a mapping
-            header = (opened.metadata() or {}).get(METADATA_KEY, "{}")
+            texts = dict(opened.metadata() or {})
+            header = texts.pop(METADATA_KEY, "{}")
     except (SafetensorError, OSError) as error:
         raise CorruptArtifactError(
             f"{path} is not a whole safetensors file ({error}). Fetch or write it again."
@@ -205,7 +209,7 @@ def _read_safetensors(path: Path) -> WeightFile:
             raise ValueError(f"it is {kind_of(metadata)}, expected an object")
     except ValueError as error:
         raise CorruptArtifactError(f"{path} has metadata that is not JSON ({error}). Write it again.") from error
-    return WeightFile(tensors, metadata)
+    return WeightFile(tensors, metadata, beside=texts)
 
 
 def _check_header(path: Path) -> None:
@@ -276,7 +280,22 @@ def _state_dict_of(content: object, path: Path, *, ema: bool) -> WeightFile:
             f"{path} holds {strangers[0]!r}, which is no tensor, where a state dict was expected. "
             f"Save model.state_dict(), bare or as {' or '.join(map(repr, PLAIN_KEYS))}."
         )
-    return WeightFile(state, entry=entry)
+    beside = {} if entry is None else {str(key): value for key, value in content.items() if not _holds_tensors(value)}
+    return WeightFile(state, entry=entry, beside=beside)
+
+
+def _holds_tensors(value: object) -> bool:
+    """Whether a tensor is in nested containers. Each is looked into once: a pickle's may hold themselves."""
+    seen: set[int] = set()
+    rest = [value]
+    while rest:
+        part = rest.pop()
+        if isinstance(part, Tensor):
+            return True
+        if isinstance(part, dict | list | tuple | set) and id(part) not in seen:
+            seen.add(id(part))
+            rest.extend(part.values() if isinstance(part, dict) else part)
+    return False
 
 
 def _finite_floats(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

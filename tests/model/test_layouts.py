@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cnx_deploy.core.errors import CheckpointError
@@ -43,6 +44,25 @@ def test_checkpoint_layout_variants_a_training_checkpoint(tiny_model, tiny_varia
     }
     path = saved(content, tmp_path / "checkpoint-3.pth")
     assert_same_weights(load_checkpoint(path, tiny_variant).model, tiny_model)
+
+
+def test_what_lies_beside_the_weights_comes_with_them(tiny_model, tmp_path):
+    said = {"epoch": 3, "args": argparse.Namespace(mean=[0.5] * 3), "meta": {"dataset_meta": {"classes": ["a", "b"]}}}
+    optimiser = torch.optim.AdamW(tiny_model.parameters())
+    sum(parameter.sum() for parameter in tiny_model.parameters()).backward()
+    optimiser.step()
+    content = {"state_dict": tiny_model.state_dict(), "optimizer": optimiser.state_dict(), **said}
+    assert read_weight_file(saved(content, tmp_path / "training.pth")).beside == said
+    knot: list[object] = []
+    knot += [knot] * 1000
+    knotted = read_weight_file(saved({"model": tiny_model.state_dict(), "knot": knot}, tmp_path / "knot.pth"))
+    assert len(knotted.beside["knot"]) == 1000
+    assert read_weight_file(saved(tiny_model.state_dict(), tmp_path / "bare.pth")).beside == {}
+
+
+def test_the_texts_of_a_safetensors_header_come_with_its_weights(tiny_model, tmp_path):
+    save_file(tiny_model.state_dict(), tmp_path / "a.safetensors", {"format": "pt"})
+    assert read_weight_file(tmp_path / "a.safetensors").beside == {"format": "pt"}
 
 
 @pytest.mark.parametrize("entry", ["model_ema", "state_dict_ema"])
