@@ -317,6 +317,7 @@ class Manifest:
     def to_json(self) -> str:
         """Serialise with sorted keys and a closing newline."""
         plain = msgspec.to_builtins(self)
+        plain["model"]["preprocessing"] = self.model.preprocessing.to_dict()
         return json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
     def _check_files(self, suffix: str) -> None:
