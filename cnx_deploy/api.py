@@ -68,7 +68,8 @@ def export(
         variant: one of `cnx-deploy variants`, for example "atto".
         precision: "fp32", "fp16" or "bf16", or several of them for several files from one load of the weights.
         note: is told what was chosen or assumed, a line at a time; `print` shows it.
-        **options: fields of `ExportRequest`: checkpoint, pretrained, image_size, batch, keep_fp32, output_dir, force …
+        **options: fields of `ExportRequest`: checkpoint, ema, entry, pretrained, image_size, batch, keep_fp32,
+            output_dir, force …
 
     Returns:
         The artifact, or a list of them where several precisions were asked for.

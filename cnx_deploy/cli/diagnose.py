@@ -111,6 +111,8 @@ def bisect(file: Path, as_json: bool, **arguments: Any) -> None:
 @options.seed
 @options.num_classes
 @options.reset_head
+@options.ema
+@options.entry
 @DATA
 @options.image_size
 @click.option("--samples", type=click.IntRange(min=1), default=16, show_default=True, help="Images, at most.")

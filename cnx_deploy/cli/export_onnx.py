@@ -15,6 +15,8 @@ from cnx_deploy.core.precision import exportable_precisions
 @options.seed
 @options.num_classes
 @options.reset_head
+@options.ema
+@options.entry
 @options.image_size
 @click.option(
     "--precision", "precisions", type=click.Choice(exportable_precisions()), multiple=True, default=("fp32", "fp16"),

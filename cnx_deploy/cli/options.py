@@ -16,8 +16,8 @@ from cnx_deploy.core.variants import ALL_VARIANTS
 
 __all__ = [
     "BATCH_RANGE", "EXISTING", "FILE", "FOLDER", "PATH", "VARIANT", "DefaultGroup", "as_json", "checkpoint", "echo",
-    "echo_artifacts", "echo_json", "engines_dir", "export_dir", "fail", "files", "force", "image_size", "note",
-    "num_classes", "output_dir", "pretrained", "reporter", "reset_head", "seed", "variant",
+    "echo_artifacts", "echo_json", "ema", "engines_dir", "entry", "export_dir", "fail", "files", "force", "image_size",
+    "note", "num_classes", "output_dir", "pretrained", "reporter", "reset_head", "seed", "variant",
 ]  # fmt: skip
 
 
@@ -58,6 +58,10 @@ num_classes = click.option(
     "--num-classes", type=click.IntRange(min=1), help="Classes of random weights [default: 1000]."
 )
 reset_head = click.option("--reset-head", is_flag=True, help="Re-initialise the head when the class count differs.")
+ema = click.option(
+    "--ema/--no-ema", default=None, help="Take a checkpoint's averaged or its plain weights [default: plain]."
+)
+entry = click.option("--entry", metavar="NAME", help="Which of several networks of a checkpoint, such as teacher.")
 image_size = click.option("--image-size", type=int, help="Side of the square image in pixels, a multiple of 32.")
 force = click.option("--force", is_flag=True, help="Replace what other inputs made.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")

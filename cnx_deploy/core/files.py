@@ -16,15 +16,15 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from filelock import FileLock
 
 from cnx_deploy.core.errors import DiskFullError, InputError
 
 __all__ = [
-    "check_file", "flush", "hidden_path", "make_folder", "open_regular", "place_errors", "room_errors",
-    "sha256_of_file", "temporary_folder", "whole_file", "write_text",
+    "check_file", "flush", "hidden_path", "kind_of_weights", "make_folder", "open_regular", "place_errors",
+    "room_errors", "sha256_of_file", "temporary_folder", "whole_file", "write_text",
 ]  # fmt: skip
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -40,6 +40,14 @@ def open_regular(path: Path) -> BinaryIO:
         os.close(descriptor)
         raise InputError(f"{path} is no regular file (a folder, pipe or device), so it cannot be read.")
     return os.fdopen(descriptor, "rb")
+
+
+def kind_of_weights(head: bytes, size: int) -> Literal["safetensors", "pickle"] | None:
+    """The kind of a file of weights from its first 16 bytes and its size; None where it is none."""
+    # No instruction of pickle is zero; safetensors with a header of 640 bytes begins with 80 02 00.
+    if head[:4] == b"PK\x03\x04" or (head[:2] in (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5") and head[2:3] != b"\0"):
+        return "pickle"
+    return "safetensors" if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8 else None
 
 
 @contextlib.contextmanager

@@ -65,12 +65,14 @@ class WeightsRecord:
 
     `reference` is the seed ("0"), the checkpoint's path relative to the manifest's folder, or the timm tag.
     `sha256` is over the tensors (`model.checkpoint.hash_weights`), so it survives a change of file format.
+    `entry`: which network of a checkpoint it was, where one was chosen of several; written only there.
     """
 
     origin: Literal["random", "checkpoint", "pretrained"]
     reference: str
     sha256: Sha256
     licence: str
+    entry: str | None = None
 
     def __post_init__(self) -> None:
         if self.origin == "random" and not re.fullmatch(r"-?[0-9]{1,20}", self.reference):
@@ -318,6 +320,8 @@ class Manifest:
         """Serialise with sorted keys and a closing newline."""
         plain = msgspec.to_builtins(self)
         plain["model"]["preprocessing"] = self.model.preprocessing.to_dict()
+        if self.model.weights.entry is None:
+            del plain["model"]["weights"]["entry"]
         return json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
     def _check_files(self, suffix: str) -> None:

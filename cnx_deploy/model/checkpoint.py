@@ -23,6 +23,7 @@ from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import ALL_VARIANTS, VARIANTS, Variant, find_variant
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model, random_model
 from cnx_deploy.model.layouts import (
+    TOP,
     difference_table,
     format_shape,
     official_state,
@@ -49,8 +50,8 @@ HEAD_SEED = 0
 class LoadedModel:
     """A model in evaluation mode and what is known of its weights.
 
-    `class_names` and `preprocessing` are None when unknown. `notes` say what
-    was chosen or made while loading: which entry of the file, a new head.
+    `class_names` and `preprocessing` are None when unknown. `notes` say what was chosen or made while loading: the
+    layout, the entry of the file, averaged or plain weights, what was set aside, a new head.
     """
 
     model: ConvNeXtV2
@@ -67,35 +68,38 @@ def load_checkpoint(
     *,
     num_classes: int | None = None,
     reset_head: bool = False,
-    ema: bool = False,
+    ema: bool | None = None,
+    entry: str | None = None,
     task: str | None = None,
 ) -> LoadedModel:
-    """Read a checkpoint in any layout of `model.layouts` into a model.
+    """Read a checkpoint in any layout of `model.layouts`, under any wrapping, into a model.
 
     `variant` None takes the known one, V2 or V1, whose shapes the file has. `num_classes` None takes the file's.
     `reset_head` draws a new head (truncated normal 0.02, fixed seed). `task` None takes the header's, else
-    classification. `ema`: see `weight_files.read_weight_file`,
-    also for what a file can have wrong. Raises CheckpointError when the weights do not fit the model exactly.
+    classification. `ema` and `entry` choose among several networks, see `weight_files.read_weight_file`, also for
+    what a file can have wrong. Raises CheckpointError when the weights do not fit the model exactly.
     """
     path, wanted = Path(path), find_variant(variant) if isinstance(variant, str) else variant
-    file = read_weight_file(path, ema=ema)
+    file = read_weight_file(path, ema=ema, entry=entry, modules=_head_modules(find_task(task or "classification")))
     layout, state = official_state(file.tensors, str(path))
     _check_own_metadata(file, state, path)
     purpose = find_task(task or file.metadata.get("task", "classification"))
-    classes = _class_count(purpose, state, num_classes, reset_head=reset_head, where=str(path))
+    aside = "".join(f" ({note})" for note in file.notes if note.startswith("set aside"))
+    classes = _class_count(purpose, state, num_classes, reset_head=reset_head, where=str(path), aside=aside)
     found = _variant_of(state, wanted, where=str(path))
+    notes = [f"layout {layout}", *file.notes]
+    if layout == "fcmae" and len(state) < len(file.tensors):
+        notes.append("the decoder of the masked autoencoder is left out")
     if reset_head:
         state = _with_new_head(purpose, state, found, classes)
+        notes.append(f"new head for {classes} classes, drawn at random: train it before it is used")
     model = _filled_model(purpose, found, classes, state, where=str(path))
-    notes = [f"layout {layout}"]
-    notes += [f"weights from the entry {file.entry!r}"] if file.entry else []
-    notes += [f"new head for {classes} classes, drawn at random"] if reset_head else []
-    names = file.metadata.get("class_names")
+    names, licence = file.metadata.get("class_names"), file.metadata.get("licence", FOREIGN_LICENCE)
+    # Where a choice was made, the record leads back to the same network of the file.
+    place = None if ema is None and entry is None else file.entry or TOP
     return LoadedModel(
         model,
-        WeightsRecord(
-            "checkpoint", path.as_posix(), hash_weights(model), file.metadata.get("licence", FOREIGN_LICENCE)
-        ),
+        WeightsRecord("checkpoint", path.as_posix(), hash_weights(model), licence, place),
         class_names=tuple(names) if names and not reset_head else None,
         preprocessing=_preprocessing_of(file.metadata, path),
         head_is_new=reset_head,
@@ -137,17 +141,23 @@ def resolve_model(
     seed: int = 0,
     num_classes: int | None = None,
     reset_head: bool = False,
+    ema: bool | None = None,
+    entry: str | None = None,
     task: str | None = None,
 ) -> LoadedModel:
     """Load a checkpoint or published weights, or, given neither, draw weights at random from `seed`.
 
-    `task` None is the checkpoint's own, else classification. Raises InputError when both are given, when a tag is of
-    another variant, or when random weights get no variant.
+    `ema` and `entry` choose among several networks of a checkpoint. `task` None is the checkpoint's own, else
+    classification. Raises InputError when both are given, when a tag is of another variant, when random weights get no
+    variant, or when there is a choice and no checkpoint.
     """
     if checkpoint is not None and pretrained is not None:
         raise InputError("Both a checkpoint and pretrained weights were given, expected one source. Leave one out.")
     if checkpoint is not None:
-        return load_checkpoint(checkpoint, variant, num_classes=num_classes, reset_head=reset_head, task=task)
+        words: dict[str, Any] = {"num_classes": num_classes, "reset_head": reset_head, "task": task}
+        return load_checkpoint(checkpoint, variant, ema=ema, entry=entry, **words)
+    if ema is not None or entry is not None:
+        raise InputError("--ema, --no-ema (ema) and --entry (entry) choose among the weights of a checkpoint: add one.")
     name = variant.name if isinstance(variant, Variant) else variant
     if pretrained is not None:
         if name not in (None, variant_name_of_tag(pretrained)):
@@ -167,7 +177,7 @@ def resolve_model(
 class ModelRequest:
     """Which weights a command takes, and at which image size: a checkpoint, published ones, or random ones by `seed`.
 
-    See `resolve_model`. `image_size` None means the checkpoint's own, else 224.
+    See `resolve_model`, also for `ema` and `entry`. `image_size` None means the checkpoint's own, else 224.
     """
 
     variant: str | None = None
@@ -177,20 +187,22 @@ class ModelRequest:
     task: str | None = None
     num_classes: int | None = None
     reset_head: bool = False
+    ema: bool | None = None
+    entry: str | None = None
     image_size: int | None = None
 
     def load(self, note: Callable[[str], None]) -> tuple[LoadedModel, Preprocessing]:
-        """The model and how its images are made; `note` is told of random weights and of a new head."""
+        """The model and how its images are made; `note` is told what was chosen or made, and of random weights."""
         loaded = resolve_model(
             self.variant, checkpoint=self.checkpoint, pretrained=self.pretrained, seed=self.seed,
-            num_classes=self.num_classes, reset_head=self.reset_head, task=self.task,
+            num_classes=self.num_classes, reset_head=self.reset_head, ema=self.ema, entry=self.entry, task=self.task,
         )  # fmt: skip
+        for text in loaded.notes:
+            note(f"Note: {text}")
         if loaded.weights.origin == "random":
             # A fresh network has these without effect; random weights give them one.
             included = "GRN" if loaded.model.variant.version == 2 else "LayerScale"
             note(f"No checkpoint: weights are random (seed {self.seed}), {included} included. Results mean nothing.")
-        if loaded.head_is_new:
-            note(f"The head for {loaded.model.num_classes} classes is new and random: train it before it is used.")
         preprocessing = loaded.preprocessing or Preprocessing()
         size = preprocessing.image_size if self.image_size is None else self.image_size
         return loaded, replace(preprocessing, image_size=size)
@@ -263,6 +275,12 @@ def _write_whole(path: Path, state: dict[str, Tensor], metadata: dict[str, str])
         ) from error
 
 
+def _head_modules(task: Task) -> tuple[str, ...]:
+    """The names of a task's modules, which are the same in every size."""
+    with torch.device("meta"):
+        return tuple(task.modules(VARIANTS["atto"], 1))
+
+
 def _check_own_metadata(file: WeightFile, state: Mapping[str, Tensor], path: Path) -> None:
     """Nothing for foreign files. A file of ours must be of this format, with the weights and names it was given."""
     if not file.metadata:
@@ -310,7 +328,7 @@ def _preprocessing_of(header: Mapping[str, Any], path: Path) -> Preprocessing | 
 
 
 def _class_count(
-    task: Task, state: Mapping[str, Tensor], num_classes: int | None, *, reset_head: bool, where: str
+    task: Task, state: Mapping[str, Tensor], num_classes: int | None, *, reset_head: bool, where: str, aside: str
 ) -> int:
     found = task.num_classes_in(state)
     if num_classes is not None and num_classes < 1:
@@ -319,8 +337,8 @@ def _class_count(
         return num_classes or found or 0
     if found is None:
         raise CheckpointError(
-            f"{where} has no {task.name} head, as FCMAE pre-training leaves it. Add --reset-head --num-classes N "
-            "(reset_head and num_classes) for a new head."
+            f"{where} has no {task.name} head, as backbones and FCMAE pre-training have none{aside}. Add --reset-head "
+            "--num-classes N (reset_head and num_classes) for a new head."
         )
     if num_classes not in (None, found):
         raise CheckpointError(

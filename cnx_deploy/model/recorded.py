@@ -1,12 +1,13 @@
 """The network that a manifest records: the record that an export writes, its task, and the weights it leads back to."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cnx_deploy.core.errors import CorruptArtifactError, InputError
 from cnx_deploy.core.gates import Gate, OutputSpec
-from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord, relative_reference
+from cnx_deploy.core.manifest import Artifact, ModelRecord, relative_reference
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import find_variant
 from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, load_checkpoint, load_pretrained
@@ -23,7 +24,7 @@ def model_record(
     weights = loaded.weights
     if checkpoint is not None:
         reference = relative_reference(checkpoint, manifest_dir)
-        weights = WeightsRecord("checkpoint", reference, weights.sha256, weights.licence)
+        weights = replace(weights, reference=reference)
     return ModelRecord(
         variant=loaded.model.variant.name,
         num_classes=loaded.model.num_classes,
@@ -66,7 +67,7 @@ def recorded_model(artifact: Artifact) -> LoadedModel:
             raise InputError(
                 f"{artifact.path.name} was made from {path}, which is not there. Put it back or export again."
             )
-        loaded = load_checkpoint(path, record.variant, task=record.task, **head)
+        loaded = load_checkpoint(path, record.variant, task=record.task, entry=weights.entry, **head)
     else:
         loaded = load_pretrained(weights.reference, task=record.task, **head)
     digest = hash_weights(loaded.model)

@@ -1,23 +1,16 @@
-"""A file of weights as named FP32 tensors, read without running anything that is in it.
+"""A file of weights as one network's FP32 tensors, read without running anything that is in it.
 
-`.safetensors` holds tensors only. `.pt`, `.pth`, `.bin` and `.ckpt` are pickles: they are read with
-`torch.load(weights_only=True)`, and one that asks for more is refused, never read another way. Before and after,
-checks keep a file from taking memory that its size does not justify.
+Files are told by their content: safetensors holds tensors only, everything else is a pickle of torch
+(`model.pickles`). The network is looked for in nested dictionaries and under any prefix of names (`model.layouts`);
+what lies beside it is named, and a file with several networks is refused unless one is chosen.
 
-Sources of the attacks: safetensors (huggingface/safetensors, attacks/); "A better zip bomb" (Fifield, WOOT 2019) for
-entries that overlap.
+Source of the attacks on safetensors: huggingface/safetensors, attacks/.
 """
 
-import argparse
 import json
-import pickle
-import pickletools
-import re
+import os
 import struct
-import warnings
-import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,170 +19,116 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, InputError, RefusedArtifactError
-from cnx_deploy.core.files import open_regular
-from cnx_deploy.core.out_of_memory import out_of_memory_error
+from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, InputError
+from cnx_deploy.core.files import kind_of_weights, open_regular
 from cnx_deploy.core.strict_json import kind_of, strict_json
+from cnx_deploy.model.layouts import TOP, Network, find_networks, mixed_layouts, unknown_layout
+from cnx_deploy.model.pickles import SHARED, read_pickle
 
-__all__ = [
-    "METADATA_KEY",
-    "UNREADABLE",
-    "WeightFile",
-    "check_archive",
-    "claims_too_much",
-    "read_pickle",
-    "read_weight_file",
-]
+__all__ = ["METADATA_KEY", "WeightFile", "read_weight_file"]
 
 METADATA_KEY = "cnx_deploy"
 """The header's one entry, a JSON object: the format writes several entries in random order."""
 
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-PLAIN_KEYS = ("model", "state_dict")
-EMA_KEYS = ("model_ema", "state_dict_ema")
-READABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-MAX_PROGRAM_BYTES = 64 << 20
-"""Of a pickle's program, without its tensors; a training checkpoint of huge has 0.3 MB."""
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+"""Of files that are corrupt where they hold no pickle; under another name they are files of another kind."""
+READABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 MAX_SAFETENSORS_HEADER = 100_000_000
 """The format's own limit."""
 
-SHARED = 2
-"""Times the file's size that its tensors may take together: some state dicts name a tensor twice."""
+MAX_DEPTH, MAX_ENTRIES, MAX_TENSORS, MAX_NAME = 8, 200_000, 20_000, 500
+"""Dictionaries within each other; entries in all of them; tensors; characters of a whole name. A training checkpoint of
+huge with its optimiser and average has 2,000 tensors."""
 
-# What torch's unpickler and zip reader raise on bytes that are no checkpoint, found by altering real ones.
-UNREADABLE = (
-    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
-    TypeError, ValueError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+MOST_NAMED = 6
+"""Groups of tensors that a note names."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """Tensors under the file's own names, float32 and finite.
+    """Tensors of one network, float32 and finite, under the file's own names without what stands before all of them.
 
-    `metadata`: our own header, empty for foreign files. `entry`: which entry of a pickle the tensors are from, None
-    when the file is the state dict itself. `beside`: what else the file says at its top level, by name: the entries of
-    a pickle that hold no tensor (`args`, `meta`, `hyper_parameters`, `epoch`), the other texts of a safetensors header.
-    It is foreign data of any type, which may contain itself.
+    `metadata`: our own header, empty for foreign files. `entry`: where in the file the network lies, names of
+    dictionaries and of modules joined by dots, None at the top. `beside`: what else the file says at its top level, by
+    name: the entries of a pickle that hold no tensor (`args`, `meta`, `hyper_parameters`, `epoch`), the other texts of
+    a safetensors header. It is foreign data of any type, which may contain itself. `notes`: what was chosen and set
+    aside, for people.
     """
 
     tensors: dict[str, Tensor]
     metadata: Mapping[str, Any] = field(default_factory=dict)
     entry: str | None = None
     beside: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
-def read_weight_file(path: Path, *, ema: bool = False) -> WeightFile:
-    """Read a file of weights; half and bfloat16 become float32.
+def read_weight_file(
+    path: Path, *, ema: bool | None = None, entry: str | None = None, modules: Sequence[str] = ("norm", "head")
+) -> WeightFile:
+    """Read one network of a file of weights; other floats become float32.
 
     Args:
-        path: the file; its suffix says how it is read.
-        ema: ask for the averaged weights of a training checkpoint. Without it they are taken only when there are no
-            others.
+        path: the file; its content says how it is read, but no pickle is read under the name `.safetensors`.
+        ema: True takes averaged weights, False plain ones. None takes plain ones where there are both; of files whose
+            own program loads the average (mmengine, Lightning's WeightAveraging) it takes that.
+        entry: which of several networks, by whole parts of its place: "teacher", "state_dict.student", "." for the top.
+        modules: the modules of the task's head under the reference code's names; other tensors beside the network's
+            own are set aside.
 
     Raises:
-        InputError: there is no such file, or its suffix is unknown.
+        InputError: there is no such file, or it is of another kind.
         CorruptArtifactError: the bytes are unreadable, or a value is NaN or infinite.
         RefusedArtifactError: a pickle holds more than data.
-        CheckpointError: the element types are others, or there is no state dict.
+        CheckpointError: no network is in it, or not the one that was asked for, or several; or its element types are
+            others.
         OutOfMemoryError: memory is short for a pickle that claims no more than it has.
     """
+    file = _read_by_content(path)
+    if not file.tensors:
+        raise CheckpointError(f"{path} holds no tensor, where a state dict was expected. Save model.state_dict().")
+    if file.metadata:  # a file of ours is one network with nothing beside it
+        if ema or entry not in (None, TOP):
+            raise CheckpointError(
+                f"{path} holds one set of weights, at the top, and no EMA weights. Leave --ema and --entry out."
+            )
+        return replace(file, tensors=_floats(_checked_tensors(file.tensors, path), path))
     try:
-        open_regular(path).close()
+        networks = find_networks(file.tensors, modules)
+    except ValueError as error:
+        raise mixed_layouts(error, str(path)) from error
+    if not networks:
+        raise unknown_layout(file.tensors, str(path))
+    network, notes = _chosen(networks, file, path, ema=ema, entry=entry)
+    tensors = _checked_tensors({name: file.tensors[stored] for name, stored in network.names.items()}, path)
+    if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
+        notes.append("float64 weights, rounded to float32")
+    notes += _set_aside(file.tensors, networks)
+    place = None if network.entry == TOP else network.entry
+    return replace(file, tensors=_floats(tensors, path), entry=place, notes=tuple(notes))
+
+
+def _read_by_content(path: Path) -> WeightFile:
+    """Every tensor of a file by its whole name, as it is stored, and what lies beside."""
+    try:
+        with open_regular(path) as stream:
+            kind = kind_of_weights(stream.read(16), os.fstat(stream.fileno()).st_size)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path} cannot be opened ({reason}): expected a checkpoint there. Check the path.") from error
-    if path.suffix == ".safetensors":
-        if ema:
-            raise CheckpointError(f"{path} has one set of weights, so there is no EMA to take. Leave ema out.")
-        weights = _read_safetensors(path)
-    elif path.suffix in PICKLE_SUFFIXES:
-        weights = _state_dict_of(read_pickle(path), path, ema=ema)
-    else:
+    if kind == "safetensors" or path.suffix == ".safetensors":
+        file = _read_safetensors(path)
+        return replace(file, tensors=_tensors_in(file.tensors, path))
+    if kind is None and path.suffix not in PICKLE_SUFFIXES:
         raise InputError(
-            f"{path} is no checkpoint by its name: expected .safetensors, {', '.join(PICKLE_SUFFIXES)}. Rename it."
+            f"{path} is no checkpoint by its content: expected safetensors or a file that torch.save wrote. Check the "
+            "path."
         )
-    return replace(weights, tensors=_finite_floats(weights.tensors, path))
-
-
-def read_pickle(path: Path) -> object:
-    """What a pickle of torch holds, of plain data and tensors; nothing in it is run.
-
-    Raises:
-        RefusedArtifactError: it holds more than data, or would unpack to more than it has.
-        CorruptArtifactError: the bytes are unreadable.
-        OutOfMemoryError: memory is short for a file that claims no more than it has.
-    """
-    check_archive(path)
-    try:
-        # Namespace: the reference's `args`. The warnings are about pickle protocols; what matters ends in an error.
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")
-            content: object = torch.load(path, weights_only=True, map_location="cpu")
-    except UNREADABLE as error:
-        short = out_of_memory_error(error)
-        if short is not None and not claims_too_much(error, path):
-            raise short from error
-        if isinstance(error, pickle.UnpicklingError) and _is_well_formed_pickle(path):
-            raise RefusedArtifactError(
-                f"{path} is refused: it is a pickle that holds more than tensors and plain data, and reading it could "
-                f"run foreign code ({_reason(error)}). Convert it to safetensors where you trust it."
-            ) from error
-        raise CorruptArtifactError(
-            f"{path} cannot be read as a PyTorch checkpoint ({_reason(error)}): it is cut off or altered. "
-            "Fetch or write it again."
-        ) from error
-    return content
-
-
-def check_archive(path: Path) -> None:
-    """Refuse a PyTorch archive that would unpack to more than it holds, or that is a program (TorchScript).
-
-    torch.save stores entries as they are, so a compressed one, or entries that add up to more than the file, are a
-    bomb. Older pickles are no archive and pass: torch judges them. Raises RefusedArtifactError.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
-        return
-    if any(entry.filename.endswith("constants.pkl") for entry in entries):
-        raise RefusedArtifactError(
-            f"{path} is refused: it is a TorchScript program, and expected are weights. Save the model's state_dict()."
-        )
-    size = path.stat().st_size
-    total = sum(entry.file_size for entry in entries)
-    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
-    if packed or total > size:
-        how = f"{packed[0]!r} is compressed" if packed else "its entries overlap"
-        raise RefusedArtifactError(
-            f"{path} is refused: {how}, and unpacked it would take {total:,} bytes where the file has {size:,}. "
-            "Expected is what torch.save writes, which packs nothing. Save the state dict again where you trust it."
-        )
-    for entry in entries:
-        if entry.filename.endswith("data.pkl") and entry.file_size > MAX_PROGRAM_BYTES:
-            raise RefusedArtifactError(
-                f"{path} is refused: the pickle in it has {entry.file_size:,} bytes beside its tensors, expected at "
-                f"most {MAX_PROGRAM_BYTES:,}. Save the state dict alone."
-            )
-
-
-def claims_too_much(error: BaseException, path: Path) -> bool:
-    """Whether reading `path` asked for more than the file has, so that it lies.
-
-    False where it was no more than an honest file takes, and memory is short.
-    """
-    asked = re.search(r"tried to allocate (\d+) bytes", str(error))
-    size = path.stat().st_size
-    if asked is not None:
-        return int(asked[1]) > size
-    try:
-        bytearray(SHARED * size)
-    except MemoryError:
-        return False
-    return True
+    content = read_pickle(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict. Save model.state_dict().")
+    beside = {key: value for key, value in content.items() if isinstance(key, str) and not _holds_tensors(value)}
+    return WeightFile(_tensors_in(content, path), beside=beside)
 
 
 def _read_safetensors(path: Path) -> WeightFile:
@@ -241,47 +180,31 @@ def _check_header(path: Path) -> None:
         return  # no JSON: the library says where
 
 
-def _is_well_formed_pickle(path: Path) -> bool:
-    """Whether the pickle parses to its end, which garbage does not. Parsing runs nothing."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                program = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
-        else:
-            program = path.read_bytes()
-        return sum(1 for _ in pickletools.genops(program)) > 1
-    except (*UNREADABLE, StopIteration):
-        return False
+def _tensors_in(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    """Every tensor in nested dictionaries by its whole name, parts joined by dots; bounded, whatever contains what."""
+    tensors: dict[str, Tensor] = {}
+    count = 0
 
+    def walk(entries: Mapping[Any, Any], before: str, depth: int) -> None:
+        nonlocal count
+        for key, value in entries.items():
+            name = before + (str(key) if isinstance(key, str | int) else type(key).__name__)
+            count += 1
+            if count > MAX_ENTRIES or len(tensors) > MAX_TENSORS or len(name) > MAX_NAME or not name.isprintable():
+                raise CorruptArtifactError(
+                    f"{path} has {name[:80]!r} as entry {count:,}: expected at most {MAX_ENTRIES:,} entries and "
+                    f"{MAX_TENSORS:,} tensors, with names of at most {MAX_NAME} printable characters. Save the state "
+                    "dict alone."
+                )
+            if isinstance(value, Tensor):
+                if name in tensors:
+                    raise CheckpointError(f"{path}: two tensors are called {name!r}. Save the state dict alone.")
+                tensors[name] = value
+            elif isinstance(value, dict) and depth < MAX_DEPTH:
+                walk(value, f"{name}.", depth + 1)
 
-def _reason(error: BaseException) -> str:
-    """The part of torch's message that says what was wrong, without its advice to read the file unsafely."""
-    text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    first = lines[0] if lines else type(error).__name__
-    return first.partition(" was not an allowed global")[0][:200]
-
-
-def _state_dict_of(content: object, path: Path, *, ema: bool) -> WeightFile:
-    """Find the state dict: the content itself, or under the entry that training code puts it."""
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict. Save model.state_dict().")
-    wanted = EMA_KEYS if ema else PLAIN_KEYS + EMA_KEYS
-    entry = next((key for key in wanted if isinstance(content.get(key), dict)), None)
-    if ema and entry is None:
-        raise CheckpointError(
-            f"{path} has no EMA weights: expected {' or '.join(EMA_KEYS)} beside {', '.join(map(str, content))[:200]}. "
-            "Leave ema out."
-        )
-    state = content if entry is None else content[entry]
-    strangers = [key for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
-    if strangers:
-        raise CheckpointError(
-            f"{path} holds {strangers[0]!r}, which is no tensor, where a state dict was expected. "
-            f"Save model.state_dict(), bare or as {' or '.join(map(repr, PLAIN_KEYS))}."
-        )
-    beside = {} if entry is None else {str(key): value for key, value in content.items() if not _holds_tensors(value)}
-    return WeightFile(state, entry=entry, beside=beside)
+    walk(content, "", 0)
+    return tensors
 
 
 def _holds_tensors(value: object) -> bool:
@@ -298,8 +221,105 @@ def _holds_tensors(value: object) -> bool:
     return False
 
 
-def _finite_floats(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Float32 tensors, once no tensor and no sum of them claims more than the file holds."""
+def _chosen(
+    networks: Sequence[Network], file: WeightFile, path: Path, *, ema: bool | None, entry: str | None
+) -> tuple[Network, list[str]]:
+    """The network that was asked for, or the only one that fits; and what there is to say of the choice."""
+    networks, loads_average = _with_averages_marked(networks, file.beside)
+    left = list(networks)
+    if entry is not None:
+        called = [each for each in left if each.is_called(entry)]
+        left = [each for each in called if each.entry == entry] or called
+        if not left:
+            raise CheckpointError(f"{path} has no network called {entry!r}, but {_listed(networks)}. Name one of them.")
+    if ema is not None:
+        kept = [each for each in left if each.is_average is ema]
+        if not kept:
+            kind, option = ("EMA", "--ema (ema)") if ema else ("plain", "--no-ema (ema)")
+            raise CheckpointError(f"{path} has no {kind} weights, but {_listed(left)}. Leave {option} out.")
+        left = kept
+    left = [each for each in left if each.stages == max(each.stages for each in left)]
+    notes: list[str] = []
+    averages, plain = ([each for each in left if each.is_average is kind] for kind in (True, False))
+    if averages and plain and entry is None:
+        left, other = (averages, plain) if loads_average else (plain, averages)
+        notes.append(
+            f"averaged weights (EMA), as its own program loads; --no-ema (ema=False) takes the plain {_listed(other)}"
+            if loads_average
+            else f"plain weights; --ema (ema=True) takes the averaged {_listed(other)}"
+        )
+    elif averages and not plain:
+        notes.append("averaged weights (EMA)")
+    network = left[0]
+    several = [each for each in left[1:] if not _are_equal(network, each, file.tensors, path)]
+    if several:
+        raise CheckpointError(
+            f"{path} has several networks that fit equally well: {_listed([network, *several])}. Choose one with "
+            "export's --entry NAME (entry), or write its state dict to a file of its own."
+        )
+    if network.entry != TOP:
+        notes.insert(0, f"weights from the entry {network.entry!r}")
+    if not averages or not plain or entry is not None:
+        others = [each for each in networks if each is not network]
+        notes += [f"not taken: {_listed(others)}"] if others else []
+    return network, notes
+
+
+def _with_averages_marked(networks: Sequence[Network], beside: Mapping[str, Any]) -> tuple[list[Network], bool]:
+    """Mark the averages of programs that save them as `state_dict`; and whether this file is of such a program.
+
+    mmengine's EMAHook swaps the two, so that `ema_state_dict` has the plain weights (hooks/ema_hook.py); Lightning's
+    WeightAveraging keeps those in `current_model_state` (callbacks/weight_averaging.py).
+    """
+    meta = beside.get("meta")
+    is_mmengine = isinstance(meta, dict) and "mmengine_version" in meta
+    plain = "ema_state_dict." if is_mmengine else "current_model_state."
+    if not any(each.prefix.startswith(plain) for each in networks):
+        return list(networks), False
+    swapped = [
+        replace(each, is_average=each.prefix.startswith("state_dict."))
+        if each.prefix.startswith((plain, "state_dict."))
+        else each
+        for each in networks
+    ]
+    return swapped, True
+
+
+def _listed(networks: Iterable[Network]) -> str:
+    return ", ".join(repr(each.entry) for each in networks)[:400]
+
+
+def _are_equal(one: Network, other: Network, tensors: Mapping[str, Tensor], path: Path) -> bool:
+    """Whether two networks hold the same values, as a module does that is reached by two names."""
+    if one.layout != other.layout or one.names.keys() != other.names.keys():
+        return False
+    first, second = (
+        _checked_tensors({name: tensors[stored] for name, stored in each.names.items()}, path) for each in (one, other)
+    )
+    return all(first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first)
+
+
+def _set_aside(tensors: Iterable[str], networks: Iterable[Network]) -> list[str]:
+    """A note that names the tensors of no network, by the first part that no name of a network shares."""
+    own = {stored for each in networks for stored in each.names.values()}
+    shared = {head for name in own for head in _heads(name)}
+    groups: dict[str, list[str]] = {}
+    for name in tensors:
+        if name not in own:
+            groups.setdefault(next((head for head in _heads(name) if head not in shared), name), []).append(name)
+    shown = [names[0] if len(names) == 1 else f"{group} ({len(names)} tensors)" for group, names in groups.items()]
+    more = f" and {len(shown) - MOST_NAMED} more" if len(shown) > MOST_NAMED else ""
+    return [f"set aside: {', '.join(shown[:MOST_NAMED])}{more}"] if shown else []
+
+
+def _heads(name: str) -> Iterator[str]:
+    """`a`, `a.b`, … of `a.b.c`, at most as many as a network's names have parts."""
+    parts = name.split(".", 12)
+    return (".".join(parts[:at]) for at in range(1, len(parts)))
+
+
+def _checked_tensors(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The same tensors, once none of them and no sum of them claims more than the file holds."""
     for name, tensor in tensors.items():
         _check_tensor(name, tensor, path)
     total, size = sum(each.numel() * each.element_size() for each in tensors.values()), path.stat().st_size
@@ -308,17 +328,7 @@ def _finite_floats(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tenso
             f"{path}: its {len(tensors)} tensors claim {total:,} bytes and share storage; the file has {size:,}. "
             "Save the state dict again where it was made."
         )
-    for name, tensor in tensors.items():
-        if tensor.dtype not in READABLE_DTYPES:
-            raise CheckpointError(
-                f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')}, expected float32, float16 or "
-                "bfloat16. Convert it where it was made."
-            )
-        if not torch.isfinite(tensor).all():
-            raise CorruptArtifactError(
-                f"{path}: {name} holds NaN or infinity, so every output would. Take an earlier checkpoint."
-            )
-    return {name: tensor.float() for name, tensor in tensors.items()}
+    return tensors
 
 
 def _check_tensor(name: str, tensor: Tensor, path: Path) -> None:
@@ -334,3 +344,20 @@ def _check_tensor(name: str, tensor: Tensor, path: Path) -> None:
         raise CorruptArtifactError(
             f"{path}: {name} claims {claimed:,} bytes, the file holds {held:,} for it. Fetch or write it again."
         )
+
+
+def _floats(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Float32 tensors of finite values."""
+    floats: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in READABLE_DTYPES:
+            raise CheckpointError(
+                f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')}, expected float32, float16, bfloat16 or "
+                "float64. Convert it where it was made."
+            )
+        floats[name] = tensor.float()
+        if not torch.isfinite(floats[name]).all():
+            raise CorruptArtifactError(
+                f"{path}: {name} holds NaN or infinity, so every output would. Take an earlier checkpoint."
+            )
+    return floats

@@ -15,7 +15,7 @@ from typing import Any
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, OutputExistsError
 from cnx_deploy.core.files import make_folder, room_errors, write_text
 from cnx_deploy.core.strict_json import bounded_content, shortened, strict_json, typed
-from cnx_deploy.model.weight_files import UNREADABLE, check_archive, read_pickle
+from cnx_deploy.model.pickles import UNREADABLE, check_archive, read_pickle
 from cnx_deploy.training.records import EpochRecord
 from cnx_deploy.training.spec import RunSpec
 
@@ -149,7 +149,7 @@ def check_state(path: Path, writer: str, record_type: type[EpochRecord]) -> None
         CorruptArtifactError: It is no such state.
         RefusedArtifactError: It is a pickle that holds more than data.
     """
-    content = read_pickle(path)
+    content = read_pickle(path, stand_ins=False)  # torch itself reads it afterwards
     try:
         state = typed(content, dict[str, Any])
         kept = typed(state.get("callbacks"), dict[str, Any], "callbacks").get(writer)

@@ -16,12 +16,12 @@ import msgspec
 from cnx_deploy.core.artifacts import is_engine, is_onnx, open_artifact, sha256_of_file
 from cnx_deploy.core.child_process import run_isolated
 from cnx_deploy.core.errors import BuildError, InputError
-from cnx_deploy.core.files import open_regular
+from cnx_deploy.core.files import kind_of_weights, open_regular
 from cnx_deploy.core.manifest import MAX_MANIFEST_BYTES, Artifact, Compiled, EngineManifest, Grouping, OnnxManifest
 from cnx_deploy.core.strict_json import bounded_content, strict_json, typed
 
 __all__ = [
-    "ONNX_CHECKS", "FileKind", "Inspection", "check_suffix", "inspect_file", "kind_of_file", "recorded_artifact",
+    "ONNX_CHECKS", "FileKind", "Inspection", "inspect_file", "kind_of_file", "recorded_artifact",
     "trusted_engine", "with_compiled",
 ]  # fmt: skip
 
@@ -29,13 +29,11 @@ FileKind = Literal["safetensors", "pickle", "onnx", "engine", "unknown"]
 
 KINDS: dict[FileKind, tuple[str, tuple[str, ...]]] = {
     "safetensors": ("a safetensors checkpoint", (".safetensors",)),
-    "pickle": ("a PyTorch checkpoint", (".pt", ".pth", ".bin", ".ckpt")),
+    "pickle": ("a PyTorch checkpoint", (".pt", ".pth", ".bin", ".ckpt", ".tar")),
     "onnx": ("an ONNX file", (".onnx",)),
     "engine": ("a TensorRT engine", (".engine",)),
 }
 """What a kind is called, and how its files' names end."""
-ZIP_MAGIC = b"PK\x03\x04"
-PICKLE_PROTOCOLS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 GROUPINGS: tuple[Grouping, ...] = ("stage", "operation", "kind")
 ENGINE_MAGIC = b"trt"
 """Bytes 2 to 4: an engine of TensorRT-RTX 1.7 begins with "vtrt", one of TensorRT 10 with "ftrt"."""
@@ -104,7 +102,6 @@ def inspect_file(path: Path) -> Inspection:
     elif kind == "onnx":
         facts, notes = _onnx_facts(path, artifact if artifact is not None and is_onnx(artifact) else None)
     else:
-        check_suffix(path, kind)
         facts, notes = _checkpoint_facts(path)
     digest = artifact.sha256 if artifact and artifact.path.name == path.name else sha256_of_file(path)
     compiled = artifact.manifest.facts.compiled if artifact is not None and is_engine(artifact) else None
@@ -167,14 +164,9 @@ def kind_of_file(path: Path) -> FileKind:
         with open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size
             head = stream.read(16)
-            # No instruction of pickle is zero; safetensors with a header of 640 bytes begins with 80 02 00.
-            if head[:4] == ZIP_MAGIC or (head[:2] in PICKLE_PROTOCOLS and head[2:3] != b"\0"):
-                return "pickle"
             if head[1:4] == ENGINE_MAGIC:
                 return "engine"
-            if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
-                return "safetensors"
-            return "onnx" if ONNX_START.match(head) else "unknown"
+            return kind_of_weights(head, size) or ("onnx" if ONNX_START.match(head) else "unknown")
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror}): expected a checkpoint, ONNX file or engine. Check the path."
@@ -199,16 +191,6 @@ def recorded_artifact(path: Path) -> Artifact | None:
     return open_artifact(manifest) if is_ours else None
 
 
-def check_suffix(path: Path, kind: FileKind) -> None:
-    """Raise InputError unless the name ends as files of this kind do: the readers of weights go by the name."""
-    name, suffixes = KINDS[kind]
-    if path.suffix not in suffixes:
-        raise InputError(
-            f"{path} holds {name} by its content, but its name ends in {path.suffix or 'nothing'}. Rename it to "
-            f"{path.with_suffix(suffixes[0]).name}."
-        )
-
-
 def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     from cnx_deploy.model.checkpoint import FOREIGN_LICENCE, load_checkpoint
     from cnx_deploy.model.layouts import official_state, structure_of, variant_with_structure
@@ -229,12 +211,14 @@ def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         "entry": file.entry,
         "metadata": dict(file.metadata),
     }
+    notes = file.notes
     del file, state  # before the file is read once more
     if classes is None:
-        return facts, (f"It has no {task.name} head, as FCMAE pre-training leaves it: give it one with --reset-head.",)
+        origin = "as backbones and FCMAE pre-training have none"
+        return facts, (f"It has no {task.name} head, {origin}: give it one with --reset-head.", *notes)
     if variant is None:
-        return facts, ("Its depths and widths are none of the eight variants'.",)
-    return {**facts, "weights_sha256": load_checkpoint(path, variant).weights.sha256}, ()
+        return facts, ("Its depths and widths are none of the eight variants'.", *notes)
+    return {**facts, "weights_sha256": load_checkpoint(path, variant).weights.sha256}, notes
 
 
 def _onnx_facts(path: Path, artifact: Artifact[OnnxManifest] | None) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -25,7 +25,7 @@ from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.ort_session import trial_run
 from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.runners.registry import RunnerOptions, open_runner
-from cnx_deploy.verification.inspect import ONNX_CHECKS, check_suffix, kind_of_file, recorded_artifact
+from cnx_deploy.verification.inspect import ONNX_CHECKS, kind_of_file, recorded_artifact
 
 __all__ = ["Model", "find_image_files", "open_predictor", "predict_images"]
 
@@ -97,7 +97,6 @@ def open_predictor(path: Path, *, many: bool = False, device: str = "cpu") -> Mo
         raise InputError(
             f"{path} is neither a checkpoint, nor an ONNX file, nor an engine by its content; only these can predict."
         )
-    check_suffix(path, kind)
     return _checkpoint_model(path, device)
 
 
@@ -194,7 +193,7 @@ def _checkpoint_model(path: Path, device: str) -> Model:
         loaded.model.task,
         preprocessing,
         loaded.class_names,
-        () if loaded.preprocessing else (assumed,),
+        (*(() if loaded.preprocessing else (assumed,)), *loaded.notes),
     )
 
 

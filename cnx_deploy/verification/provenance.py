@@ -128,7 +128,7 @@ def _weights_source(artifact: Artifact) -> tuple[Verdict, str]:
 
     try:
         model = artifact.manifest.model
-        loaded = load_checkpoint(path, model.variant, task=model.task).weights
+        loaded = load_checkpoint(path, model.variant, task=model.task, entry=weights.entry).weights
     except CnxDeployError as error:
         return "fault", str(error)
     if loaded.sha256 != weights.sha256:

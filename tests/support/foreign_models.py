@@ -1,9 +1,11 @@
 """Other libraries' ConvNeXt V2 of any size, and the reference autoencoder's file layout."""
 
+import itertools
 import re
 from pathlib import Path
 
 import torch
+import torchvision
 import transformers
 from safetensors.torch import save_file
 from timm.models.convnext import ConvNeXt
@@ -29,16 +31,90 @@ def saved(content: object, path: Path) -> Path:
 
 
 def timm_model(variant: Variant, num_classes: int = 10) -> ConvNeXt:
-    return ConvNeXt(
-        depths=variant.depths, dims=variant.dims, num_classes=num_classes, use_grn=True, ls_init_value=None
-    ).eval()
+    blocks = {"use_grn": True, "ls_init_value": None} if variant.version == 2 else {}
+    return ConvNeXt(depths=variant.depths, dims=variant.dims, num_classes=num_classes, **blocks).eval()
 
 
-def transformers_model(variant: Variant, num_classes: int = 10) -> transformers.ConvNextV2ForImageClassification:
-    config = transformers.ConvNextV2Config(
+def transformers_model(variant: Variant, num_classes: int = 10) -> transformers.PreTrainedModel:
+    name = f"ConvNext{'V2' if variant.version == 2 else ''}"
+    config = getattr(transformers, f"{name}Config")(
         depths=list(variant.depths), hidden_sizes=list(variant.dims), num_labels=num_classes
     )
-    return transformers.ConvNextV2ForImageClassification(config).eval()
+    return getattr(transformers, f"{name}ForImageClassification")(config).eval()
+
+
+def torchvision_model(variant: Variant, num_classes: int = 10) -> nn.Module:
+    """torchvision's ConvNeXt V1 of any size."""
+    widths = [*variant.dims, None]
+    stages = [
+        torchvision.models.convnext.CNBlockConfig(width, after, depth)
+        for width, after, depth in zip(widths, widths[1:], variant.depths, strict=False)
+    ]
+    return torchvision.models.ConvNeXt(stages, num_classes=num_classes).eval()
+
+
+class MmNorm(nn.LayerNorm):
+    """A norm over channels that come first."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return super().forward(maps.movedim(1, -1)).movedim(-1, 1)
+
+
+class MmResponse(nn.Module):
+    """GRN as mmpretrain names it: gamma and beta (C,)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        norm = maps.square().sum(dim=(1, 2), keepdim=True).sqrt()
+        return self.gamma * maps * norm / (norm.mean(dim=-1, keepdim=True) + 1e-6) + self.beta + maps
+
+
+class MmBlock(nn.Module):
+    """A block under mmpretrain's names (mmpretrain/models/backbones/convnext.py)."""
+
+    def __init__(self, width: int, version: int) -> None:
+        super().__init__()
+        self.depthwise_conv = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm = MmNorm(width, eps=1e-6)
+        self.pointwise_conv1, self.pointwise_conv2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.grn = MmResponse(4 * width) if version == 2 else nn.Identity()
+        self.gamma = nn.Parameter(torch.ones(width)) if version == 1 else None
+
+    def forward(self, maps: Tensor) -> Tensor:
+        hidden = self.pointwise_conv1(self.norm(self.depthwise_conv(maps)).movedim(1, -1))
+        branch = self.pointwise_conv2(self.grn(nn.functional.gelu(hidden))).movedim(-1, 1)
+        return maps + (branch if self.gamma is None else branch * self.gamma.view(1, -1, 1, 1))
+
+
+class MmClassifier(nn.Module):
+    """mmpretrain's classifier: `backbone` with a norm for each output, the last one pooled before, and `head.fc`."""
+
+    def __init__(self, variant: Variant, num_classes: int = 10, outputs: tuple[int, ...] = (3,)) -> None:
+        super().__init__()
+        self.outputs, backbone, widths = outputs, nn.Module(), variant.dims
+        stem = nn.Sequential(nn.Conv2d(3, widths[0], 4, 4), MmNorm(widths[0], eps=1e-6))
+        later = [
+            nn.Sequential(MmNorm(before, eps=1e-6), nn.Conv2d(before, after, 2, 2))
+            for before, after in itertools.pairwise(widths)
+        ]
+        backbone.downsample_layers = nn.ModuleList([stem, *later])
+        backbone.stages = nn.ModuleList(
+            nn.Sequential(*(MmBlock(width, variant.version) for _ in range(depth)))
+            for depth, width in zip(variant.depths, widths, strict=True)
+        )
+        for level in outputs:
+            backbone.add_module(f"norm{level}", MmNorm(widths[level], eps=1e-6))
+        self.backbone = backbone
+        self.head = nn.Module()
+        self.head.fc = nn.Linear(widths[3], num_classes)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        for downsample, stage in zip(self.backbone.downsample_layers, self.backbone.stages, strict=True):
+            maps = stage(downsample(maps))
+        return self.head.fc(self.backbone.norm3(maps.mean(dim=(2, 3), keepdim=True)).flatten(1))
 
 
 def randomise(model: nn.Module) -> nn.Module:

@@ -11,7 +11,6 @@ of the reference code (models/fcmae.py), so its files can be read.
 
 import copy
 import dataclasses
-import re
 from pathlib import Path
 from typing import cast
 
@@ -28,7 +27,7 @@ from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.model.checkpoint import LoadedModel, load_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model
 from cnx_deploy.model.layers import Block
-from cnx_deploy.model.layouts import WRAPPERS, difference_table, shape_differences
+from cnx_deploy.model.layouts import difference_table, shape_differences
 from cnx_deploy.model.weight_files import read_weight_file
 from cnx_deploy.training.fcmae.masking import PATCH_VALUES, enlarged, images_of_patches, normalised_patches
 
@@ -37,7 +36,6 @@ __all__ = ["MaskedAutoencoder", "create_autoencoder", "load_autoencoder", "maske
 
 DECODER_WIDTH = 512
 ENCODER = "encoder."
-WRAPPED = f"^(?:{'|'.join(map(re.escape, WRAPPERS))})+"
 GREY = 128
 """Of hidden patches in a picture."""
 GAP = 4
@@ -155,18 +153,17 @@ def load_autoencoder(
         torch.manual_seed(seed)
         model = MaskedAutoencoder(loaded.model)
     expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(ENCODER)}
-    # Without what training wrappers put before every name.
-    bare = {re.sub(WRAPPED, "", name): tensor for name, tensor in read_weight_file(path).tensors.items()}
-    is_autoencoder = any(name.startswith(ENCODER + "downsample_layers.") for name in bare)
+    file = read_weight_file(path)
+    is_autoencoder = any(name.startswith(ENCODER + "downsample_layers.") for name in file.tensors)
     parts = {name.partition(".")[0] for name in expected} if is_autoencoder else set()
-    decoder = {name: tensor for name, tensor in bare.items() if name.partition(".")[0] in parts}
+    decoder = {name: tensor for name, tensor in file.tensors.items() if name.partition(".")[0] in parts}
     if decoder and (differences := shape_differences(decoder, expected)):
         raise CheckpointError(
             f"{path} has a decoder that does not fit: expected one block of width {DECODER_WIDTH}. Leave it out of the "
             f"file to start from the encoder alone.\n{difference_table(differences)}"
         )
     model.load_state_dict(decoder, strict=False)
-    notes = (loaded.notes[0], "the decoder is the file's" if decoder else "new decoder, drawn at random")
+    notes = (loaded.notes[0], *file.notes, "the decoder is the file's" if decoder else "new decoder, drawn at random")
     return model, dataclasses.replace(loaded, notes=notes)
 
 
