@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from cnx_deploy.core.artifacts import find_artifacts, open_artifact, select_artifacts
+from cnx_deploy.core.class_names import check_class_count, read_class_names
 from cnx_deploy.core.deploy_spec import DeploySpec, InputKind, Layout
 from cnx_deploy.core.errors import InputError, MissingRequirementError
 from cnx_deploy.core.manifest import Artifact, EngineManifest, OnnxManifest
 from cnx_deploy.core.precision import find_precision
 from cnx_deploy.core.system import this_machine
-from cnx_deploy.data import ImageSource
+from cnx_deploy.data import ImageSource, find_dataset
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.backend import default_targets, load_backend, require_gpu
 from cnx_deploy.exporters.trt.builder import BuildSpec
@@ -47,6 +48,8 @@ __all__ = [
 Note = Callable[[str], None]
 Source = Artifact | Path | str
 """An artifact, or the path of one."""
+ClassNames = Sequence[str] | Path | str
+"""Names in the order of a network's outputs, or the file that holds them, see `core.class_names`."""
 Images = Any
 """A path, a PIL image, an array or a tensor; or a list of them. See `Model.predict`."""
 
@@ -153,54 +156,69 @@ def benchmark(
     return run_benchmark(spec, note, progress)
 
 
-def load(model: Source, *, device: str = "cpu") -> Model:
+def load(
+    model: Source,
+    *,
+    device: str = "cpu",
+    class_names: ClassNames | None = None,
+    white_level: float | None = None,
+) -> Model:
     """Open a checkpoint, an ONNX file or an engine to predict with; use the model as a context manager.
 
     Args:
         model: an artifact or a path; what the file is, is told by its content.
         device: "cpu" or "cuda" for checkpoints and ONNX files; an engine runs on its GPU.
+        class_names: the names of its outputs in their order, or a file of them; None takes what it records.
+        white_level: the stored value that is white, such as 4095 for 12 bits; None takes what it records.
 
     Raises:
         CorruptArtifactError: the file is not what its manifest says.
         RefusedArtifactError: an engine without a manifest, which could run anything.
     """
-    return open_predictor(_path_of(model), many=True, device=device)
+    names = _names_of(class_names)
+    return open_predictor(_path_of(model), many=True, device=device, class_names=names, white_level=white_level)
 
 
-def predict(model: Source, images: Images, *, top: int = 5) -> Any:
-    """Answer for images with a checkpoint, an ONNX file or an engine; see `Model.predict`."""
-    with load(model) as opened:
+def predict(model: Source, images: Images, *, top: int = 5, **options: Any) -> Any:
+    """Answer for images with a checkpoint, an ONNX file or an engine; see `Model.predict`, and `load` for options."""
+    with load(model, **options) as opened:
         return opened.predict(images, top=top)
 
 
-def evaluate(model: Source, data: Path | str | ImageSource, *, batch_size: int = 32, device: str = "cpu") -> Any:
+def evaluate(
+    model: Source, data: Path | str | ImageSource, *, batch_size: int = 32, note: Note = _silent, **options: Any
+) -> Any:
     """Count accuracy and calibration on labelled images, as `cnx-deploy eval` does.
 
     Args:
         model: an artifact or a path of a checkpoint, an ONNX file or an engine.
         data: a folder with a folder of images for each class, a CSV file, or a `data.ImageSource` with labels.
         batch_size: images run at once.
-        device: "cpu" or "cuda".
+        note: is told how the data were understood and what was assumed, a sentence each; the result's `notes`.
+        **options: device, class_names and white_level, see `load`.
 
     Returns:
         What the model's task counts: `model.tasks.classification_metrics.Evaluation` of a classifier.
     """
     from cnx_deploy.verification.evaluation import evaluate as evaluate_runner
 
-    with load(model, device=device) as opened:
+    with load(model, **options) as opened:
         return evaluate_runner(
             opened.runner, data, opened.preprocessing, batch_size=batch_size, task=opened.task,
-            class_names=opened.class_names,
+            class_names=opened.class_names, note=note,
         )  # fmt: skip
 
 
-def train(data: Path | str, variant: str = "atto", *, recipe: str = "plain", **options: Any) -> "TrainingResult":
+def train(
+    data: Path | str, variant: str = "atto", *, recipe: str = "plain", note: Note = _silent, **options: Any
+) -> "TrainingResult":
     """Train a variant on an image folder, as `cnx-deploy train` does; needs the extra `train`.
 
     Args:
         data: a folder with a folder of images for each class, or a CSV file.
         variant: one of `cnx-deploy variants`.
         recipe: a preset of the papers, or "plain".
+        note: is told how the data were understood and what is left out, a sentence each.
         **options: fields of `training.spec.TrainingSpec`, which replace the recipe's: epochs, image_size, batch_size …
 
     Returns:
@@ -208,7 +226,14 @@ def train(data: Path | str, variant: str = "atto", *, recipe: str = "plain", **o
     """
     from cnx_deploy import training
 
-    return training.train(training.spec_from_recipe(Path(data), variant, recipe, **options))
+    spec = training.spec_from_recipe(Path(data), variant, recipe, **options)
+    dataset = find_dataset(spec.data, seed=spec.seed)
+    for text in dataset.notes:
+        note(text)
+    result = training.train(spec, dataset=dataset)
+    for text in dataset.observed():
+        note(text)
+    return result
 
 
 def headroom(checkpoint: Path | str | None = None, *, note: Note = _silent, **options: Any) -> "Headroom":
@@ -261,6 +286,10 @@ def _with_paths(options: dict[str, Any]) -> dict[str, Any]:
     return {name: Path(value) if name in names and isinstance(value, str) else value for name, value in options.items()}
 
 
+def _names_of(names: ClassNames | None) -> tuple[str, ...] | None:
+    return read_class_names(Path(names)) if isinstance(names, Path | str) else None if names is None else tuple(names)
+
+
 def _paths_of(sources: Source | Sequence[Source]) -> tuple[Path, ...]:
     several = (sources,) if isinstance(sources, Artifact | Path | str) else sources
     return tuple(_path_of(source) for source in several)
@@ -270,7 +299,7 @@ def _paths_of(sources: Source | Sequence[Source]) -> tuple[Path, ...]:
 class ExportRequest(ModelRequest):
     """What `cnx-deploy export` takes; see `exporters.onnx.ExportSpec` and `core.deploy_spec.DeploySpec`.
 
-    `keep_fp32` is of the half-precision files alone.
+    `keep_fp32` is of the half-precision files alone. `class_names` take the place of the checkpoint's.
     """
 
     precisions: tuple[str, ...] = ("fp32", "fp16")
@@ -283,6 +312,7 @@ class ExportRequest(ModelRequest):
     name: str | None = None
     no_verify: bool = False
     force: bool = False
+    class_names: ClassNames | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,7 +341,7 @@ class VerifyRequest:
     used unless `samples` limits them; without labels, and without `data`, None is 64. `runners`: see
     `verification.verify_artifact`. `save_inputs`: folder for images and PyTorch's outputs in Polygraphy's formats, one
     folder a network; of labelled images 64, or `samples`. `save_outputs`: new folder for the outputs of both sides, to
-    be judged again.
+    be judged again. `class_names` and `white_level` take the place of what the artifacts record, see `load`.
     """
 
     files: tuple[Path, ...] = ()
@@ -322,6 +352,8 @@ class VerifyRequest:
     save_inputs: Path | None = None
     save_outputs: Path | None = None
     runners: tuple[str, ...] = ()
+    class_names: ClassNames | None = None
+    white_level: float | None = None
 
 
 def run_exports(request: ExportRequest, note: Note) -> list[Artifact[OnnxManifest]]:
@@ -330,6 +362,9 @@ def run_exports(request: ExportRequest, note: Note) -> list[Artifact[OnnxManifes
     if request.keep_fp32 and not halves:
         raise InputError("--keep-fp32 is of half-precision files, and none is asked for. Add --precision fp16 or bf16.")
     loaded, preprocessing = request.load(note)
+    if (names := _names_of(request.class_names)) is not None:
+        check_class_count(names, loaded.model.num_classes, loaded.weights.reference)
+        loaded = replace(loaded, class_names=names)
     check_parts(request.keep_fp32, loaded.model.variant)
     made = []
     for precision in request.precisions:
@@ -402,12 +437,15 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
     told: set[int] = set()
     saved = SavedResults(request.save_outputs) if request.save_outputs is not None else None
     reference: Reference | None = None
+    words: dict[str, Any] = {"class_names": _names_of(request.class_names), "white_level": request.white_level}
     for artifact in select_artifacts(request.files, request.export_dir, request.engines_dir, note):
         note(f"Verifying {artifact.path.name}")
         if request.files and artifact.manifest.kind == "engine":
             require_gpu()  # an engine that was named is asked for; before any weight is loaded
         if reference is None or not reference.matches(artifact):
-            reference, told = Reference(artifact, request.data, request.samples), set()
+            reference, told = Reference(artifact, request.data, request.samples, **words), set()
+            for text in (*reference.images.notes, *reference.assumed):
+                note(text)
         runners, unfit = _fitting(request, artifact)
         if unfit and not runners:
             found.append(Verification(artifact.path.name, artifact.manifest.kind, (), not_run=unfit))

@@ -10,8 +10,8 @@ from cnx_deploy.cli import options
 from cnx_deploy.core.errors import CnxDeployError, ParityError
 
 DATA = click.option(
-    "--data", type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of images [default: seeded images].",
+    "--data", type=click.Path(exists=True, path_type=Path),
+    help="Images: a folder or a CSV file [default: seeded images].",
 )  # fmt: skip
 PLOT = click.option("--plot", type=options.FILE, help="SVG file to draw (needs the extra report).")
 
@@ -51,7 +51,7 @@ def layers(
         for artifact in artifacts:
             options.note(f"Comparing {artifact.path.name} by layer")
             compared = compare_artifact(
-                artifact, samples=samples, data=data, progress=lambda text, _: progress(text, 0.0)
+                artifact, samples=samples, data=data, progress=lambda text, _: progress(text, 0.0), note=options.note
             )
             comparisons.append(compared)
     if plot is not None:
@@ -115,6 +115,7 @@ def bisect(file: Path, as_json: bool, **arguments: Any) -> None:
 @options.entry
 @DATA
 @options.image_size
+@options.white_level
 @click.option("--samples", type=click.IntRange(min=1), default=16, show_default=True, help="Images, at most.")
 @click.option("--margin", type=click.FloatRange(min=1.0), default=4.0, show_default=True, help="Factor to be kept.")
 @click.option("--all", "lists_all", is_flag=True, help="List every tensor, not the largest alone.")

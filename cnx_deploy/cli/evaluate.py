@@ -16,18 +16,22 @@ from cnx_deploy.cli import options
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
     help="Where a checkpoint or an ONNX file runs; an engine runs on its GPU.",
 )  # fmt: skip
+@options.class_names
+@options.white_level
 @click.option("--plot", type=options.FILE, help="Draw confusion and reliability into an SVG file.")
 @click.option("--save-predictions", type=options.FILE, help="Write a CSV file with every image's five best classes.")
 @options.as_json
 def evaluate_command(
-    artifact: Path, data: Path, batch_size: int, device: str, plot: Path | None, save_predictions: Path | None,
-    as_json: bool,
+    artifact: Path, data: Path, batch_size: int, device: str, class_names: Path | None, white_level: float | None,
+    plot: Path | None, save_predictions: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Accuracy, confusion and calibration of ARTIFACT (a checkpoint, an ONNX file or an engine) on DATA.
 
     DATA has a folder of images for each class, itself or in val/, validation/, valid/ or test/; or is a CSV file with
-    the columns path and label, and split (train, val, test) where it holds more than the images to evaluate on.
+    the columns path and label, and split (train, val, test) where it holds more than the images to evaluate on. Its
+    classes are found among the network's by name; a network without names takes them in sorted order, and says so.
     """
+    from cnx_deploy.core.class_names import read_class_names
     from cnx_deploy.core.plotting import check_plot
     from cnx_deploy.model.tasks.classification_metrics import PredictionWriter
     from cnx_deploy.verification.evaluation import evaluate
@@ -38,13 +42,16 @@ def evaluate_command(
         check_plot(plot)
     # Made before the artifact is opened: a name that cannot be used ends the command at once.
     writer = PredictionWriter(save_predictions, data) if save_predictions is not None else None
-    with open_predictor(artifact, many=True, device=device) as model, contextlib.ExitStack() as held:
+    names = read_class_names(class_names) if class_names is not None else None
+    opened = open_predictor(artifact, many=True, device=device, class_names=names, white_level=white_level)
+    with opened as model, contextlib.ExitStack() as held:
         progress = held.enter_context(options.reporter("Evaluating"))
         for text in model.notes:
             options.note(f"Note: {text}")
         found = evaluate(
             model.runner, data, model.preprocessing, batch_size=batch_size, task=model.task,
-            class_names=model.class_names, progress=lambda done, total: progress(f"{done} of {total}", done / total),
+            class_names=model.class_names, note=lambda text: options.note(f"Note: {text}"),
+            progress=lambda done, total: progress(f"{done} of {total}", done / total),
             each=held.enter_context(writer).add if writer is not None else None,
         )  # fmt: skip
         info = model.runner.info

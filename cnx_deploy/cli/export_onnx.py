@@ -18,6 +18,7 @@ from cnx_deploy.core.precision import exportable_precisions
 @options.ema
 @options.entry
 @options.image_size
+@options.class_names
 @click.option(
     "--precision", "precisions", type=click.Choice(exportable_precisions()), multiple=True, default=("fp32", "fp16"),
     show_default=True, help="Precision of the file; repeat for several.",

@@ -15,9 +15,10 @@ from cnx_deploy.core.errors import CnxDeployError
 from cnx_deploy.core.variants import ALL_VARIANTS
 
 __all__ = [
-    "BATCH_RANGE", "EXISTING", "FILE", "FOLDER", "PATH", "VARIANT", "DefaultGroup", "as_json", "checkpoint", "echo",
-    "echo_artifacts", "echo_json", "ema", "engines_dir", "entry", "export_dir", "fail", "files", "force", "image_size",
-    "note", "num_classes", "output_dir", "pretrained", "reporter", "reset_head", "seed", "variant",
+    "BATCH_RANGE", "EXISTING", "FILE", "FOLDER", "PATH", "VARIANT", "DefaultGroup", "as_json", "checkpoint",
+    "class_names", "echo", "echo_artifacts", "echo_json", "ema", "engines_dir", "entry", "export_dir", "fail", "files",
+    "force", "image_size", "note", "num_classes", "output_dir", "pretrained", "reporter", "reset_head", "seed",
+    "variant", "white_level",
 ]  # fmt: skip
 
 
@@ -63,6 +64,15 @@ ema = click.option(
 )
 entry = click.option("--entry", metavar="NAME", help="Which of several networks of a checkpoint, such as teacher.")
 image_size = click.option("--image-size", type=int, help="Side of the square image in pixels, a multiple of 32.")
+white_level = click.option(
+    "--white-level", type=click.FloatRange(min=0, min_open=True),
+    help="Stored value that is white in images with more than 8 bits, such as 4095 [default: the recorded one, else "
+    "65535; of floats 1].",
+)  # fmt: skip
+class_names = click.option(
+    "--class-names", type=EXISTING,
+    help="Names of the network's outputs: a file with one a line, or JSON (a list, id2label) [default: as recorded].",
+)  # fmt: skip
 force = click.option("--force", is_flag=True, help="Replace what other inputs made.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 export_dir = click.option(

@@ -14,25 +14,36 @@ from cnx_deploy.core.errors import InputError
 @click.argument("images", nargs=-1, required=True, type=options.PATH)
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes named for each image.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images run at once.")
+@options.class_names
+@options.white_level
 @options.as_json
-def predict(artifact: Path, images: tuple[Path, ...], top: int, batch_size: int, as_json: bool) -> None:
+def predict(
+    artifact: Path, images: tuple[Path, ...], top: int, batch_size: int, class_names: Path | None,
+    white_level: float | None, as_json: bool,
+) -> None:  # fmt: skip
     """Predict for IMAGES (files, or folders of them) with ARTIFACT: a checkpoint, an ONNX file or an engine.
 
     A file that is no image gets a row that says so, and exit code 2 at the end.
     """
+    from cnx_deploy.core.class_names import read_class_names
     from cnx_deploy.verification.predict import find_image_files, open_predictor, predict_images
 
+    names = read_class_names(class_names) if class_names is not None else None
     files = find_image_files(images)
     rows = []
-    with open_predictor(artifact, many=len(files) > 1) as model:
-        for text in model.notes:
+    with open_predictor(artifact, many=len(files) > 1, class_names=names, white_level=white_level) as model:
+        for text in (*model.notes, *files.notes):
             options.note(f"Note: {text}")
         for row in predict_images(model, files, top=top, batch_size=batch_size):
             rows.append(row)
             if not as_json:
                 options.echo(one_line(f"{row.path}: {row}"))
+    for text in files.observed():
+        options.note(f"Note: {text}")
     if as_json:
-        options.echo_json({"artifact": str(artifact), "predictions": [row.to_dict() for row in rows]})
+        notes = [*model.notes, *files.notes, *files.observed()]
+        predictions = [row.to_dict() for row in rows]
+        options.echo_json({"artifact": str(artifact), "predictions": predictions, "notes": notes})
     if failed := sum(row.error is not None for row in rows):
         options.note(f"Error: {failed} of {len(rows)} files could not be classified.")
         raise click.exceptions.Exit(InputError.exit_code)

@@ -1,6 +1,7 @@
 """`cnx-deploy pretrain`."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +70,10 @@ def _images(spec: "PretrainingSpec", *, check: bool) -> "Dataset":
     from cnx_deploy.training.fcmae import divide_images, find_images_below, readable_images
 
     readable = find_images_below(spec.data)
-    lines: list[str] = []
+    lines = list(readable.notes)
     if check:
-        readable, lines = checked(readable_images, readable)
+        readable, broken = checked(partial(readable_images, white_level=spec.white_level), readable)
+        lines += [*broken, *readable.observed()]
     images = divide_images(readable, spec.held_images)
     known = f"{len(images.train.paths)} images to train on, {len(images.val.paths)} held out"
     note_once((*lines, known), spec.launch)

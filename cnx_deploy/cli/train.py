@@ -1,6 +1,7 @@
 """`cnx-deploy train`."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ def train(
     --resume. Under torchrun or srun every process takes its share of each step.
     """
     from cnx_deploy import training  # torch is loaded only when asked for
-    from cnx_deploy.cli.training_progress import TerminalProgress, tell
+    from cnx_deploy.cli.training_progress import TerminalProgress, note_once, tell
 
     given = {name: value for name, value in request.items() if value is not None}
     launch = training.launch_from_environment(os.environ)
@@ -60,6 +61,8 @@ def train(
             options.note(f"Note: {text}")
     with TerminalProgress() as progress:
         result = training.train(spec, progress=progress, dataset=dataset, **start)
+    if no_image_check:  # what has not been looked at before
+        note_once(dataset.observed(), launch)
     if launch.rank == 0 and result.epochs_run:
         _draw_curves(result.run_dir)
     tell(result, launch, as_json=as_json)
@@ -72,11 +75,12 @@ def _dataset(spec: "TrainingSpec", *, check: bool) -> "Dataset":
 
     dataset = find_dataset(spec.data, seed=spec.seed)
     lines: list[str] = []
+    note_once(dataset.notes, spec.launch)
     if check:
-        dataset, lines = checked(without_broken, dataset)
+        dataset, lines = checked(partial(without_broken, white_level=spec.white_level), dataset)
     balance = class_balance(dataset)
     warning = [f"Warning: {balance.warning}"] if balance.warning else []
-    note_once((*lines, *balance.lines(), *warning), spec.launch)
+    note_once((*lines, *dataset.observed(), *balance.lines(), *warning), spec.launch)
     return dataset
 
 

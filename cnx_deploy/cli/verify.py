@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     "--samples", type=click.IntRange(min=1),
     help="Images, at least; of labelled images at most [default: 64; all labelled images].",
 )  # fmt: skip
+@options.class_names
+@options.white_level
 @click.option(
     "--runner", "runners", multiple=True,
     type=click.Choice([name for name in runner_names() if name != "tensorrt"]),

@@ -1,6 +1,6 @@
 """The names of a network's outputs, as people keep them: a line each, a JSON list, or a model hub's dictionary."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
         raise InputError(f"{path} cannot be read as class names ({error}). Expected is {EXPECTED}.") from error
 
 
-def check_class_count(names: tuple[str, ...], num_classes: int, where: str) -> None:
+def check_class_count(names: Sequence[str], num_classes: int, where: str) -> None:
     """Raise InputError unless there is a name for each output of the network in `where`."""
     if len(names) != num_classes:
         raise InputError(

@@ -5,13 +5,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.preprocessing import BrokenImage
 from cnx_deploy.core.system import cpu_count
 from cnx_deploy.data.dataset import Dataset
-from cnx_deploy.data.decoding import load_image, upright_rgb
 from cnx_deploy.data.image_source import ImageFiles
 
 __all__ = ["ClassBalance", "ImageCheck", "check_images", "class_balance", "without_broken"]
@@ -90,17 +89,23 @@ def class_balance(dataset: Dataset) -> ClassBalance:
 
 
 def check_images(
-    images: ImageFiles, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
+    images: ImageFiles,
+    *,
+    white_level: float | None = None,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ImageCheck:
     """Decode every image in `workers` threads (None: one a processor), as training would.
 
-    `progress` is told images done and their total. Broken images are in the order of the files.
+    `white_level`: see `core.preprocessing`. `progress` is told images done and their total. Broken images are in the
+    order of the files.
     """
     total = len(images)
     broken: list[BrokenImage] = []
     with ThreadPoolExecutor(workers or cpu_count()) as pool:
-        pieces = (images.paths[start : start + PIECE] for start in range(0, total, PIECE))
-        for number, among in enumerate(pool.map(_broken_among, pieces), start=1):
+        pieces = (range(start, min(start + PIECE, total)) for start in range(0, total, PIECE))
+        broken_of = partial(_broken_among, images, white_level)
+        for number, among in enumerate(pool.map(broken_of, pieces), start=1):
             broken.extend(among)
             if progress is not None:
                 progress(min(number * PIECE, total), total)
@@ -110,6 +115,7 @@ def check_images(
 def without_broken(
     dataset: Dataset,
     *,
+    white_level: float | None = None,
     workers: int | None = None,
     most: float = MOST_BROKEN,
     progress: Callable[[int, int], None] | None = None,
@@ -119,8 +125,8 @@ def without_broken(
     Raises InputError when more than the share `most` of the training or of the validation images is broken, or a class
     keeps no training image.
     """
-    both = ImageFiles((*dataset.train.paths, *dataset.val.paths))
-    report = check_images(both, workers=workers, progress=progress)
+    both = ImageFiles((*dataset.train.paths, *dataset.val.paths), seen=dataset.train.seen)
+    report = check_images(both, white_level=white_level, workers=workers, progress=progress)
     if not report.broken:
         return dataset, report
     bad = {image.path for image in report.broken}
@@ -146,11 +152,11 @@ def _readable(images: ImageFiles, bad: set[str], name: str, most: float) -> Imag
     return images.subset(kept)
 
 
-def _broken_among(paths: Sequence[Path]) -> list[BrokenImage]:
+def _broken_among(images: ImageFiles, white_level: float | None, indices: Sequence[int]) -> list[BrokenImage]:
     broken = []
-    for path in paths:
+    for index in indices:
         try:
-            upright_rgb(load_image(path))
+            images.image(index, white_level)
         except InputError as error:
-            broken.append(BrokenImage(str(path), str(error)))
+            broken.append(BrokenImage(images.name(index), str(error)))
     return broken

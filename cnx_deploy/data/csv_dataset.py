@@ -1,27 +1,42 @@
-"""A dataset as a CSV file: the columns `path` and `label`, and `split` where the division is given.
+"""A dataset as a CSV file: a row an image, under the column names that people give path, label and split.
 
-Paths are relative to the file's folder and stay below it; labels are taken as text. Other columns are ignored.
+Where an image lies is told by its absolute path, or by one relative to the file's folder, below which it stays; an id
+is the one file of that stem. Labels are text, or the one column of several that holds a 1. Other columns are ignored.
 """
 
 import csv
+import itertools
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+from cnx_deploy.core.class_names import MAX_NAME, is_class_name
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.strict_json import shortened
+from cnx_deploy.data.decoding import SUFFIXES
 from cnx_deploy.data.image_source import ImageFiles
 
 __all__ = ["CsvDataset", "is_csv", "read_csv"]
 
+COLUMNS = {
+    "path": ("path", "filename", "file", "file_name", "image", "image_id", "image_path", "img"),
+    "label": ("label", "class", "category", "target"),
+    "split": ("split",),
+}
+"""What a column may be called, in upper or lower case, and what it is read as."""
 SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 """What the column `split` may say, in upper or lower case, and what it means."""
+DELIMITERS = {",": ",", ";": ";", "\t": "tab"}
+ONE_HOT = {"0": False, "0.0": False, "1": True, "1.0": True, "false": False, "true": True}
+"""What the columns of a table with one a class hold, in upper or lower case."""
+SEVERAL = "|"
+"""Between the labels of an image in tables that give several."""
+ENCODING = "In a spreadsheet save it as 'CSV UTF-8': plain CSV is Windows-1252 there, and 'Unicode text' is UTF-16"
 MAX_LINE = 1 << 20
 """Characters; the path and label of an image have some hundreds."""
-MAX_LABEL = 255
-"""Characters, as many as the name of a class's folder can have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +63,7 @@ class CsvDataset:
         if "train" not in self.splits:
             raise InputError(f"{self.path} has no rows with the split train. Add some, or leave the column out.")
         train = self.splits["train"]
-        unknown = set(range(len(self.class_names))) - set(train.labels)
+        unknown = {label for images in self.splits.values() for label in images.labels} - set(train.labels)
         if unknown:
             name = self.class_names[min(unknown)]
             raise InputError(
@@ -59,76 +74,81 @@ class CsvDataset:
 
 
 def is_csv(path: Path) -> bool:
-    """Whether a path is meant as a CSV file, by its suffix."""
-    return path.suffix.lower() == ".csv" and not path.is_dir()
+    """Whether a path is meant as a table, by its suffix: .csv or .tsv."""
+    return path.suffix.lower() in (".csv", ".tsv") and not path.is_dir()
 
 
 def read_csv(path: Path) -> CsvDataset:
     """Read and check every row.
 
-    Raises InputError, with the number of the line: no header, a column missing or twice, a row too short or a line too
-    long, a label that is empty, too long or holds a control character, an unknown split, a path that is absolute, leads
-    outside the folder, is there twice or is no file.
+    Raises InputError, with the number of the line: no header, a column missing or there twice, a row too short or a
+    line too long, a label that is empty, too long, several or holds a control character, an unknown split, a path that
+    leads outside the folder, is there twice, is no file or the stem of several.
     """
     lines: dict[str, int] = {}
     seen: dict[str, int] = {}
     rows: dict[str, list[tuple[Path, str]]] = {}
-    folder = str(path.parent)
-    for line, values in _rows(path):
-        split, label = _split_and_label(path, line, values)
-        shown = shortened(values["path"] if values["path"].isprintable() else repr(values["path"]))
-        place = os.path.normpath(values["path"])
-        if os.path.isabs(place) or place.split(os.sep, 1)[0] == os.pardir:  # noqa: PTH117 - millions of rows
-            _refuse(path, line, f"{shown} leads outside {folder}. Paths are relative to the CSV file's folder")
-        if place in seen:
-            _refuse(path, line, f"{shown} is on line {seen[place]} already. An image has one row")
-        full = os.path.join(folder, place)  # noqa: PTH118 - as above, and below
-        if not os.path.isfile(full):  # noqa: PTH113
-            _refuse(path, line, f"{shown} is no file below {folder}. Paths are relative to the CSV file's folder")
-        seen[place] = line
+    file_of, columns = _file_finder(path), _Columns({}, {}, "")
+    for line, columns, values in _rows(path):
+        split, label, place = _split_label_and_path(path, line, columns, values)
+        full = file_of(line, place)
+        key = os.path.abspath(full)  # noqa: PTH100 - of an absolute and a relative path to one file
+        if key in seen:
+            _refuse(path, line, f"{_printable(place)} is on line {seen[key]} already. An image has one row")
+        seen[key] = line
         lines.setdefault(label, line)
         rows.setdefault(split, []).append((Path(full), label))
     if not lines:
         raise InputError(f"{path} has no rows below its header: expected one for each image. Add them.")
-    names = tuple(sorted(lines))
+    names = tuple(sorted({*lines, *columns.classes}))
     index = {name: at for at, name in enumerate(names)}
+    notes = (f"Read the table {path}: {columns.understood}.",)
     splits = {
-        split: ImageFiles(tuple(file for file, _ in images), tuple(index[label] for _, label in images), names)
+        split: ImageFiles(
+            tuple(file for file, _ in images), tuple(index[label] for _, label in images), names, notes=notes
+        )
         for split, images in rows.items()
     }
     return CsvDataset(path, names, splits, lines)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The number of each line and its values by column."""
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """The places of the columns that are read; of a table without labels, those of its columns for classes."""
+
+    places: dict[str, int]
+    classes: dict[str, int]
+    understood: str
+
+
+def _rows(path: Path) -> Iterator[tuple[int, _Columns, list[str]]]:
+    """The number of each line, the columns, and the line's values."""
     if path.exists() and not path.is_file():
-        raise InputError(
-            f"{path} is a folder, a device or a pipe: expected a CSV file with the columns path and label. Check the "
-            "path."
-        )
+        raise InputError(f"{path} is a folder, a device or a pipe: expected a CSV file. Check the path.")
     reader = None
     try:
         # Spreadsheets put a byte-order mark before the header.
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(_bounded_lines(stream), strict=True)
-            columns = _columns(next(reader, []), path)
-            last = max(columns.values())
+            lines = _bounded_lines(stream)
+            header = next(lines, "")
+            delimiter = max(DELIMITERS, key=re.sub('"[^"]*"', "", header).count)
+            reader = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+            columns = _columns(next(reader, []), delimiter, path)
+            last = max(*columns.places.values(), *columns.classes.values(), 0)
             for values in reader:
                 if not values:
                     continue
                 if len(values) <= last:
                     _refuse(path, reader.line_num, f"it has {len(values)} values, the header asks for {last + 1}")
-                yield reader.line_num, {name: values[at].strip() for name, at in columns.items()}
+                yield reader.line_num, columns, values
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no text in UTF-8 ({error}). Save it as CSV in UTF-8.") from error
+        raise InputError(f"{path} is no text in UTF-8 ({error}). {ENCODING}.") from error
     except csv.Error as error:
         line = reader.line_num if reader is not None else 1
         raise InputError(f"{path} is no CSV file ({error}, near line {line}). Save it again.") from error
     except OSError as error:
         what = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise InputError(
-            f"{path} {what}: expected a CSV file with the columns path and label. Check the path."
-        ) from error
+        raise InputError(f"{path} {what}: expected a CSV file, with a row an image. Check the path.") from error
 
 
 def _bounded_lines(stream: TextIO) -> Iterator[str]:
@@ -139,36 +159,134 @@ def _bounded_lines(stream: TextIO) -> Iterator[str]:
         yield line
 
 
-def _columns(header: list[str], path: Path) -> dict[str, int]:
-    """Position of each column that is read."""
-    names = [name.strip().lower() for name in header]
-    wanted = ("path", "label", "split")
-    missing = [name for name in wanted[:2] if name not in names]
-    if missing:
+def _columns(header: list[str], delimiter: str, path: Path) -> _Columns:
+    names = [name.strip() for name in header]
+    places: dict[str, int] = {}
+    for column, known in COLUMNS.items():
+        found = [at for at, name in enumerate(names) if name.lower() in known]
+        if len(found) > 1:
+            given = " and ".join(names[at] for at in found[:3])
+            _refuse(path, 1, f"the header has {given}, either of which may be the {column}. Rename all but one")
+        if found:
+            places[column] = found[0]
+    others = {name: at for at, name in enumerate(names) if at not in places.values()}
+    # Without labels every other column is a class's, if there are several and no two of a name.
+    is_one_hot = "label" not in places and len(others) == len(names) - len(places) > 1
+    missing = [column for column in ("path", "label") if column not in places]
+    if "path" in missing or (missing and not is_one_hot):
+        allowed = "; ".join(f"{column}: {', '.join(COLUMNS[column])}" for column in missing)
         given = shortened(", ".join(header)) or "nothing"
-        _refuse(path, 1, f"the header has no column {' and '.join(missing)}, only {given}")
-    twice = [name for name in wanted if names.count(name) > 1]
-    if twice:
-        _refuse(path, 1, f"the header has the column {twice[0]} twice")
-    return {name: names.index(name) for name in wanted if name in names}
+        _refuse(path, 1, f"the header has no column {' and '.join(missing)}, only {given}. Names are {allowed}")
+    classes = others if is_one_hot else {}
+    for name in classes:
+        if not is_class_name(name):
+            _refuse(path, 1, f"the column {shortened(repr(name))} is no class's name, and there is no column label")
+    said = [f"column {names[at]} as {column}" for column, at in places.items()]
+    said += [f"{len(classes)} columns as one class each ({shortened(', '.join(classes))})"] if classes else []
+    return _Columns(places, classes, f"{', '.join(said)}, delimiter {DELIMITERS[delimiter]}")
 
 
-def _split_and_label(path: Path, line: int, values: dict[str, str]) -> tuple[str, str]:
-    split = SPLITS.get(values["split"].lower()) if "split" in values else ""
+def _split_label_and_path(path: Path, line: int, columns: _Columns, values: list[str]) -> tuple[str, str, str]:
+    cells = {column: values[at].strip() for column, at in columns.places.items()}
+    split = SPLITS.get(cells["split"].lower()) if "split" in cells else ""
     if split is None:
-        _refuse(path, line, f"there is no split {shortened(repr(values['split']))}. Write train, val or test")
-    for name in ("path", "label"):
-        if not values[name]:
+        _refuse(path, line, f"there is no split {shortened(repr(cells['split']))}. Write train, val or test")
+    label = _one_hot_label(path, line, columns, values) if columns.classes else cells["label"]
+    for name, value in (("path", cells["path"]), ("label", label)):
+        if not value:
             _refuse(path, line, f"the {name} is empty")
-    label = values["label"]
-    if len(label) > MAX_LABEL or any(character < " " or character == "\x7f" for character in label):
+    if SEVERAL in label:
+        _refuse(path, line, f"{shortened(repr(label))} are several labels, and a classifier has one class an image")
+    if not is_class_name(label):
         _refuse(
             path,
             line,
-            f"the label {shortened(repr(label))} is no class's name: it is longer than {MAX_LABEL} characters or holds "
+            f"the label {shortened(repr(label))} is no class's name: it is longer than {MAX_NAME} characters or holds "
             "a line's end or another control character",
         )
-    return split, label
+    return split, label, cells["path"]
+
+
+def _one_hot_label(path: Path, line: int, columns: _Columns, values: list[str]) -> str:
+    """The name of the one column that holds a 1."""
+    held = []
+    for name, at in columns.classes.items():
+        is_held = ONE_HOT.get(values[at].strip().lower())
+        if is_held is None:
+            _refuse(
+                path,
+                line,
+                f"{shortened(name)} is {shortened(repr(values[at]))}: no column is called "
+                f"{' or '.join(COLUMNS['label'])}, so that each other column is a class and holds 0 or 1",
+            )
+        held += [name] if is_held else []
+    if len(held) > 1:
+        _refuse(
+            path,
+            line,
+            f"{shortened(', '.join(held))} are all 1: this is a table of several labels, and a classifier has one "
+            "class an image",
+        )
+    if not held:
+        _refuse(path, line, "no class's column holds a 1")
+    return held[0]
+
+
+def _file_finder(table: Path) -> Callable[[int, str], str]:
+    """What gives the file that a table means by a path, with the line for messages.
+
+    An absolute path is taken: a table on a disk names files of that disk, and a file is only decoded. A relative one
+    that leads outside the table's folder is a table out of its place. As few calls as can be: there are millions.
+    """
+    folder, stems = str(table.parent), dict[str, dict[str, list[str]]]()
+
+    def stems_in(parent: str) -> dict[str, list[str]]:
+        if parent not in stems:
+            found: dict[str, list[str]] = {}
+            try:
+                for name in sorted(os.listdir(parent)):  # noqa: PTH208
+                    stem, suffix = os.path.splitext(name)  # noqa: PTH122
+                    if suffix.lower() in SUFFIXES:
+                        found.setdefault(stem, []).append(name)
+            except (OSError, ValueError):
+                pass
+            stems[parent] = found
+        return stems[parent]
+
+    def file_of(line: int, given: str) -> str:
+        full = os.path.join(folder, os.path.normpath(given))  # noqa: PTH118
+        is_file = os.path.isfile(full)  # noqa: PTH113
+        if not is_file and "\\" in given:  # as Windows writes it; a name may hold one elsewhere
+            given = given.replace("\\", "/")
+            full = os.path.join(folder, os.path.normpath(given))  # noqa: PTH118
+            is_file = os.path.isfile(full)  # noqa: PTH113
+        if not os.path.isabs(given) and os.path.normpath(given).split(os.sep, 1)[0] == os.pardir:  # noqa: PTH117
+            _refuse(
+                table,
+                line,
+                f"{_printable(given)} leads outside {folder}. Paths are absolute, or relative to the table's folder",
+            )
+        if is_file:
+            return full
+        parent, name = os.path.split(full)
+        if os.path.splitext(name)[1].lower() not in SUFFIXES:  # noqa: PTH122
+            names = stems_in(parent).get(name, [])
+            if len(names) == 1:
+                return os.path.join(parent, names[0])  # noqa: PTH118
+            if names:
+                _refuse(table, line, f"{_printable(given)} is the stem of {', '.join(names[:5])}. Name one file a row")
+        _refuse(
+            table,
+            line,
+            f"{_printable(given)} is no file in {folder} and no stem of one. Paths are absolute, or relative to the "
+            "table's folder",
+        )
+
+    return file_of
+
+
+def _printable(text: str) -> str:
+    return shortened(text if text.isprintable() else repr(text))
 
 
 def _refuse(path: Path, line: int, reason: str) -> NoReturn:

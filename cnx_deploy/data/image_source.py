@@ -14,14 +14,15 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.preprocessing import BrokenImage, Preprocessing
 from cnx_deploy.core.system import cpu_count
-from cnx_deploy.data.decoding import as_image, load_image
+from cnx_deploy.data.decoding import Observations, as_image, load_image, upright_rgb
 from cnx_deploy.data.input_spec import InputSpec
-from cnx_deploy.data.preprocessing import runner_input, to_pixels
+from cnx_deploy.data.preprocessing import cropped, runner_input
 
 __all__ = [
     "GivenImages", "ImageBatch", "ImageBatches", "ImageFiles", "ImageLike", "ImageSource", "batch_sizes",
@@ -67,6 +68,8 @@ class ImageSource(ABC):
     """The class of each image; empty where they have none."""
     description: str = "the image source"
     """What messages call the whole."""
+    notes: Sequence[str] = ()
+    """How the source was understood, and what it leaves out: for people, a sentence each."""
     is_thread_safe: bool = False
     """Whether `pixels` may be called from several threads at once."""
 
@@ -84,6 +87,10 @@ class ImageSource(ABC):
     def label(self, index: int) -> int:
         """The index of an image's class in `class_names`; -1 without labels."""
         return self.labels[index] if self.labels else -1
+
+    def observed(self) -> tuple[str, ...]:
+        """What the images that were read so far have shown, such as values far below white: a sentence each."""
+        return ()
 
     def choice(self, limit: int | None) -> list[int]:
         """`limit` of the indices, evenly spread so that sorted classes are all met; all with None."""
@@ -184,14 +191,26 @@ class ImageFiles(ImageSource):
     labels: tuple[int, ...] = ()
     class_names: tuple[str, ...] = ()
     description: str = field(default="the image files", compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    seen: Observations = field(default_factory=Observations, compare=False, repr=False)
     is_thread_safe = True
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def image(self, index: int, white_level: float | None = None) -> Image.Image:
+        """One file as upright RGB of its own size; `white_level` is that of `Preprocessing`."""
+        rgb = upright_rgb(load_image(self.paths[index], white_level), white_level)
+        self.seen.add(str(self.paths[index]), rgb)
+        return rgb
+
     def pixels(self, index: int, preprocessing: Preprocessing) -> Tensor:
         """Decode one file."""
-        return to_pixels(load_image(self.paths[index]), preprocessing)
+        return cropped(self.image(index, preprocessing.white_level), preprocessing)
+
+    def observed(self) -> tuple[str, ...]:
+        """Files of several frames, and deep images that are nearly black or clipped."""
+        return self.seen.notes()
 
     def name(self, index: int) -> str:
         """The file's path."""
@@ -210,6 +229,7 @@ class GivenImages(ImageSource):
     images: Sequence[Any]
     labels: Sequence[int] = ()
     class_names: tuple[str, ...] = ()
+    seen: Observations = field(default_factory=Observations, compare=False, repr=False)
     description = "the images"
     is_thread_safe = True
 
@@ -218,7 +238,14 @@ class GivenImages(ImageSource):
 
     def pixels(self, index: int, preprocessing: Preprocessing) -> Tensor:
         """Decode one image."""
-        return to_pixels(as_image(self.images[index]), preprocessing)
+        level = preprocessing.white_level
+        rgb = upright_rgb(as_image(self.images[index], level), level)
+        self.seen.add(self.name(index), rgb)
+        return cropped(rgb, preprocessing)
+
+    def observed(self) -> tuple[str, ...]:
+        """The same as of `ImageFiles`."""
+        return self.seen.notes()
 
     def name(self, index: int) -> str:
         """The path, or the image's place."""

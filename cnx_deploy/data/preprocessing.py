@@ -15,15 +15,22 @@ from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.data.decoding import MAX_PIXELS, upright_rgb
 
-__all__ = ["normalise", "runner_input", "to_pixels"]
+__all__ = ["cropped", "normalise", "runner_input", "to_pixels"]
 
 
 def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     """Decoded image of any mode -> (S, S, 3) uint8 RGB, upright, resized and centre-cropped.
 
+    Raises InputError for values that are no pixels, see `decoding.upright_rgb`, and as `cropped` does.
+    """
+    return cropped(upright_rgb(image, preprocessing.white_level), preprocessing)
+
+
+def cropped(rgb: Image.Image, preprocessing: Preprocessing) -> Tensor:
+    """Upright 8-bit RGB -> (S, S, 3) uint8, resized and centre-cropped.
+
     Raises InputError when the image is so long and thin that it cannot be resized within the memory limit.
     """
-    rgb = upright_rgb(image)
     side, short = preprocessing.image_size, math.floor(preprocessing.image_size / preprocessing.crop_ratio)
     width, height = (short * length // min(rgb.size) for length in rgb.size)
     if width * height > MAX_PIXELS:

@@ -162,7 +162,7 @@ def bisect_artifact(
     samples: int = 4,
 ) -> Bisection:
     """Bisect a file made from `loaded`; see `run_bisection`."""
-    case = case_of(artifact, loaded, gate, data, samples)
+    case = case_of(artifact, loaded, gate, data, samples, note)
     recorded = probe_recorded(artifact, case)
     result = Bisection(artifact, gate, sum(map(len, case.batches)), case.units, recorded, case.reference_nonfinite)
     if recorded.probe.passed:

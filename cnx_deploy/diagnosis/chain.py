@@ -124,7 +124,10 @@ def run_chains(
     for artifact in halves:
         note(f"Following {artifact.path.name} from PyTorch on")
         built = [engine for engine in engines if engine.manifest.source_sha256 == artifact.sha256]
-        chains.append(follow_chain(artifact, built, Reference(artifact, data, samples or IMAGES), progress))
+        reference = Reference(artifact, data, samples or IMAGES)
+        chains.append(follow_chain(artifact, built, reference, progress))
+        for text in reference.notes:
+            note(text)
     return chains
 
 

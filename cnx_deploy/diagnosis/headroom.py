@@ -7,7 +7,7 @@ verdict decides. The naive form keeps GRN's sum of squares and LayerNorm's squar
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from cnx_deploy.core.errors import CheckFailedError, InputError
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import STRIDE
-from cnx_deploy.data import ImageLike, evenly, find_images
+from cnx_deploy.data import ImageLike, ImageSource, evenly, find_images
 from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.diagnosis.ranges import (
     HALF_MAX,
@@ -51,13 +51,14 @@ class HeadroomRequest(ModelRequest):
     """What `cnx-deploy diagnose headroom` takes; weights are resolved as for an export.
 
     `data` None means seeded image-like batches; else a folder of images, of which at most `samples` are taken.
-    `margin` is a factor of at least 1: on a stored tensor's largest absolute value, and on the naive form's sums of
-    squares and squares.
+    `white_level`: as in `core.preprocessing`, in place of the recorded one. `margin` is a factor of at least 1: on a
+    stored tensor's largest absolute value, and on the naive form's sums of squares and squares.
     """
 
     data: Path | None = None
     samples: int = 16
     margin: float = 4.0
+    white_level: float | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -227,10 +228,14 @@ def run_headroom(
 ) -> Headroom:
     """Load the weights that `request` names and measure them; `progress` is told the images of each batch."""
     loaded, preprocessing = request.load(note)
-    images = ImageLike(request.samples) if request.data is None else find_images(request.data)
+    if request.white_level is not None:
+        preprocessing = replace(preprocessing, white_level=request.white_level)
+    images: ImageSource = ImageLike(request.samples) if request.data is None else find_images(request.data)
+    for text in images.notes:
+        note(text)
     spec = InputSpec("uint8", preprocessing.image_size)
     batches = images.batches(preprocessing, spec, BATCH, evenly(len(images), request.samples))
-    return measure_headroom(
+    measured = measure_headroom(
         loaded,
         preprocessing,
         (batch.images for batch in batches),
@@ -238,6 +243,9 @@ def run_headroom(
         margin=request.margin,
         progress=progress,
     )
+    for text in images.observed():
+        note(text)
+    return measured
 
 
 def measure_headroom(

@@ -1,12 +1,13 @@
 """The images that an exported file is judged on."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from cnx_deploy.core.manifest import OnnxManifest
-from cnx_deploy.data import ImageLike, evenly, find_images
+from cnx_deploy.data import ImageLike, ImageSource, evenly, find_images
 from cnx_deploy.data.input_spec import InputSpec
 
 __all__ = ["raw_batches"]
@@ -15,16 +16,27 @@ BATCH = 8
 """Images run at once, where the file takes as many: this decides memory alone."""
 
 
-def raw_batches(manifest: OnnxManifest, samples: int, data: Path | None, *, whole: bool = False) -> list[Tensor]:
+def raw_batches(
+    manifest: OnnxManifest,
+    samples: int,
+    data: Path | None,
+    *,
+    whole: bool = False,
+    note: Callable[[str], None] | None = None,
+) -> list[Tensor]:
     """Read `samples` images of a folder, or make them from a seed, in batches that a file takes.
 
     A batch with fewer images than the file's smallest is filled up with copies of its first one; with `whole` every
-    batch is as large as the first.
+    batch is as large as the first. `note` is told what is left out and what the images have shown.
     """
     smallest, _, largest = manifest.batch
     size = max(smallest, min(samples, largest, BATCH))
     side = manifest.deploy.image_size
     spec = InputSpec(manifest.deploy.input_kind, side, size if whole else smallest, largest)
-    source = ImageLike(samples) if data is None else find_images(data)
+    source: ImageSource = ImageLike(samples) if data is None else find_images(data)
     preprocessing = replace(manifest.model.preprocessing, image_size=side)
-    return [batch.images for batch in source.batches(preprocessing, spec, size, evenly(len(source), samples))]
+    batches = [batch.images for batch in source.batches(preprocessing, spec, size, evenly(len(source), samples))]
+    if note is not None:
+        for text in (*source.notes, *source.observed()):
+            note(text)
+    return batches

@@ -75,9 +75,16 @@ def recorded_files(files: Sequence[Path], export_dir: Path) -> Sequence[Artifact
 
 
 def compare_artifact(
-    artifact: Artifact, *, samples: int = 2, data: Path | None = None, progress: Progress | None = None
+    artifact: Artifact,
+    *,
+    samples: int = 2,
+    data: Path | None = None,
+    progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> LayerComparison:
     """Compare a recorded ONNX file by layer on `samples` images (at most `MAX_IMAGES`) of a folder or of a seed.
+
+    `note` is told what of the folder is left out, and what the images have shown.
 
     Raises InputError for an engine, for a file whose nodes are not named after modules, and for weights that are gone;
     CorruptArtifactError for altered bytes, before any of them is parsed.
@@ -93,7 +100,7 @@ def compare_artifact(
         raise InputError(
             f"Layers are compared on 1 to {MAX_IMAGES} images, not {samples}: every output of each is held in memory."
         )
-    batches = raw_batches(artifact.manifest, samples, data, whole=True)
+    batches = raw_batches(artifact.manifest, samples, data, whole=True, note=note)
     model = recorded_model(artifact).model
     return compare_layers(artifact.path, model, artifact.manifest.deploy, batches, progress=progress)
 

@@ -8,7 +8,7 @@ emulator's graph, which rounds after every operator in the types that the file h
 """
 
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -182,11 +182,18 @@ class RoundedOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*wide, **(kwargs or {})).to(narrow)
 
 
-def case_of(artifact: Artifact[OnnxManifest], loaded: LoadedModel, gate: Gate, data: Path | None, samples: int) -> Case:
+def case_of(
+    artifact: Artifact[OnnxManifest],
+    loaded: LoadedModel,
+    gate: Gate,
+    data: Path | None,
+    samples: int,
+    note: Callable[[str], None] | None = None,
+) -> Case:
     """Make what a recorded file is judged by: images of the folder `data`, or seeded ones, and PyTorch in FP32."""
     deploy = replace(artifact.manifest.deploy, keep_fp32=())
     spec, record = ExportSpec(deploy=deploy, batch=artifact.manifest.batch), artifact.manifest.model
-    batches = tuple(raw_batches(artifact.manifest, samples, data))
+    batches = tuple(raw_batches(artifact.manifest, samples, data, note=note))
     with reference_runner(loaded.model, deploy) as runner:
         expected = joined([runner.run(images) for images in batches])
     return Case(loaded, record, spec, batches, expected, gate)

@@ -17,8 +17,8 @@ from torchvision.transforms import InterpolationMode, v2
 
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import cpu_count
-from cnx_deploy.data import ImageFiles, load_image, upright_rgb
-from cnx_deploy.data.preprocessing import to_pixels
+from cnx_deploy.data import ImageFiles, load_image
+from cnx_deploy.data.preprocessing import cropped
 from cnx_deploy.training.distributed import EpochBatches
 from cnx_deploy.training.spec import TrainingSpec
 
@@ -40,22 +40,30 @@ Item = tuple[Tensor, int]
 class TrainingImages(TorchDataset[Item]):
     """Augmented images. [(index, seed)] -> (S, S, 3) uint8 and the class index.
 
-    `augment`: (3, H, W) uint8 and a seed -> (3, S, S) uint8, see `ImageAugmentation`.
+    `augment`: (3, H, W) uint8 and a seed -> (3, S, S) uint8, see `ImageAugmentation`. `white_level`: see
+    `core.preprocessing`.
     """
 
-    def __init__(self, split: ImageFiles, augment: Callable[[Tensor, int], Tensor]) -> None:
+    def __init__(
+        self, split: ImageFiles, augment: Callable[[Tensor, int], Tensor], white_level: float | None = None
+    ) -> None:
         self.split = split
         self.augment = augment
-        self.cached = _cached(split, _decode, _decoded_bytes(split))
+        self.white_level = white_level
+        self.cached = _cached(split, self._decode, _decoded_bytes(split))
 
     def __len__(self) -> int:
         return len(self.split.paths)
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
         index, seed = key
-        pixels = self.cached[index] if self.cached else _decode(self.split, index)
+        pixels = self.cached[index] if self.cached else self._decode(self.split, index)
         image = self.augment(pixels.permute(2, 0, 1), seed)
         return image.permute(1, 2, 0).contiguous(), self.split.label(index)
+
+    def _decode(self, split: ImageFiles, index: int) -> Tensor:
+        """(H, W, 3) uint8 RGB at the file's own size."""
+        return torch.from_numpy(np.array(split.image(index, self.white_level)))
 
 
 class ValidationImages(TorchDataset[Item]):
@@ -114,7 +122,7 @@ class ImageAugmentation:
             steps.append(v2.RandomResizedCrop(size, area, interpolation=InterpolationMode.BICUBIC))
         else:
             steps.append(
-                lambda image: to_pixels(Image.fromarray(image.permute(1, 2, 0).numpy()), preprocessing).permute(2, 0, 1)
+                lambda image: cropped(Image.fromarray(image.permute(1, 2, 0).numpy()), preprocessing).permute(2, 0, 1)
             )
         if spec.flip:
             steps.append(v2.RandomHorizontalFlip())
@@ -187,11 +195,6 @@ class _RandomErasing:
 
 def _cached(split: ImageFiles, read: Callable[[ImageFiles, int], Tensor], size_bytes: int) -> list[Tensor] | None:
     return [read(split, index) for index in range(len(split.paths))] if size_bytes <= CACHE_BYTES else None
-
-
-def _decode(split: ImageFiles, index: int) -> Tensor:
-    """(H, W, 3) uint8 RGB at the file's own size."""
-    return torch.from_numpy(np.array(upright_rgb(load_image(split.paths[index]))))
 
 
 def _decoded_bytes(split: ImageFiles) -> int:

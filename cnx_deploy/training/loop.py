@@ -282,8 +282,9 @@ def run_task(
             writer.events = stack.enter_context(_tensorboard(run_dir / "tensorboard"))
         stack.enter_context(_quiet())
         trainer = _trainer(spec, writer)
+        trained = TrainingImages(images.train, ImageAugmentation(spec), spec.preprocessing.white_level)
         loaders = (
-            make_loader(TrainingImages(images.train, ImageAugmentation(spec)), module.batches, spec),
+            make_loader(trained, module.batches, spec),
             make_loader(ValidationImages(images.val, spec), spec.validation_batch_size, spec),
         )
         try:

@@ -50,6 +50,7 @@ class RunSpec:
         weight_decay: On matrices and kernels; norms, biases and GRN have none.
         warmup_epochs: Epochs of linear warm-up; None takes the task's default.
         min_crop_area: Least share of an image that a random crop keeps, in (0, 1].
+        white_level: Stored value that is white in images with more than 8 bits, see `core.preprocessing`.
         seed: Seed of everything drawn.
         workers: Loader processes; None see `images.make_loader`.
         precision: Of the computation; weights stay in FP32.
@@ -71,6 +72,7 @@ class RunSpec:
     weight_decay: float = 0.05
     warmup_epochs: float | None = None
     min_crop_area: float = 0.5
+    white_level: float | None = None
     seed: int = 0
     workers: int | None = None
     precision: TrainingPrecision = "fp32"
@@ -92,7 +94,7 @@ class RunSpec:
     @property
     def preprocessing(self) -> Preprocessing:
         """What validation images go through."""
-        return Preprocessing(self.image_size)
+        return Preprocessing(self.image_size, white_level=self.white_level)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that decide what is learned, as plain types."""
@@ -219,7 +221,7 @@ class TrainingSpec(RunSpec):
     @property
     def preprocessing(self) -> Preprocessing:
         """What validation images go through, and every image the trained model will see."""
-        return Preprocessing(self.image_size, self.crop_ratio)
+        return Preprocessing(self.image_size, self.crop_ratio, white_level=self.white_level)
 
     def resolved(self) -> dict[str, Any]:
         """Everything, with the values that None stands for, for people to read."""

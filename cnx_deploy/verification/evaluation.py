@@ -1,18 +1,20 @@
 """A runner on labelled images: what the metrics of its task say of it."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cnx_deploy.core.class_names import check_class_count
 from cnx_deploy.core.errors import CheckFailedError, InputError
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.data import ImageSource, evenly, image_source
 from cnx_deploy.model.tasks.base import Task, all_finite, find_task
 from cnx_deploy.runners.base import Runner
 
-__all__ = ["class_positions", "evaluate"]
+__all__ = ["assumed_order", "class_positions", "evaluate"]
 
 
 def evaluate(
@@ -25,6 +27,7 @@ def evaluate(
     class_names: Sequence[str] | None = None,
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
     each: Callable[[Any], None] | None = None,
 ) -> Any:
     """Run labelled images and count.
@@ -36,14 +39,15 @@ def evaluate(
         batch_size: images run at once.
         task: what the network is for; None is classification.
         class_names: the model's classes in the order of its logits; the data's are found among them by name. None
-            takes the data's sorted classes, which then must be as many as the logits.
+            takes the data's sorted classes, which then must be as many as the logits, and notes say so.
         limit: so many images, evenly spread.
         progress: told images done and their total.
+        note: told how the data were understood, what is left out and what is assumed, a sentence each.
         each: told every image's outcome, in order.
 
     Returns:
         What the task's metrics give: for classification, `model.tasks.classification_metrics.Evaluation`. Images that
-        cannot be read are left out and listed.
+        cannot be read are left out and listed; `notes` are all that `note` was told.
 
     Raises:
         InputError: classes or image size do not fit, no image can be read, or the task has no metrics.
@@ -56,6 +60,10 @@ def evaluate(
             "into some."
         )
     names = tuple(class_names or images.class_names)
+    tell = note or (lambda text: None)
+    notes = [*images.notes, *([assumed_order(images)] if class_names is None else [])]
+    for text in notes:
+        tell(text)
     targets = torch.tensor(class_positions(images, class_names))
     chosen = evenly(len(images), limit)
     batches = images.batches(preprocessing, runner.input_spec, batch_size, chosen, leave_out_broken=True)
@@ -81,17 +89,30 @@ def evaluate(
     broken = list(batches.broken.values())
     if not metrics.count:
         raise InputError(f"No image of {images.description} ({len(broken)}) can be read: {broken[0].reason}")
-    return metrics.result(images.class_names, broken)
+    observed = images.observed()
+    for text in observed:
+        tell(text)
+    return metrics.result(images.class_names, broken, (*notes, *observed))
+
+
+def assumed_order(images: ImageSource) -> str:
+    """What to say where a network has no class names: in which order its outputs are taken to be the data's classes."""
+    return (
+        f"Order of classes assumed: the network has no class names, so its outputs are taken to be the sorted names of "
+        f"{images.description}: {_some(images.class_names)}. --class-names FILE (class_names) gives them otherwise."
+    )
 
 
 def class_positions(
     images: ImageSource, class_names: Sequence[str] | None, num_classes: int | None = None
 ) -> list[int]:
-    """Index among the model's classes of each of the data's classes, found by name.
+    """Index among the model's classes of each of the data's classes, found by name; -1 for one without images.
 
     A model without `class_names` takes the data's classes in their order, which must be `num_classes` where that is
     given. Raises InputError where they do not fit.
     """
+    if class_names is not None and num_classes is not None:
+        check_class_count(class_names, num_classes, "the model")
     if class_names is None:
         if num_classes is not None and len(images.class_names) != num_classes:
             raise InputError(
@@ -101,13 +122,22 @@ def class_positions(
             )
         return list(range(len(images.class_names)))
     positions = {name: index for index, name in enumerate(class_names)}
-    unknown = [name for name in images.class_names if name not in positions]
+    present = set(images.labels) or set(range(len(images.class_names)))
+    named = [name for at, name in enumerate(images.class_names) if at in present]
+    counts = Counter(class_names)
+    if twice := [name for name in named if counts[name] > 1]:
+        raise InputError(
+            f"The model has several classes called {_some(twice)}, so that images of {images.description} may be of "
+            "either. Give each a name of its own with --class-names FILE (class_names)."
+        )
+    unknown = [name for name in named if name not in positions]
     if unknown:
         raise InputError(
             f"{images.description} has the classes {_some(unknown)}, which the model does not know: expected its "
-            f"classes, {_some(class_names)}. Rename the folders, or put the images into one to compare without labels."
+            f"classes, {_some(class_names)}. Rename the folders, give the model's names as the folders have them with "
+            "--class-names FILE (class_names), or put the images into one folder to compare without labels."
         )
-    return [positions[name] for name in images.class_names]
+    return [positions.get(name, -1) for name in images.class_names]
 
 
 def _sizes(outputs: Mapping[str, tuple[int, ...]]) -> str:

@@ -1,7 +1,8 @@
 """From an artifact and image files to the answers of its task: one loader for checkpoint, ONNX file and engine."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -9,13 +10,15 @@ from typing import Any, Self
 import torch
 
 from cnx_deploy.core.artifacts import refused_engine
+from cnx_deploy.core.class_names import check_class_count
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import CheckFailedError, CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.strict_json import strict_json, typed
-from cnx_deploy.data import SUFFIXES, GivenImages, ImageBatch, ImageFiles, ImageSource
-from cnx_deploy.data.dataset import images_below
+from cnx_deploy.data import GivenImages, ImageBatch, ImageFiles, ImageSource
+from cnx_deploy.data.dataset import LeftOut, images_below, notes_of
+from cnx_deploy.data.decoding import FORMATS
 from cnx_deploy.exporters.graph_checks import admit_onnx
 from cnx_deploy.exporters.untrusted import limits_for
 from cnx_deploy.model.checkpoint import load_checkpoint
@@ -35,7 +38,7 @@ class Model:
     """An opened checkpoint, ONNX file or engine: its runner, its task, how its images are made and its classes.
 
     Use it as a context manager. `class_names` None: the artifact names none, so classes go by their index. `notes` say
-    what was assumed of it, for example that its weights are random.
+    what was assumed of it, for example that its weights are random. `num_classes` None: not known before it runs.
     """
 
     runner: Runner
@@ -43,6 +46,7 @@ class Model:
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None
     notes: tuple[str, ...] = ()
+    num_classes: int | None = None
 
     def __enter__(self) -> Self:
         self.runner.__enter__()
@@ -57,14 +61,18 @@ class Model:
         info, size = self.runner.info, self.preprocessing.image_size
         return f"Model({info.backend} {info.version} in {info.arithmetic} on {info.device}, {size} px)"
 
-    def predict(self, images: Any, *, top: int = 5, batch_size: int = 8) -> Any:
+    def predict(
+        self, images: Any, *, top: int = 5, batch_size: int = 8, note: Callable[[str], None] = warnings.warn
+    ) -> Any:
         """Answer for one image or a list of them; each is resized, cropped and normalised as the model asks for.
 
         Args:
-            images: paths; PIL images of any mode; arrays (H, W, 3) or (H, W) of uint8; tensors (3, H, W) of uint8, or
-                of floats in [0, 1]; or a `data.ImageSource`. A list and a source give a list.
+            images: paths; PIL images of any mode; arrays (H, W, 3) or (H, W) or tensors (3, H, W) of uint8, uint16 or
+                floats in [0, 1], see `Preprocessing.white_level`; or a `data.ImageSource`. A list and a source give a
+                list.
             top: classes named for each image.
             batch_size: images run at once, within the range that the model takes.
+            note: told what the images have shown, such as values far below white; a warning by default.
 
         Returns:
             The task's `Prediction` for an image; of a classifier it has `scores`, the best class first, with
@@ -73,18 +81,38 @@ class Model:
         is_single = not isinstance(images, list | tuple | ImageSource)
         source = images if isinstance(images, ImageSource) else GivenImages([images] if is_single else images)
         predictions = list(predict_images(self, source, top=top, batch_size=batch_size))
+        for text in (*source.notes, *source.observed()):
+            note(text)
         return predictions[0] if is_single else predictions
 
 
-def open_predictor(path: Path, *, many: bool = False, device: str = "cpu") -> Model:
+def open_predictor(
+    path: Path,
+    *,
+    many: bool = False,
+    device: str = "cpu",
+    class_names: Sequence[str] | None = None,
+    white_level: float | None = None,
+) -> Model:
     """Open a checkpoint, an ONNX file or an engine, told by its content, on `device` (cpu or cuda) or the engine's GPU.
 
     Hashes are checked where a manifest names the file. An ONNX file of this project without its manifest is taken
     after `graph_checks.admit_onnx` and a trial run have let it in. An engine without its manifest is refused. Raises
     InputError for other files and for an ONNX file that does not say what images it takes, MissingRequirementError for
     a device or engine that this machine lacks.
-    `many`: whole batches will come, so ONNX Runtime's threads get images of their own (`OrtRunner`).
+    `many`: whole batches will come, so ONNX Runtime's threads get images of their own (`OrtRunner`). `class_names`,
+    one for each output, and `white_level` (`core.preprocessing`) take the place of what the artifact records.
     """
+    model = _opened(path, many, device)
+    if class_names is not None:
+        check_class_count(class_names, model.num_classes or len(class_names), str(path))
+        model = replace(model, class_names=tuple(class_names))
+    if white_level is not None:
+        model = replace(model, preprocessing=replace(model.preprocessing, white_level=white_level))
+    return model
+
+
+def _opened(path: Path, many: bool, device: str) -> Model:
     kind = kind_of_file(path)
     artifact = recorded_artifact(path)
     if artifact is not None:
@@ -107,15 +135,18 @@ def find_image_files(paths: Sequence[Path]) -> ImageFiles:
     images.
     """
     found: list[Path] = []
+    notes: list[str] = []
     for path in paths:
         if not path.is_dir():
             found.append(path)
             continue
-        inside = sorted(images_below(path))
+        left_out = LeftOut(str(path))
+        inside = sorted(images_below(path, left_out))
+        notes += notes_of([left_out], path)
         if not inside:
-            raise InputError(f"{path} holds no image files. Their names end in {', '.join(sorted(SUFFIXES))}.")
+            raise InputError(f"{path} holds no image files: expected {', '.join(FORMATS)}. {' '.join(notes)}".rstrip())
         found.extend(inside)
-    return ImageFiles(tuple(found))
+    return ImageFiles(tuple(found), notes=tuple(notes))
 
 
 def predict_images(predictor: Model, images: ImageSource, *, top: int = 5, batch_size: int = 8) -> Iterator[Prediction]:
@@ -146,7 +177,7 @@ def _recorded_model(artifact: Artifact, many: bool, device: str) -> Model:
     seed = f"The weights are random (seed {model.weights.reference}): the answers mean nothing."
     notes = (seed,) if model.weights.origin == "random" else ()
     runner = open_runner(artifact, options=RunnerOptions(device=device, thread_per_image=many, hashes_hold=True))
-    return Model(runner, find_task(model.task), model.preprocessing, model.class_names, notes)
+    return Model(runner, find_task(model.task), model.preprocessing, model.class_names, notes, model.num_classes)
 
 
 def _unrecorded_onnx(path: Path, many: bool, device: str) -> Model:
@@ -178,7 +209,9 @@ def _unrecorded_onnx(path: Path, many: bool, device: str) -> Model:
     if metadata.get("cnx_deploy.weights_origin") == "random":
         notes.append("The weights are random: the answers mean nothing.")
     runner = OrtRunner(path, device=device, thread_per_image=many)
-    return Model(runner, task, preprocessing, names or None, tuple(notes))
+    _, scores = admission.facts.outputs.get(task.class_output or "", ("", ()))
+    num_classes = scores[-1] if scores and isinstance(scores[-1], int) else None
+    return Model(runner, task, preprocessing, names or None, tuple(notes), num_classes)
 
 
 def _checkpoint_model(path: Path, device: str) -> Model:
@@ -194,6 +227,7 @@ def _checkpoint_model(path: Path, device: str) -> Model:
         preprocessing,
         loaded.class_names,
         (*(() if loaded.preprocessing else (assumed,)), *loaded.notes),
+        loaded.model.num_classes,
     )
 
 

@@ -32,7 +32,7 @@ from cnx_deploy.model.tasks.base import Outputs, find_task
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
 from cnx_deploy.runners.registry import RunnerOptions, find_runner, open_runner
-from cnx_deploy.verification.evaluation import class_positions
+from cnx_deploy.verification.evaluation import assumed_order, class_positions
 from cnx_deploy.verification.metrics import RunningComparison, Verification
 from cnx_deploy.verification.parity import compare, outputs_of
 from cnx_deploy.verification.saved_results import SavedResults
@@ -108,7 +108,7 @@ class Reference:
     """PyTorch's outputs of the network that an artifact records, on a source of images, computed once an image.
 
     Pixels are read again for each runner, so that memory is that of a batch. `broken`: images that could not be read
-    so far, by their index in `images`.
+    so far, by their index in `images`. `assumed`: in which order classes without recorded names are taken.
 
     Args:
         artifact: any artifact of the network.
@@ -116,10 +116,18 @@ class Reference:
             there are any and the task has class scores: InputError when their classes are not the model's.
         samples: images without labels to compare on, at least, None for SAMPLES; images with labels at most, evenly
             spread, None for all.
+        class_names: the network's, in place of the recorded ones.
+        white_level: as in `core.preprocessing`, in place of the recorded one.
     """
 
     def __init__(
-        self, artifact: Artifact, data: Path | str | ImageSource | None = None, samples: int | None = None
+        self,
+        artifact: Artifact,
+        data: Path | str | ImageSource | None = None,
+        samples: int | None = None,
+        *,
+        class_names: tuple[str, ...] | None = None,
+        white_level: float | None = None,
     ) -> None:
         self.record = artifact.manifest.model
         self.images = ImageLike() if data is None else image_source(data)
@@ -127,13 +135,21 @@ class Reference:
         self.task = find_task(self.record.task)
         self.specs = self.task.outputs(self.record.num_classes)
         self.class_names: tuple[str, ...] = ()
+        self.assumed: tuple[str, ...] = ()
+        self._white_level = self.record.preprocessing.white_level if white_level is None else white_level
         if self.images.class_names and self.task.class_output is not None:
-            names = self.record.class_names
+            names = class_names or self.record.class_names
+            self.assumed = (assumed_order(self.images),) if names is None else ()
             self._positions = class_positions(self.images, names, self.record.num_classes)
             self.class_names = names or self.images.class_names
         self.loaded = recorded_model(artifact)
         self.broken: dict[int, BrokenImage] = {}
         self._outputs: dict[tuple[Any, ...], _OutputsFile] = {}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How the images were understood, what was assumed, and what those that were read so far have shown."""
+        return (*self.images.notes, *self.assumed, *self.images.observed())
 
     def matches(self, artifact: Artifact) -> bool:
         """Whether `artifact` holds the same network for the same image size."""
@@ -229,7 +245,7 @@ class Reference:
         return readable
 
     def _preprocessing(self, spec: InputSpec) -> Preprocessing:
-        return replace(self.record.preprocessing, image_size=spec.image_size)
+        return replace(self.record.preprocessing, image_size=spec.image_size, white_level=self._white_level)
 
 
 def verify_artifact(
@@ -260,7 +276,8 @@ def verify_artifact(
             return Verification(artifact.path.name, "engine", (), not_run=(str(error),))
         with engine:
             candidate = Candidate(artifact, engine, engine.input_spec, recorded_gate(artifact))
-            return Verification(artifact.path.name, "engine", reference.judge(candidate, progress, saved))
+            judged = reference.judge(candidate, progress, saved)
+            return Verification(artifact.path.name, "engine", judged, notes=reference.notes)
     _check_promised(artifact, check_graph(artifact.path, artifact.file_names))
     smallest, _, largest = artifact.manifest.batch
     row, gate = artifact.manifest.precision, recorded_gate(artifact)
@@ -273,7 +290,7 @@ def verify_artifact(
             results.extend(reference.judge(Candidate(artifact, runner, spec, gate, limit), progress, saved))
     widens = row.dtype == "float16" and any(find_runner(name).widens_half for name in runners or row.proven_by)
     notes = (HIDES_OVERFLOW,) if widens else ()
-    return Verification(artifact.path.name, "onnx", tuple(results), notes=notes)
+    return Verification(artifact.path.name, "onnx", tuple(results), notes=(*notes, *reference.notes))
 
 
 def verify_export(artifact: Artifact[OnnxManifest], model: ConvNeXtV2) -> tuple[ParityResult, ...]:

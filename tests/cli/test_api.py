@@ -13,6 +13,8 @@ from PIL import Image
 import cnx_deploy as cnx
 from cnx_deploy.bench.record import BenchmarkRecord
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.model.checkpoint import save_checkpoint
 from tests.support.artifacts import copy_artifact
 
 
@@ -47,6 +49,30 @@ def test_an_export_verifies_and_its_report_prints(onnx: cnx.Artifact) -> None:
     assert "pass" in str(report)
 
 
+def test_an_export_takes_names_for_its_classes_from_a_list_or_a_file(tiny_model, tmp_path: Path) -> None:
+    weights = save_checkpoint(tmp_path / "tiny.safetensors", tiny_model, preprocessing=Preprocessing(32))
+    names = tuple(f"class {index}" for index in range(10))
+    (tmp_path / "names.json").write_text(json.dumps({"id2label": dict(enumerate(names))}))
+    words = {"checkpoint": weights, "precision": "fp32", "no_verify": True}
+    for folder, given in (("list", names), ("file", str(tmp_path / "names.json"))):
+        made = cnx.export("tiny-test", output_dir=tmp_path / folder, class_names=given, **words)
+        assert made.manifest.model.class_names == names
+        with cnx.load(made) as model, cnx.load(weights, class_names=given) as checkpoint:
+            assert (model.class_names, checkpoint.class_names) == (names, names)
+    with pytest.raises(InputError, match=r"9 class names were given and .*tiny.safetensors has 10 classes"):
+        cnx.export("tiny-test", output_dir=tmp_path / "few", class_names=names[:9], **words)
+
+
+def test_arrays_of_twelve_bits_are_warned_of_and_read_by_a_white_level(onnx: cnx.Artifact) -> None:
+    eight = np.asarray(picture())
+    twelve = np.round(eight * (4095 / 255)).astype(np.uint16)
+    with pytest.warns(UserWarning, match="--white-level 4095"):
+        dark = cnx.predict(onnx, twelve, top=10)
+    bright, expected = cnx.predict(onnx, twelve, top=10, white_level=4095), cnx.predict(onnx, eight, top=10)
+    assert bright.scores == expected.scores != dark.scores
+    assert cnx.predict(onnx, (eight / 255).astype(np.float32), top=10).scores == expected.scores
+
+
 def test_what_a_file_is_prints_in_one_line(onnx: cnx.Artifact) -> None:
     assert str(cnx.inspect(onnx)).startswith(f"{onnx.path}: an ONNX file, ")
 
@@ -71,10 +97,10 @@ def test_a_model_gives_the_same_classes_for_a_path_an_image_an_array_and_a_tenso
 @pytest.mark.parametrize(
     ("image", "said"),
     [
-        (np.zeros((8, 8, 3), dtype=np.float32), "float32 (8, 8, 3)"),
+        (np.zeros((8, 8, 3), dtype=np.int64), "int64 (8, 8, 3)"),
         (torch.zeros(1, 8, 8), r"(1, 8, 8)"),
-        (torch.full((3, 8, 8), 2.0), "got 2 to 2"),
-        (torch.full((3, 8, 8), float("nan")), "got nan to nan"),
+        (torch.full((3, 8, 8), 2.0), "from 2 to 2: expected at most 1"),
+        (torch.full((3, 8, 8), float("nan")), "from nan to nan: expected finite"),
         (42, "got int"),
     ],
 )

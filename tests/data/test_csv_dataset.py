@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from cnx_deploy.core.class_names import MAX_NAME
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.data import find_dataset, find_images
-from cnx_deploy.data.csv_dataset import MAX_LABEL, MAX_LINE, CsvDataset, read_csv
+from cnx_deploy.data.csv_dataset import COLUMNS, MAX_LINE, CsvDataset, read_csv
 from cnx_deploy.model.checkpoint import save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
 from tests.support.lies import FEW, QUICK, check_command, put, refused, result_or_error, spoilt
@@ -98,7 +99,7 @@ def test_columns_may_stand_in_any_order_and_labels_are_sorted_as_text(folder):
         (SPLIT[:2], "no rows with the split val or test"),
         (SPLIT[2:4], "no rows with the split train"),
         ((*SPLIT, "images/f.png,fox,val"), "line 7: the class fox has no row with the split train"),
-        (("images/a.png,cat,train", "images/b.png,cat,val"), "the one class cat"),
+        (("images/a.png,cat,train", "images/b.png,cat,val"), "images of 1 class; a classifier needs at least two"),
     ],
     ids=lambda value: str(len(value)),
 )
@@ -107,10 +108,13 @@ def test_a_file_that_is_no_dataset_is_refused(folder, rows, message):
         find_dataset(write(folder, *rows))
 
 
-def test_a_class_of_one_image_cannot_be_divided(folder):
+def test_a_class_of_one_image_is_trained_on_and_said_to_be_without_validation(folder):
     rows = ["images/a.png,cat", "images/b.png,cat", "images/c.png,dog"]
-    with pytest.raises(InputError, match="class dog has one image"):
-        find_dataset(write(folder, *rows, header="path,label"))
+    dataset = find_dataset(write(folder, *rows, header="path,label"))
+    assert (dataset.train.labels, dataset.val.labels) == ((0, 1), (0,))
+    assert any("no validation images: dog" in note for note in dataset.notes)
+    with pytest.raises(InputError, match="None of the 2 classes has two images"):
+        find_dataset(write(folder, *rows[1:], header="path,label"))
 
 
 def test_evaluation_takes_the_validation_rows_and_all_of_a_file_without_splits(folder):
@@ -147,7 +151,8 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four images of two classes, one with an odd name, and a file and a folder outside."""
     root = write_colours(tmp_path_factory.mktemp("data") / "images", 1, 2)
     (root / 'odd, "é\n.png').write_bytes((root / NAMES[0]).read_bytes())
-    (root.parent / "outside.png").write_bytes((root / NAMES[0]).read_bytes())
+    for name in ("../outside.png", "twin.png", "twin.jpg"):
+        (root / name).write_bytes((root / NAMES[0]).read_bytes())
     return root
 
 
@@ -169,6 +174,58 @@ def test_what_the_csv_module_writes_is_read_as_it_was_written(colours: Path) -> 
         ]
 
 
+LABELS = ("red", "red", "blue", "blue")
+FORMS = {
+    "as windows writes it": ("path,label", [name.replace("/", "\\") for name in NAMES], LABELS),
+    "ids": ("image_id,label", [name.removesuffix(".png") for name in NAMES], LABELS),
+    "semicolons": ("path;label", NAMES, LABELS),
+    "tabs": ("path\tlabel", NAMES, LABELS),
+    "a comma in a name": ("file;class, or kind;class", NAMES, [f"x, y;{label}" for label in LABELS]),
+    "one-hot": ("filename,red,blue,fox", NAMES, ["1,0,0", "1.0,0.0,0", "0,True,0", "0,1,0"]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tables_as_people_have_them_are_read_as_the_plain_one_is(colours: Path, form: str) -> None:
+    header, paths, labels = FORMS[form]
+    delimiter = next(sign for sign in ";\t," if sign in header)
+    found = read(colours, "\n".join([header, *map(delimiter.join, zip(paths, labels, strict=True))])).splits[""]
+    assert found.paths == tuple(colours / name for name in NAMES)
+    assert tuple(found.class_names[label] for label in found.labels) == LABELS
+    assert found.class_names == (("blue", "fox", "red") if form == "one-hot" else ("blue", "red"))
+
+
+@pytest.mark.parametrize(
+    ("column", "name"), [(column, name) for column in ("path", "label") for name in COLUMNS[column]]
+)
+def test_each_usual_column_name_is_known_and_what_was_understood_is_said(colours: Path, column: str, name: str) -> None:
+    header = {"path": "path", "label": "label", column: name.title()}
+    found = read(colours, f"{header['label']};more;{header['path']}\nred;1;val/red/0.png\n").splits[""]
+    assert found.paths == (colours / NAMES[0],)
+    (note,) = found.notes
+    assert note.endswith(f"data.csv: column {header['path']} as path, column {header['label']} as label, delimiter ;.")
+
+
+def test_absolute_paths_are_taken_wherever_they_lead(colours: Path) -> None:
+    outside = colours.parent / "outside.png"
+    found = read(colours, f"path,label\n{outside},red\n{colours / NAMES[0]},red\n").splits[""]
+    assert found.paths == (outside, colours / NAMES[0])
+    with pytest.raises(InputError, match="is on line 2 already"):
+        read(colours, f"path,label\n{colours / NAMES[0]},red\n{NAMES[0]},red\n")
+
+
+def test_a_stem_is_that_of_an_image_and_a_file_of_the_very_name_goes_before(colours: Path, tmp_path: Path) -> None:
+    for name in ("a.png", "a.txt", "b", "b.png", "c.d.png"):
+        (tmp_path / name).write_bytes((colours / NAMES[0]).read_bytes())
+    found = read(tmp_path, "image_id,label\na,x\nb,x\nc.d,x\n").splits[""]
+    assert [path.name for path in found.paths] == ["a.png", "b", "c.d.png"]
+
+
+def test_tables_with_tabs_have_a_suffix_of_their_own(colours: Path) -> None:
+    table = put(colours / "data.tsv", "\n".join(("path\tlabel", *(f"{name}\tred" for name in NAMES))).encode())
+    assert find_images(table).paths == tuple(colours / name for name in NAMES)
+
+
 def test_line_ends_and_the_mark_of_a_spreadsheet_change_nothing(colours: Path) -> None:
     for start, end in itertools.product(("", "\ufeff"), ("\n", "\r\n", "\r")):
         found = read(colours, (start + SOUND).replace("\n", end))
@@ -179,11 +236,36 @@ def test_line_ends_and_the_mark_of_a_spreadsheet_change_nothing(colours: Path) -
 FIRST = b"path,label\nval/red/0.png,red\n"
 LIES: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "line 1: the header has no column path and label"),
+    "one column": (
+        b"path\nval/red/0.png\n",
+        "the header has no column label, only path. Names are label: label, class",
+    ),
     "a wide header": (b"path," + b"x," * 100_000, "line 1: the header has no column label, only path, x, x"),
-    "a column twice": (b"path,label,Label\n", "line 1: the header has the column label twice"),
+    "a column twice": (
+        b"path,label,Label\n",
+        "line 1: the header has label and Label, either of which may be the label",
+    ),
+    "two for the path": (
+        b"image,Filename,label\n",
+        "line 1: the header has image and Filename, either of which may be",
+    ),
+    "no label and widths": (
+        b"path,width,height\nval/red/0.png,8,1\n",
+        "line 2: width is '8': no column is called label",
+    ),
+    "two of one class": (b"path,red,red\nval/red/0.png,0,1\n", "the header has no column label, only path, red, red"),
+    "several columns": (
+        b"path,red,blue\nval/red/0.png,1,1\n",
+        "line 2: red, blue are all 1: this is a table of several",
+    ),
+    "no column's": (b"path,red,blue\nval/red/0.png,0,0\n", "line 2: no class's column holds a 1"),
+    "several labels": (FIRST + b"val/red/1.png,red|blue\n", "line 3: 'red|blue' are several labels"),
+    "several files": (FIRST + b"twin,red\n", "line 3: twin is the stem of twin.jpg, twin.png"),
+    "an id of none": (FIRST + b"val/red/2,red\n", "line 3: val/red/2 is no file in"),
+    "an id twice": (FIRST + b"val/red/0,red\n", "line 3: val/red/0 is on line 2 already"),
     "no rows": (b"path,label\n\n\n", "has no rows below its header"),
-    "utf-16": (SOUND.encode("utf-16"), "is no text in UTF-8"),
-    "latin-1": (FIRST + "val/red/1.png,é\n".encode("latin-1"), "is no text in UTF-8"),
+    "utf-16": (SOUND.encode("utf-16"), "In a spreadsheet save it as 'CSV UTF-8'"),
+    "windows-1252": (FIRST + "val/red/1.png,Müll\n".encode("cp1252"), "plain CSV is Windows-1252"),
     "a row too short": (FIRST + b"val/red/1.png\n", "line 3: it has 1 values"),
     "an enormous field": (FIRST + b"x" * 200_000 + b",red\n", "field larger than field limit"),
     "an enormous line": (FIRST + b"x," * MAX_LINE, "a line has more than 1,048,576 characters"),
@@ -195,11 +277,13 @@ LIES: dict[str, tuple[bytes, str]] = {
     "an empty path": (FIRST + b",red\n", "line 3: the path is empty"),
     "a path twice": (FIRST + b"val/../val//red/./0.png,blue\n", "line 3: val/../val//red/./0.png is on"),
     "outside": (FIRST + b"../outside.png,red\n", "line 3: ../outside.png leads outside"),
+    "outside as windows has it": (FIRST + b"..\\outside.png,red\n", "line 3: ../outside.png leads outside"),
+    "an id outside": (FIRST + b"../outside,red\n", "line 3: ../outside leads outside"),
     "outside by a detour": (FIRST + b"val/../../outside.png,red\n", "leads outside"),
-    "absolute": (FIRST + b"/etc/passwd,red\n", "line 3: /etc/passwd leads outside"),
-    "a folder": (FIRST + b"val/red,red\n", "line 3: val/red is no file below"),
-    "a null in a path": (FIRST + b"val/red\0/1.png,red\n", "line 3: 'val/red\\x00/1.png' is no file below"),
-    "an escape in a path": (FIRST + b"\x1b[2J,red\n", "line 3: '\\x1b[2J' is no file below"),
+    "absolute": (FIRST + b"/etc/no-file.png,red\n", "line 3: /etc/no-file.png is no file"),
+    "a folder": (FIRST + b"val/red,red\n", "line 3: val/red is no file in"),
+    "a null in a path": (FIRST + b"val/red\0/1.png,red\n", "line 3: 'val/red\\x00/1.png' is no file in"),
+    "an escape in a path": (FIRST + b"\x1b[2J,red\n", "line 3: '\\x1b[2J' is no file in"),
     "a long path": (FIRST + b"x/" * 50_000 + b",red\n", "line 3: x/x/x/"),
     "a split of no kind": (b"path,label,split\nval/red/0.png,red,tren\n", "line 2: there is no split 'tren'"),
 }
@@ -213,7 +297,7 @@ def test_a_lie_is_told_with_its_line(colours: Path, name: str) -> None:
 
 
 def test_a_label_may_be_as_long_as_a_folders_name(colours: Path) -> None:
-    assert read(colours, f"path,label\nval/red/0.png,{'é' * MAX_LABEL}\n").class_names == ("é" * MAX_LABEL,)
+    assert read(colours, f"path,label\nval/red/0.png,{'é' * MAX_NAME}\n").class_names == ("é" * MAX_NAME,)
 
 
 def test_a_pipe_is_not_waited_for_and_a_folder_is_none(tmp_path: Path) -> None:
@@ -251,9 +335,11 @@ CELLS = st.one_of(
 @st.composite
 def tables(draw: st.DrawFn) -> bytes:
     """Rows of cells that are near to sound ones, as the csv module writes them."""
-    header = draw(st.permutations(["path", "label", "split", *draw(st.lists(CELLS, max_size=1))]))
+    named = st.sampled_from(["path", "image_id", "File"]), st.sampled_from(["label", "class", "cat"])
+    header = draw(st.permutations([*map(draw, named), "split", *draw(st.lists(CELLS, max_size=1))]))
     rows = draw(st.lists(st.lists(CELLS, max_size=4), max_size=6))
-    sound = [[name if each == "path" else "red" if each == "label" else "val" for each in header] for name in NAMES]
+    values = {"path": None, "image_id": None, "File": None, "split": "val"}
+    sound = [[values.get(each, "red") or name for each in header] for name in NAMES]
     stream = io.StringIO(newline="")
     csv.writer(stream, draw(st.sampled_from(["excel", "unix"]))).writerows(
         [header, *sound[: draw(st.integers(0, 4))], *rows]
@@ -271,7 +357,7 @@ def test_fuzz_a_table_is_a_dataset_or_refused(colours: Path, content: bytes) -> 
     paths = [path for split in found.splits.values() for path in split.paths]
     assert len(set(paths)) == len(paths) > 0
     assert all(path.is_file() and Path(os.path.normpath(path)).is_relative_to(colours) for path in paths)
-    assert {label for split in found.splits.values() for label in split.labels} == set(range(len(found.class_names)))
+    assert {label for split in found.splits.values() for label in split.labels} <= set(range(len(found.class_names)))
     assert all(name.strip() == name != "" for name in found.class_names)
     result_or_error(lambda: find_dataset(colours / "data.csv"), InputError)
     result_or_error(lambda: find_images(colours / "data.csv"), InputError)

@@ -37,7 +37,7 @@ def packed_zeros(count: int) -> bytes:
     return b"".join(packer.compress(bytes(1 << 20)) for _ in range(count >> 20)) + packer.flush()
 
 
-def check_refused(path: Path, text: str = "expected a whole JPEG, PNG, WebP or BMP file") -> None:
+def check_refused(path: Path, text: str = "expected a whole JPEG, PNG, ") -> None:
     refused(lambda: upright_rgb(load_image(path)), InputError, str(path), text)
 
 
@@ -75,14 +75,31 @@ def test_disallowed_image_format_is_told_by_its_content(content: bytes, tmp_path
     check_refused(put(tmp_path / "image.jpg", content))
 
 
-@pytest.mark.parametrize("suffix", ["gif", "tiff", "pdf", "ico"])
+@pytest.mark.parametrize("suffix", ["pdf", "ico", "tga", "eps"])
 def test_disallowed_image_format_that_pillow_itself_would_read(suffix: str, tmp_path: Path) -> None:
-    image = Image.new("F", (32, 32), float("nan")) if suffix == "tiff" else picture()  # pixels that are no numbers
-    image.save(tmp_path / f"image.{suffix}")
+    picture().save(tmp_path / f"image.{suffix}")
     check_refused((tmp_path / f"image.{suffix}").rename(tmp_path / "image.jpg"))
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
+def test_pixels_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    Image.new("F", (32, 32), float("nan")).save(tmp_path / "image.tiff")
+    check_refused(tmp_path / "image.tiff", "expected finite values")
+
+
+def test_decompression_bomb_tiff_is_refused_by_its_header_and_pages_in_a_ring_end(tmp_path: Path) -> None:
+    def directory(width: int, height: int, following: int) -> bytes:
+        tags = ((256, width), (257, height), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, height), (279, 64))
+        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+        return struct.pack("<H", len(tags)) + entries + struct.pack("<I", following)
+
+    start = b"II*\0" + struct.pack("<I", 72) + bytes(64)
+    check_refused(put(tmp_path / "bomb.tif", start + directory(9_500, 9_500, 0)), "limit 89000000")
+    check_refused(put(tmp_path / "huge.tif", start + directory(1 << 30, 1 << 30, 0)), "decompression bomb")
+    ring = put(tmp_path / "ring.tif", start + directory(8, 8, 72))
+    assert upright_rgb(load_image(ring)).size == (8, 8)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tiff", "gif", "ppm", "avif"])
 def test_empty_and_truncated_image(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"image.{suffix}"
     for share in (0.0, 40, 0.9):
@@ -91,13 +108,15 @@ def test_empty_and_truncated_image(suffix: str, tmp_path: Path) -> None:
         check_refused(path)
 
 
-def test_odd_images_are_turned_as_pillow_turns_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_odd_images_are_turned_as_pillow_turns_them(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"turned.{suffix}"
     for orientation in range(10):
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = orientation
-        picture().save(tmp_path / "turned.png", exif=exif)
-        expected = ImageOps.exif_transpose(Image.open(tmp_path / "turned.png"))
-        found = upright_rgb(load_image(tmp_path / "turned.png"))
+        picture().save(path, exif=exif)
+        expected = ImageOps.exif_transpose(Image.open(path))
+        found = upright_rgb(load_image(path))
         assert np.array_equal(np.asarray(found), np.asarray(expected)), orientation
         assert (found.size == (20, 24)) is (orientation in (5, 6, 7, 8))
 
@@ -131,6 +150,14 @@ def seeds() -> list[bytes]:
         (picture(), "WEBP", {"exif": exif}),
         (picture(), "WEBP", {"lossless": True}),
         (picture().convert("P"), "BMP", {}),
+        (picture(), "TIFF", {"exif": exif}),
+        (picture().convert("I;16"), "TIFF", {"compression": "tiff_lzw"}),
+        (picture().convert("F"), "TIFF", {}),
+        (picture(), "TIFF", {"compression": "jpeg"}),
+        (picture(), "GIF", {"save_all": True, "append_images": [picture().rotate(90)]}),
+        (picture(), "PPM", {}),
+        (picture().convert("I"), "PPM", {}),
+        (picture(), "AVIF", {}),
     ):
         stream = io.BytesIO()
         image.save(stream, kind, **how)

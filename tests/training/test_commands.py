@@ -4,12 +4,15 @@ import json
 import shutil
 import signal
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from cnx_deploy.cli.pretrain import pretrain
 from cnx_deploy.cli.train import train
 from cnx_deploy.cli.training_progress import TerminalProgress
+from cnx_deploy.model.checkpoint import load_checkpoint
 from tests.support.training_data import write_colours
 
 COMMANDS = {
@@ -90,3 +93,21 @@ def test_dataset_bad_files_and_uneven_classes_are_said(tmp_path):
     assert "largest to smallest 11.0:1" in done.stderr
     assert "Warning: The classes are uneven" in done.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["train_images"] == 24
+
+
+def test_what_is_left_out_and_missing_and_nearly_black_is_said_and_the_white_level_is_kept_for_later(tmp_path):
+    data = write_colours(tmp_path / "colours", train=4)
+    shutil.rmtree(data / "val" / "red")
+    (data / "train" / "blue" / "label.xml").write_text("<a/>")
+    for path in data.glob("*/*/*.png"):
+        grey = np.asarray(Image.open(path).convert("L"))
+        Image.fromarray(np.round(grey * (1023 / 255)).astype(np.uint16)).save(path)
+    done = invoke(train, data, "--epochs", 1, "--run-dir", tmp_path / "run")
+    assert f"{data / 'train' / 'blue'}: 1 of 5 files left out: 1 .xml (label.xml)." in done.stderr
+    assert "1 class has no validation images: red" in done.stderr
+    assert done.stderr.count("--white-level 1023") == 1
+    done = invoke(train, data, "--epochs", 1, "--run-dir", tmp_path / "bright", "--white-level", 1023)
+    assert "--white-level" not in done.stderr
+    recorded = [load_checkpoint(tmp_path / name / "best.safetensors").preprocessing for name in ("run", "bright")]
+    assert [preprocessing.white_level for preprocessing in recorded] == [None, 1023]
+    assert load_checkpoint(tmp_path / "run" / "best.safetensors").class_names == ("blue", "red")

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -136,6 +137,20 @@ def test_without_random_crops_training_images_are_the_evaluation_crop(one_image)
     trained, _ = TrainingImages(one_image, ImageAugmentation(spec))[0, 0]
     validated, _ = ValidationImages(one_image, spec)[0]
     assert torch.equal(trained, validated)
+
+
+def test_a_white_level_is_applied_once_in_training_and_in_validation(tmp_path):
+    """Also one below 255, which images with 8 bits have as well: a second time it would saturate what is grey."""
+    values = np.random.default_rng(0).integers(0, 201, (40, 40)).astype(np.uint16)
+    expected = np.rint(values * 255.0 / 200)
+    for name, stored in (("deep.png", values), ("plain.png", values.astype(np.uint8))):
+        Image.fromarray(stored).save(tmp_path / name)
+        spec = dataclasses.replace(SPEC, image_size=32, crop_ratio=0.8, min_crop_area=1.0, white_level=200)
+        files = ImageFiles((tmp_path / name,), (1,))
+        trained, _ = TrainingImages(files, ImageAugmentation(spec), spec.white_level)[0, 0]
+        validated, _ = ValidationImages(files, spec)[0]
+        assert torch.equal(trained, validated)
+        assert np.array_equal(validated[..., 0].numpy(), expected[4:36, 4:36])
 
 
 def test_images_too_large_for_memory_are_read_when_they_are_needed(one_image, monkeypatch):

@@ -18,7 +18,7 @@ from cnx_deploy.cli import main
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import CheckFailedError, InputError
 from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.data import find_images, image_like_batches
+from cnx_deploy.data import ImageFiles, find_images, image_like_batches
 from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.model.checkpoint import save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
@@ -385,3 +385,119 @@ def test_the_same_evaluation_gives_the_same_bytes_and_names_are_taken_as_they_ar
     first, second = (write_plot(found, tmp_path / name, "t").read_bytes() for name in ("a.svg", "b.svg"))
     assert first == second
     assert "$x^2$ & <b>" in " ".join(ElementTree.parse(tmp_path / "a.svg").getroot().itertext())
+
+
+# --- which output is which class --------------------------------------------------------------------------------------
+
+NATURAL = tuple(map(str, range(1, 11)))
+"""As people number them; as text 10 comes before 2."""
+
+
+@pytest.fixture
+def all_right(tiny_model, tmp_path):
+    """A network that gives image i the class i, and its images: one image in each of the folders 1 to 10."""
+    images, data = torch.cat(list(image_like_batches(10, 32, batch_size=10))), tmp_path / "data"
+    for name, image in zip(NATURAL, images, strict=True):
+        for side in ("train", "val"):
+            (data / side / name).mkdir(parents=True)
+            Image.fromarray(image.numpy()).save(data / side / name / "0.png")
+    pixels = torch.stack([ImageFiles((data / "val" / name / "0.png",)).pixels(0, PREPROCESSING) for name in NATURAL])
+    features = []
+    hook = tiny_model.head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    with torch.no_grad():
+        tiny_model(normalise(pixels, PREPROCESSING))
+        hook.remove()
+        tiny_model.head.weight.copy_(10 * torch.linalg.pinv(features[0]).T)  # logits of the ten images: ten times I
+        tiny_model.head.bias.zero_()
+    return tiny_model, data
+
+
+def test_classes_in_natural_order_are_right_by_name_and_else_the_assumed_order_is_said(all_right):
+    model, data = all_right
+    runner, told = reference_runner(model, SPEC), []
+    named = evaluate(runner, data, PREPROCESSING, class_names=NATURAL, note=told.append)
+    assert (named.top1_percent, told, named.notes) == (100.0, [], ())
+    assumed = evaluate(runner, data, PREPROCESSING, note=told.append)
+    assert assumed.top1_percent == 10.0  # of the class 1 alone the place is the same
+    (note,) = assumed.notes
+    assert (told, note.startswith("Order of classes assumed")) == ([note], True)
+    assert "1, 10, 2, 3, 4, 5, 6, 7, 8, 9." in note
+
+
+@pytest.mark.parametrize("has_names", [True, False])
+def test_a_class_without_validation_images_shifts_no_other(all_right, has_names):
+    """All answers are right: with the classes of val/ alone, those behind the missing one would be the next one's."""
+    model, data = all_right
+    names = tuple(f"{int(name):02}" for name in NATURAL)
+    for folder in [*data.glob("*/*")]:
+        folder.rename(folder.parent / f"{int(folder.name):02}")
+    shutil.rmtree(data / "val" / "05")
+    runner = reference_runner(model, SPEC)
+    found = evaluate(runner, data, PREPROCESSING, class_names=names if has_names else None)
+    assert (found.count, found.top1_percent, found.macro_recall) == (9, 100.0, 1.0)
+    (without,) = [row for row in found.per_class if not row.count]
+    assert (without.name, len(found.per_class), math.isnan(without.recall)) == ("05", 10, True)
+    assert any("1 class has no images in" in note and "05" in note for note in found.notes)
+    if not has_names:
+        with pytest.raises(InputError, match="gives logits of 10; the 9 classes of"):
+            evaluate(runner, data / "val", PREPROCESSING)
+
+
+def test_a_folder_without_images_need_not_be_the_models_and_one_with_images_must(all_right):
+    model, data = all_right
+    (data / "val" / "fox").mkdir()
+    runner = reference_runner(model, SPEC)
+    found = evaluate(runner, data, PREPROCESSING, class_names=NATURAL)
+    assert (found.top1_percent, found.per_class[-1].name, found.per_class[-1].count) == (100.0, "fox", 0)
+    shutil.copy(data / "val" / "1" / "0.png", data / "val" / "fox")
+    with pytest.raises(InputError, match=r"has the classes fox, which the model does not know.*--class-names"):
+        evaluate(runner, data, PREPROCESSING, class_names=NATURAL)
+    with pytest.raises(InputError, match="several classes called 2"):
+        evaluate(runner, data, PREPROCESSING, class_names=("1", "2", "2", *NATURAL[3:]))
+
+
+def test_the_command_takes_names_from_a_file_and_says_what_it_assumes_without(all_right, tmp_path, capsys):
+    model, data = all_right
+    weights = save_checkpoint(tmp_path / "tiny.safetensors", model, preprocessing=PREPROCESSING)
+    (tmp_path / "names.txt").write_text("\n".join(NATURAL))
+    words = ("eval", weights, data, "--json")
+    code, out, err = run(capsys, *words)
+    assert (code, json.loads(out)["top1_percent"]) == (0, 10.0)
+    assert json.loads(out)["notes"][0] in err
+    code, out, err = run(capsys, *words, "--class-names", tmp_path / "names.txt")
+    assert (code, json.loads(out)["top1_percent"], json.loads(out)["notes"]) == (0, 100.0, [])
+    assert "assumed" not in err
+    image = data / "val" / "10" / "0.png"
+    for more, name in (((), "9"), (("--class-names", tmp_path / "names.txt"), "10")):
+        code, out, _ = run(capsys, "predict", weights, image, "--json", *more)
+        assert (code, json.loads(out)["predictions"][0]["scores"][0]["name"]) == (0, name)
+    (tmp_path / "names.txt").write_text("\n".join(NATURAL[:9]))
+    code, _, err = run(capsys, *words, "--class-names", tmp_path / "names.txt")
+    assert (code, "9 class names were given and" in err) == (2, True)
+
+
+def test_commands_note_twelve_bits_and_read_them_by_a_white_level(all_right, tmp_path, capsys):
+    """The same ten pictures with 12 bits in 16: by the white level the answers are those of the pictures with 8."""
+    model, data = all_right
+    weights = save_checkpoint(tmp_path / "tiny.safetensors", model, class_names=NATURAL, preprocessing=PREPROCESSING)
+    for path in data.glob("*/*/*.png"):
+        eight = np.asarray(Image.open(path).convert("L"))
+        Image.fromarray(eight).save(path)
+        deep = tmp_path / "deep" / path.relative_to(data)
+        deep.parent.mkdir(parents=True)
+        Image.fromarray(np.round(eight * (4095 / 255)).astype(np.uint16)).save(deep)
+    plain = json.loads(run(capsys, "eval", weights, data, "--json")[1])
+    code, out, err = run(capsys, "eval", weights, tmp_path / "deep", "--json", "--white-level", 4095)
+    for key in ("confusion", "mean_nll", "top1_percent", "notes"):
+        assert json.loads(out)[key] == plain[key]
+    assert (code, "white" in err, plain["top1_percent"] > 10) == (0, False, True)
+    code, out, err = run(capsys, "eval", weights, tmp_path / "deep", "--json")
+    assert "--white-level 4095" in json.loads(out)["notes"][0]
+    assert (code, json.loads(out)["notes"][0] in err) == (0, True)
+    assert json.loads(out)["mean_nll"] != plain["mean_nll"]
+    code, out, err = run(capsys, "predict", weights, tmp_path / "deep" / "val", "--json")
+    assert (code, "--white-level 4095" in err, "--white-level 4095" in json.loads(out)["notes"][-1]) == (0, True, True)
+    code, _, err = run(capsys, "diagnose", "headroom", weights, "--data", tmp_path / "deep", "--image-size", 32)
+    assert (code in (0, 3), "--white-level 4095" in err) == (True, True)
+    code, _, err = run(capsys, "diagnose", "headroom", weights, "--data", tmp_path / "deep", "--white-level", 4095)
+    assert (code in (0, 3), "white" in err) == (True, False)

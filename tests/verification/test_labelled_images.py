@@ -294,6 +294,24 @@ def test_folders_the_model_does_not_know_are_refused_with_what_was_expected(reco
         Reference(recorded[0], images)
 
 
+def test_without_names_the_order_of_classes_is_said_to_be_assumed_and_names_that_are_given_decide_it(
+    cnx: Cnx, tiny_onnx_fp32: Artifact, images: Path, tmp_path: Path
+) -> None:
+    """The classes in the opposite order: labels are counted against the opposite outputs."""
+    assumed, opposite = Reference(tiny_onnx_fp32, images), Reference(tiny_onnx_fp32, images, class_names=NAMES[::-1])
+    found = [verify_artifact(tiny_onnx_fp32, reference, runners=("onnxruntime",)) for reference in (assumed, opposite)]
+    assert [any("Order of classes assumed" in note for note in entry.notes) for entry in found] == [True, False]
+    right = [entry.results[0].agreement.reference_correct for entry in found]
+    with reference_runner(recorded_model(tiny_onnx_fp32).model, tiny_onnx_fp32.manifest.deploy) as runner:
+        counted = [
+            evaluate(runner, images, Preprocessing(image_size=32), class_names=names) for names in (None, NAMES[::-1])
+        ]
+    assert right == [evaluation.correct_top1 for evaluation in counted]
+    (tmp_path / "names.txt").write_text("\n".join(NAMES[:9]))
+    code, _, err = cnx("verify", "--data", images, "--class-names", tmp_path / "names.txt")
+    assert (code, "9 class names were given" in err) == (2, True)
+
+
 def test_a_model_without_class_names_takes_as_many_folders_as_classes_and_no_other_number(
     recorded: Recorded, images: Path
 ) -> None:

@@ -57,8 +57,8 @@ class Metrics(Protocol):
         """Count finite outputs (N, ...) against their targets (N, ...)."""
         ...
 
-    def result(self, classes: Sequence[str], broken: Sequence["BrokenImage"]) -> Any:
-        """Give the metrics over the data's classes, with the images that could not be read."""
+    def result(self, classes: Sequence[str], broken: Sequence["BrokenImage"], notes: Sequence[str]) -> Any:
+        """Give the metrics over the data's classes, with the images that could not be read and what was noted."""
         ...
 
 

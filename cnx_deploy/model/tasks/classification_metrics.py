@@ -125,7 +125,7 @@ class Evaluation:
     `correct_top5` counts the label among the five (or all) best classes. `per_class` has the data's classes in their
     order; `confusion` every cell of the matrix that is not zero, by label and prediction in the model's order.
     `mean_nll` is -log of the label's probability, in nats. `worst` are the most confident mistakes. Macro rates are
-    means over the classes that have images.
+    means over the classes that have images. `notes` say how the data were understood and what was assumed.
     """
 
     count: int
@@ -137,6 +137,7 @@ class Evaluation:
     mean_nll: float
     worst: tuple[Outcome, ...] = ()
     broken: tuple[BrokenImage, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def top1_percent(self) -> float:
@@ -241,7 +242,9 @@ class RunningMetrics:
             for outcome in outcomes:
                 self._each(outcome)
 
-    def result(self, classes: Sequence[str], broken: Sequence[BrokenImage] = ()) -> Evaluation:
+    def result(
+        self, classes: Sequence[str], broken: Sequence[BrokenImage] = (), notes: Sequence[str] = ()
+    ) -> Evaluation:
         """The metrics over the data's `classes`."""
         count, predicted = Counter[str](), Counter[str]()
         cells = [ConfusionCell(self._names[a], self._names[b], n) for (a, b), n in sorted(self._cells.items())]
@@ -259,6 +262,7 @@ class RunningMetrics:
             mean_nll=self._nll / self.count,
             worst=tuple(self._worst),
             broken=tuple(broken),
+            notes=tuple(notes),
         )
 
     def _calibration(self) -> Calibration:

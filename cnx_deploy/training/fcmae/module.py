@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnx_deploy.data import Dataset, load_image
-from cnx_deploy.data.preprocessing import normalise, to_pixels
+from cnx_deploy.data import Dataset
+from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.training.distributed import mixed_seed
 from cnx_deploy.training.fcmae.autoencoder import MaskedAutoencoder, save_reconstructions
@@ -42,7 +42,7 @@ class PretrainingModule(TaskModule):
         self.masked = spec
         self.mine = slice(spec.launch.rank, None, spec.launch.processes)  # this process's images of all
         generator = torch.Generator().manual_seed(mixed_seed(spec.seed, HELD))
-        self.held_paths = images.val.paths[self.mine]
+        self.held = images.val.subset(range(len(images.val))[self.mine])
         joint = random_masks(len(images.val.paths), spec.grid, spec.mask_ratio, generator)
         self.held_masks = joint[self.mine]  # (held, h, w)
 
@@ -80,12 +80,12 @@ class PretrainingModule(TaskModule):
     def draw(self, run_dir: Path, epoch: int) -> None:
         """Draw reconstructions of held images after the first epoch, the last, and every so many between."""
         is_due = epoch % self.masked.resolved_picture_every == 0 or epoch in (1, self.spec.epochs)
-        count = min(PICTURED, len(self.held_paths))
+        count = min(PICTURED, len(self.held))
         if is_due and count:
             # Spread over the list: the files of a class stand together.
-            chosen = [at * len(self.held_paths) // count for at in range(count)]
+            chosen = [at * len(self.held) // count for at in range(count)]
             preprocessing = self.spec.preprocessing
-            pixels = torch.stack([to_pixels(load_image(self.held_paths[at]), preprocessing) for at in chosen])
+            pixels = torch.stack([self.held.pixels(at, preprocessing) for at in chosen])
             path = run_dir / "reconstructions" / f"epoch-{epoch:04}.png"
             save_reconstructions(path, self.model, preprocessing, pixels, self.held_masks[chosen])
 

@@ -11,7 +11,8 @@ from typing import cast
 
 from cnx_deploy.core.errors import CheckpointError, InputError
 from cnx_deploy.data import Dataset, ImageCheck, ImageFiles, check_images, evenly
-from cnx_deploy.data.dataset import VALIDATION_NAMES, images_below, training_folder
+from cnx_deploy.data.dataset import VALIDATION_NAMES, LeftOut, images_below, notes_of, training_folder
+from cnx_deploy.data.decoding import FORMATS
 from cnx_deploy.training.fcmae.autoencoder import MaskedAutoencoder, create_autoencoder
 from cnx_deploy.training.fcmae.spec import PretrainingRecord, PretrainingResult, PretrainingSpec
 from cnx_deploy.training.records import Progress
@@ -53,7 +54,8 @@ def pretrain(
     from cnx_deploy.training.loop import run_task
 
     if images is None:
-        images = divide_images(readable_images(find_images_below(spec.data))[0], spec.held_images)
+        readable, _ = readable_images(find_images_below(spec.data), white_level=spec.white_level)
+        images = divide_images(readable, spec.held_images)
     if initial is not None and initial.encoder.variant != spec.network:
         raise CheckpointError(
             f"The encoder to start from is {initial.encoder.variant.name}, {spec.network.name} was asked for. Start "
@@ -89,27 +91,32 @@ def find_images_below(root: Path) -> ImageFiles:
     """
     if not root.is_dir():
         raise InputError(f"{root} is not a folder: expected one that holds images, at any depth. Check the path.")
-    left_out = VALIDATION_NAMES if training_folder(root) is not None else ()
+    to_skip, left_out = VALIDATION_NAMES if training_folder(root) is not None else (), LeftOut(str(root))
     paths = tuple(
         path
-        for path in images_below(root)
-        if len(below := path.relative_to(root).parts) == 1 or below[0].lower() not in left_out
+        for path in images_below(root, left_out)
+        if len(below := path.relative_to(root).parts) == 1 or below[0].lower() not in to_skip
     )
+    notes = notes_of([left_out], root)
     if not paths:
-        raise InputError(f"{root} holds no images at any depth: expected JPEG, PNG, WebP or BMP files. Add some.")
-    return ImageFiles(paths)
+        raise InputError(f"{root} holds no images at any depth: expected {', '.join(FORMATS)} files. Add some.")
+    return ImageFiles(paths, notes=notes)
 
 
 def readable_images(
-    images: ImageFiles, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
+    images: ImageFiles,
+    *,
+    white_level: float | None = None,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[ImageFiles, ImageCheck]:
     """Decode all and keep the images that can be read; the report is of all. InputError when none can."""
-    report = check_images(images, workers=workers, progress=progress)
+    report = check_images(images, white_level=white_level, workers=workers, progress=progress)
     bad = {image.path for image in report.broken}
-    kept = tuple(path for path in images.paths if str(path) not in bad)
+    kept = [at for at, path in enumerate(images.paths) if str(path) not in bad]
     if not kept:
         raise InputError(f"None of {report.count} images can be read; the first: {report.broken[0].reason}")
-    return ImageFiles(kept), report
+    return images.subset(kept), report
 
 
 def divide_images(images: ImageFiles, held_images: int) -> Dataset:
