@@ -198,9 +198,9 @@ class _Kind:
     def values(self, content: object, count: int) -> np.ndarray[Any, Any]:
         """`count` values from their bytes."""
         raw, kind = _checked(content, bytes), np.dtype(self.code)
-        if len(raw) != count * kind.itemsize or not raw:
+        if len(raw) != count * kind.itemsize:
             raise pickle.UnpicklingError(f"it holds {len(raw):,} bytes for {count:,} NumPy values of {kind}")
-        return np.frombuffer(raw, kind)
+        return np.frombuffer(raw, kind) if raw else np.zeros(count, kind)
 
 
 class _Array(list[Any]):
@@ -241,7 +241,12 @@ def _empty_dict(*arguments: object) -> dict[Any, Any]:
     return {}
 
 
-def _short_list(items: object = (), *arguments: object) -> list[Any]:
+def _no_bytes() -> bytes:
+    """How a pickle of protocol 2 writes `b""`."""
+    return b""
+
+
+def _plain_list(items: object = (), *arguments: object) -> list[Any]:
     return list(_checked(items, list | tuple))  # type: ignore[arg-type]
 
 
@@ -268,8 +273,9 @@ def _stand_ins() -> list[tuple[Any, str]]:
         named |= {f"{module}.scalar": _scalar, f"{module}._reconstruct": _Array}
     named |= {
         "numpy.dtype": _Kind, "numpy.ndarray": _Array, "collections.defaultdict": _empty_dict,
-        "collections.deque": _short_list, "types.SimpleNamespace": _namespace, "builtins.frozenset": frozenset,
+        "collections.deque": _plain_list, "types.SimpleNamespace": _namespace, "builtins.frozenset": frozenset,
         "torch.torch_version.TorchVersion": _Text, "builtins.getattr": _attribute,
+        "builtins.bytes": _no_bytes,
         "mmengine.logging.history_buffer.HistoryBuffer": Ignored,
     }  # fmt: skip
     # Immutable, of bounded size, made in C from bytes or numbers; the time zone is one of theirs.
@@ -277,7 +283,7 @@ def _stand_ins() -> list[tuple[Any, str]]:
         datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone,
     )}  # fmt: skip
     # A type itself, as in dtype=numpy.float32 or defaultdict(list), is its name.
-    types = ("bool", "bytes", "dict", "float", "int", "list", "object", "str", "tuple")
+    types = ("bool", "dict", "float", "int", "list", "object", "str", "tuple")
     numbers = [f"{kind}{bits}" for kind in ("int", "uint", "float") for bits in (8, 16, 32, 64)] + ["bool_", "bool"]
     for name in [*(f"builtins.{each}" for each in types), *(f"numpy.{each}" for each in numbers)]:
         named[name] = name

@@ -98,6 +98,16 @@ def test_checkpoint_layout_variants_give_the_libraries_logits(tmp_path, images, 
     assert relative_difference(path, variant, theirs, images) < 1e-6
 
 
+def test_mmpretrains_classifier_is_found_below_any_module(tmp_path, images):
+    theirs = randomise(MmClassifier(TINY_TEST))
+    state = {f"image_backbone.{name}": tensor for name, tensor in theirs.backbone.state_dict().items()}
+    loaded = load_checkpoint(saved(state, tmp_path / "a.pt"), TINY_TEST, num_classes=3, reset_head=True)
+    assert torch.equal(loaded.model.norm.weight, theirs.backbone.norm3.weight)
+    assert "weights from the entry 'image_backbone'" in loaded.notes
+    whole = {f"model.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    assert relative_difference(saved(whole, tmp_path / "b.pt"), TINY_TEST, theirs, images) < 1e-6
+
+
 @pytest.mark.parametrize(("make", "variant"), LIBRARIES)
 def test_two_tensors_that_change_places_change_the_logits(tmp_path, images, make, variant):
     """What the test above would see of a layout that is read wrongly: biases or gains of one length, swapped."""

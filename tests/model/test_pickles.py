@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from cnx_deploy.core.errors import CorruptArtifactError, RefusedArtifactError
 from cnx_deploy.model.checkpoint import load_checkpoint
-from cnx_deploy.model.pickles import _stand_ins, read_pickle
+from cnx_deploy.model.pickles import Ignored, _stand_ins, read_pickle
 from cnx_deploy.model.weight_files import read_weight_file
 from tests.conftest import TINY_TEST
 from tests.support.foreign_models import assert_same_weights, saved
@@ -36,6 +36,7 @@ PLAIN = {
     "big-endian": (np.array([1, 2], ">i4")[1], 2),
     "array": (np.arange(6.0).reshape(2, 3), [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]),
     "columns first": (np.asfortranarray([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
+    "nothing": ((np.array([]), np.str_("")), ([], "")),
     "texts": (np.array(["cat", "dog"]), ["cat", "dog"]),
     "type": (np.float32, "numpy.float32"),
     "ordered": (collections.OrderedDict(b=1, a=2), {"b": 1, "a": 2}),
@@ -110,8 +111,9 @@ def test_a_log_of_mmengine_is_left_out(tmp_path, monkeypatch):
     module.HistoryBuffer = HistoryBuffer
     for name in ("mmengine", "mmengine.logging", module.__name__):
         monkeypatch.setitem(sys.modules, name, module)
-    path = saved({"message_hub": {"loss": HistoryBuffer()}, "epoch": 1}, tmp_path / "epoch_1.pth")
-    assert read_pickle(path)["epoch"] == 1
+    path = saved({"hub": HistoryBuffer(), "method": HistoryBuffer.mean, "epoch": 1}, tmp_path / "epoch_1.pth")
+    read = read_pickle(path)
+    assert (type(read["hub"]), type(read["method"]), read["epoch"]) == (Ignored, Ignored, 1)
 
 
 # --- what could run ---------------------------------------------------------------------------------------------------
@@ -206,6 +208,16 @@ def test_fuzz_a_stand_in_takes_anything_or_is_an_error_and_touches_no_file(tmp_p
     path = archive_of(tmp_path / "a.pt", name, tuple(arguments), state, makes=makes)
     result_or_error(lambda: read_pickle(path), CorruptArtifactError, RefusedArtifactError)
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "fields", [("<", None, ("a",), None), ("<", ("f8", (2,)), None, None), ("?", None, None, None)]
+)
+def test_a_numpy_type_of_several_fields_is_refused(tmp_path, fields):
+    whole = archive_of(tmp_path / "a.pt", "numpy.dtype", ("f8", False, True), (3, "<", None, None, None, -1, -1, 0))
+    assert repr(read_pickle(whole)) == "dtype('<f8')"
+    with pytest.raises(RefusedArtifactError, match="NumPy type of several fields"):
+        read_pickle(archive_of(tmp_path / "b.pt", "numpy.dtype", ("f8", False, True), (3, *fields, -1, -1, 0)))
 
 
 @pytest.mark.parametrize(

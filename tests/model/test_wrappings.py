@@ -18,6 +18,9 @@ from cnx_deploy.core.manifest import manifest_from_json
 from cnx_deploy.model.checkpoint import hash_weights, load_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.model.recorded import recorded_model
+from cnx_deploy.model.tasks import base
+from cnx_deploy.model.tasks.base import register_task
+from cnx_deploy.model.tasks.classification import Classification
 from cnx_deploy.model.weight_files import read_weight_file
 from tests.conftest import TINY_TEST
 from tests.support.foreign_models import assert_same_weights, saved, timm_model
@@ -46,6 +49,15 @@ def averaged(networks):
 @pytest.fixture(scope="module")
 def other(networks):
     return networks[2]
+
+
+class WithEmbedding(Classification):
+    """A classifier whose head has a module of another name."""
+
+    name = "with-embedding"
+
+    def modules(self, variant, num_classes):
+        return {**super().modules(variant, num_classes), "embed": torch.nn.Linear(variant.dims[3], 4)}
 
 
 def prefixed(prefix: str, state: State) -> State:
@@ -163,6 +175,22 @@ def test_a_backbone_with_a_head_of_another_name_says_what_lies_beside_it(plain, 
         loaded_from(state | {"fc.weight": torch.ones(4, 64), "fc.bias": torch.ones(4)}, tmp_path)
 
 
+def test_the_modules_of_another_task_are_no_strangers(tmp_path):
+    task = WithEmbedding()
+    register_task(task)
+    try:
+        model = random_model(TINY_TEST, 10, task=task)
+        state = prefixed("net.", model.state_dict()) | {"net.other.weight": torch.ones(2)}
+        loaded = loaded_from(state, tmp_path, task=task.name)
+        assert_same_weights(loaded.model, model)
+        assert note_of(loaded, "set aside") == "set aside: net.other.weight"
+        assert (
+            note_of(loaded_from(state, tmp_path), "set aside") == "set aside: net.embed (2 tensors), net.other.weight"
+        )
+    finally:
+        base._TASKS.pop(task.name)
+
+
 # --- several networks -------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +216,21 @@ def test_a_network_of_another_size_is_no_reason_to_choose(plain, tmp_path):
     with pytest.raises(CheckpointError, match="several networks"):
         loaded_from(content, tmp_path)
     assert_same_weights(loaded_from(content, tmp_path, entry="student").model, plain)
+
+
+def test_a_part_of_a_network_beside_a_whole_one_is_no_reason_to_choose(plain, other, tmp_path):
+    """As an average of the trained layers alone would be."""
+    part = {name: tensor for name, tensor in other.state_dict().items() if not name.startswith(("stages.0", "head"))}
+    loaded = loaded_from({"later": part, "model": plain.state_dict()}, tmp_path)
+    assert_same_weights(loaded.model, plain)
+    assert note_of(loaded, "not taken") == "not taken: 'later'"
+
+
+def test_two_networks_that_only_a_wrapper_tells_apart_are_two(plain, other, tmp_path):
+    state = prefixed("net.", plain.state_dict()) | prefixed("net._orig_mod.", other.state_dict())
+    with pytest.raises(CheckpointError, match=r"'net', 'net\._orig_mod'"):
+        loaded_from(state, tmp_path)
+    assert_same_weights(loaded_from(state, tmp_path, entry="net._orig_mod").model, other)
 
 
 def test_the_top_of_a_file_can_be_chosen(plain, other, tmp_path):
