@@ -162,6 +162,8 @@ def load(
     device: str = "cpu",
     class_names: ClassNames | None = None,
     white_level: float | None = None,
+    ema: bool | None = None,
+    entry: str | None = None,
 ) -> Model:
     """Open a checkpoint, an ONNX file or an engine to predict with; use the model as a context manager.
 
@@ -170,13 +172,15 @@ def load(
         device: "cpu" or "cuda" for checkpoints and ONNX files; an engine runs on its GPU.
         class_names: the names of its outputs in their order, or a file of them; None takes what it records.
         white_level: the stored value that is white, such as 4095 for 12 bits; None takes what it records.
+        ema: True takes the averaged weights of a checkpoint, False its plain ones.
+        entry: which of several networks of a checkpoint, such as "teacher".
 
     Raises:
         CorruptArtifactError: the file is not what its manifest says.
         RefusedArtifactError: an engine without a manifest, which could run anything.
     """
-    names = _names_of(class_names)
-    return open_predictor(_path_of(model), many=True, device=device, class_names=names, white_level=white_level)
+    words: dict[str, Any] = {"class_names": _names_of(class_names), "white_level": white_level}
+    return open_predictor(_path_of(model), many=True, device=device, ema=ema, entry=entry, **words)
 
 
 def predict(model: Source, images: Images, *, top: int = 5, **options: Any) -> Any:
@@ -195,7 +199,7 @@ def evaluate(
         data: a folder with a folder of images for each class, a CSV file, or a `data.ImageSource` with labels.
         batch_size: images run at once.
         note: is told how the data were understood and what was assumed, a sentence each; the result's `notes`.
-        **options: device, class_names and white_level, see `load`.
+        **options: device, class_names, white_level, ema and entry, see `load`.
 
     Returns:
         What the model's task counts: `model.tasks.classification_metrics.Evaluation` of a classifier.

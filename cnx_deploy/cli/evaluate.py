@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,12 +19,14 @@ from cnx_deploy.cli import options
 )  # fmt: skip
 @options.class_names
 @options.white_level
+@options.ema
+@options.entry
 @click.option("--plot", type=options.FILE, help="Draw confusion and reliability into an SVG file.")
 @click.option("--save-predictions", type=options.FILE, help="Write a CSV file with every image's five best classes.")
 @options.as_json
 def evaluate_command(
     artifact: Path, data: Path, batch_size: int, device: str, class_names: Path | None, white_level: float | None,
-    plot: Path | None, save_predictions: Path | None, as_json: bool,
+    ema: bool | None, entry: str | None, plot: Path | None, save_predictions: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Accuracy, confusion and calibration of ARTIFACT (a checkpoint, an ONNX file or an engine) on DATA.
 
@@ -43,7 +46,8 @@ def evaluate_command(
     # Made before the artifact is opened: a name that cannot be used ends the command at once.
     writer = PredictionWriter(save_predictions, data) if save_predictions is not None else None
     names = read_class_names(class_names) if class_names is not None else None
-    opened = open_predictor(artifact, many=True, device=device, class_names=names, white_level=white_level)
+    words: dict[str, Any] = {"class_names": names, "white_level": white_level, "ema": ema, "entry": entry}
+    opened = open_predictor(artifact, many=True, device=device, **words)
     with opened as model, contextlib.ExitStack() as held:
         progress = held.enter_context(options.reporter("Evaluating"))
         for text in model.notes:

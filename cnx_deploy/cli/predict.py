@@ -1,6 +1,7 @@
 """`cnx-deploy predict`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -16,10 +17,12 @@ from cnx_deploy.core.errors import InputError
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images run at once.")
 @options.class_names
 @options.white_level
+@options.ema
+@options.entry
 @options.as_json
 def predict(
     artifact: Path, images: tuple[Path, ...], top: int, batch_size: int, class_names: Path | None,
-    white_level: float | None, as_json: bool,
+    white_level: float | None, ema: bool | None, entry: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Predict for IMAGES (files, or folders of them) with ARTIFACT: a checkpoint, an ONNX file or an engine.
 
@@ -31,7 +34,8 @@ def predict(
     names = read_class_names(class_names) if class_names is not None else None
     files = find_image_files(images)
     rows = []
-    with open_predictor(artifact, many=len(files) > 1, class_names=names, white_level=white_level) as model:
+    words: dict[str, Any] = {"class_names": names, "white_level": white_level, "ema": ema, "entry": entry}
+    with open_predictor(artifact, many=len(files) > 1, **words) as model:
         for text in (*model.notes, *files.notes):
             options.note(f"Note: {text}")
         for row in predict_images(model, files, top=top, batch_size=batch_size):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 @click.argument("data", type=options.PATH)
 @options.variant
 @options.checkpoint
+@options.ema
+@options.entry
 @click.option("--mask-ratio", type=float, default=0.6, show_default=True, help="Share of patches that are hidden.")
 @click.option("--epochs", type=int, default=800, show_default=True)
 @click.option("--image-size", type=int, default=224, show_default=True, help="Side in pixels, a multiple of 32.")
@@ -38,7 +40,10 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--picture-every", type=int, help="Epochs between pictures [default: a tenth of them].")
 @run_options("<variant>-fcmae")
-def pretrain(checkpoint: Path | None, no_image_check: bool, show_config: bool, as_json: bool, **request: Any) -> None:
+def pretrain(
+    checkpoint: Path | None, ema: bool | None, entry: str | None, no_image_check: bool, show_config: bool,
+    as_json: bool, **request: Any,
+) -> None:  # fmt: skip
     """Pre-train a variant on DATA, any folder of images, by predicting hidden patches (FCMAE).
 
     The run's folder holds the encoder as best.safetensors and last.safetensors, metrics.csv and pictures of
@@ -55,7 +60,8 @@ def pretrain(checkpoint: Path | None, no_image_check: bool, show_config: bool, a
     images = _images(spec, check=not no_image_check)
     start: dict[str, Any] = {}
     if checkpoint is not None:
-        start["initial"], loaded = fcmae.load_autoencoder(checkpoint, spec.network, seed=spec.seed)
+        choice: dict[str, Any] = {"seed": spec.seed, "ema": ema, "entry": entry}
+        start["initial"], loaded = fcmae.load_autoencoder(checkpoint, spec.network, **choice)
         start["licence"] = loaded.weights.licence
         for text in loaded.notes:
             options.note(f"Note: {text}")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 @click.option("--checkpoint", type=options.EXISTING, help="Weights to start from, any known layout.")
 @options.pretrained
 @click.option("--reset-head", is_flag=True, help="Draw a new head for --checkpoint or --pretrained.")
+@options.ema
+@options.entry
 @click.option("--init", type=options.EXISTING, help="Weights to start from; a head of other classes is drawn anew.")
 @click.option(
     "--recipe", type=click.Choice(["plain", "fine-tune", "from-scratch", "article"]), default="plain",
@@ -33,8 +35,9 @@ if TYPE_CHECKING:
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard's events into the run's folder.")
 @run_options("<variant>")
 def train(
-    checkpoint: Path | None, pretrained: str | None, reset_head: bool, init: Path | None, show_config: bool,
-    no_image_check: bool, as_json: bool, data: Path, variant: str, recipe: str, **request: Any,
+    checkpoint: Path | None, pretrained: str | None, reset_head: bool, ema: bool | None, entry: str | None,
+    init: Path | None, show_config: bool, no_image_check: bool, as_json: bool, data: Path, variant: str,
+    recipe: str, **request: Any,
 ) -> None:  # fmt: skip
     """Train a variant on DATA: train/ and val/ folders of classes, one folder of classes to split, or a CSV file.
 
@@ -51,9 +54,8 @@ def train(
         options.echo_json(spec.resolved())
         return
     dataset = _dataset(spec, check=not no_image_check)
-    loaded = training.initial_model(
-        spec, checkpoint=checkpoint, pretrained=pretrained, reset_head=reset_head, init=init
-    )
+    words: dict[str, Any] = {"pretrained": pretrained, "reset_head": reset_head, "ema": ema, "entry": entry}
+    loaded = training.initial_model(spec, checkpoint=checkpoint, init=init, **words)
     start: dict[str, Any] = {}
     if loaded is not None:
         start = {"initial": loaded.model, "licence": loaded.weights.licence}

@@ -255,7 +255,7 @@ def _chosen(
     if several:
         raise CheckpointError(
             f"{path} has several networks that fit equally well: {_listed([network, *several])}. Choose one with "
-            "export's --entry NAME (entry), or write its state dict to a file of its own."
+            "--entry NAME (entry), or write its state dict to a file of its own."
         )
     if network.entry != TOP:
         notes.insert(0, f"weights from the entry {network.entry!r}")

@@ -8,7 +8,7 @@ A run is a folder: `run.json` (what was asked for), `metrics.csv` (one line an e
 import copy
 import importlib
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -99,6 +99,8 @@ def initial_model(
     pretrained: str | None = None,
     reset_head: bool = False,
     init: Path | None = None,
+    ema: bool | None = None,
+    entry: str | None = None,
 ) -> LoadedModel | None:
     """Load the weights to start from; None when no source is given and the paper's initialisation is meant.
 
@@ -110,6 +112,8 @@ def initial_model(
         pretrained: Tag of published weights, under the same rule.
         reset_head: Draw a new head.
         init: File whose head is kept where it is of the data's classes and drawn anew where it is not.
+        ema: Take the averaged weights of a file, or its plain ones; see `model.weight_files`.
+        entry: Which of several networks of a file.
 
     Raises:
         CheckpointError: The weights do not fit.
@@ -121,12 +125,15 @@ def initial_model(
             "the others out."
         )
     if init is None and checkpoint is None and pretrained is None:
-        if reset_head:
-            raise InputError("A fresh model has no head to reset. Add --checkpoint or --pretrained, or leave it out.")
+        if reset_head or ema is not None or entry is not None:
+            raise InputError(
+                "A fresh model has no head to reset and no weights to choose from. Add --checkpoint or --pretrained, "
+                "or leave --reset-head, --ema and --entry out."
+            )
         return None
     names = find_dataset(spec.data, seed=spec.seed).class_names
     if init is not None:
-        loaded = _with_fitting_head(init, spec, names)
+        loaded = _with_fitting_head(init, spec, names, ema=ema, entry=entry)
     else:
         loaded = resolve_model(
             spec.network,
@@ -134,6 +141,8 @@ def initial_model(
             pretrained=pretrained,
             num_classes=len(names),
             reset_head=reset_head,
+            ema=ema,
+            entry=entry,
             task="classification",
         )
     if loaded.class_names not in (None, names):
@@ -147,14 +156,15 @@ def initial_model(
     return loaded
 
 
-def _with_fitting_head(path: Path, spec: TrainingSpec, names: tuple[str, ...]) -> LoadedModel:
+def _with_fitting_head(path: Path, spec: TrainingSpec, names: tuple[str, ...], **choice: Any) -> LoadedModel:
+    words: dict[str, Any] = {"num_classes": len(names), "task": "classification", **choice}
     try:
-        loaded = load_checkpoint(path, spec.network, num_classes=len(names), task="classification")
+        loaded = load_checkpoint(path, spec.network, **words)
     except CheckpointError:  # no head, or one of other classes; anything else the second reading says again
         loaded = None
     if loaded is not None and loaded.class_names in (None, names):
         return loaded
-    return load_checkpoint(path, spec.network, num_classes=len(names), reset_head=True, task="classification")
+    return load_checkpoint(path, spec.network, reset_head=True, **words)
 
 
 def _model_to_train(spec: TrainingSpec, initial: ConvNeXtV2 | None, num_classes: int) -> ConvNeXtV2:

@@ -93,6 +93,8 @@ def open_predictor(
     device: str = "cpu",
     class_names: Sequence[str] | None = None,
     white_level: float | None = None,
+    ema: bool | None = None,
+    entry: str | None = None,
 ) -> Model:
     """Open a checkpoint, an ONNX file or an engine, told by its content, on `device` (cpu or cuda) or the engine's GPU.
 
@@ -101,9 +103,10 @@ def open_predictor(
     InputError for other files and for an ONNX file that does not say what images it takes, MissingRequirementError for
     a device or engine that this machine lacks.
     `many`: whole batches will come, so ONNX Runtime's threads get images of their own (`OrtRunner`). `class_names`,
-    one for each output, and `white_level` (`core.preprocessing`) take the place of what the artifact records.
+    one for each output, and `white_level` (`core.preprocessing`) take the place of what the artifact records. `ema` and
+    `entry` choose among several networks of a checkpoint (`model.weight_files`).
     """
-    model = _opened(path, many, device)
+    model = _opened(path, many, device, ema, entry)
     if class_names is not None:
         check_class_count(class_names, model.num_classes or len(class_names), str(path))
         model = replace(model, class_names=tuple(class_names))
@@ -112,9 +115,11 @@ def open_predictor(
     return model
 
 
-def _opened(path: Path, many: bool, device: str) -> Model:
+def _opened(path: Path, many: bool, device: str, ema: bool | None, entry: str | None) -> Model:
     kind = kind_of_file(path)
     artifact = recorded_artifact(path)
+    if kind in ("onnx", "engine") and (ema is not None or entry is not None):
+        raise InputError(f"{path} is no checkpoint, so --ema and --entry have nothing to choose from. Leave them out.")
     if artifact is not None:
         return _recorded_model(artifact, many, device)
     if kind == "engine":
@@ -125,7 +130,7 @@ def _opened(path: Path, many: bool, device: str) -> Model:
         raise InputError(
             f"{path} is neither a checkpoint, nor an ONNX file, nor an engine by its content; only these can predict."
         )
-    return _checkpoint_model(path, device)
+    return _checkpoint_model(path, device, ema, entry)
 
 
 def find_image_files(paths: Sequence[Path]) -> ImageFiles:
@@ -214,10 +219,10 @@ def _unrecorded_onnx(path: Path, many: bool, device: str) -> Model:
     return Model(runner, task, preprocessing, names or None, tuple(notes), num_classes)
 
 
-def _checkpoint_model(path: Path, device: str) -> Model:
+def _checkpoint_model(path: Path, device: str, ema: bool | None, entry: str | None) -> Model:
     if device == "cuda" and not torch.cuda.is_available():
         raise MissingRequirementError("PyTorch finds no GPU here, so the device cuda cannot be used. Use --device cpu.")
-    loaded = load_checkpoint(path)
+    loaded = load_checkpoint(path, ema=ema, entry=entry)
     preprocessing = loaded.preprocessing or Preprocessing()
     spec = DeploySpec(image_size=preprocessing.image_size, mean=preprocessing.mean, std=preprocessing.std)
     assumed = f"The checkpoint says nothing of its images: {preprocessing.image_size} px and ImageNet's mean and std."

@@ -12,10 +12,11 @@ from PIL import Image
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from cnx_deploy import api
 from cnx_deploy.core.artifacts import open_artifact
 from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, InputError
 from cnx_deploy.core.manifest import manifest_from_json
-from cnx_deploy.model.checkpoint import hash_weights, load_checkpoint
+from cnx_deploy.model.checkpoint import hash_weights, load_checkpoint, save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.model.recorded import recorded_model
 from cnx_deploy.model.tasks import base
@@ -349,13 +350,25 @@ def test_averages_alone_are_no_plain_weights_for_a_command(cnx, averaged, tmp_pa
     assert (code, "has no plain weights, but 'model_ema'" in told) == (2, True)
 
 
-def test_inspect_and_predict_say_what_they_chose(cnx, tmp_path):
-    both = file_of_both("entry", *(random_model("atto", 10, seed=seed).state_dict() for seed in (1, 2)))
-    path = saved(both, tmp_path / "model_best.pth.tar")
-    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    for command, *more in (("inspect",), ("predict", tmp_path / "a.png")):
-        code, out, told = cnx(command, path, *more)
-        assert (code, "Note: plain weights; --ema" in out + told) == (0, True)
+def test_inspect_and_predict_say_what_they_chose_and_predict_takes_the_other(cnx, networks, tmp_path):
+    path = saved(file_of_both("entry", *(network.state_dict() for network in networks[:2])), tmp_path / "best.pth.tar")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    answers = []
+    for words in ((), ("--ema",), ("--entry", "model_ema")):
+        code, out, told = cnx("predict", path, tmp_path / "a.png", "--json", *words)
+        assert (code, "Note: plain weights; --ema" in told) == (0, words == ())
+        answers.append([score["probability"] for score in json.loads(out)["predictions"][0]["scores"]])
+    alone = save_checkpoint(tmp_path / "alone.safetensors", networks[1])
+    expected = [score.probability for score in api.predict(alone, tmp_path / "a.png").scores]
+    assert answers[0] != expected
+    assert answers[1:] == [expected, expected]
+    code, out, _ = cnx("inspect", path)
+    assert (code, "Note: plain weights; --ema" in out) == (0, True)
+
+
+def test_an_onnx_file_has_no_weights_to_choose_from(cnx, tiny_onnx_fp32):
+    code, _, told = cnx("eval", tiny_onnx_fp32.path, "images", "--ema")
+    assert (code, "is no checkpoint, so --ema and --entry have nothing to choose from" in told) == (2, True)
 
 
 # --- files that lie ---------------------------------------------------------------------------------------------------

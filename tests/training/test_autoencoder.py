@@ -178,6 +178,13 @@ def test_a_classifier_gives_its_encoder(tiny_model, tiny_variant, tmp_path):
     assert source.notes == ("layout official", "new decoder, drawn at random")
 
 
+def test_the_chosen_encoder_of_a_file_is_started_from(model, tiny_model, tiny_variant, tmp_path):
+    path = saved({"model": reference_state(model), "model_ema": tiny_model.state_dict()}, tmp_path / "both.pth")
+    for ema, expected in ((None, model.encoder), (True, tiny_model)):
+        loaded, _ = load_autoencoder(path, tiny_variant, ema=ema)
+        assert torch.equal(loaded.encoder.stages[2][1].grn.gamma, expected.stages[2][1].grn.gamma)
+
+
 @pytest.mark.parametrize("damage", ["missing", "narrow", "deeper"])
 def test_a_decoder_that_does_not_fit_is_refused(model, tiny_variant, tmp_path, damage):
     state = reference_state(model)

@@ -276,6 +276,17 @@ def test_init_keeps_a_head_of_the_same_classes_and_draws_another_for_others(spec
         assert any("new head for 2 classes" in text for text in loaded.notes)
 
 
+@pytest.mark.parametrize("source", ["checkpoint", "init"])
+def test_the_chosen_weights_of_a_file_are_started_from(spec, tmp_path, source):
+    plain, averaged = (random_model(spec.network, 2, seed=seed) for seed in (1, 2))
+    torch.save({"model": plain.state_dict(), "model_ema": averaged.state_dict()}, tmp_path / "both.pth")
+    for words, expected in (({}, plain), ({"ema": True}, averaged), ({"entry": "model_ema"}, averaged)):
+        loaded = initial_model(spec, **{source: tmp_path / "both.pth"}, **words)
+        assert torch.equal(loaded.model.norm.weight, expected.norm.weight)
+    with pytest.raises(InputError, match="no weights to choose from"):
+        initial_model(spec, ema=True)
+
+
 def test_sources_that_do_not_fit_are_refused(spec, tmp_path):
     path = save_checkpoint(tmp_path / "atto.safetensors", random_model("atto", 2))
     with pytest.raises(CheckpointError, match="does not fit"):

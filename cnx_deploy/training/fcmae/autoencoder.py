@@ -139,21 +139,27 @@ def create_autoencoder(variant: Variant | str, *, seed: int = 0) -> MaskedAutoen
 
 
 def load_autoencoder(
-    path: Path, variant: Variant | str | None = None, *, seed: int = 0
+    path: Path,
+    variant: Variant | str | None = None,
+    *,
+    seed: int = 0,
+    ema: bool | None = None,
+    entry: str | None = None,
 ) -> tuple[MaskedAutoencoder, LoadedModel]:
     """Read an encoder from a file of any known layout, and the decoder where the file is an autoencoder's.
 
     Else the decoder is drawn from `seed`. What is known of the weights comes along, and its notes say which it was.
+    `ema` and `entry` choose among several networks, see `model.weight_files`.
 
     Raises:
         CheckpointError: The encoder or a part of the decoder does not fit; see `model.checkpoint`.
     """
-    loaded = load_checkpoint(path, variant, num_classes=1, reset_head=True)
+    loaded = load_checkpoint(path, variant, num_classes=1, reset_head=True, ema=ema, entry=entry)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = MaskedAutoencoder(loaded.model)
     expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(ENCODER)}
-    file = read_weight_file(path)
+    file = read_weight_file(path, ema=ema, entry=entry)
     is_autoencoder = any(name.startswith(ENCODER + "downsample_layers.") for name in file.tensors)
     parts = {name.partition(".")[0] for name in expected} if is_autoencoder else set()
     decoder = {name: tensor for name, tensor in file.tensors.items() if name.partition(".")[0] in parts}
