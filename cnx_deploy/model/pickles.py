@@ -73,7 +73,8 @@ def read_pickle(path: Path, *, stand_ins: bool = True) -> object:
             raise RefusedArtifactError(
                 f"{path} is refused: it is a pickle that holds more than tensors and plain data, and reading it could "
                 f"run foreign code ({_reason(error)}). Where you trust it, write its weights alone with the program "
-                "that made it: torch.save(checkpoint['state_dict'], 'weights.pt')."
+                "that made it: torch.save(checkpoint['state_dict'], 'weights.pt'), or model.state_dict() of a whole "
+                "model."
             ) from error
         raise CorruptArtifactError(
             f"{path} cannot be read as a PyTorch checkpoint ({_reason(error)}): it is cut off or altered. "
@@ -150,6 +151,8 @@ def _reason(error: BaseException) -> str:
     first = lines[0] if lines else type(error).__name__
     if foreign := re.match(r"Unsupported global: GLOBAL (\S+)", first):
         return f"an object of the type {foreign[1]}"[:200]
+    if first.startswith("Unsupported operand"):
+        return "an instruction of another pickle protocol than torch.save's own, 2"
     return first[:200]
 
 
@@ -180,6 +183,8 @@ class _Text(str):
 
 class _Kind:
     """NumPy's dtype of numbers and texts, which says of itself what `numpy.dtype(...)` takes."""
+
+    code = "<V0"  # of one that the file makes without a code
 
     def __init__(self, code: object, *flags: object) -> None:
         if not re.fullmatch(r"[biufcSU]\d{1,4}", _checked(code, str)):

@@ -173,6 +173,14 @@ def test_a_type_that_is_not_read_is_named_with_a_way_out(tiny_model, tmp_path):
     assert "torch.save(checkpoint['state_dict'], 'weights.pt')" in str(caught.value)
 
 
+def test_a_whole_model_and_another_protocol_are_refused_with_the_reason(tiny_model, tmp_path):
+    with pytest.raises(RefusedArtifactError, match=r"ConvNeXtV2.*model\.state_dict\(\) of a whole model"):
+        read_pickle(saved(tiny_model, tmp_path / "whole.pt"))
+    torch.save(tiny_model.state_dict(), tmp_path / "late.pt", pickle_protocol=4)
+    with pytest.raises(RefusedArtifactError, match=r"another pickle protocol than torch\.save's own, 2"):
+        read_pickle(tmp_path / "late.pt")
+
+
 def test_training_states_are_read_without_stand_ins(tmp_path):
     """torch itself reads them afterwards, and takes none of these types."""
     path = saved({"path": pathlib.Path("a")}, tmp_path / "last.ckpt")
