@@ -76,10 +76,10 @@ def _images(spec: "PretrainingSpec", *, check: bool) -> "Dataset":
     from cnx_deploy.training.fcmae import divide_images, find_images_below, readable_images
 
     readable = find_images_below(spec.data)
-    lines = list(readable.notes)
+    lines = [f"Note: {text}" for text in readable.notes]
     if check:
         readable, broken = checked(partial(readable_images, white_level=spec.white_level), readable)
-        lines += [*broken, *readable.observed()]
+        lines += [*broken, *(f"Note: {text}" for text in readable.observed())]
     images = divide_images(readable, spec.held_images)
     known = f"{len(images.train.paths)} images to train on, {len(images.val.paths)} held out"
     note_once((*lines, known), spec.launch)

@@ -64,7 +64,7 @@ def train(
     with TerminalProgress() as progress:
         result = training.train(spec, progress=progress, dataset=dataset, **start)
     if no_image_check:  # what has not been looked at before
-        note_once(dataset.observed(), launch)
+        note_once((f"Note: {text}" for text in dataset.observed()), launch)
     if launch.rank == 0 and result.epochs_run:
         _draw_curves(result.run_dir)
     tell(result, launch, as_json=as_json)
@@ -77,12 +77,13 @@ def _dataset(spec: "TrainingSpec", *, check: bool) -> "Dataset":
 
     dataset = find_dataset(spec.data, seed=spec.seed)
     lines: list[str] = []
-    note_once(dataset.notes, spec.launch)
+    note_once((f"Note: {text}" for text in dataset.notes), spec.launch)
     if check:
         dataset, lines = checked(partial(without_broken, white_level=spec.white_level), dataset)
     balance = class_balance(dataset)
     warning = [f"Warning: {balance.warning}"] if balance.warning else []
-    note_once((*lines, *dataset.observed(), *balance.lines(), *warning), spec.launch)
+    observed = [f"Note: {text}" for text in dataset.observed()]
+    note_once((*lines, *observed, *balance.lines(), *warning), spec.launch)
     return dataset
 
 

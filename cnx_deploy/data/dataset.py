@@ -288,10 +288,10 @@ def _checked(root: Path, train: ImageFiles, val: ImageFiles) -> Dataset:
         raise InputError(f"{have}; a classifier needs at least two, one folder or label each. Add some.")
     notes = []
     if missing := [name for at, name in enumerate(names) if at not in learned]:
-        notes.append(f"Warning: {_classes(missing)} no images, so that nothing is learned of them: {_some(missing)}.")
+        notes.append(f"{_classes(missing)} no images, so that nothing is learned of them: {_some(missing)}.")
     if missing := [names[at] for at in sorted(learned - set(val.labels))]:
         notes.append(
-            f"Warning: {_classes(missing)} no validation images: {_some(missing)}. Their accuracy is not measured, and "
+            f"{_classes(missing)} no validation images: {_some(missing)}. Their accuracy is not measured, and "
             "that of all is without them."
         )
     return Dataset(names, replace(train, notes=(*train.notes, *notes)), val)
@@ -303,7 +303,7 @@ def _with_missing_classes(images: ImageFiles, where: str) -> ImageFiles:
     missing = [name for at, name in enumerate(images.class_names) if at not in seen]
     if not missing:
         return images
-    note = f"Warning: {_classes(missing)} no images in {where}: {_some(missing)}. They have no share in the metrics."
+    note = f"{_classes(missing)} no images in {where}: {_some(missing)}. They have no share in the metrics."
     return replace(images, notes=(*images.notes, note))
 
 

@@ -36,7 +36,7 @@ SUFFIXES = frozenset(suffix for suffix, kind in Image.EXTENSION.items() if kind 
 MAX_PIXELS = 89_000_000
 """Largest image that is decoded, 267 MB as RGB; just below the size at which Pillow itself begins to warn."""
 DARK = 1 / 4
-"""Deep images none of which passes this share of the white level have two bits less than their files, or more."""
+"""A deep image that does not pass this share of the white level may have two bits less than its file, or more."""
 
 TURNS = dict(enumerate((
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
@@ -50,44 +50,52 @@ UNREADABLE = (
 """What Pillow raises for content that is no image of its format."""
 _REACHED, _WHITE, _TURNED_BLACK, _ANIMATED = "cnx reached", "cnx white", "cnx white is zero", "cnx animated"
 """Entries of a PIL image's `info`: what is known of a decoded file beside its pixels."""
+Reached = tuple[float, float, float, str]
 _FILTERS, _OBSERVED = threading.Lock(), threading.Lock()
 
 
 @dataclass(slots=True)
 class Observations:
-    """What the images of a source have shown while they were read; filled from any thread."""
+    """What the images of a source have shown while they were read; filled from any thread.
+
+    `brightest` and `brightest_of_dark`: the largest share of the white level, the value, the white level and the image
+    that holds it, of all images that a white level is of, and of those below `DARK`.
+    """
 
     animated: set[str] = field(default_factory=set)
-    reached: tuple[float, float, float, str] | None = None
-    """The largest share of the white level, the value, the white level, and the image that holds it."""
+    brightest: Reached | None = None
+    brightest_of_dark: Reached | None = None
 
     def add(self, name: str, image: Image.Image) -> None:
         """Take note of an image that `upright_rgb` gave."""
         if image.info.get(_ANIMATED):
             self.animated.add(name)
-        if (reached := image.info.get(_REACHED)) is not None:
-            value, white = reached
-            with _OBSERVED:
-                self.reached = max(self.reached or (-1.0, 0.0, 0.0, ""), (value / white, value, white, name))
+        if (reached := image.info.get(_REACHED)) is None or reached[0] == 0:
+            return
+        value, white = reached
+        found = (value / white, value, white, name)
+        with _OBSERVED:
+            self.brightest = max(self.brightest or found, found)
+            if found[0] <= DARK:
+                self.brightest_of_dark = max(self.brightest_of_dark or found, found)
 
     def notes(self) -> tuple[str, ...]:
         """A sentence for each thing that whoever reads the result should know."""
         said = []
         if self.animated:
             first = min(self.animated)
+            said.append(f"{len(self.animated)} files hold several frames or pages; the first one is taken ({first}).")
+        if self.brightest_of_dark is not None:
+            _, value, white, name = self.brightest_of_dark
+            which = "Images" if self.brightest == self.brightest_of_dark else "Some images"
+            likely = 2 ** math.ceil(value).bit_length() - 1 if value > 1 else 1
             said.append(
-                f"{len(self.animated)} files hold several frames or pages, of which the first is taken: {first}."
+                f"{which} with more than 8 bits reach {value:g} at most, where white is {white:g}: they are nearly "
+                f"black ({name}). If another value is white, say so: --white-level {likely} (white_level)."
             )
-        if self.reached is not None:
-            share, value, white, name = self.reached
-            if share <= DARK:
-                likely = 2 ** math.ceil(value).bit_length() - 1 if value > 1 else 1
-                said.append(
-                    f"Images with more than 8 bits reach {value:g} at most, where white is {white:g}: they are nearly "
-                    f"black ({name}). If another value is white, say so: --white-level {likely} (white_level)."
-                )
-            elif share > 1:
-                said.append(f"Values above the white level {white:g} are clipped; the largest is {value:g} ({name}).")
+        if self.brightest is not None and self.brightest[0] > 1:
+            _, value, white, name = self.brightest
+            said.append(f"Values above the white level {white:g} are clipped; the largest is {value:g} ({name}).")
         return tuple(said)
 
 

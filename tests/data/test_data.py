@@ -194,7 +194,7 @@ def test_a_class_without_validation_images_keeps_its_place_among_the_others(tmp_
         assert all(name == folder for name, folder in labels_by_folder(images))
     assert dataset.val.labels == find_images(tmp_path).labels == (0, 1, 3, 4)
     (note,) = dataset.notes
-    assert note.startswith("Warning: 1 class has no validation images: c.")
+    assert note.startswith("1 class has no validation images: c.")
     assert any("1 class has no images in" in note and note.count(": c.") for note in find_images(tmp_path).notes)
     alone = find_images(tmp_path / "val")  # what lies beside a folder that is named is not looked at
     assert alone.class_names == tuple("abde")

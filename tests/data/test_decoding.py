@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.data import GivenImages, ImageFiles, find_images, load_image, upright_rgb
+from cnx_deploy.data import GivenImages, ImageFiles, InputSpec, find_images, load_image, upright_rgb
 from cnx_deploy.data.decoding import FORMATS, is_image_file
 from cnx_deploy.data.preprocessing import to_pixels
 
@@ -281,19 +281,17 @@ def test_integers_of_32_bits_are_those_of_16_or_have_a_white_level(tmp_path: Pat
     assert np.array_equal(pixels_of(path, 655350), three(np.rint(DEEP * 2550.0 / 655350)))
 
 
-def test_a_note_is_of_the_brightest_image_of_the_source(tmp_path: Path) -> None:
-    paths = tuple(saved_grey(tmp_path / f"{index}.png", values) for index, values in enumerate((TWELVE, DEEP, TWELVE)))
-    dark, all_of_them = ImageFiles((paths[0], paths[2])), ImageFiles(paths)
-    for files in (dark, all_of_them):
-        list(files.batches(Preprocessing(32), spec_of(32)))
-    assert (len(dark.observed()), all_of_them.observed()) == (1, ())
-    assert len(all_of_them.subset([0]).observed()) == 0  # a part of a source is of that source
-
-
-def spec_of(side: int):
-    from cnx_deploy.data import InputSpec
-
-    return InputSpec("uint8", side)
+def test_a_dark_image_is_noted_once_a_source_by_the_brightest_of_them_also_among_bright_ones(tmp_path: Path) -> None:
+    dim, black = (TWELVE // 2).astype(np.uint16), np.zeros_like(TWELVE)
+    paths = tuple(saved_grey(tmp_path / f"{at}.png", values) for at, values in enumerate((dim, TWELVE, DEEP, black)))
+    for chosen, start in (((0, 1), "Images with"), ((0, 1, 2), "Some images with"), ((2, 3), None)):
+        files = ImageFiles(tuple(paths[at] for at in chosen))
+        for _ in range(2):
+            list(files.batches(Preprocessing(32), InputSpec("uint8", 32)))
+        assert len(files.observed()) == (start is not None)
+        for note in files.subset([0]).observed():  # a part of a source is of that source
+            assert note.startswith(f"{start} more than 8 bits reach {TWELVE.max()} at most")
+            assert str(paths[1]) in note
 
 
 @pytest.mark.parametrize("level", [None, 4095.0])
