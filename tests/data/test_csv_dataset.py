@@ -181,6 +181,7 @@ FORMS = {
     "semicolons": ("path;label", NAMES, LABELS),
     "tabs": ("path\tlabel", NAMES, LABELS),
     "a comma in a name": ("file;class, or kind;class", NAMES, [f"x, y;{label}" for label in LABELS]),
+    "semicolons in quotes": ('"path","label","a;b;c;d"', NAMES, [f"{label},x" for label in LABELS]),
     "one-hot": ("filename,red,blue,fox", NAMES, ["1,0,0", "1.0,0.0,0", "0,True,0", "0,1,0"]),
 }
 
@@ -188,7 +189,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_tables_as_people_have_them_are_read_as_the_plain_one_is(colours: Path, form: str) -> None:
     header, paths, labels = FORMS[form]
-    delimiter = next(sign for sign in ";\t," if sign in header)
+    delimiter = "," if '"' in header else next(sign for sign in ";\t," if sign in header)
     found = read(colours, "\n".join([header, *map(delimiter.join, zip(paths, labels, strict=True))])).splits[""]
     assert found.paths == tuple(colours / name for name in NAMES)
     assert tuple(found.class_names[label] for label in found.labels) == LABELS
@@ -206,12 +207,15 @@ def test_each_usual_column_name_is_known_and_what_was_understood_is_said(colours
     assert note.endswith(f"data.csv: column {header['path']} as path, column {header['label']} as label, delimiter ;.")
 
 
-def test_absolute_paths_are_taken_wherever_they_lead(colours: Path) -> None:
+def test_absolute_paths_are_taken_wherever_they_lead(colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outside = colours.parent / "outside.png"
     found = read(colours, f"path,label\n{outside},red\n{colours / NAMES[0]},red\n").splits[""]
     assert found.paths == (outside, colours / NAMES[0])
     with pytest.raises(InputError, match="is on line 2 already"):
         read(colours, f"path,label\n{colours / NAMES[0]},red\n{NAMES[0]},red\n")
+    monkeypatch.chdir(colours)
+    with pytest.raises(InputError, match="is on line 2 already"):
+        read_csv(Path("data.csv"))
 
 
 def test_a_stem_is_that_of_an_image_and_a_file_of_the_very_name_goes_before(colours: Path, tmp_path: Path) -> None:

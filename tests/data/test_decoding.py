@@ -281,6 +281,20 @@ def test_integers_of_32_bits_are_those_of_16_or_have_a_white_level(tmp_path: Pat
     assert np.array_equal(pixels_of(path, 655350), three(np.rint(DEEP * 2550.0 / 655350)))
 
 
+def test_a_small_white_level_is_applied_once_to_arrays_and_colours_and_floats_are_told_of_one(
+    tmp_path: Path,
+) -> None:
+    values = (DEEP >> 9)[..., None].repeat(3, axis=2)  # to 127
+    expected = np.rint(np.minimum(values, 100) * 255.0 / 100)
+    colours = pixels_of(put(tmp_path / "colour.png", png16(values)), 100)
+    assert np.array_equal(colours, expected)
+    preprocessing = Preprocessing(32, white_level=100)
+    by_file = ImageFiles((tmp_path / "colour.png",)).pixels(0, preprocessing)
+    assert torch.equal(GivenImages([values.astype(np.float32)]).pixels(0, preprocessing), by_file)
+    unit = put(tmp_path / "float.tif", tiff((DEEP / 65535).astype(np.float32)))
+    assert "--white-level 1 (white_level)" in observed(unit, 4095)[0]
+
+
 def test_a_dark_image_is_noted_once_a_source_by_the_brightest_of_them_also_among_bright_ones(tmp_path: Path) -> None:
     dim, black = (TWELVE // 2).astype(np.uint16), np.zeros_like(TWELVE)
     paths = tuple(saved_grey(tmp_path / f"{at}.png", values) for at, values in enumerate((dim, TWELVE, DEEP, black)))

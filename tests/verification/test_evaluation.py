@@ -24,7 +24,7 @@ from cnx_deploy.model.checkpoint import save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.model.tasks.classification_metrics import BINS, PredictionWriter, RunningMetrics, bins_of
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
-from cnx_deploy.verification.evaluation import evaluate
+from cnx_deploy.verification.evaluation import class_positions, evaluate
 from cnx_deploy.verification.evaluation_plot import MOST_CLASSES, write_plot
 
 NAMES = tuple("abcdefghij")
@@ -449,6 +449,7 @@ def test_a_folder_without_images_need_not_be_the_models_and_one_with_images_must
     runner = reference_runner(model, SPEC)
     found = evaluate(runner, data, PREPROCESSING, class_names=NATURAL)
     assert (found.top1_percent, found.per_class[-1].name, found.per_class[-1].count) == (100.0, "fox", 0)
+    assert class_positions(find_images(data), NATURAL)[-1] == -1  # no output is its
     shutil.copy(data / "val" / "1" / "0.png", data / "val" / "fox")
     with pytest.raises(InputError, match=r"has the classes fox, which the model does not know.*--class-names"):
         evaluate(runner, data, PREPROCESSING, class_names=NATURAL)

@@ -294,6 +294,24 @@ def test_folders_the_model_does_not_know_are_refused_with_what_was_expected(reco
         Reference(recorded[0], images)
 
 
+def test_both_sides_are_given_images_by_the_white_level_that_is_asked_for(recorded: Recorded, tmp_path: Path) -> None:
+    eight = np.random.default_rng(0).integers(0, 256, (40, 40))
+    for name, values in (("plain", eight.astype(np.uint8)), ("deep", np.round(eight * 4095 / 255).astype(np.uint16))):
+        (tmp_path / name).mkdir()
+        Image.fromarray(values).save(tmp_path / name / "0.png")
+    plain, dark, bright = (
+        Reference(recorded[0], tmp_path / name, 1, white_level=level)
+        for name, level in (("plain", None), ("deep", None), ("deep", 4095.0))
+    )
+    ((expected, outputs),), ((given, same),), ((other, _),) = (
+        list(reference.pairs(recorded[0], limit=1)) for reference in (plain, bright, dark)
+    )
+    assert torch.equal(given, expected)
+    assert torch.equal(same["logits"], outputs["logits"])
+    assert not torch.equal(other, expected)
+    assert [len(reference.notes) for reference in (plain, dark, bright)] == [0, 1, 0]
+
+
 def test_without_names_the_order_of_classes_is_said_to_be_assumed_and_names_that_are_given_decide_it(
     cnx: Cnx, tiny_onnx_fp32: Artifact, images: Path, tmp_path: Path
 ) -> None:
