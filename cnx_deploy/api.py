@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from cnx_deploy.core.artifacts import find_artifacts, open_artifact, select_artifacts
-from cnx_deploy.core.class_names import check_class_count, read_class_names
+from cnx_deploy.core.class_names import ClassNames, names_of
 from cnx_deploy.core.deploy_spec import DeploySpec, InputKind, Layout
 from cnx_deploy.core.errors import InputError, MissingRequirementError
 from cnx_deploy.core.manifest import Artifact, EngineManifest, OnnxManifest
@@ -31,6 +31,7 @@ from cnx_deploy.runners.registry import find_runner
 from cnx_deploy.verification.metrics import Verification, table_of
 from cnx_deploy.verification.predict import Model, open_predictor
 from cnx_deploy.verification.saved_results import SavedResults, save_for_polygraphy
+from cnx_deploy.verification.source_processor import ProcessorCheck, compare_with_source
 from cnx_deploy.verification.verify import Progress, Reference, verify_artifact, verify_export
 
 if TYPE_CHECKING:
@@ -48,8 +49,6 @@ __all__ = [
 Note = Callable[[str], None]
 Source = Artifact | Path | str
 """An artifact, or the path of one."""
-ClassNames = Sequence[str] | Path | str
-"""Names in the order of a network's outputs, or the file that holds them, see `core.class_names`."""
 Images = Any
 """A path, a PIL image, an array or a tensor; or a list of them. See `Model.predict`."""
 
@@ -179,7 +178,7 @@ def load(
         CorruptArtifactError: the file is not what its manifest says.
         RefusedArtifactError: an engine without a manifest, which could run anything.
     """
-    words: dict[str, Any] = {"class_names": _names_of(class_names), "white_level": white_level}
+    words: dict[str, Any] = {"class_names": names_of(class_names), "white_level": white_level}
     return open_predictor(_path_of(model), many=True, device=device, ema=ema, entry=entry, **words)
 
 
@@ -290,10 +289,6 @@ def _with_paths(options: dict[str, Any]) -> dict[str, Any]:
     return {name: Path(value) if name in names and isinstance(value, str) else value for name, value in options.items()}
 
 
-def _names_of(names: ClassNames | None) -> tuple[str, ...] | None:
-    return read_class_names(Path(names)) if isinstance(names, Path | str) else None if names is None else tuple(names)
-
-
 def _paths_of(sources: Source | Sequence[Source]) -> tuple[Path, ...]:
     several = (sources,) if isinstance(sources, Artifact | Path | str) else sources
     return tuple(_path_of(source) for source in several)
@@ -303,7 +298,7 @@ def _paths_of(sources: Source | Sequence[Source]) -> tuple[Path, ...]:
 class ExportRequest(ModelRequest):
     """What `cnx-deploy export` takes; see `exporters.onnx.ExportSpec` and `core.deploy_spec.DeploySpec`.
 
-    `keep_fp32` is of the half-precision files alone. `class_names` take the place of the checkpoint's.
+    `keep_fp32` is of the half-precision files alone.
     """
 
     precisions: tuple[str, ...] = ("fp32", "fp16")
@@ -316,7 +311,6 @@ class ExportRequest(ModelRequest):
     name: str | None = None
     no_verify: bool = False
     force: bool = False
-    class_names: ClassNames | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -366,9 +360,6 @@ def run_exports(request: ExportRequest, note: Note) -> list[Artifact[OnnxManifes
     if request.keep_fp32 and not halves:
         raise InputError("--keep-fp32 is of half-precision files, and none is asked for. Add --precision fp16 or bf16.")
     loaded, preprocessing = request.load(note)
-    if (names := _names_of(request.class_names)) is not None:
-        check_class_count(names, loaded.model.num_classes, loaded.weights.reference)
-        loaded = replace(loaded, class_names=names)
     check_parts(request.keep_fp32, loaded.model.variant)
     made = []
     for precision in request.precisions:
@@ -383,7 +374,7 @@ def run_exports(request: ExportRequest, note: Note) -> list[Artifact[OnnxManifes
             std=preprocessing.std,
         )
         spec = ExportSpec(deploy=deploy, batch=request.batch, name=request.name)
-        record = model_record(loaded, preprocessing, request.output_dir, request.checkpoint)
+        record = model_record(loaded, preprocessing, request.output_dir)
         check = None if request.no_verify else partial(verify_export, model=loaded.model)
         artifact = export_onnx(loaded.model, record, spec, request.output_dir, force=request.force, verify=check)
         gc.collect()  # the exporter's graphs are cycles that hold the weights: huge in two precisions needs them gone
@@ -441,13 +432,17 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
     told: set[int] = set()
     saved = SavedResults(request.save_outputs) if request.save_outputs is not None else None
     reference: Reference | None = None
-    words: dict[str, Any] = {"class_names": _names_of(request.class_names), "white_level": request.white_level}
+    check: ProcessorCheck | None = None
+    words: dict[str, Any] = {"class_names": names_of(request.class_names), "white_level": request.white_level}
     for artifact in select_artifacts(request.files, request.export_dir, request.engines_dir, note):
         note(f"Verifying {artifact.path.name}")
         if request.files and artifact.manifest.kind == "engine":
             require_gpu()  # an engine that was named is asked for; before any weight is loaded
         if reference is None or not reference.matches(artifact):
             reference, told = Reference(artifact, request.data, request.samples, **words), set()
+            record, check = artifact.manifest.model, compare_with_source(artifact)
+            if request.data is not None and (assumption := record.preprocessing.assumption(record.origins)):
+                note(assumption)
             for text in (*reference.images.notes, *reference.assumed):
                 note(text)
         runners, unfit = _fitting(request, artifact)
@@ -455,8 +450,10 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
             found.append(Verification(artifact.path.name, artifact.manifest.kind, (), not_run=unfit))
             continue
         verification = verify_artifact(artifact, reference, progress, runners=runners, saved=saved)
-        if outdated := _outdated(artifact, request.export_dir):
-            verification = replace(verification, notes=(*verification.notes, outdated))
+        more = [str(text) for text in (_outdated(artifact, request.export_dir), check) if text is not None]
+        if check is not None and not check.passed:
+            verification = replace(verification, failures=(more.pop(),))
+        verification = replace(verification, notes=(*verification.notes, *more))
         if request.files and verification.not_run:
             raise MissingRequirementError(f"{artifact.path.name}: {verification.not_run[0]}")
         found.append(verification)

@@ -13,10 +13,12 @@ says what came from elsewhere, and marks what was found nowhere "from memory, no
 is left out (no dense FP16 rate was found for the RTX PRO 6000 Blackwell Server Edition).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.image_size import ImageSize, sides, stage_sides
 from cnx_deploy.core.manifest import Positive
 from cnx_deploy.core.precision import find_precision
 from cnx_deploy.core.strict_json import Finite
@@ -115,12 +117,12 @@ class Work:
     (49·C·H·W a block). Biases, norms and activations are not counted. `activations`: outputs of all convolutions and
     linear layers, which timm calls activations (atto at 224 px: 3.81 million). `parameters`: the training form's.
     `weight_bytes` = parameters × bytes an element, read once a call whatever the batch.
-    `fused_bytes` = input (3 · size² elements) + each stem or downsampling's read and write + 11·C·H·W a block (V1: 3)
+    `fused_bytes` = input (3 elements a pixel) + each stem or downsampling's read and write + 11·C·H·W a block (V1: 3)
     + the head's read: activations only. `working_set_bytes` = 6·C·H·W of stage 1, the largest.
     """
 
     variant: str
-    image_size: int
+    image_size: ImageSize
     precision: str
     gemm_macs: int
     depthwise_macs: int
@@ -136,21 +138,21 @@ class Work:
         return self.gemm_macs + self.depthwise_macs
 
 
-def work_of(variant: str, image_size: int, precision: str, num_classes: int = 1000) -> Work:
-    """Count the work of one image of `image_size` × `image_size` pixels.
+def work_of(variant: str, image_size: ImageSize, precision: str, num_classes: int = 1000) -> Work:
+    """Count the work of one image of a size in pixels.
 
     Raises:
-        InputError: The variant or precision is unknown, or the network's stride does not divide the size.
+        InputError: The variant or precision is unknown, or the size is too small.
     """
     size = find_variant(variant)
     macs = size.mac_count(image_size, num_classes)
     element = find_precision(precision).storage_bytes
     # Elements of one C × H × W map in each stage, stage 1 first.
-    maps = tuple(width * (image_size // (4 << stage)) ** 2 for stage, width in enumerate(size.dims))
+    maps = tuple(width * math.prod(stage_sides(image_size, stage)) for stage, width in enumerate(size.dims))
     blocks = sum(depth * elements for depth, elements in zip(size.depths, maps, strict=True))
     parameters = size.parameter_count + (num_classes - 1000) * (size.dims[-1] + 1)
     # Every stage's map is written by the convolution before it and read by the layer after it.
-    ends = 3 * image_size * image_size + 2 * sum(maps)
+    ends = 3 * math.prod(sides(image_size)) + 2 * sum(maps)
     return Work(
         variant=variant,
         image_size=image_size,
@@ -190,7 +192,7 @@ class Bound:
     device: str = ""
     variant: str = ""
     precision: str = ""
-    image_size: Positive | None = None
+    image_size: ImageSize | None = None
     batch: Positive | None = None
     measured_over_bound: Finite | None = None
     basis: str = NOT_MEASURED

@@ -33,6 +33,7 @@ from cnx_deploy.bench.statistics import knees, sweep_batches, sweep_is_over
 from cnx_deploy.bench.timing import Contender, Expected, Progress, TimingSpec, measure_together, open_contender
 from cnx_deploy.core.artifacts import find_artifacts, open_artifact, select_artifacts
 from cnx_deploy.core.errors import InputError, MissingRequirementError
+from cnx_deploy.core.image_size import size_text
 from cnx_deploy.core.manifest import Artifact, OnnxFacts
 from cnx_deploy.core.precision import PRECISIONS, find_precision
 from cnx_deploy.core.system import cpu_count
@@ -188,7 +189,7 @@ def _networks_of(artifacts: Sequence[Artifact]) -> Iterator[list[Artifact]]:
 def _network_name(artifact: Artifact) -> str:
     """`atto-224-1a2b3c4d`: variant, image size, the first digits of the weights' hash; `-uint8` for that input."""
     model, kind = artifact.manifest.model, artifact.manifest.deploy.input_kind
-    name = f"{model.variant}-{model.image_size}-{model.weights.sha256[:8]}"
+    name = f"{model.variant}-{size_text(model.image_size)}-{model.weights.sha256[:8]}"
     return name if kind == "float" else f"{name}-{kind}"
 
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import MissingRequirementError
+from cnx_deploy.core.image_size import sides
 from cnx_deploy.core.precision import PRECISIONS, find_precision
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import package_version
@@ -185,7 +186,7 @@ def _timm(setup: PeerSetup, opset: int = OPSET, *, in_whole_batches: bool = Fals
         raise MissingRequirementError(f"timm's model classifies: it has no counterpart of {setup.model.task.name}.")
     path = setup.folder / "timm.onnx"
     twin = timm_twin(setup.model.cpu())
-    example = torch.zeros(2, 3, setup.deploy.image_size, setup.deploy.image_size)
+    example = torch.zeros(2, 3, *sides(setup.deploy.image_size))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's notes to its own developers
         torch.onnx.export(

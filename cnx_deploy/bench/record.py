@@ -12,6 +12,7 @@ import msgspec
 
 from cnx_deploy.bench.bounds import Bound
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.image_size import ImageSize
 from cnx_deploy.core.manifest import Count, Positive
 from cnx_deploy.core.strict_json import Finite, PositiveNumber, command_document, kind_of, typed
 
@@ -207,7 +208,7 @@ class NetworkFacts:
     """
 
     variant: str
-    image_size: Positive
+    image_size: ImageSize
     num_classes: Positive
     input: str
     weights: WeightsFacts

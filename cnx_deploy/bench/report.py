@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from cnx_deploy.bench.record import BenchmarkRecord, Conditions, Knee, NetworkFacts, NotRun, Plan, Timing
 from cnx_deploy.bench.statistics import PERCENTILES
+from cnx_deploy.core.image_size import size_text
 
 __all__ = ["as_csv", "plan_lines", "record_lines"]
 
@@ -41,7 +42,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield "roofline, bounds from data sheets, not measured:"
     for bound in plan.roofline:
         figure = f"at most {bound.bound_images_per_second:>9.0f} images/s by {bound.bound_by}"
-        where = f"{bound.variant} {bound.image_size} px {bound.precision} batch {bound.batch}"
+        where = f"{bound.variant} {size_text(bound.image_size or 0)} px {bound.precision} batch {bound.batch}"
         yield f"  {bound.device:32} {where:32} {figure}{', L2 may pass it' if bound.stage_1_fits_l2 else ''}"
 
 
@@ -54,7 +55,8 @@ def as_csv(record: BenchmarkRecord) -> str:
         network, latency, ratio = record.networks[row.network], row.latency, row.ratio_to(record.baseline)
         writer.writerow(
             (
-                f"convnextv2_{network.variant}", network.image_size, f"{row.batch * 1000 / latency.mean_ms:.2f}",
+                f"convnextv2_{network.variant}", size_text(network.image_size),
+                f"{row.batch * 1000 / latency.mean_ms:.2f}",
                 f"{latency.mean_ms:.3f}", row.batch, f"{network.parameters / 1e6:.2f}", f"{network.gmacs:.2f}",
                 f"{network.macts:.2f}", row.name, row.backend, row.precision, f"{row.images_per_second:.2f}",
                 f"{latency.median_ms:.3f}", latency.p90_ms, latency.p95_ms, latency.p99_ms, f"{latency.min_ms:.3f}",
@@ -80,7 +82,7 @@ def _head_lines(conditions: Conditions, networks: Mapping[str, NetworkFacts]) ->
     for name, network in networks.items():
         weights = f"{network.weights.origin} weights {network.weights.sha256[:12]}"
         counts = f"{network.gmacs:.3g} GMAC, {network.parameters / 1e6:.2f} M parameters"
-        yield f"{name}: {network.variant}, {network.image_size} px {network.input}, {weights}, {counts}"
+        yield f"{name}: {network.variant}, {size_text(network.image_size)} px {network.input}, {weights}, {counts}"
         for file_name, file in network.files.items():
             parts = file.fp32_layers or file.tensors_by_type or {}
             types = ", ".join(f"{count} {kind}" for kind, count in parts.items())

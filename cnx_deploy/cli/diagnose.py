@@ -105,7 +105,7 @@ def bisect(file: Path, as_json: bool, **arguments: Any) -> None:
 
 
 @diagnose.command()
-@click.argument("checkpoint", required=False, type=options.EXISTING)
+@click.argument("checkpoint", required=False, type=click.Path(exists=True, path_type=Path))
 @click.option("--variant", **{**options.VARIANT, "help": "Size of the network [default: the checkpoint's]."})
 @options.pretrained
 @options.seed
@@ -114,7 +114,7 @@ def bisect(file: Path, as_json: bool, **arguments: Any) -> None:
 @options.ema
 @options.entry
 @DATA
-@options.image_size
+@options.preprocessing
 @options.white_level
 @click.option("--samples", type=click.IntRange(min=1), default=16, show_default=True, help="Images, at most.")
 @click.option("--margin", type=click.FloatRange(min=1.0), default=4.0, show_default=True, help="Factor to be kept.")

@@ -7,8 +7,17 @@ import click
 from cnx_deploy.cli import options
 from cnx_deploy.core.precision import exportable_precisions
 
+SECTIONS = {
+    "Weights": ("variant", "checkpoint", "pretrained", "seed", "num_classes", "reset_head", "ema", "entry"),
+    "Images": (
+        "image_size", "mean", "std", "crop_ratio", "crop_mode", "interpolation", "class_names", "input_kind",
+    ),
+    "Graph": ("precisions", "batch", "optimize_for", "keep_fp32", "leave_out"),
+    "Files": ("output_dir", "name", "no_verify", "force"),
+}  # fmt: skip
 
-@click.command()
+
+@click.command(cls=options.SectionedCommand, sections=SECTIONS)
 @options.variant
 @options.checkpoint
 @options.pretrained
@@ -17,8 +26,7 @@ from cnx_deploy.core.precision import exportable_precisions
 @options.reset_head
 @options.ema
 @options.entry
-@options.image_size
-@options.class_names
+@options.preprocessing
 @click.option(
     "--precision", "precisions", type=click.Choice(exportable_precisions()), multiple=True, default=("fp32", "fp16"),
     show_default=True, help="Precision of the file; repeat for several.",

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,13 +12,15 @@ import click
 
 from cnx_deploy.cli.printable import printable, printable_json
 from cnx_deploy.core.errors import CnxDeployError
+from cnx_deploy.core.image_size import parse_image_size
+from cnx_deploy.core.preprocessing import CROP_MODES, INTERPOLATIONS
 from cnx_deploy.core.variants import ALL_VARIANTS
 
 __all__ = [
-    "BATCH_RANGE", "EXISTING", "FILE", "FOLDER", "PATH", "VARIANT", "DefaultGroup", "as_json", "checkpoint",
-    "class_names", "echo", "echo_artifacts", "echo_json", "ema", "engines_dir", "entry", "export_dir", "fail", "files",
-    "force", "image_size", "note", "num_classes", "output_dir", "pretrained", "reporter", "reset_head", "seed",
-    "variant", "white_level",
+    "BATCH_RANGE", "EXISTING", "FILE", "FOLDER", "IMAGE_SIZE", "PATH", "VARIANT", "DefaultGroup", "SectionedCommand",
+    "as_json", "checkpoint", "class_names", "echo", "echo_artifacts", "echo_json", "engines_dir", "export_dir",
+    "fail", "files", "force", "image_size", "note", "num_classes", "output_dir", "preprocessing", "pretrained",
+    "reporter", "reset_head", "seed", "variant", "white_level",
 ]  # fmt: skip
 
 
@@ -39,7 +41,17 @@ class _BatchRange(click.ParamType[Any]):
         return numbers[0], numbers[1], numbers[2]
 
 
+class _ImageSize(click.ParamType[Any]):
+    """`224`, or `256x512` as height x width."""
+
+    name = "pixels"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return parse_image_size(value) if isinstance(value, str) else value
+
+
 BATCH_RANGE = _BatchRange()
+IMAGE_SIZE = _ImageSize()
 PATH = click.Path(path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -52,7 +64,10 @@ VARIANT: dict[str, Any] = {
 
 files = click.argument("files", nargs=-1, type=PATH)
 variant = click.option("--variant", required=True, **VARIANT)
-checkpoint = click.option("--checkpoint", type=EXISTING, help="Weights to load, any known layout.")
+checkpoint = click.option(
+    "--checkpoint", type=click.Path(exists=True, path_type=Path),
+    help="Weights to load in any known layout: a file, or a folder that timm or transformers wrote.",
+)  # fmt: skip
 pretrained = click.option("--pretrained", metavar="TAG", help="Published weights, e.g. convnextv2_atto.fcmae_ft_in1k.")
 seed = click.option("--seed", type=int, default=0, show_default=True, help="Seed of random weights.")
 num_classes = click.option(
@@ -63,7 +78,9 @@ ema = click.option(
     "--ema/--no-ema", default=None, help="Take a checkpoint's averaged or its plain weights [default: plain]."
 )
 entry = click.option("--entry", metavar="NAME", help="Which of several networks of a checkpoint, such as teacher.")
-image_size = click.option("--image-size", type=int, help="Side of the square image in pixels, a multiple of 32.")
+image_size = click.option(
+    "--image-size", type=IMAGE_SIZE, metavar="SIDE|HxW", help="Side of a square in pixels, or height x width: 256x512."
+)
 white_level = click.option(
     "--white-level", type=click.FloatRange(min=0, min_open=True),
     help="Stored value that is white in images with more than 8 bits, such as 4095 [default: the recorded one, else "
@@ -73,6 +90,43 @@ class_names = click.option(
     "--class-names", type=EXISTING,
     help="Names of the network's outputs: a file with one a line, or JSON (a list, id2label) [default: as recorded].",
 )  # fmt: skip
+_images = (
+    image_size,
+    click.option("--mean", type=float, nargs=3, metavar="R G B", help="Mean of the pixels, of a [0, 1] image."),
+    click.option("--std", type=float, nargs=3, metavar="R G B", help="Standard deviation of the pixels."),
+    click.option("--crop-ratio", type=float, help="Share of the resized side that the centre crop keeps."),
+    click.option("--crop-mode", type=click.Choice(CROP_MODES), help="What becomes of pictures that are not square."),
+    click.option("--interpolation", type=click.Choice(INTERPOLATIONS), help="Filter of the resize."),
+    class_names,
+)
+
+
+def preprocessing(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add how images are made and what classes are called, where the files of the weights do not say it."""
+    for option in reversed(_images):
+        command = option(command)
+    return command
+
+
+class SectionedCommand(click.Command):
+    """A command of many options, which its help lists under headings: `sections` has the parameters of each."""
+
+    def __init__(self, *args: Any, sections: Mapping[str, Sequence[str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sections = sections
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options of each section; those of none come last."""
+        records = {
+            str(option.name): record for option in self.get_params(ctx) if (record := option.get_help_record(ctx))
+        }
+        for title, names in self.sections.items():
+            with formatter.section(title):
+                formatter.write_dl([records.pop(name) for name in names])
+        with formatter.section("Other"):
+            formatter.write_dl(list(records.values()))
+
+
 force = click.option("--force", is_flag=True, help="Replace what other inputs made.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 export_dir = click.option(

@@ -11,7 +11,7 @@ __all__ = ["recipe_options", "run_options"]
 
 RECIPE: tuple[tuple[str, Any, str], ...] = (
     ("--epochs", int, "Times that every image is seen [plain: 30]."),
-    ("--image-size", int, "Side in pixels, a multiple of 32 [224]."),
+    ("--image-size", options.IMAGE_SIZE, "Side in pixels, or height x width such as 256x512 [224]."),
     ("--batch-size", int, "Images a process and step [plain: 32]."),
     ("--accumulate", int, "Batches that make one step of the optimiser [plain: 1]."),
     ("--learning-rate", float, "Highest rate [plain: 1e-3 for adamw, 5e-3 for sgd]."),

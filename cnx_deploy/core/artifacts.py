@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeGuard, overload
 
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, OutputExistsError, RefusedArtifactError
 from cnx_deploy.core.files import hidden_path, sha256_of_file
+from cnx_deploy.core.image_size import ImageSize, size_text
 from cnx_deploy.core.manifest import (
     MAX_MANIFEST_BYTES,
     SUFFIXES,
@@ -47,14 +48,14 @@ RENAMES_SECONDS = 2.0
 
 
 def artifact_stem(
-    name: str, image_size: int, precision: str, runtime: str | None = None, target: str | None = None
+    name: str, image_size: ImageSize, precision: str, runtime: str | None = None, target: str | None = None
 ) -> str:
     """`<name>-<image size>-<precision>[-<runtime>-<target>]`, the file name without its suffix."""
     if not name or Path(name).name != name or name.startswith("."):
         raise InputError(
             f"{name!r} cannot be an artifact's name: give a plain file name without a folder or leading dot."
         )
-    return "-".join(str(part) for part in (name, image_size, precision, runtime, target) if part is not None)
+    return "-".join(str(part) for part in (name, size_text(image_size), precision, runtime, target) if part is not None)
 
 
 def open_artifact(path: Path) -> Artifact:

@@ -7,8 +7,12 @@ from typing import Any
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.strict_json import bounded_content, kind_of, shortened, strict_json
 
-__all__ = ["MAX_NAME", "check_class_count", "is_class_name", "ordered_names", "read_class_names"]
+__all__ = [
+    "MAX_NAME", "ClassNames", "check_class_count", "is_class_name", "names_of", "ordered_names", "read_class_names",
+]  # fmt: skip
 
+ClassNames = Sequence[str] | Path | str
+"""Names in the order of a network's outputs, or the file that holds them."""
 MAX_NAME = 255
 """Characters, as many as the name of a class's folder can have."""
 EXPECTED = 'one name a line, or JSON: a list of names, {"0": name, …} as id2label, or {name: 0, …}'
@@ -58,6 +62,11 @@ def read_class_names(path: Path) -> tuple[str, ...]:
         return ordered_names([line.strip() for line in content.decode("utf-8").rstrip().splitlines()])
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as class names ({error}). Expected is {EXPECTED}.") from error
+
+
+def names_of(names: ClassNames | None) -> tuple[str, ...] | None:
+    """The names themselves, or those in the file that is named; None for None."""
+    return read_class_names(Path(names)) if isinstance(names, Path | str) else None if names is None else tuple(names)
 
 
 def check_class_count(names: Sequence[str], num_classes: int, where: str) -> None:

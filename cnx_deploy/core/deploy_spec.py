@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.image_size import ImageSize, canonical_size
 from cnx_deploy.core.precision import Precision, find_precision
-from cnx_deploy.core.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Positive, Triple
-from cnx_deploy.core.variants import check_image_size
+from cnx_deploy.core.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Triple
 
 if TYPE_CHECKING:
     import torch
@@ -36,16 +36,16 @@ FOLDS = {
 class DeploySpec:
     """How a model is deployed.
 
-    `image_size` is the side in pixels (it decides, per block, where GRN's gain is applied). `mean` and `std` are the
-    channel statistics of the preprocessing in units of a [0, 1] image; they are folded into the stem, so the deployed
-    input is raw: "float" takes (N, 3, S, S) float32 in [0, 1], "uint8" takes (N, S, S, 3) uint8.
+    `image_size` is the side in pixels, or (height, width); it decides, per block, where GRN's gain is applied. `mean`
+    and `std` are the channel statistics of the preprocessing in units of a [0, 1] image. They are folded into the stem,
+    so the deployed input is raw: "float" takes (N, 3, H, W) float32 in [0, 1], "uint8" takes (N, H, W, 3) uint8.
     `precision` names a row of `precision.PRECISIONS`. `layout` None means tokens ("gpu") for a precision with FP32
     islands and channels-first ("cpu") otherwise. `leave_out` names folds (`FOLDS`) that are not to be made; the
     function stays. `keep_fp32` names modules (`model.deploy.parts_of`) that stay in FP32 in half precision.
     """
 
     precision: str = "fp32"
-    image_size: Positive = 224
+    image_size: ImageSize = 224
     input_kind: InputKind = "float"
     layout: Layout | None = None
     mean: Triple = IMAGENET_MEAN
@@ -54,7 +54,7 @@ class DeploySpec:
     keep_fp32: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_image_size(self.image_size, self.image_size)
+        object.__setattr__(self, "image_size", canonical_size(self.image_size))
         find_precision(self.precision)
         _check_choice("input kind", self.input_kind, get_args(InputKind))
         if self.layout is None:

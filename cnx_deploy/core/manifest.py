@@ -19,6 +19,7 @@ from typing_extensions import TypeVar
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.gates import Gate, ParityResult
+from cnx_deploy.core.image_size import ImageSize, canonical_size
 from cnx_deploy.core.precision import Precision, find_precision
 from cnx_deploy.core.preprocessing import Positive, Preprocessing
 from cnx_deploy.core.strict_json import strict_json, typed
@@ -84,19 +85,22 @@ class ModelRecord:
     """The network inside an artifact.
 
     `head_is_new`: the head was drawn at random when the weights were loaded, because the classes differed.
-    `task`: what the network is for, a word of `model.tasks`.
+    `task`: what the network is for, a word of `model.tasks`. `origins`: where class names and fields of the
+    preprocessing of trained weights were read, by name: a file, an entry of the checkpoint, "option" or "assumed".
     """
 
     variant: str
     num_classes: Positive
-    image_size: Positive
+    image_size: ImageSize
     weights: WeightsRecord
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None = None
     head_is_new: bool = False
     task: PlainName = "classification"
+    origins: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", canonical_size(self.image_size))
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
 

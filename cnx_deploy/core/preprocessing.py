@@ -8,17 +8,21 @@ from typing import Annotated, Any, Self
 import msgspec
 
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.image_size import ImageSize, canonical_size
 from cnx_deploy.core.strict_json import shortened, typed
-from cnx_deploy.core.variants import check_image_size
 
 __all__ = [
-    "IMAGENET_MEAN", "IMAGENET_STD", "INTERPOLATIONS", "BrokenImage", "Positive", "Preprocessing", "Triple",
+    "ASSUMED", "CROP_MODES", "IMAGENET_MEAN", "IMAGENET_STD", "INTERPOLATIONS", "BrokenImage", "Positive",
+    "Preprocessing", "Triple",
 ]  # fmt: skip
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
-LATER_FIELDS = {"white_level": None}
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+CROP_MODES = ("center", "center-floor", "squash", "border")
+ASSUMED = "assumed"
+"""Where a field of the preprocessing comes from that neither the weights' files nor an option says."""
+LATER_FIELDS = {"crop_mode": "center", "white_level": None}
 """Fields that earlier files do not have, and what they stand at there: written only where they differ."""
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
@@ -37,24 +41,36 @@ class BrokenImage:
 class Preprocessing:
     """Resize, crop and normalisation of an evaluation image.
 
-    `image_size` S: side in pixels. `crop_ratio` in (0, 1]: share of the resized short side that is kept; the short
-    side becomes floor(S / crop_ratio), as in timm. `mean` and `std` are in units of a [0, 1] image, per RGB channel.
+    `image_size`: side S of a square in pixels, or (height, width). `crop_ratio` in (0, 1]: share of the resized picture
+    that is kept, so that it is resized to L = floor(S / crop_ratio), as in timm. `crop_mode` says how:
+
+    - "center": the picture is resized to cover L and keeps its shape; the centre is cropped. Half a pixel of margin is
+      rounded to the even side.
+    - "center-floor": the same, with half a pixel rounded down, as transformers crops.
+    - "squash": both sides become L whatever the shape of the picture was; the centre is cropped.
+    - "border": the picture is resized to fit into L and keeps its shape; what is missing to S is filled with the mean
+      colour, what is over is cropped.
+
+    `mean` and `std` are in units of a [0, 1] image, per RGB channel.
     `white_level`: the stored value that is white, see `data.decoding`; None is the largest that the file's type holds.
     """
 
-    image_size: Positive = 224
+    image_size: ImageSize = 224
     crop_ratio: float = 0.875
     interpolation: str = "bicubic"
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
+    crop_mode: str = "center"
     white_level: float | None = None
 
     def __post_init__(self) -> None:
-        check_image_size(self.image_size, self.image_size)
+        object.__setattr__(self, "image_size", canonical_size(self.image_size))
         if not 0.0 < self.crop_ratio <= 1.0:
             raise InputError(f"crop_ratio must be in (0, 1], got {self.crop_ratio}. The usual value is 0.875.")
         if self.interpolation not in INTERPOLATIONS:
             raise InputError(f"No interpolation {self.interpolation!r}. Choose one of: {', '.join(INTERPOLATIONS)}.")
+        if self.crop_mode not in CROP_MODES:
+            raise InputError(f"No crop mode {self.crop_mode!r}. Choose one of: {', '.join(CROP_MODES)}.")
         if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
             raise InputError(f"mean must be finite and std positive, got mean {self.mean} and std {self.std}.")
         if self.white_level is not None and not 0.0 < self.white_level <= 2.0**32:
@@ -70,6 +86,15 @@ class Preprocessing:
             for name, value in asdict(self).items()
             if name not in LATER_FIELDS or value != LATER_FIELDS[name]
         }
+
+    def assumption(self, origins: Mapping[str, str]) -> str | None:
+        """Say which fields nobody stated, and what they stand at; None where there is none. `origins` names fields."""
+        assumed = [name for name, origin in origins.items() if origin == ASSUMED]
+        if not assumed:
+            return None
+        values = ", ".join(f"{name} {getattr(self, name)}" for name in assumed)
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in assumed)
+        return f"Assumed, for nothing beside the weights says it: {values}. To say otherwise: {options}."
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -7,14 +7,13 @@ table 14 for atto to tiny), of V1 supervised (the same table 14; V1 paper, table
 result of this project.
 """
 
+import math
 from dataclasses import dataclass
 
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.image_size import ImageSize, canonical_size, stage_sides
 
-__all__ = ["ALL_VARIANTS", "STRIDE", "V1_VARIANTS", "VARIANTS", "Variant", "find_variant", "register_variant"]
-
-STRIDE = 32
-"""Input pixels per position of the last stage: 4 (stem) times 2 for each of three downsamplings."""
+__all__ = ["ALL_VARIANTS", "V1_VARIANTS", "VARIANTS", "Variant", "find_variant", "register_variant"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,33 +36,18 @@ class Variant:
         """Blocks in all four stages."""
         return sum(self.depths)
 
-    def mac_count(self, image_size: int = 224, num_classes: int = 1000) -> int:
-        """Multiply-accumulates of one image of `image_size` × `image_size` pixels, biases not counted.
+    def mac_count(self, image_size: ImageSize = 224, num_classes: int = 1000) -> int:
+        """Multiply-accumulates of one image of a size, biases not counted.
 
         Convolutions and linear layers only, as in the paper (which calls them FLOPs).
         """
-        check_image_size(image_size, image_size)
-        side = image_size // 4
-        total = side * side * 48 * self.dims[0]  # stem: 3 × 4 × 4 inputs an output
+        image_size, total = canonical_size(image_size), 0
         for stage, (depth, width) in enumerate(zip(self.depths, self.dims, strict=True)):
-            if stage:
-                side //= 2
-                total += side * side * 4 * self.dims[stage - 1] * width
-            total += depth * side * side * (49 * width + 8 * width * width)
+            positions = math.prod(stage_sides(image_size, stage))
+            # Stem: 3 × 4 × 4 inputs an output; downsampling: 2 × 2 of every channel before.
+            total += positions * width * (4 * self.dims[stage - 1] if stage else 48)
+            total += positions * depth * (49 * width + 8 * width * width)
         return total + self.dims[-1] * num_classes
-
-
-def check_image_size(height: int, width: int) -> None:
-    """Raise InputError unless both sides are positive multiples of the network's stride of 32.
-
-    Other sizes would lose their last rows and columns in a strided convolution without a word.
-    """
-    if height < STRIDE or width < STRIDE or height % STRIDE or width % STRIDE:
-        raise InputError(
-            f"Image size {height}x{width} does not fit: ConvNeXt V2 divides the image by {STRIDE}, so both sides "
-            f"must be multiples of {STRIDE}, at least {STRIDE}. "
-            f"Use for example {max(1, round(height / STRIDE)) * STRIDE}."
-        )
 
 
 VARIANTS: dict[str, Variant] = {

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.image_size import ImageSize, sides, size_text
 from cnx_deploy.core.preprocessing import BrokenImage, Preprocessing
 from cnx_deploy.core.system import cpu_count
 from cnx_deploy.data.decoding import Observations, as_image, load_image, upright_rgb
@@ -78,7 +79,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def pixels(self, index: int, preprocessing: Preprocessing) -> Tensor:
-        """(S, S, 3) uint8 RGB of one image. Raises InputError, which names the image, where it cannot be read."""
+        """(H, W, 3) uint8 RGB of one image. Raises InputError, which names the image, where it cannot be read."""
 
     def name(self, index: int) -> str:
         """What reports call an image."""
@@ -119,8 +120,8 @@ class ImageSource(ABC):
         """
         if preprocessing.image_size != spec.image_size:
             raise InputError(
-                f"The model takes images of {spec.image_size} pixels and the preprocessing makes "
-                f"{preprocessing.image_size}. Use the same image size."
+                f"The model takes images of {size_text(spec.image_size)} pixels and the preprocessing makes "
+                f"{size_text(preprocessing.image_size)}. Use the same image size."
             )
         if sizes is None or isinstance(sizes, int):
             sizes = (sizes or spec.max_batch or ANY_BATCH,)
@@ -302,20 +303,21 @@ def batch_sizes(count: int, spec: InputSpec) -> list[int]:
     return sizes
 
 
-def image_like_batches(count: int, image_size: int, *, batch_size: int, seed: int = 0) -> Iterator[Tensor]:
-    """Yield (N, S, S, 3) uint8 batches of what `ImageLike` makes, of any size, `count` images in all."""
+def image_like_batches(count: int, image_size: ImageSize, *, batch_size: int, seed: int = 0) -> Iterator[Tensor]:
+    """Yield (N, H, W, 3) uint8 batches of what `ImageLike` makes, of any size, `count` images in all."""
     for start in range(0, count, batch_size):
         indices = range(start, min(start + batch_size, count))
         yield torch.stack([_image_like(image_size, np.random.default_rng((seed, index))) for index in indices])
 
 
-def _image_like(side: int, random: np.random.Generator) -> Tensor:
-    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None, :])
+def _image_like(size: ImageSize, random: np.random.Generator) -> Tensor:
+    tall, wide = sides(size)
+    frequency = np.hypot(np.fft.fftfreq(tall)[:, None], np.fft.rfftfreq(wide)[None, :])
     frequency[0, 0] = np.inf  # no constant part: the brightness below is the mean
-    spectrum = np.fft.rfft2(random.standard_normal((3, side, side))) / frequency
-    field = np.einsum("oc,chw->hwo", random.standard_normal((3, 3)) + 1.0, np.fft.irfft2(spectrum, s=(side, side)))
+    spectrum = np.fft.rfft2(random.standard_normal((3, tall, wide))) / frequency
+    field = np.einsum("oc,chw->hwo", random.standard_normal((3, 3)) + 1.0, np.fft.irfft2(spectrum, s=(tall, wide)))
     canvas = random.uniform(0.3, 0.7) + random.uniform(0.05, 0.3) * field / field.std()
-    rows, columns = np.mgrid[:side, :side] / side
+    rows, columns = np.arange(tall)[:, None] / tall, np.arange(wide)[None] / wide
     colours: Sequence[Any] = [*random.uniform(0.0, 1.0, (4, 3)), 0.0, 1.0]  # black and white last, so both are seen
     for colour in colours:
         (top, left), (height, width) = random.uniform(0.0, 0.9, 2), random.uniform(0.04, 0.3, 2)

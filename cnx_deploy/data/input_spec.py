@@ -1,26 +1,30 @@
 """The batch of images that a model takes, and the check that a tensor is one."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.image_size import STRIDE, ImageSize, canonical_size, sides
 
-__all__ = ["InputSpec", "check_input"]
+__all__ = ["InputSpec", "check_input", "image_size_in"]
 
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
     """The image batch a runner takes.
 
-    "float": (N, 3, S, S) float32 in [0, 1]; "uint8": (N, S, S, 3) uint8. `max_batch` None means any.
+    "float": (N, 3, H, W) float32 in [0, 1]; "uint8": (N, H, W, 3) uint8. `image_size` is the side of a square or
+    (height, width) in pixels. `max_batch` None means any.
     `takes_nonfinite`: NaN and infinity go into the network, and through it; else they are refused.
     """
 
     kind: str
-    image_size: int
+    image_size: ImageSize
     min_batch: int = 1
     max_batch: int | None = None
     takes_nonfinite: bool = False
@@ -32,8 +36,17 @@ class InputSpec:
 
     def shape(self, batch: int) -> tuple[int, ...]:
         """Shape of a batch of `batch` images."""
-        side = self.image_size
-        return (batch, side, side, 3) if self.kind == "uint8" else (batch, 3, side, side)
+        height, width = sides(self.image_size)
+        return (batch, height, width, 3) if self.kind == "uint8" else (batch, 3, height, width)
+
+
+def image_size_in(shape: Sequence[Any]) -> ImageSize | None:
+    """The size of the images in a batch of shape (N, 3, H, W) or (N, H, W, 3); None for another or an open one."""
+    if len(shape) != 4 or not all(isinstance(size, int) for size in shape[1:]):
+        return None
+    height, width = shape[2:] if shape[1] == 3 else shape[1:3]
+    is_batch = shape[1] == 3 or shape[3] == 3
+    return canonical_size((height, width)) if is_batch and min(height, width) >= STRIDE else None
 
 
 def check_input(images: Tensor, spec: InputSpec) -> None:

@@ -1,7 +1,7 @@
 """What a model is given: how an image becomes pixels, and pixels become a runner's input.
 
 `to_pixels` is the one definition that training's validation, parity, evaluation and prediction share. It equals
-timm's evaluation transform (`timm.data.create_transform`, crop mode "center") to within 1/255.
+timm's evaluation transform (`timm.data.create_transform`) and transformers' processors to within 1/255.
 """
 
 import math
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.image_size import sides
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.data.decoding import MAX_PIXELS, upright_rgb
 
@@ -19,7 +20,7 @@ __all__ = ["cropped", "normalise", "runner_input", "to_pixels"]
 
 
 def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
-    """Decoded image of any mode -> (S, S, 3) uint8 RGB, upright, resized and centre-cropped.
+    """Decoded image of any mode -> (H, W, 3) uint8 RGB, upright, resized and cropped as `preprocessing` says.
 
     Raises InputError for values that are no pixels, see `decoding.upright_rgb`, and as `cropped` does.
     """
@@ -27,31 +28,55 @@ def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
 
 
 def cropped(rgb: Image.Image, preprocessing: Preprocessing) -> Tensor:
-    """Upright 8-bit RGB -> (S, S, 3) uint8, resized and centre-cropped.
+    """Upright 8-bit RGB -> (H, W, 3) uint8, resized and cropped.
 
     Raises InputError when the image is so long and thin that it cannot be resized within the memory limit.
     """
-    side, short = preprocessing.image_size, math.floor(preprocessing.image_size / preprocessing.crop_ratio)
-    width, height = (short * length // min(rgb.size) for length in rgb.size)
+    rows, columns = sides(preprocessing.image_size)
+    width, height = _resized_size(rgb.size, preprocessing)
     if width * height > MAX_PIXELS:
         raise InputError(
             f"An image of {rgb.width}x{rgb.height} is too long and thin: before its centre is cropped it would be "
             f"resized to {width}x{height}, over {MAX_PIXELS // 1_000_000} million pixels. Crop it first."
         )
     resized = rgb.resize((width, height), Image.Resampling[preprocessing.interpolation.upper()])
-    left, top = round((width - side) / 2), round((height - side) / 2)
-    return torch.from_numpy(np.array(resized.crop((left, top, left + side, top + side))))
+    left, top = (_margin(spare, preprocessing.crop_mode) for spare in (width - columns, height - rows))
+    if width >= columns and height >= rows:
+        return torch.from_numpy(np.array(resized.crop((left, top, left + columns, top + rows))))
+    canvas = Image.new("RGB", (columns, rows), tuple(round(255 * value) for value in preprocessing.mean))
+    canvas.paste(resized, (-left, -top))
+    return torch.from_numpy(np.array(canvas))
+
+
+def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """Width and height before the crop of a picture of width and height `size`."""
+    height, width = (math.floor(side / preprocessing.crop_ratio) for side in sides(preprocessing.image_size))
+    if preprocessing.crop_mode == "squash":
+        return width, height
+    if height == width and preprocessing.crop_mode != "border":  # torchvision's arithmetic, which timm uses for squares
+        width, height = (height * length // min(size) for length in size)
+        return width, height
+    ratios = size[0] / width, size[1] / height
+    ratio = max(ratios) if preprocessing.crop_mode == "border" else min(ratios)
+    return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
+
+
+def _margin(spare: int, crop_mode: str) -> int:
+    """Pixels that are cut off on the left or at the top when `spare` are too many; negative where some are missing."""
+    if spare < 0:
+        return -(-spare // 2)
+    return spare // 2 if crop_mode == "center-floor" else round(spare / 2)
 
 
 def normalise(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """(N, S, S, 3) uint8, or (N, 3, S, S) float in [0, 1] -> (N, 3, S, S) floats the training form takes."""
+    """(N, H, W, 3) uint8, or (N, 3, H, W) float in [0, 1] -> (N, 3, H, W) floats the training form takes."""
     unit = images.permute(0, 3, 1, 2).float() / 255.0 if images.dtype == torch.uint8 else images
     mean, std = (unit.new_tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     return (unit - mean) / std
 
 
 def runner_input(pixels: Tensor, kind: str) -> Tensor:
-    """(N, S, S, 3) uint8 pixels -> what a runner of input `kind` takes: see `data.input_spec.InputSpec`."""
+    """(N, H, W, 3) uint8 pixels -> what a runner of input `kind` takes: see `data.input_spec.InputSpec`."""
     if kind not in ("uint8", "float"):
         raise InputError(f"No runner input is called {kind!r}. Choose one of: float, uint8.")
     return pixels if kind == "uint8" else (pixels.permute(0, 3, 1, 2).float() / 255.0).contiguous()

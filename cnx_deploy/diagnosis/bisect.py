@@ -15,6 +15,7 @@ from typing import Any
 from cnx_deploy.core.artifacts import is_onnx, open_artifact
 from cnx_deploy.core.errors import CheckFailedError, InputError
 from cnx_deploy.core.gates import GATES, Gate
+from cnx_deploy.core.image_size import size_text
 from cnx_deploy.core.manifest import Artifact, OnnxManifest
 from cnx_deploy.diagnosis.mixed_precision import (
     Case,
@@ -240,9 +241,9 @@ def export_command(artifact: Artifact[OnnxManifest], kept: Sequence[str], final:
     Options beyond the defaults are named, so that the same file is written in the same place.
     """
     manifest, deploy = artifact.manifest, artifact.manifest.deploy
-    name = manifest.stem.removesuffix(f"-{deploy.image_size}-{deploy.precision}")
+    name = manifest.stem.removesuffix(f"-{size_text(deploy.image_size)}-{deploy.precision}")
     words = ["--variant", manifest.model.variant, *_weights_options(artifact)]
-    words += ["--image-size", str(manifest.model.image_size), "--precision", deploy.precision]
+    words += ["--image-size", size_text(manifest.model.image_size), "--precision", deploy.precision]
     words += ["--batch", ":".join(map(str, manifest.batch))] if manifest.batch != ExportSpec().batch else []
     words += ["--input", deploy.input_kind] if deploy.input_kind != "float" else []
     words += ["--optimize-for", str(deploy.layout)] if deploy.layout != "gpu" else []

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from cnx_deploy.core.errors import CheckFailedError, InputError
+from cnx_deploy.core.image_size import STRIDE, ImageSize, size_text
 from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.core.variants import STRIDE
 from cnx_deploy.data import ImageLike, ImageSource, evenly, find_images
 from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.diagnosis.ranges import (
@@ -89,7 +89,7 @@ class Headroom:
     network: dict[str, Any]
     source: str
     images: int
-    image_size: int
+    image_size: ImageSize
     margin: float
     tensors: tuple[TensorRange, ...]
     responses: tuple[ResponseRange, ...]
@@ -285,7 +285,7 @@ def measure_headroom(
 def report_lines(headroom: Headroom, *, lists_all: bool = False) -> Iterator[str]:
     """Yield the report for a terminal: stages, tensors (the largest, or all in order of depth), weights, verdicts."""
     weights = headroom.network["weights"]
-    images = f"{headroom.counted_images} of {headroom.image_size} px ({headroom.source})"
+    images = f"{headroom.counted_images} of {size_text(headroom.image_size)} px ({headroom.source})"
     yield f"{headroom.network['variant']}, weights {weights['origin']} {weights['reference']}, {images}"
     limit = f"FP16 holds at most {HALF_MAX:.0f}; margin {headroom.margin:g}"
     yield f"{limit}. Measured in FP32 on a CPU; on a GPU: not run."
@@ -355,11 +355,11 @@ def _verdicts(headroom: Headroom) -> Iterator[str]:
         reached = _percent(largest.share * headroom.margin)
         own = f"pass at any image size: {reached} of the limit with the margin; sums over positions are in FP32"
     yield f"This project's FP16 file: {own}"
-    naive = f"pass at {headroom.image_size} px (information)"
+    naive = f"pass at {size_text(headroom.image_size)} px (information)"
     if (most := worst(headroom.naive_failures)) is not None:
         statistics = f"{len(headroom.naive_failures)} of {len(headroom.responses) + len(headroom.norms)} statistics"
-        naive = f"FAIL at {headroom.image_size} px (information): {statistics} without the margin, {most.module} most "
-        naive += f"({_percent(most.share)})"
+        naive = f"FAIL at {size_text(headroom.image_size)} px (information): {statistics} without the margin, "
+        naive += f"{most.module} most ({_percent(most.share)})"
     yield f"Written the naive way:    {naive}"
     if headroom.responses:
         size = headroom.naive_image_size

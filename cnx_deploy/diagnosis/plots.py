@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.image_size import size_text
 from cnx_deploy.core.plotting import BLUE, GREEN, GREY, GRID, ORANGE, PURPLE, RED, save_svg
 from cnx_deploy.diagnosis.headroom import Headroom
 from cnx_deploy.diagnosis.layer_record import LayerComparison
@@ -59,7 +60,9 @@ def _headroom_figure(headroom: Headroom) -> "Figure":
     weights = headroom.network["weights"]
     drawn = f"share of 65504 in order of depth, less is better; {headroom.counted_images} ({headroom.source}), "
     drawn += f"weights {weights['origin']} {Path(weights['reference']).name}"
-    _write_title(figure, f"FP16 headroom of {headroom.network['variant']} at {headroom.image_size} px", drawn)
+    _write_title(
+        figure, f"FP16 headroom of {headroom.network['variant']} at {size_text(headroom.image_size)} px", drawn
+    )
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="upper left", ncols=3, fontsize=8, handletextpad=0.2,
         columnspacing=1.2, bbox_to_anchor=(0.0, 0.95),

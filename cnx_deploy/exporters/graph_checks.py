@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 from cnx_deploy.core.child_process import Limits, run_isolated
 from cnx_deploy.core.errors import CorruptArtifactError, GraphCheckError, RefusedArtifactError
 from cnx_deploy.core.gates import OutputSpec
+from cnx_deploy.core.image_size import STRIDE, stage_sides
 from cnx_deploy.core.variants import Variant
 from cnx_deploy.exporters.untrusted import limits_for, read_onnx
 
@@ -318,14 +319,18 @@ def _large_values(model: onnx.ModelProto) -> Iterator[str]:
 def _wrong_constants(facts: GraphFacts, norms: int) -> Iterator[str]:
     """What no comparison of logits shows: GELU's form, and an epsilon where the statistics are of the order of one.
 
-    An average pool takes the mean square where GRN takes the sum, so there eps is divided by the side of the map.
+    An average pool takes the mean square where GRN takes the sum, so there eps is divided by the root of the
+    map's positions.
     """
     from cnx_deploy.model.layers import EPS  # with it torch, which an export has loaded by now
 
     if facts.gelu_forms - {"none"}:
         yield f"Gelu by erf expected, {sorted(facts.gelu_forms)} found"
-    side = max((size for _, shape in facts.inputs.values() for size in shape[1:] if isinstance(size, int)), default=0)
-    right = [EPS, *(EPS / max(1, side // (4 << stage)) for stage in range(4))]
+    shapes = [shape[1:] for _, shape in facts.inputs.values()]
+    # Of (N, 3, H, W) and (N, H, W, 3) the sides are what has the network's least size.
+    sizes = [tuple(size for size in shape if isinstance(size, int) and size >= STRIDE) for shape in shapes]
+    maps = [stage_sides((size[0], size[1]), stage) for size in sizes if len(size) == 2 for stage in range(4)]
+    right = [EPS, *(EPS / math.sqrt(math.prod(sides)) for sides in maps)]
     wrong = [eps for eps in facts.epsilons if not any(math.isclose(eps, value, rel_tol=1e-4) for value in right)]
     if wrong:
         yield f"every epsilon is {EPS:g}, found {', '.join(f'{value:g}' for value in sorted(set(wrong)))}"

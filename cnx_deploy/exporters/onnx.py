@@ -20,6 +20,7 @@ from cnx_deploy.core.artifacts import artifact_stem, is_onnx, reusable_artifact,
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import ExportError, InputError, OutputExistsError
 from cnx_deploy.core.gates import ParityResult
+from cnx_deploy.core.image_size import size_text
 from cnx_deploy.core.manifest import Artifact, ModelRecord, OnnxFacts, OnnxManifest, OnnxRequest, TensorSpec
 from cnx_deploy.core.precision import exportable_precisions
 from cnx_deploy.data.input_spec import InputSpec
@@ -207,7 +208,7 @@ def _metadata(record: ModelRecord, spec: ExportSpec) -> dict[str, str]:
     entries = {
         "variant": record.variant,
         "num_classes": str(record.num_classes),
-        "image_size": str(spec.deploy.image_size),
+        "image_size": size_text(spec.deploy.image_size),
         "precision": spec.deploy.precision,
         "input": spec.deploy.input_kind,
         "batch": ":".join(str(size) for size in spec.batch),

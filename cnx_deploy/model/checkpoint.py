@@ -7,7 +7,7 @@ done with the weights, and their hash.
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cnx_deploy.core.class_names import ClassNames, check_class_count, names_of
 from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, DiskFullError, InputError
 from cnx_deploy.core.files import whole_file
+from cnx_deploy.core.image_size import ImageSize
 from cnx_deploy.core.manifest import WeightsRecord
-from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.core.preprocessing import ASSUMED, Preprocessing, Triple
 from cnx_deploy.core.variants import ALL_VARIANTS, VARIANTS, Variant, find_variant
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model, random_model
 from cnx_deploy.model.layouts import (
@@ -32,6 +34,7 @@ from cnx_deploy.model.layouts import (
     variant_with_structure,
 )
 from cnx_deploy.model.pretrained import PRETRAINED_LICENCE, fetch_pretrained, variant_name_of_tag
+from cnx_deploy.model.source_config import SourceConfig, config_beside, config_within, weights_in
 from cnx_deploy.model.tasks.base import Task, find_task
 from cnx_deploy.model.weight_files import METADATA_KEY, WeightFile, read_weight_file
 
@@ -44,20 +47,29 @@ FORMAT_VERSION = 1
 RANDOM_LICENCE = "none (random weights)"
 FOREIGN_LICENCE = "unknown (foreign checkpoint; the published ConvNeXt V2 weights are CC-BY-NC-4.0)"
 HEAD_SEED = 0
+# The white level is the file's, not the weights'.
+_ASSUMED = {each.name: ASSUMED for each in fields(Preprocessing) if each.name != "white_level"}
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model in evaluation mode and what is known of its weights.
 
-    `class_names` and `preprocessing` are None when unknown. `notes` say what was chosen or made while loading: the
-    layout, the entry of the file, averaged or plain weights, what was set aside, a new head.
+    Attributes:
+        class_names: names in the order of the classes; None when unknown.
+        preprocessing: how images are made.
+        origins: where class names and fields of the preprocessing come from, by name; "assumed" for a default that
+            nothing beside trained weights contradicts. Empty for random weights.
+        head_is_new: the head was drawn at random.
+        notes: what was chosen or made while loading: the layout, the entry of the file, averaged or plain weights, what
+            was set aside, a new head.
     """
 
     model: ConvNeXtV2
     weights: WeightsRecord
     class_names: tuple[str, ...] | None = None
-    preprocessing: Preprocessing | None = None
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    origins: Mapping[str, str] = field(default_factory=dict)
     head_is_new: bool = False
     notes: tuple[str, ...] = ()
 
@@ -75,11 +87,13 @@ def load_checkpoint(
     """Read a checkpoint in any layout of `model.layouts`, under any wrapping, into a model.
 
     `variant` None takes the known one, V2 or V1, whose shapes the file has. `num_classes` None takes the file's.
+    `path` may be a folder that timm or transformers wrote: see `model.source_config` for what is read beside weights.
     `reset_head` draws a new head (truncated normal 0.02, fixed seed). `task` None takes the header's, else
     classification. `ema` and `entry` choose among several networks, see `weight_files.read_weight_file`, also for
     what a file can have wrong. Raises CheckpointError when the weights do not fit the model exactly.
     """
     path, wanted = Path(path), find_variant(variant) if isinstance(variant, str) else variant
+    path = weights_in(path) if path.is_dir() else path
     file = read_weight_file(path, ema=ema, entry=entry, modules=_head_modules(find_task(task or "classification")))
     layout, state = official_state(file.tensors, str(path))
     _check_own_metadata(file, state, path)
@@ -94,17 +108,20 @@ def load_checkpoint(
         state = _with_new_head(purpose, state, found, classes)
         notes.append(f"new head for {classes} classes, drawn at random: train it before it is used")
     model = _filled_model(purpose, found, classes, state, where=str(path))
-    names, licence = file.metadata.get("class_names"), file.metadata.get("licence", FOREIGN_LICENCE)
+    config, licence = _config_of(file, path), file.metadata.get("licence", FOREIGN_LICENCE)
+    if config.class_names and len(config.class_names) != model.num_classes:
+        notes.append(f"{len(config.class_names)} class names are left out, for there are {model.num_classes} classes")
+        config = config.without_class_names()
+    for origin in dict.fromkeys(config.origins.values()):
+        told = [name for name, where in config.origins.items() if where == origin != "header"]
+        notes += [f"{', '.join(told)} from {origin}"] if told else []
     # Where a choice was made, the record leads back to the same network of the file.
     place = None if ema is None and entry is None else file.entry or TOP
+    record = WeightsRecord("checkpoint", path.as_posix(), hash_weights(model), licence, place)
     return LoadedModel(
-        model,
-        WeightsRecord("checkpoint", path.as_posix(), hash_weights(model), licence, place),
-        class_names=tuple(names) if names and not reset_head else None,
-        preprocessing=_preprocessing_of(file.metadata, path),
-        head_is_new=reset_head,
-        notes=tuple(notes),
-    )
+        model, record, config.class_names, _preprocessing_of(config, path), {**_ASSUMED, **config.origins},
+        head_is_new=reset_head, notes=tuple(notes),
+    )  # fmt: skip
 
 
 def load_pretrained(
@@ -130,7 +147,7 @@ def load_pretrained(
     variant = variant_name_of_tag(tag)
     loaded = load_checkpoint(files.weights, variant, num_classes=expected, reset_head=reset_head, task=task)
     record = WeightsRecord("pretrained", tag, loaded.weights.sha256, PRETRAINED_LICENCE)
-    return replace(loaded, weights=record, preprocessing=files.preprocessing)
+    return replace(loaded, weights=record)
 
 
 def resolve_model(
@@ -175,9 +192,10 @@ def resolve_model(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRequest:
-    """Which weights a command takes, and at which image size: a checkpoint, published ones, or random ones by `seed`.
+    """Which weights a command takes, and how images are made: a checkpoint, published ones, or random ones by `seed`.
 
-    See `resolve_model`, also for `ema` and `entry`. `image_size` None means the checkpoint's own, else 224.
+    See `resolve_model`, also for `ema` and `entry`. Class names and fields of `Preprocessing` take the place of what
+    lies beside the weights; None leaves that as it is.
     """
 
     variant: str | None = None
@@ -189,7 +207,13 @@ class ModelRequest:
     reset_head: bool = False
     ema: bool | None = None
     entry: str | None = None
-    image_size: int | None = None
+    image_size: ImageSize | None = None
+    crop_ratio: float | None = None
+    crop_mode: str | None = None
+    interpolation: str | None = None
+    mean: Triple | None = None
+    std: Triple | None = None
+    class_names: ClassNames | None = None
 
     def load(self, note: Callable[[str], None]) -> tuple[LoadedModel, Preprocessing]:
         """The model and how its images are made; `note` is told what was chosen or made, and of random weights."""
@@ -203,9 +227,21 @@ class ModelRequest:
             # A fresh network has these without effect; random weights give them one.
             included = "GRN" if loaded.model.variant.version == 2 else "LayerScale"
             note(f"No checkpoint: weights are random (seed {self.seed}), {included} included. Results mean nothing.")
-        preprocessing = loaded.preprocessing or Preprocessing()
-        size = preprocessing.image_size if self.image_size is None else self.image_size
-        return loaded, replace(preprocessing, image_size=size)
+        loaded = self._with_options(loaded)
+        if (assumption := loaded.preprocessing.assumption(loaded.origins)) is not None:
+            note(assumption)
+        return loaded, loaded.preprocessing
+
+    def _with_options(self, loaded: LoadedModel) -> LoadedModel:
+        """What the options say in the place of what was read."""
+        given = {name: getattr(self, name) for name in _ASSUMED if getattr(self, name) is not None}
+        origins = {**loaded.origins, **dict.fromkeys(given, "option")} if loaded.origins else loaded.origins
+        names = loaded.class_names
+        if (told := names_of(self.class_names)) is not None:
+            names, origins = told, {**origins, "class_names": "option"}
+            check_class_count(names, loaded.model.num_classes, f"{self.checkpoint or self.pretrained or 'the network'}")
+        preprocessing = replace(loaded.preprocessing, **given)
+        return replace(loaded, class_names=names, preprocessing=preprocessing, origins=origins)
 
 
 def save_checkpoint(
@@ -319,12 +355,22 @@ def _check_header_types(header: Mapping[str, Any], path: Path) -> None:
             )
 
 
-def _preprocessing_of(header: Mapping[str, Any], path: Path) -> Preprocessing | None:
-    recorded = header.get("preprocessing")
+def _config_of(file: WeightFile, path: Path) -> SourceConfig:
+    """What is known of a file's class names and preprocessing: from its own header, else from what lies beside it."""
+    if not file.metadata:
+        return config_within(file.beside, str(path)) | config_beside(path)
+    names, preprocessing = file.metadata.get("class_names"), file.metadata.get("preprocessing")
+    origins = {"class_names": "header"} if names else {}
+    if preprocessing is not None:
+        origins |= dict.fromkeys(_ASSUMED, "header")
+    return SourceConfig(tuple(names) if names else None, preprocessing or {}, origins)
+
+
+def _preprocessing_of(config: SourceConfig, path: Path) -> Preprocessing:
     try:
-        return None if recorded is None else Preprocessing.from_dict(recorded)
+        return Preprocessing.from_dict(config.preprocessing)
     except InputError as error:
-        raise CorruptArtifactError(f"{path} has a header that cannot be used. {error}") from error
+        raise CorruptArtifactError(f"{path} has preprocessing that cannot be used. {error}") from error
 
 
 def _class_count(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.variants import Variant, check_image_size, find_variant
+from cnx_deploy.core.image_size import check_image_size
+from cnx_deploy.core.variants import Variant, find_variant
 from cnx_deploy.model.layers import Block, LayerNormChannelsFirst
 from cnx_deploy.model.tasks.base import Outputs, Task, find_task, sole_or_named
 
@@ -23,7 +24,7 @@ class ConvNeXtV2(nn.Module):
     """ConvNeXt V2, or V1 where the variant says so, with the head of a task.
 
     Shape: (N, 3, H, W) normalised images -> (N, num_classes) logits of a classifier, or what the task declares; H and W
-    multiples of 32.
+    at least 32; the strided convolutions leave out rows and columns that do not fill a patch.
 
     Args:
         variant: depths and widths.

@@ -10,6 +10,7 @@ statistic are computed in FP32 (an *island*: `widen` in, `.to` out), and outputs
 make one island. What is exported is what is read here.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.image_size import stage_sides
 from cnx_deploy.core.variants import Variant
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy_blocks import ChannelsFirstBlock, TokenBlock
@@ -155,9 +157,10 @@ def _block(block: Block, spec: DeploySpec, stage: int, index: int, depth: int) -
     stream_type = spec.dtype_of(f"stages.{stage}.{index}")
     if spec.layout == "cpu":
         return ChannelsFirstBlock(block, folds=spec.folds, stream_type=stream_type)
-    side = spec.image_size // (4 << stage)
     in_weight = gain_moves_fewer_bytes_in_weight(
-        block.dwconv.in_channels, side * side, before_downsampling=index == depth - 1 and stage < 3
+        block.dwconv.in_channels,
+        math.prod(stage_sides(spec.image_size, stage)),
+        before_downsampling=index == depth - 1 and stage < 3,
     )
     return TokenBlock(block, gain_in_weight=in_weight, folds=spec.folds, stream_type=stream_type)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cnx_deploy.core.image_size import ImageSize, sides
 from cnx_deploy.model.folds import fold_norm_into_patches, fold_patches
 from cnx_deploy.model.layers import EPS
 
@@ -134,14 +135,14 @@ class GainedLinear(nn.Module):
 class PatchConvolution(nn.Module):
     """A k×k convolution of stride k as a 1×1 convolution over patches; `weight` (O, 3, k, k), `bias` (O,).
 
-    Shape: (N, 3, S, S), or (N, S, S, 3) if `channels_last` -> (N, O, S/k, S/k).
+    Shape: (N, 3, H, W), or (N, H, W, 3) if `channels_last` -> (N, O, H//k, W//k).
     TensorRT pads three channels to four, from a constant of zeros as large as the batch; of 48 it pads none.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, *, image_size: int, channels_last: bool) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, *, image_size: ImageSize, channels_last: bool) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(fold_patches(weight)), nn.Parameter(bias)
-        self.kernel, self.side = weight.shape[2], image_size // weight.shape[2]
+        self.kernel, self.image_size = weight.shape[2], sides(image_size)
         self.channels_last = channels_last
 
     def forward(self, images: Tensor) -> Tensor:
@@ -149,13 +150,17 @@ class PatchConvolution(nn.Module):
         return F.conv2d(self.patches(images), self.weight, self.bias)
 
     def patches(self, images: Tensor) -> Tensor:
-        """Images -> (N, 3·k·k, S/k, S/k), ordered row, column, channel."""
-        k, side = self.kernel, self.side
+        """Images -> (N, 3·k·k, H//k, W//k), ordered row, column, channel."""
+        k, (rows, columns) = self.kernel, (side // self.kernel for side in self.image_size)
+        if (rows * k, columns * k) != self.image_size:  # what fills no patch is left out, as a strided convolution does
+            images = (
+                images[:, : rows * k, : columns * k] if self.channels_last else images[..., : rows * k, : columns * k]
+            )
         if self.channels_last:
-            split = images.reshape(-1, side, k, side, k, 3).permute(0, 2, 4, 5, 1, 3)
+            split = images.reshape(-1, rows, k, columns, k, 3).permute(0, 2, 4, 5, 1, 3)
         else:
-            split = images.reshape(-1, 3, side, k, side, k).permute(0, 3, 5, 1, 2, 4)
-        return split.reshape(-1, 3 * k * k, side, side)
+            split = images.reshape(-1, 3, rows, k, columns, k).permute(0, 3, 5, 1, 2, 4)
+        return split.reshape(-1, 3 * k * k, rows, columns)
 
 
 class NormedPatchConvolution(PatchConvolution):
@@ -175,7 +180,7 @@ class NormedPatchConvolution(PatchConvolution):
         shift: Tensor,
         *,
         full_scale: float,
-        image_size: int,
+        image_size: ImageSize,
         channels_last: bool,
     ) -> None:
         super().__init__(weight, bias, image_size=image_size, channels_last=channels_last)
@@ -191,7 +196,7 @@ class NormedPatchConvolution(PatchConvolution):
         """Apply; see the class for shapes."""
         patches = self.patches(images)
         rooted = widen(self.root(patches))
-        inverse = 1.0 / torch.sqrt((rooted * rooted).sum(dim=1, keepdim=True) + EPS)  # (N, 1, S/k, S/k)
+        inverse = 1.0 / torch.sqrt((rooted * rooted).sum(dim=1, keepdim=True) + EPS)  # (N, 1, H//k, W//k)
         scaled = widen(patches) * (inverse / self.full_scale)
         carried = inverse.expand(-1, self.COPIES, -1, -1)
         return F.conv2d(torch.cat([scaled, carried], dim=1).to(patches.dtype), self.weight, self.bias)
@@ -200,7 +205,7 @@ class NormedPatchConvolution(PatchConvolution):
 class InputNormalisation(nn.Module):
     """(x / full_scale - mean) / std by channel, where it is not folded; computed in the type of `mean`.
 
-    Shape: (N, 3, S, S), or (N, S, S, 3) if `channels_last` -> the same.
+    Shape: (N, 3, H, W), or (N, H, W, 3) if `channels_last` -> the same.
     """
 
     def __init__(self, mean: Tensor, std: Tensor, full_scale: float, *, channels_last: bool) -> None:

@@ -10,9 +10,7 @@ from pathlib import Path
 
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.core.files import sha256_of_file
-from cnx_deploy.core.manifest import Count, Positive
-from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.core.strict_json import Finite, bounded_content, strict_json, typed
+from cnx_deploy.model.source_config import json_object
 
 __all__ = ["PRETRAINED_LICENCE", "PRETRAINED_TAGS", "PretrainedFiles", "fetch_pretrained", "variant_name_of_tag"]
 
@@ -49,32 +47,11 @@ PRETRAINED_TAGS = (
 
 
 @dataclass(frozen=True, slots=True)
-class _DataConfig:
-    input_size: tuple[Positive, Positive, Positive]
-    crop_pct: Finite
-    interpolation: str
-    mean: tuple[Finite, Finite, Finite]
-    std: tuple[Finite, Finite, Finite]
-
-
-@dataclass(frozen=True, slots=True)
-class _Config:
-    """What is read of timm's config.json."""
-
-    num_classes: Count
-    pretrained_cfg: _DataConfig
-
-
-@dataclass(frozen=True, slots=True)
 class PretrainedFiles:
-    """Weights on this disk and what the model hub says of them.
-
-    `num_classes` None: pre-trained without a head.
-    """
+    """Weights on this disk, beside their `config.json`. `num_classes` None: pre-trained without a head."""
 
     weights: Path
     num_classes: int | None
-    preprocessing: Preprocessing
 
 
 def variant_name_of_tag(tag: str) -> str:
@@ -94,14 +71,10 @@ def fetch_pretrained(tag: str, cache_dir: Path | None = None) -> PretrainedFiles
     variant_name_of_tag(tag)
     config_path, weights = (_fetch(tag, name, cache_dir) for name in ("config.json", "model.safetensors"))
     _check_blob(weights)
-    try:
-        config = typed(strict_json(bounded_content(config_path)), _Config)
-        preprocessing = _preprocessing_from(config.pretrained_cfg)
-    except (ValueError, InputError) as error:
-        raise CorruptArtifactError(
-            f"{config_path} is not a timm model's config ({error}). Delete it and fetch again."
-        ) from error
-    return PretrainedFiles(weights, config.num_classes or None, preprocessing)
+    config = json_object(config_path) or {}
+    if "pretrained_cfg" not in config or not isinstance(classes := config.get("num_classes"), int) or classes < 0:
+        raise CorruptArtifactError(f"{config_path} is not a timm model's config. Delete it and fetch again.")
+    return PretrainedFiles(weights, classes or None)
 
 
 def _fetch(tag: str, file_name: str, cache_dir: Path | None) -> Path:
@@ -130,8 +103,3 @@ def _check_blob(path: Path) -> None:
         raise CorruptArtifactError(
             f"{path} was altered: SHA-256 {found[:12]}…, the cache names it {name[:12]}…. Delete it and fetch it again."
         )
-
-
-def _preprocessing_from(config: _DataConfig) -> Preprocessing:
-    """Raises InputError for values outside its ranges."""
-    return Preprocessing(config.input_size[-1], config.crop_pct, config.interpolation, config.mean, config.std)

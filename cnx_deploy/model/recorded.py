@@ -17,14 +17,11 @@ from cnx_deploy.model.tasks.base import find_task
 __all__ = ["model_record", "recorded_gate", "recorded_model", "recorded_outputs"]
 
 
-def model_record(
-    loaded: LoadedModel, preprocessing: Preprocessing, manifest_dir: Path, checkpoint: Path | None = None
-) -> ModelRecord:
+def model_record(loaded: LoadedModel, preprocessing: Preprocessing, manifest_dir: Path) -> ModelRecord:
     """What a manifest in `manifest_dir` says of a loaded model."""
     weights = loaded.weights
-    if checkpoint is not None:
-        reference = relative_reference(checkpoint, manifest_dir)
-        weights = replace(weights, reference=reference)
+    if weights.origin == "checkpoint":
+        weights = replace(weights, reference=relative_reference(Path(weights.reference), manifest_dir))
     return ModelRecord(
         variant=loaded.model.variant.name,
         num_classes=loaded.model.num_classes,
@@ -34,6 +31,7 @@ def model_record(
         class_names=loaded.class_names,
         head_is_new=loaded.head_is_new,
         task=loaded.model.task.name,
+        origins=dict(loaded.origins),
     )
 
 
@@ -60,7 +58,7 @@ def recorded_model(artifact: Artifact) -> LoadedModel:
     if weights.origin == "random":
         seed, variant = int(weights.reference), find_variant(record.variant)
         model = random_model(variant, record.num_classes, seed=seed, task=record.task)
-        loaded = LoadedModel(model, weights, record.class_names, record.preprocessing)
+        loaded = LoadedModel(model, weights, record.class_names, record.preprocessing, record.origins)
     elif weights.origin == "checkpoint":
         path = artifact.path.parent / weights.reference
         if not os.path.isfile(path):  # noqa: PTH113 - Path's own raises for a name that no system takes

@@ -18,6 +18,7 @@ from cnx_deploy.core.errors import (
     RefusedArtifactError,
 )
 from cnx_deploy.core.out_of_memory import out_of_memory_error
+from cnx_deploy.data.input_spec import InputSpec, image_size_in
 
 __all__ = ["LOAD_ERRORS", "ends_of", "open_session", "trial_run", "trial_run_task"]
 
@@ -79,18 +80,19 @@ def ends_of(session: Any, path: Path) -> tuple[Any, list[Any]]:
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) == 1 and outputs:
         (source,) = inputs
-        size = source.shape[2] if len(source.shape) == 4 else None
-        takes = {"tensor(float)": [3, size, size], "tensor(uint8)": [size, size, 3]}
+        kind = {"tensor(float)": "float", "tensor(uint8)": "uint8"}.get(source.type)
+        size = image_size_in(source.shape)
         gives = [
             target.type == "tensor(float)" and target.shape and all(isinstance(side, int) for side in target.shape[1:])
             for target in outputs
         ]
-        if all(gives) and isinstance(size, int) and takes.get(source.type) == source.shape[1:]:
+        fits = kind is not None and size is not None and InputSpec(kind, size).shape(1)[1:] == tuple(source.shape[1:])
+        if all(gives) and fits:
             return source, outputs
     declared = [", ".join(f"{each.name} {each.type} {each.shape}" for each in ends) for ends in (inputs, outputs)]
     raise InputError(
         f"{path} takes {declared[0] or 'nothing'} and gives {declared[1]}; expected one batch of images, float "
-        "(N, 3, S, S) or uint8 (N, S, S, 3), and float outputs (N, …) of fixed sizes, such as the logits of a "
+        "(N, 3, H, W) or uint8 (N, H, W, 3), and float outputs (N, …) of fixed sizes, such as the logits of a "
         "classifier. Export a network with cnx-deploy export."
     )
 

@@ -4,6 +4,7 @@ Every augmentation is drawn from a seed that the sampler sends along with the in
 number of workers and after a resume. torchvision's transforms do the work.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import InterpolationMode, v2
 
+from cnx_deploy.core.image_size import sides
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import cpu_count
 from cnx_deploy.data import ImageFiles, load_image
@@ -76,7 +78,7 @@ class ValidationImages(TorchDataset[Item]):
         mine = slice(spec.launch.rank, None, spec.launch.processes)
         self.split = split.subset(range(len(split))[mine])
         self.preprocessing = spec.preprocessing
-        self.cached = _cached(self.split, self._pixels, len(self.split.paths) * 3 * spec.image_size**2)
+        self.cached = _cached(self.split, self._pixels, len(self.split.paths) * 3 * math.prod(sides(spec.image_size)))
 
     def __len__(self) -> int:
         return len(self.split.paths)
@@ -118,7 +120,7 @@ class ImageAugmentation:
         preprocessing = spec.preprocessing
         steps: list[Callable[[Tensor], Tensor]] = []
         if spec.min_crop_area < 1.0:
-            size, area = preprocessing.image_size, (spec.min_crop_area, 1.0)
+            size, area = sides(preprocessing.image_size), (spec.min_crop_area, 1.0)
             steps.append(v2.RandomResizedCrop(size, area, interpolation=InterpolationMode.BICUBIC))
         else:
             steps.append(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.image_size import ImageSize
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import Variant, find_variant
 from cnx_deploy.training.distributed import ONE_PROCESS, Launch
@@ -42,7 +43,7 @@ class RunSpec:
         variant: Network, by name or as a record.
         output_dir: Folder of runs, used where `run_dir` is None.
         epochs: Times that every image is seen.
-        image_size: Side in pixels, a multiple of 32.
+        image_size: Side in pixels, or (height, width).
         batch_size: Images a process and batch.
         accumulate: Batches that make one step of the optimiser.
         learning_rate: Highest rate, absolute; None takes it from `base_learning_rate`.
@@ -64,7 +65,7 @@ class RunSpec:
     variant: Variant | str
     output_dir: Path = Path("runs")
     epochs: int = 30
-    image_size: int = 224
+    image_size: ImageSize = 224
     batch_size: int = 32
     accumulate: int = 1
     learning_rate: float | None = None

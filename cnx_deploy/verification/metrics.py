@@ -105,18 +105,22 @@ class LabelledResult(ParityResult):
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was checked of one artifact. `not_run` says what could not be run here and what is missing."""
+    """What was checked of one artifact. `not_run` says what could not be run here and what is missing.
+
+    `failures` are other faults than those of outputs: images that are not made as the source of the weights makes them.
+    """
 
     artifact: str
     kind: str
     results: tuple[ParityResult, ...]
     not_run: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    failures: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
         """Whether nothing that ran has failed."""
-        return all(result.passed for result in self.results)
+        return not self.failures and all(result.passed for result in self.results)
 
     def to_dict(self) -> dict[str, Any]:
         """The verification as JSON has it."""
@@ -127,6 +131,7 @@ class Verification:
             "results": [result.to_dict() for result in self.results],
             "not_run": list(self.not_run),
             "notes": list(self.notes),
+            "failures": list(self.failures),
         }
 
 
@@ -243,6 +248,7 @@ def table_of(verifications: Sequence[Verification]) -> Iterator[str]:
                 f"{'pass' if result.passed else 'FAIL: ' + '; '.join(result.failures)}"
             )
             yield from (f"  {line}" for line in result.lines())
+        yield from (f"{entry.artifact:34} FAIL: {failure}" for failure in entry.failures)
         for reason in entry.not_run:
             yield f"{entry.artifact:34} not run: {reason}"
     for line in dict.fromkeys(line for entry in verifications for line in entry.notes):

@@ -13,6 +13,7 @@ from cnx_deploy.core.artifacts import refused_engine
 from cnx_deploy.core.class_names import check_class_count
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import CheckFailedError, CorruptArtifactError, InputError, MissingRequirementError
+from cnx_deploy.core.image_size import size_text
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.strict_json import strict_json, typed
@@ -58,7 +59,7 @@ class Model:
         self.runner.__exit__(kind, error, trace)
 
     def __repr__(self) -> str:
-        info, size = self.runner.info, self.preprocessing.image_size
+        info, size = self.runner.info, size_text(self.preprocessing.image_size)
         return f"Model({info.backend} {info.version} in {info.arithmetic} on {info.device}, {size} px)"
 
     def predict(
@@ -180,7 +181,8 @@ def predict_images(predictor: Model, images: ImageSource, *, top: int = 5, batch
 def _recorded_model(artifact: Artifact, many: bool, device: str) -> Model:
     model = artifact.manifest.model
     seed = f"The weights are random (seed {model.weights.reference}): the answers mean nothing."
-    notes = (seed,) if model.weights.origin == "random" else ()
+    notes: tuple[str, ...] = (seed,) if model.weights.origin == "random" else ()
+    notes += tuple(filter(None, (model.preprocessing.assumption(model.origins),)))
     runner = open_runner(artifact, options=RunnerOptions(device=device, thread_per_image=many, hashes_hold=True))
     return Model(runner, find_task(model.task), model.preprocessing, model.class_names, notes, model.num_classes)
 
@@ -223,15 +225,14 @@ def _checkpoint_model(path: Path, device: str, ema: bool | None, entry: str | No
     if device == "cuda" and not torch.cuda.is_available():
         raise MissingRequirementError("PyTorch finds no GPU here, so the device cuda cannot be used. Use --device cpu.")
     loaded = load_checkpoint(path, ema=ema, entry=entry)
-    preprocessing = loaded.preprocessing or Preprocessing()
+    preprocessing = loaded.preprocessing
     spec = DeploySpec(image_size=preprocessing.image_size, mean=preprocessing.mean, std=preprocessing.std)
-    assumed = f"The checkpoint says nothing of its images: {preprocessing.image_size} px and ImageNet's mean and std."
     return Model(
         reference_runner(loaded.model.to(device), spec),
         loaded.model.task,
         preprocessing,
         loaded.class_names,
-        (*(() if loaded.preprocessing else (assumed,)), *loaded.notes),
+        (*filter(None, (preprocessing.assumption(loaded.origins),)), *loaded.notes),
         loaded.model.num_classes,
     )
 

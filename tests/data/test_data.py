@@ -66,8 +66,9 @@ def test_preprocessing_survives_its_dictionary():
 @pytest.mark.parametrize(
     "values",
     [
-        {"image_size": 100}, {"image_size": "big"}, {"crop_ratio": 0.0}, {"crop_ratio": 1.5}, {"interpolation": "box"},
+        {"image_size": 16}, {"image_size": [64, 16]}, {"image_size": "big"}, {"crop_ratio": 0.0}, {"crop_ratio": 1.5},
         {"white_level": 0}, {"white_level": -1.0}, {"white_level": float("inf")}, {"white_level": "white"},
+        {"interpolation": "random"}, {"crop_mode": "stretch"},
         {"mean": [0.5, 0.5]}, {"mean": [0.5, 0.5, float("nan")]}, {"std": [0.2, 0.2, 0.0]}, {"resize": 256},
     ],
     ids=str,

@@ -380,7 +380,7 @@ def test_a_checkpoint_without_the_margin_ends_with_exit_code_3(cnx: Command, tmp
         (("--variant", "atto", "--margin", "0.5"), 2, "margin"),
         (("--variant", "atto", "--margin", "nan"), 2, "margin"),
         (("--variant", "atto", "--samples", "0"), 2, "samples"),
-        (("--variant", "atto", "--image-size", "65"), 2, "multiples of 32"),
+        (("--variant", "atto", "--image-size", "31"), 2, "32 to 65536 pixels"),
         (("--variant", "atto", "--data", "empty"), 2, "holds no images"),
     ],
 )

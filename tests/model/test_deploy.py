@@ -352,7 +352,7 @@ def test_the_deploy_form_of_a_training_model_is_in_evaluation_mode(tiny_model):
     ("values", "named"),
     [
         ({"precision": "int8"}, "int8"),
-        ({"image_size": 100}, "100x100"),
+        ({"image_size": 16}, "16x16"),
         ({"input_kind": "bytes"}, "bytes"),
         ({"layout": "tpu"}, "tpu"),
         ({"std": (0.2, 0.0, 0.2)}, "std"),

@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     variant = find_variant("tiny-test")
     path = save_checkpoint(root / "tiny.safetensors", random_model(variant, 2, seed=0), licence="CC-BY-NC-4.0")
     loaded = load_checkpoint(path, variant)
-    record = model_record(loaded, Preprocessing(image_size=32), root / "export", path)
+    record = model_record(loaded, Preprocessing(image_size=32), root / "export")
     spec = ExportSpec(deploy=DeploySpec("fp16", 32), batch=(1, 2, 4), external_data_bytes=1000)
     exported = export_onnx(loaded.model, record, spec, root / "export")
     build = BuildSpec(runtime="tensorrt-rtx", target="sm89", batches=((1, 2, 4),), measure=False)

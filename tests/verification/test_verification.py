@@ -213,8 +213,12 @@ def test_a_checkpoint_is_found_relative_to_the_manifest(from_checkpoint, monkeyp
 
 def test_a_record_names_the_checkpoint_relative_to_the_manifests_folder(from_checkpoint, tmp_path):
     loaded = recorded_model(from_checkpoint)
-    record = model_record(loaded, Preprocessing(image_size=64), tmp_path / "engines", tmp_path / "runs" / "best.pt")
-    assert (record.weights.origin, record.weights.reference, record.image_size) == ("checkpoint", "../runs/best.pt", 64)
+    record = model_record(loaded, Preprocessing(image_size=64), tmp_path / "engines")
+    assert (record.weights.origin, record.weights.reference, record.image_size) == (
+        "checkpoint",
+        "../runs/best.safetensors",
+        64,
+    )
 
 
 def test_another_checkpoint_at_the_recorded_path_is_corrupt(from_checkpoint, tmp_path):

@@ -9,10 +9,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cnx_deploy.core.artifacts import read_artifact
 from cnx_deploy.core.errors import CnxDeployError, InputError
 from cnx_deploy.core.gates import ParityResult
+from cnx_deploy.core.image_size import sides
 from cnx_deploy.core.manifest import Artifact, Compiled, EngineManifest, ModelRecord, OnnxManifest
 from cnx_deploy.core.precision import PRECISIONS
 from cnx_deploy.core.variants import find_variant
@@ -200,7 +202,7 @@ class Records:
     @property
     def networks(self) -> tuple[Network, ...]:
         """The networks, the smallest first; those of unknown size last."""
-        groups: dict[tuple[str, int, int, str], list[Entry]] = {}
+        groups: dict[tuple[Any, ...], list[Entry]] = {}
         for entry in self.entries:
             model = entry.manifest.model
             key = (model.variant, model.image_size, model.num_classes, model.weights.sha256)
@@ -210,9 +212,9 @@ class Records:
             precision = list(PRECISIONS).index(entry.manifest.precision.name)
             return entry.engine is not None, precision, entry.manifest.stem
 
-        def size(network: Network) -> tuple[float, str, int]:
+        def size(network: Network) -> tuple[float, str, tuple[int, int]]:
             macs = network.counts[1]
-            return math.inf if macs is None else macs, network.model.variant, network.model.image_size
+            return math.inf if macs is None else macs, network.model.variant, sides(network.model.image_size)
 
         return tuple(sorted((Network(tuple(sorted(group, key=rank))) for group in groups.values()), key=size))
 

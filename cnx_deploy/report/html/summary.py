@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cnx_deploy.bench.record import BenchmarkRecord
+from cnx_deploy.core.image_size import size_text
 from cnx_deploy.diagnosis.layer_record import LayerComparison
 from cnx_deploy.report.html.charts import percent
 from cnx_deploy.report.html.documents import Given, HeadroomDocument
@@ -106,7 +107,7 @@ def _artifact_gaps(records: Records) -> Iterator[Gap]:
     drawn = [network.model for network in networks if network.is_random]
     if drawn:
         why = "Predictions mean nothing, no accuracy follows, and only a trained network’s ranges count."
-        names = tuple(f"{model.variant}, {model.image_size} px" for model in drawn)
+        names = tuple(f"{model.variant}, {size_text(model.image_size)} px" for model in drawn)
         yield Gap("Networks with random weights", why, names)
     if networks:
         yield Gap(

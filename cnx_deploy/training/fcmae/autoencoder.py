@@ -19,10 +19,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from cnx_deploy.core.errors import CheckpointError
+from cnx_deploy.core.errors import CheckpointError, InputError
 from cnx_deploy.core.files import whole_file
+from cnx_deploy.core.image_size import STRIDE
 from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.core.variants import Variant, check_image_size
+from cnx_deploy.core.variants import Variant
 from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.model.checkpoint import LoadedModel, load_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model
@@ -56,7 +57,8 @@ def masked_features(encoder: ConvNeXtV2, images: Tensor, masks: Tensor) -> list[
     Raises:
         InputError: The masks are not of the images' patches.
     """
-    check_image_size(images.shape[-2], images.shape[-1])
+    if any(side % STRIDE for side in images.shape[-2:]):
+        raise InputError(f"Masked images need sides that {STRIDE} divides, not {tuple(images.shape[-2:])}.")
     conv, norm = encoder.stem_layers()
     features = norm(conv(images))
     downsamplings = encoder.downsampling_layers()

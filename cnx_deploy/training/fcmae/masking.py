@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.variants import STRIDE
+from cnx_deploy.core.image_size import STRIDE
 
 __all__ = ["PATCH_VALUES", "enlarged", "images_of_patches", "masked_count", "masked_losses", "normalised_patches",
            "patches_of", "random_masks"]  # fmt: skip

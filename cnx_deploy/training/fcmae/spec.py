@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.variants import STRIDE
+from cnx_deploy.core.image_size import stage_sides
 from cnx_deploy.training.fcmae.masking import masked_count
 from cnx_deploy.training.records import EpochRecord, RunResult
 from cnx_deploy.training.spec import RunSpec, TrainingSpec
@@ -64,7 +64,7 @@ class PretrainingSpec(RunSpec):
     @property
     def grid(self) -> tuple[int, int]:
         """Patches of an image, height and width."""
-        return self.image_size // STRIDE, self.image_size // STRIDE
+        return stage_sides(self.image_size, 3)
 
     @property
     def patches(self) -> int:

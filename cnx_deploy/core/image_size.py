@@ -1,0 +1,62 @@
+"""The size of a network's images, square or not: as options and file names write it and as records keep it.
+
+A record has the side of a square as one number, so that it reads 224, and [height, width] of everything else.
+"""
+
+import re
+
+from cnx_deploy.core.errors import InputError
+
+__all__ = [
+    "STRIDE", "ImageSize", "canonical_size", "check_image_size", "parse_image_size", "sides", "size_text",
+    "stage_sides",
+]  # fmt: skip
+
+ImageSize = int | tuple[int, int]
+"""Side of a square image in pixels, or (height, width).
+
+Without bounds in the type: msgspec 0.22 ends the process when it reads a union of a bounded number and a pair of them.
+"""
+MAX_SIDE = 1 << 16
+STRIDE = 32
+"""Input pixels per position of the last stage: 4 (stem) times 2 for each of three downsamplings."""
+
+
+def sides(size: ImageSize) -> tuple[int, int]:
+    """Height and width in pixels."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def canonical_size(size: ImageSize) -> ImageSize:
+    """One number for a square. Raises InputError for sides that the network cannot take."""
+    height, width = sides(size)
+    check_image_size(height, width)
+    return height if height == width else (height, width)
+
+
+def size_text(size: ImageSize) -> str:
+    """`224`, or `256x512` as height x width."""
+    return str(size) if isinstance(size, int) else f"{size[0]}x{size[1]}"
+
+
+def parse_image_size(text: str) -> ImageSize:
+    """Read what `size_text` writes. Raises InputError for anything else."""
+    match = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text.strip())
+    if match is None:
+        raise InputError(f"{text!r} is no image size: expected a side such as 224, or height x width such as 256x512.")
+    return canonical_size((int(match[1]), int(match[2] or match[1])))
+
+
+def stage_sides(size: ImageSize, stage: int) -> tuple[int, int]:
+    """Height and width of the feature maps of a stage, 0 to 3: strided convolutions leave out what does not fit."""
+    height, width = sides(size)
+    return height // (4 << stage), width // (4 << stage)
+
+
+def check_image_size(height: int, width: int) -> None:
+    """Raise InputError unless both sides have at least 32 pixels, so that the last stage has a position."""
+    if not STRIDE <= min(height, width) <= max(height, width) <= MAX_SIDE:
+        raise InputError(
+            f"The image size {height}x{width} does not fit: both sides need {STRIDE} to {MAX_SIDE} pixels, for the "
+            f"network divides each by {STRIDE}."
+        )

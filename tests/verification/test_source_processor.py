@@ -1,0 +1,89 @@
+"""The images of an artifact beside those of the library that its weights come from."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+from timm.models import save_for_hf
+from transformers import ConvNextImageProcessorPil, ConvNextV2Config, ConvNextV2ForImageClassification
+
+import cnx_deploy as cnx
+from tests.support.foreign_models import randomise
+
+NAMES = ["cat", "dog", "Küche"]
+
+
+@pytest.fixture(scope="module")
+def transformers_onnx(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("transformers")
+    labels = dict(enumerate(NAMES))
+    config = ConvNextV2Config(
+        depths=[1, 1, 2, 1], hidden_sizes=[8, 16, 32, 64], id2label=labels,
+        label2id={name: index for index, name in labels.items()},
+    )  # fmt: skip
+    randomise(ConvNextV2ForImageClassification(config)).save_pretrained(folder)
+    ConvNextImageProcessorPil(size={"shortest_edge": 64}, crop_pct=0.9, image_mean=[0.5] * 3).save_pretrained(folder)
+    return cnx.export("tiny-test", checkpoint=folder, precision="fp32", output_dir=folder / "export").path
+
+
+def changed(onnx: Path, **fields: object) -> Path:
+    """The same file whose manifest says something else of its images."""
+    manifest = onnx.with_suffix(".json")
+    content = json.loads(manifest.read_text())
+    content["model"]["preprocessing"] |= fields
+    manifest.write_text(json.dumps(content))
+    return onnx
+
+
+def test_verify_runs_the_processor_of_transformers_and_says_so(transformers_onnx):
+    report = cnx.verify(transformers_onnx)
+    assert report.passed
+    assert "agrees with transformers' preprocessor_config.json" in str(report)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"mean": [0.485, 0.456, 0.406]}, {"crop_ratio": 0.875}, {"crop_mode": "squash"},
+               {"interpolation": "bilinear"}, {"std": [0.4, 0.5, 0.5]}]
+)  # fmt: skip
+def test_images_that_are_made_otherwise_fail(transformers_onnx, tmp_path, fields):
+    before = transformers_onnx.with_suffix(".json").read_text()
+    try:
+        report = cnx.verify(changed(transformers_onnx, **fields))
+    finally:
+        transformers_onnx.with_suffix(".json").write_text(before)
+    assert not report.passed
+    assert "is not that of transformers' preprocessor_config.json" in str(report)
+
+
+def test_a_folder_of_timm_is_compared_with_timms_own_transform(tmp_path):
+    model = randomise(timm.create_model("convnextv2_atto", num_classes=3))
+    model.pretrained_cfg |= {"crop_mode": "border", "input_size": (3, 64, 64), "mean": (0.3, 0.4, 0.5)}
+    save_for_hf(model, str(tmp_path), model_config={"num_classes": 3, "label_names": NAMES})
+    onnx = cnx.export("atto", checkpoint=tmp_path, precision="fp32", output_dir=tmp_path / "export")
+    assert onnx.manifest.model.class_names == tuple(NAMES)
+    assert "agrees with timm's config.json" in str(cnx.verify(onnx))
+
+
+def test_what_an_option_gave_is_not_compared_and_it_is_said(transformers_onnx, tmp_path):
+    onnx = cnx.export(
+        "tiny-test", checkpoint=transformers_onnx.parents[1], precision="fp32", mean=(0.1, 0.2, 0.3),
+        output_dir=tmp_path,
+    )  # fmt: skip
+    assert "mean were given as options" in str(cnx.verify(onnx))
+
+
+def test_an_export_prints_what_it_assumes_and_records_it(cnx, tmp_path, transformers_onnx):
+    (tmp_path / "model.safetensors").write_bytes((transformers_onnx.parents[1] / "model.safetensors").read_bytes())
+    words = ("export", "--variant", "tiny-test", "--checkpoint", str(tmp_path / "model.safetensors"))
+    code, _, told = cnx(*words, "--precision", "fp32", "--mean", "0.5", "0.5", "0.5", "--image-size", "64",
+                        "--output-dir", str(tmp_path / "export"))  # fmt: skip
+    assert code == 0, told
+    assert "Assumed" in told
+    assert "std (0.229, 0.224, 0.225)" in told
+    manifest = json.loads((tmp_path / "export" / "tiny-test-64-fp32.json").read_text())
+    origins = manifest["model"]["origins"]
+    assert (origins["mean"], origins["std"], origins["image_size"]) == ("option", "assumed", "option")
+    (tmp_path / "picture").mkdir()
+    code, _, told = cnx("verify", str(tmp_path / "export" / "tiny-test-64-fp32.onnx"), "--data", "tests")
+    assert code == 2  # no images there, and what is assumed was not the reason
