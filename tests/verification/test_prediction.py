@@ -173,7 +173,8 @@ def test_a_checkpoint_that_says_nothing_of_its_images_is_noted_and_taken_at_224_
     predictor = open_predictor(save_checkpoint(tmp_path / "bare.safetensors", atto))
     assert predictor.preprocessing == Preprocessing()
     assert predictor.class_names is None
-    assert "says nothing of its images" in predictor.notes[0]
+    assert "Assumed" in predictor.notes[0]
+    assert "image_size 224" in predictor.notes[0]
 
 
 def test_an_altered_onnx_file_is_not_run(onnx_copy):
