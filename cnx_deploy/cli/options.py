@@ -12,8 +12,7 @@ import click
 
 from cnx_deploy.cli.printable import printable, printable_json
 from cnx_deploy.core.errors import CnxDeployError
-from cnx_deploy.core.image_size import parse_image_size
-from cnx_deploy.core.preprocessing import CROP_MODES, INTERPOLATIONS
+from cnx_deploy.core.image_size import CROP_MODES, INTERPOLATIONS, parse_image_size
 from cnx_deploy.core.variants import ALL_VARIANTS
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The size of a network's images, square or not: as options and file names write it and as records keep it.
+"""The size of a network's images, square or not, and the ways in which pictures are brought to it.
 
 A record has the side of a square as one number, so that it reads 224, and [height, width] of everything else.
 """
@@ -8,8 +8,8 @@ import re
 from cnx_deploy.core.errors import InputError
 
 __all__ = [
-    "STRIDE", "ImageSize", "canonical_size", "check_image_size", "parse_image_size", "sides", "size_text",
-    "stage_sides",
+    "CROP_MODES", "INTERPOLATIONS", "STRIDE", "ImageSize", "canonical_size", "check_image_size", "parse_image_size",
+    "sides", "size_text", "stage_sides",
 ]  # fmt: skip
 
 ImageSize = int | tuple[int, int]
@@ -18,6 +18,9 @@ ImageSize = int | tuple[int, int]
 Without bounds in the type: msgspec 0.22 ends the process when it reads a union of a bounded number and a pair of them.
 """
 MAX_SIDE = 1 << 16
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+CROP_MODES = ("center", "center-floor", "squash", "border")
+"""See `core.preprocessing.Preprocessing`."""
 STRIDE = 32
 """Input pixels per position of the last stage: 4 (stem) times 2 for each of three downsamplings."""
 

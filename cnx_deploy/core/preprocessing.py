@@ -8,18 +8,15 @@ from typing import Annotated, Any, Self
 import msgspec
 
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.image_size import ImageSize, canonical_size
+from cnx_deploy.core.image_size import CROP_MODES, INTERPOLATIONS, ImageSize, canonical_size
 from cnx_deploy.core.strict_json import shortened, typed
 
 __all__ = [
-    "ASSUMED", "CROP_MODES", "IMAGENET_MEAN", "IMAGENET_STD", "INTERPOLATIONS", "BrokenImage", "Positive",
-    "Preprocessing", "Triple",
+    "ASSUMED", "IMAGENET_MEAN", "IMAGENET_STD", "BrokenImage", "Positive", "Preprocessing", "Triple",
 ]  # fmt: skip
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
-CROP_MODES = ("center", "center-floor", "squash", "border")
 ASSUMED = "assumed"
 """Where a field of the preprocessing comes from that neither the weights' files nor an option says."""
 LATER_FIELDS = {"crop_mode": "center", "white_level": None}

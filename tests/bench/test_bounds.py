@@ -70,7 +70,7 @@ def test_bytes_follow_precision_and_size() -> None:
 
 @pytest.mark.parametrize(
     ("variant", "size", "precision", "message"),
-    [("mega", 224, "fp16", "mega"), ("atto", 225, "fp16", "225"), ("atto", 224, "fp8", "'fp8'")],
+    [("mega", 224, "fp16", "mega"), ("atto", 16, "fp16", "16x16"), ("atto", 224, "fp8", "'fp8'")],
 )
 def test_work_that_does_not_exist_is_refused(variant: str, size: int, precision: str, message: str) -> None:
     with pytest.raises(InputError, match=message):

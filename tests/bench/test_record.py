@@ -42,7 +42,7 @@ LIES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("environment", "processors"), 0, "environment.processors: Expected int >= 1"),
     (("environment", "load_average"), "low", "environment.load_average: Expected float | null, got str"),
     (("environment", "tools", "torch"), None, "environment.tools[...]: Expected str, got null"),
-    (("networks", "atto-32", "image_size"), 1.5, "networks[...].image_size: Expected int, got float"),
+    (("networks", "atto-32", "image_size"), 1.5, "networks[...].image_size: Expected int | array, got float"),
     (("networks", "atto-32", "num_classes"), 10**400, "networks[...].num_classes: Expected int <= 2147483648"),
     (("networks",), {}, "rows[0].network: 'atto-32' is none of its networks"),
     (("rows", 1, "network"), "x" * 9000, "rows[1].network: 'xxxxxxxx"),
