@@ -19,6 +19,7 @@ from typing import Any
 
 from cnx_deploy.core.class_names import ordered_names
 from cnx_deploy.core.errors import CorruptArtifactError, InputError
+from cnx_deploy.core.image_size import ImageSize, canonical_size
 from cnx_deploy.core.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from cnx_deploy.core.strict_json import bounded_content, shortened, strict_json
 
@@ -182,7 +183,7 @@ def timm_config(config: Mapping[str, Any], where: str) -> SourceConfig:
             f"{where} trims crop_border_pixels={data['crop_border_pixels']} pixels, which is not done here."
         )
     fields: dict[str, Any] = {
-        "image_size": _side(data.get("input_size", (3, 224, 224)), where),
+        "image_size": _size(data.get("input_size", (3, 224, 224)), where),
         "crop_ratio": _number(data.get("crop_pct") or 0.875, "crop_pct", where),
         "crop_mode": data.get("crop_mode") or "center",
         "interpolation": data.get("interpolation") or "bicubic",
@@ -231,7 +232,7 @@ def _convnext_resize(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     side = size.get("shortest_edge") if isinstance(size, Mapping) else size
     if not isinstance(side, int) or side < 1:
         raise InputError(f"{where} has the size {shortened(size)}: expected {{'shortest_edge': pixels}}.")
-    if values["do_center_crop"] and _side(values.get("crop_size", side), where) != side:
+    if values["do_center_crop"] and _size(values.get("crop_size", side), where) != side:
         raise InputError(f"{where} crops to {values['crop_size']} after a resize to {side}: expected one size.")
     if side >= 384:
         return {"image_size": side, "crop_ratio": 1.0, "crop_mode": "squash"}
@@ -244,19 +245,25 @@ def _resize(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     keeps_ratio = isinstance(size, Mapping) and "shortest_edge" in size
     if keeps_ratio and not crops:
         raise InputError(f"{where} resizes to {shortened(size)} and crops nothing: expected a crop to one size.")
-    resized = _side(size, where)
-    side = _side(values.get("crop_size", resized), where) if crops else resized
-    ratio = side / resized
-    while math.floor(side / ratio) < resized:  # the ratio has to lead back to the size
+    resized = _size(size, where)
+    cropped = _size(values.get("crop_size", resized), where) if crops else resized
+    if not isinstance(cropped, int) or not isinstance(resized, int):
+        if keeps_ratio or cropped != resized:
+            raise InputError(
+                f"{where} crops to {shortened(cropped)}: expected a square, or a resize to that size alone."
+            )
+        return {"image_size": cropped, "crop_ratio": 1.0, "crop_mode": "squash"}
+    ratio = cropped / resized
+    while math.floor(cropped / ratio) < resized:  # the ratio has to lead back to the size
         ratio = math.nextafter(ratio, 0.0)
-    return {"image_size": side, "crop_ratio": ratio, "crop_mode": "center-floor" if keeps_ratio else "squash"}
+    return {"image_size": cropped, "crop_ratio": ratio, "crop_mode": "center-floor" if keeps_ratio else "squash"}
 
 
 def _timm_args(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What timm's `train.py` was told of images; a value of None was left to the model's own configuration."""
     size = values.get("img_size") or values.get("input_size")
     readers: dict[str, tuple[Any, Callable[[Any], Any]]] = {
-        "image_size": (size, lambda value: _side(value, where)),
+        "image_size": (size, lambda value: _size(value, where)),
         "crop_ratio": (values.get("crop_pct"), lambda value: _number(value, "crop_pct", where)),
         "crop_mode": (values.get("crop_mode"), str),
         "interpolation": (values.get("interpolation") or None, str),
@@ -305,14 +312,14 @@ def _label_names(value: Any, where: str) -> tuple[str, ...] | None:
     return None if all(name == f"LABEL_{index}" for index, name in enumerate(names)) else names
 
 
-def _side(size: Any, where: str) -> int:
-    """Pixels of a square picture: 224, (3, 224, 224), (224, 224) or {"height": 224, "width": 224}."""
+def _size(size: Any, where: str) -> ImageSize:
+    """The size of a picture: 224, (3, 224, 224), (256, 512) or {"height": 256, "width": 512}."""
     if isinstance(size, Mapping):
         size = (size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge")))
-    sides = tuple(size)[-2:] if isinstance(size, Sequence) and not isinstance(size, str) else (size, size)
-    if len(set(sides)) != 1 or not isinstance(sides[0], int) or sides[0] < 1:
-        raise InputError(f"{where} has the image size {shortened(size)}: expected a square in pixels, such as 224.")
-    return sides[0]
+    both = tuple(size)[-2:] if isinstance(size, Sequence) and not isinstance(size, str) else (size, size)
+    if len(both) != 2 or not all(isinstance(side, int) for side in both):
+        raise InputError(f"{where} has the image size {shortened(size)}: expected pixels, such as 224 or [256, 512].")
+    return canonical_size((both[0], both[1]))
 
 
 def _number(value: Any, name: str, where: str) -> float:

@@ -71,6 +71,7 @@ PROCESSORS: dict[str, Any] = {
     ),
     "not rescaled": ConvNextImageProcessorPil(**SMALL, do_rescale=False, image_mean=[127.0] * 3, image_std=[64.0] * 3),
     "vit": ViTImageProcessorPil(size={"height": 96, "width": 96}),
+    "not square": ViTImageProcessorPil(size={"height": 64, "width": 96}),
     "bit": BitImageProcessorPil(size={"shortest_edge": 74}, crop_size={"height": 64, "width": 64}),
 }
 
@@ -85,6 +86,17 @@ def test_images_are_normalised_as_the_processor_of_transformers_does_it(pictures
         ours = normalise(to_pixels(picture, preprocessing)[None], preprocessing)[0]
         step = 1 / 255 / min(preprocessing.std)
         assert float((ours - theirs).abs().max()) <= 1.001 * step, picture.size
+
+
+def test_a_configuration_of_timm_for_images_that_are_not_square_is_followed(pictures):
+    written = {"input_size": (3, 64, 96), "crop_pct": 0.9, "interpolation": "bicubic"}
+    for crop_mode in ("center", "squash", "border"):
+        config = {"architecture": "convnextv2_atto", "pretrained_cfg": {**written, "crop_mode": crop_mode}}
+        preprocessing = Preprocessing(**timm_config(config, "config.json").preprocessing)
+        transform = create_transform(**resolve_data_config(pretrained_cfg=config["pretrained_cfg"]), normalize=False)
+        for picture in pictures:
+            difference = to_pixels(picture, preprocessing).permute(2, 0, 1).int() - transform(picture).int()
+            assert int(difference.abs().max()) <= 1, (crop_mode, picture.size)
 
 
 def test_a_changed_field_of_the_processor_changes_what_is_read():
