@@ -3,13 +3,14 @@
 Every function takes plain values, returns a typed record that prints itself, and writes only where it is told to.
 """
 
+import difflib
 import gc
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from cnx_deploy.core.artifacts import find_artifacts, open_artifact, select_artifacts
 from cnx_deploy.core.class_names import ClassNames, names_of
@@ -31,7 +32,7 @@ from cnx_deploy.runners.registry import find_runner
 from cnx_deploy.verification.metrics import Verification, table_of
 from cnx_deploy.verification.predict import Model, open_predictor
 from cnx_deploy.verification.saved_results import SavedResults, save_for_polygraphy
-from cnx_deploy.verification.source_processor import ProcessorCheck, compare_with_source
+from cnx_deploy.verification.source_processor import compare_with_source
 from cnx_deploy.verification.verify import Progress, Reference, verify_artifact, verify_export
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ __all__ = [
 Note = Callable[[str], None]
 Source = Artifact | Path | str
 """An artifact, or the path of one."""
+Request = TypeVar("Request")
 Images = Any
 """A path, a PIL image, an array or a tensor; or a list of them. See `Model.predict`."""
 
@@ -81,7 +83,7 @@ def export(
         OutputExistsError: other inputs made what is there; `force=True` replaces it.
     """
     precisions = (precision,) if isinstance(precision, str) else tuple(precision)
-    made = run_exports(ExportRequest(variant=variant, precisions=precisions, **_with_paths(options)), note)
+    made = run_exports(_request(ExportRequest, options, variant=variant, precisions=precisions), note)
     return made[0] if isinstance(precision, str) else made
 
 
@@ -100,7 +102,7 @@ def build_engine(
     Raises:
         BuildError: TensorRT makes no engine, or one that computes in another precision than the file says.
     """
-    request = BuildRequest(files=(_path_of(onnx),), targets=(target,), **_with_paths(options))
+    request = _request(BuildRequest, options, files=(_path_of(onnx),), targets=(target,))
     return run_builds(request, note)[0]
 
 
@@ -121,7 +123,7 @@ def verify(
     Raises:
         MissingRequirementError: an engine was named and cannot run here.
     """
-    request = VerifyRequest(files=_paths_of(artifacts), **_with_paths(options))
+    request = _request(VerifyRequest, options, files=_paths_of(artifacts))
     return VerifyReport(tuple(run_verifications(request, note, progress)))
 
 
@@ -151,7 +153,7 @@ def benchmark(
 
     batches = (batch,) if isinstance(batch, int) else tuple(batch)
     options.setdefault("omp_threads", os.environ.get("OMP_NUM_THREADS"))
-    spec = BenchSpec(files=_paths_of(artifacts), batches=batches, compare=tuple(compare), **_with_paths(options))
+    spec = _request(BenchSpec, options, files=_paths_of(artifacts), batches=batches, compare=tuple(compare))
     return run_benchmark(spec, note, progress)
 
 
@@ -250,7 +252,7 @@ def headroom(checkpoint: Path | str | None = None, *, note: Note = _silent, **op
     from cnx_deploy.diagnosis.headroom import HeadroomRequest, run_headroom
 
     path = Path(checkpoint) if checkpoint is not None else None
-    return run_headroom(HeadroomRequest(checkpoint=path, **_with_paths(options)), note)
+    return run_headroom(_request(HeadroomRequest, options, checkpoint=path), note)
 
 
 def inspect(file: Source) -> "Inspection":
@@ -287,6 +289,18 @@ def _with_paths(options: dict[str, Any]) -> dict[str, Any]:
     """The same options with the path of a file or folder as one, where it is given as text."""
     names = ("checkpoint", "output_dir", "export_dir", "engines_dir", "save_inputs", "save_outputs", "data")
     return {name: Path(value) if name in names and isinstance(value, str) else value for name, value in options.items()}
+
+
+def _request(kind: type[Request], options: dict[str, Any], **known: Any) -> Request:
+    """The request of a kind; InputError for an option that it does not have."""
+    names = sorted({each.name for each in fields(kind)} - known.keys())  # type: ignore[arg-type]
+    if unknown := sorted(options.keys() - set(names)):
+        close = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.4)
+        raise InputError(
+            f"There is no option {unknown[0]!r}{f'; did you mean {close[0]}?' if close else '.'} The options are "
+            f"{', '.join(names)}."
+        )
+    return kind(**known, **_with_paths(options))
 
 
 def _paths_of(sources: Source | Sequence[Source]) -> tuple[Path, ...]:
@@ -432,7 +446,6 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
     told: set[int] = set()
     saved = SavedResults(request.save_outputs) if request.save_outputs is not None else None
     reference: Reference | None = None
-    check: ProcessorCheck | None = None
     words: dict[str, Any] = {"class_names": names_of(request.class_names), "white_level": request.white_level}
     for artifact in select_artifacts(request.files, request.export_dir, request.engines_dir, note):
         note(f"Verifying {artifact.path.name}")
@@ -440,9 +453,6 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
             require_gpu()  # an engine that was named is asked for; before any weight is loaded
         if reference is None or not reference.matches(artifact):
             reference, told = Reference(artifact, request.data, request.samples, **words), set()
-            record, check = artifact.manifest.model, compare_with_source(artifact)
-            if request.data is not None and (assumption := record.preprocessing.assumption(record.origins)):
-                note(assumption)
             for text in (*reference.images.notes, *reference.assumed):
                 note(text)
         runners, unfit = _fitting(request, artifact)
@@ -450,15 +460,24 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
             found.append(Verification(artifact.path.name, artifact.manifest.kind, (), not_run=unfit))
             continue
         verification = verify_artifact(artifact, reference, progress, runners=runners, saved=saved)
-        more = [str(text) for text in (_outdated(artifact, request.export_dir), check) if text is not None]
-        if check is not None and not check.passed:
-            verification = replace(verification, failures=(more.pop(),))
-        verification = replace(verification, notes=(*verification.notes, *more))
+        check, record = compare_with_source(artifact), artifact.manifest.model
+        assumption = record.preprocessing.assumption(record.origins) if request.data is not None else None
+        has_failed = check is not None and not check.passed
+        more = (
+            _outdated(artifact, request.export_dir),
+            assumption,
+            None if has_failed or check is None else str(check),
+        )
+        verification = replace(
+            verification,
+            notes=(*verification.notes, *filter(None, more)),
+            failures=(str(check),) if has_failed else (),
+        )
         if request.files and verification.not_run:
             raise MissingRequirementError(f"{artifact.path.name}: {verification.not_run[0]}")
         found.append(verification)
         if saved is not None:
-            saved.finish(artifact, verification.not_run, verification.notes)
+            saved.finish(artifact, verification.not_run, verification.notes, verification.failures)
         if request.save_inputs is not None and artifact.manifest.kind == "onnx":
             folder = request.save_inputs / artifact.manifest.stem
             save_for_polygraphy(folder, reference.pairs(artifact, progress=progress))

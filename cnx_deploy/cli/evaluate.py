@@ -65,7 +65,9 @@ def evaluate_command(
         options.note(f"{write_plot(found, plot, f'{artifact.name} on {found.count} images of {data.name}')}")
     if as_json:
         backend = {"backend": info.backend, "version": info.version, "device": info.device}
-        options.echo_json({"artifact": str(artifact), "data": str(data), **backend, **found.to_dict()})
+        document = {"artifact": str(artifact), "data": str(data), **backend, **found.to_dict()}
+        assumed = [text for text in opened.notes if text.startswith("Assumed")]
+        options.echo_json({**document, "notes": [*assumed, *document["notes"]]})
         return
     options.echo(f"{artifact} on {found.count} images of {data}, {info.backend} {info.version} on {info.device}")
     options.echo("\n".join(found.lines()))

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 @options.entry
 @click.option("--mask-ratio", type=float, default=0.6, show_default=True, help="Share of patches that are hidden.")
 @click.option("--epochs", type=int, default=800, show_default=True)
-@click.option("--image-size", type=int, default=224, show_default=True, help="Side in pixels, a multiple of 32.")
+@click.option(
+    "--image-size",
+    type=options.IMAGE_SIZE,
+    default="224",
+    show_default=True,
+    help="Side, or height x width, each a multiple of 32.",
+)
 @click.option("--batch-size", type=int, default=64, show_default=True, help="Images a process and step.")
 @click.option("--accumulate", type=int, default=1, show_default=True, help="Batches that make one optimiser step.")
 @click.option("--learning-rate", type=float, help="Highest rate [default: from --base-learning-rate].")

@@ -18,12 +18,18 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("data", type=options.PATH)
 @options.variant
-@click.option("--checkpoint", type=options.EXISTING, help="Weights to start from, any known layout.")
+@click.option(
+    "--checkpoint", type=click.Path(exists=True, path_type=Path), help="Weights to start from, any known layout."
+)
 @options.pretrained
 @click.option("--reset-head", is_flag=True, help="Draw a new head for --checkpoint or --pretrained.")
 @options.ema
 @options.entry
-@click.option("--init", type=options.EXISTING, help="Weights to start from; a head of other classes is drawn anew.")
+@click.option(
+    "--init",
+    type=click.Path(exists=True, path_type=Path),
+    help="Weights to start from; a head of other classes is drawn anew.",
+)
 @click.option(
     "--recipe", type=click.Choice(["plain", "fine-tune", "from-scratch", "article"]), default="plain",
     show_default=True, help="What sets the options that are not given: the papers' for the variant, or the article's.",

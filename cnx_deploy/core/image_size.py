@@ -32,7 +32,10 @@ def sides(size: ImageSize) -> tuple[int, int]:
 
 def canonical_size(size: ImageSize) -> ImageSize:
     """One number for a square. Raises InputError for sides that the network cannot take."""
-    height, width = sides(size)
+    both = (size, size) if isinstance(size, int) else size
+    if not isinstance(both, tuple | list) or len(both) != 2 or not all(isinstance(side, int) for side in both):
+        raise InputError(f"{size!r} is no image size: expected a side such as 224, or (height, width) in pixels.")
+    height, width = both
     check_image_size(height, width)
     return height if height == width else (height, width)
 

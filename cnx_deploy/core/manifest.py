@@ -326,6 +326,8 @@ class Manifest:
         plain["model"]["preprocessing"] = self.model.preprocessing.to_dict()
         if self.model.weights.entry is None:
             del plain["model"]["weights"]["entry"]
+        if not self.model.origins:
+            del plain["model"]["origins"]
         return json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
     def _check_files(self, suffix: str) -> None:

@@ -68,6 +68,10 @@ class Preprocessing:
             raise InputError(f"No interpolation {self.interpolation!r}. Choose one of: {', '.join(INTERPOLATIONS)}.")
         if self.crop_mode not in CROP_MODES:
             raise InputError(f"No crop mode {self.crop_mode!r}. Choose one of: {', '.join(CROP_MODES)}.")
+        if (len(self.mean), len(self.std)) != (3, 3):
+            raise InputError(
+                f"mean and std have three numbers each, such as (0.5, 0.5, 0.5); got {self.mean}, {self.std}."
+            )
         if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
             raise InputError(f"mean must be finite and std positive, got mean {self.mean} and std {self.std}.")
         if self.white_level is not None and not 0.0 < self.white_level <= 2.0**32:
@@ -91,7 +95,7 @@ class Preprocessing:
             return None
         values = ", ".join(f"{name} {getattr(self, name)}" for name in assumed)
         options = ", ".join(f"--{name.replace('_', '-')}" for name in assumed)
-        return f"Assumed, for nothing beside the weights says it: {values}. To say otherwise: {options}."
+        return f"Assumed, for nothing beside the weights says it: {values}. To say otherwise: export with {options}."
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -244,6 +244,7 @@ def export_command(artifact: Artifact[OnnxManifest], kept: Sequence[str], final:
     name = manifest.stem.removesuffix(f"-{size_text(deploy.image_size)}-{deploy.precision}")
     words = ["--variant", manifest.model.variant, *_weights_options(artifact)]
     words += ["--image-size", size_text(manifest.model.image_size), "--precision", deploy.precision]
+    words += _image_options(manifest)
     words += ["--batch", ":".join(map(str, manifest.batch))] if manifest.batch != ExportSpec().batch else []
     words += ["--input", deploy.input_kind] if deploy.input_kind != "float" else []
     words += ["--optimize-for", str(deploy.layout)] if deploy.layout != "gpu" else []
@@ -255,6 +256,16 @@ def export_command(artifact: Artifact[OnnxManifest], kept: Sequence[str], final:
     return shlex.join(["cnx-deploy", "export", *words])
 
 
+def _image_options(manifest: OnnxManifest) -> list[str]:
+    """What the export was told of images and classes. The file of names is not recorded: the reader puts it there."""
+    words = list[str]()
+    for name, origin in manifest.model.origins.items():
+        if origin == "option" and name != "image_size":
+            value = "class-names.txt" if name == "class_names" else getattr(manifest.model.preprocessing, name)
+            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
 def _weights_options(artifact: Artifact) -> list[str]:
     model, weights = artifact.manifest.model, artifact.manifest.model.weights
     classes = ["--num-classes", str(model.num_classes)]
@@ -263,7 +274,8 @@ def _weights_options(artifact: Artifact) -> list[str]:
     new_head = [*classes, "--reset-head"] if model.head_is_new else []
     if weights.origin == "pretrained":
         return ["--pretrained", weights.reference, *new_head]
-    return ["--checkpoint", os.path.normpath(artifact.path.parent / weights.reference), *new_head]
+    entry = [] if weights.entry is None else ["--entry", weights.entry]
+    return ["--checkpoint", os.path.normpath(artifact.path.parent / weights.reference), *entry, *new_head]
 
 
 def _confirmed(result: Bisection, kept: tuple[str, ...], case: Case, note: Note) -> Bisection:

@@ -363,7 +363,7 @@ def _verdicts(headroom: Headroom) -> Iterator[str]:
     yield f"Written the naive way:    {naive}"
     if headroom.responses:
         size = headroom.naive_image_size
-        limit = "at any image size" if size is None else f"up to {size:,} px"
+        limit = "at any image size" if size is None else f"up to {size:,} px" if size else "at no image size"
         yield f"{'':26}GRN's sums keep the margin {limit}, by an RMS that no size changes to first order"
 
 

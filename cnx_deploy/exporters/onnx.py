@@ -23,6 +23,7 @@ from cnx_deploy.core.gates import ParityResult
 from cnx_deploy.core.image_size import size_text
 from cnx_deploy.core.manifest import Artifact, ModelRecord, OnnxFacts, OnnxManifest, OnnxRequest, TensorSpec
 from cnx_deploy.core.precision import exportable_precisions
+from cnx_deploy.core.preprocessing import ASSUMED
 from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.exporters.graph_checks import GraphFacts, check_export
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
@@ -219,6 +220,8 @@ def _metadata(record: ModelRecord, spec: ExportSpec) -> dict[str, str]:
     }
     if record.task != "classification":  # without it the files of classifiers keep their bytes
         entries["task"] = record.task
+    if assumed := [name for name, origin in record.origins.items() if origin == ASSUMED]:
+        entries["assumed"] = ",".join(assumed)
     if record.class_names:
         entries["class_names"] = json.dumps(record.class_names, ensure_ascii=False)
     return {f"cnx_deploy.{key}": value for key, value in sorted(entries.items())}

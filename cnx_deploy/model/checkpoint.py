@@ -61,6 +61,7 @@ class LoadedModel:
         origins: where class names and fields of the preprocessing come from, by name; "assumed" for a default that
             nothing beside trained weights contradicts. Empty for random weights.
         head_is_new: the head was drawn at random.
+        problem: why what lies beside the weights cannot be followed; who makes images as it says raises it.
         notes: what was chosen or made while loading: the layout, the entry of the file, averaged or plain weights, what
             was set aside, a new head.
     """
@@ -72,6 +73,21 @@ class LoadedModel:
     origins: Mapping[str, str] = field(default_factory=dict)
     head_is_new: bool = False
     notes: tuple[str, ...] = ()
+    problem: str | None = None
+
+    def told_of_images(self) -> tuple[str, ...]:
+        """Say where class names and preprocessing were read, and what is assumed; InputError for a `problem`."""
+        if self.problem is not None:
+            raise InputError(
+                f"{self.problem} Or say how images are made by an export with all of "
+                f"{', '.join('--' + name.replace('_', '-') for name in _ASSUMED)}."
+            )
+        places = [origin for origin in self.origins.values() if origin not in ("header", "option", ASSUMED)]
+        lines = [
+            f"{', '.join(name for name, where in self.origins.items() if where == origin)} from {origin}"
+            for origin in dict.fromkeys(places)
+        ]
+        return (*lines, *filter(None, (self.preprocessing.assumption(self.origins),)))
 
 
 def load_checkpoint(
@@ -108,19 +124,17 @@ def load_checkpoint(
         state = _with_new_head(purpose, state, found, classes)
         notes.append(f"new head for {classes} classes, drawn at random: train it before it is used")
     model = _filled_model(purpose, found, classes, state, where=str(path))
-    config, licence = _config_of(file, path), file.metadata.get("licence", FOREIGN_LICENCE)
-    if config.class_names and len(config.class_names) != model.num_classes:
-        notes.append(f"{len(config.class_names)} class names are left out, for there are {model.num_classes} classes")
+    (config, problem), licence = _config_of(file, path), file.metadata.get("licence", FOREIGN_LICENCE)
+    if config.class_names and (reset_head or len(config.class_names) != model.num_classes):
+        reason = "the head is new" if reset_head else f"there are {model.num_classes} classes"
+        notes.append(f"{len(config.class_names)} class names are left out, for {reason}")
         config = config.without_class_names()
-    for origin in dict.fromkeys(config.origins.values()):
-        told = [name for name, where in config.origins.items() if where == origin != "header"]
-        notes += [f"{', '.join(told)} from {origin}"] if told else []
     # Where a choice was made, the record leads back to the same network of the file.
     place = None if ema is None and entry is None else file.entry or TOP
     record = WeightsRecord("checkpoint", path.as_posix(), hash_weights(model), licence, place)
     return LoadedModel(
         model, record, config.class_names, _preprocessing_of(config, path), {**_ASSUMED, **config.origins},
-        head_is_new=reset_head, notes=tuple(notes),
+        head_is_new=reset_head, notes=tuple(notes), problem=problem,
     )  # fmt: skip
 
 
@@ -211,8 +225,8 @@ class ModelRequest:
     crop_ratio: float | None = None
     crop_mode: str | None = None
     interpolation: str | None = None
-    mean: Triple | None = None
-    std: Triple | None = None
+    mean: Triple | float | None = None
+    std: Triple | float | None = None
     class_names: ClassNames | None = None
 
     def load(self, note: Callable[[str], None]) -> tuple[LoadedModel, Preprocessing]:
@@ -228,20 +242,24 @@ class ModelRequest:
             included = "GRN" if loaded.model.variant.version == 2 else "LayerScale"
             note(f"No checkpoint: weights are random (seed {self.seed}), {included} included. Results mean nothing.")
         loaded = self._with_options(loaded)
-        if (assumption := loaded.preprocessing.assumption(loaded.origins)) is not None:
-            note(assumption)
+        for text in loaded.told_of_images():
+            note(text if text.startswith("Assumed") else f"Note: {text}")
         return loaded, loaded.preprocessing
 
     def _with_options(self, loaded: LoadedModel) -> LoadedModel:
         """What the options say in the place of what was read."""
-        given = {name: getattr(self, name) for name in _ASSUMED if getattr(self, name) is not None}
+        given = {name: value for name in _ASSUMED if (value := getattr(self, name)) is not None}
+        for name in given.keys() & {"mean", "std"}:  # one number is that of every channel
+            value = given[name]
+            given[name] = (value,) * 3 if isinstance(value, int | float) else tuple(value)
         origins = {**loaded.origins, **dict.fromkeys(given, "option")} if loaded.origins else loaded.origins
         names = loaded.class_names
         if (told := names_of(self.class_names)) is not None:
             names, origins = told, {**origins, "class_names": "option"}
             check_class_count(names, loaded.model.num_classes, f"{self.checkpoint or self.pretrained or 'the network'}")
         preprocessing = replace(loaded.preprocessing, **given)
-        return replace(loaded, class_names=names, preprocessing=preprocessing, origins=origins)
+        problem = None if given.keys() >= _ASSUMED.keys() else loaded.problem
+        return replace(loaded, class_names=names, preprocessing=preprocessing, origins=origins, problem=problem)
 
 
 def save_checkpoint(
@@ -355,15 +373,28 @@ def _check_header_types(header: Mapping[str, Any], path: Path) -> None:
             )
 
 
-def _config_of(file: WeightFile, path: Path) -> SourceConfig:
-    """What is known of a file's class names and preprocessing: from its own header, else from what lies beside it."""
+def _config_of(file: WeightFile, path: Path) -> tuple[SourceConfig, str | None]:
+    """What is known of a file's class names and preprocessing: from its own header, else from what lies beside it.
+
+    The second is why something of it cannot be followed: weights are read without it, images are not made.
+    """
     if not file.metadata:
-        return config_within(file.beside, str(path)) | config_beside(path)
+        config, problem = SourceConfig(), None
+        readers: tuple[Callable[[], SourceConfig], ...] = (
+            lambda: config_within(file.beside, str(path)), lambda: config_beside(path)
+        )  # fmt: skip
+        for read in readers:
+            try:
+                config |= read()
+                Preprocessing.from_dict(config.preprocessing)
+            except InputError as error:
+                config, problem = SourceConfig(), problem or str(error)
+        return config, problem
     names, preprocessing = file.metadata.get("class_names"), file.metadata.get("preprocessing")
     origins = {"class_names": "header"} if names else {}
     if preprocessing is not None:
         origins |= dict.fromkeys(_ASSUMED, "header")
-    return SourceConfig(tuple(names) if names else None, preprocessing or {}, origins)
+    return SourceConfig(tuple(names) if names else None, preprocessing or {}, origins), None
 
 
 def _preprocessing_of(config: SourceConfig, path: Path) -> Preprocessing:
@@ -389,7 +420,7 @@ def _class_count(
     if num_classes not in (None, found):
         raise CheckpointError(
             f"{where} has {found} classes and {num_classes} were asked for. Leave out --num-classes (num_classes), or "
-            "add --reset-head (reset_head) for a new head, which has to be trained."
+            "add --reset-head (reset_head) for a new head, which has to be trained; `train --init` does that by itself."
         )
     return found
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.core.files import sha256_of_file
-from cnx_deploy.model.source_config import json_object
+from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.model.source_config import json_object, timm_config
 
 __all__ = ["PRETRAINED_LICENCE", "PRETRAINED_TAGS", "PretrainedFiles", "fetch_pretrained", "variant_name_of_tag"]
 
@@ -72,8 +73,15 @@ def fetch_pretrained(tag: str, cache_dir: Path | None = None) -> PretrainedFiles
     config_path, weights = (_fetch(tag, name, cache_dir) for name in ("config.json", "model.safetensors"))
     _check_blob(weights)
     config = json_object(config_path) or {}
-    if "pretrained_cfg" not in config or not isinstance(classes := config.get("num_classes"), int) or classes < 0:
-        raise CorruptArtifactError(f"{config_path} is not a timm model's config. Delete it and fetch again.")
+    classes = config.get("num_classes")
+    try:
+        Preprocessing(**timm_config(config, str(config_path)).preprocessing)
+        if type(classes) is not int or classes < 0:
+            raise InputError(f"num_classes is {classes!r}, expected a number")
+    except InputError as error:
+        raise CorruptArtifactError(
+            f"{config_path} is not a timm model's config ({error}). Delete it and fetch again."
+        ) from error
     return PretrainedFiles(weights, classes or None)
 
 

@@ -19,13 +19,15 @@ from typing import Any
 
 from cnx_deploy.core.class_names import ordered_names
 from cnx_deploy.core.errors import CorruptArtifactError, InputError
-from cnx_deploy.core.image_size import ImageSize, canonical_size
+from cnx_deploy.core.image_size import ImageSize, canonical_size, sides
 from cnx_deploy.core.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from cnx_deploy.core.strict_json import bounded_content, shortened, strict_json
 
 __all__ = [
     "CONFIG",
     "PROCESSOR",
+    "PROCESSORS",
+    "TIMM_DEFAULT",
     "SourceConfig",
     "config_beside",
     "config_within",
@@ -38,11 +40,14 @@ __all__ = [
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
 """What timm and transformers call the file of weights in a folder."""
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+TIMM_DEFAULT = "timm's default"
+"""Where a field comes from that timm's configuration leaves out."""
 FAMILIES = ("convnext", "convnextv2")
 RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Pillow's filters by their number, as transformers writes them."""
 NAME_KEYS = ("class_names", "classes", "CLASSES", "label_names", "id2label", "class_to_idx", "idx_to_class")
 """Entries under which class names are kept in checkpoints; the order is that of the search."""
+INDEXED_KEYS = ("id2label", "class_to_idx", "idx_to_class")
 INCEPTION = (0.5, 0.5, 0.5)
 _STEPS = {
     "do_resize": True,
@@ -143,7 +148,8 @@ def config_within(entries: Mapping[str, Any], where: str) -> SourceConfig:
     args = entries.get("args")
     if isinstance(args, argparse.Namespace | dict):
         told = dict(vars(args) if isinstance(args, argparse.Namespace) else args)
-        fields = _official_args(told) if "imagenet_default_mean_and_std" in told else _timm_args(told, where)
+        is_official = isinstance(told.get("imagenet_default_mean_and_std"), bool)
+        fields = _official_args(told, where) if is_official else _timm_args(told, where)
         found |= SourceConfig(None, fields, dict.fromkeys(fields, "the checkpoint's args"))
     meta = entries.get("meta")
     places: list[tuple[str, Any]] = (
@@ -153,10 +159,12 @@ def config_within(entries: Mapping[str, Any], where: str) -> SourceConfig:
     for place, values in places:
         if not isinstance(values, Mapping):
             continue
-        key = next((key for key in NAME_KEYS if key in values and found.class_names is None), None)
-        if key is not None:
-            names = _label_names(values[key], f"{where}, entry {key}")
-            found |= _named(names, f"the checkpoint's {place + '.' if place else ''}{key}")
+        for key in NAME_KEYS:
+            # Names are lists in some entries and counts or anything in others: what is none there is not ours.
+            is_sure = isinstance(values.get(key), Mapping) and key in INDEXED_KEYS
+            if found.class_names is None and (is_sure or isinstance(values.get(key), list | tuple)):
+                names = _label_names(values[key], f"{where}, entry {key}")
+                found |= _named(names, f"the checkpoint's {place + '.' if place else ''}{key}")
     return found
 
 
@@ -167,15 +175,16 @@ def json_object(path: Path) -> dict[str, Any] | None:
     try:
         content: Any = strict_json(bounded_content(path))
     except (OSError, ValueError) as error:
-        raise CorruptArtifactError(f"{path} cannot be read as JSON ({error}). Fetch or write it again.") from error
+        raise CorruptArtifactError(f"{path} is not a JSON object ({error}). Fetch or write it again.") from error
     if not isinstance(content, dict):
-        raise CorruptArtifactError(f"{path} is no JSON object: {shortened(json.dumps(content))}. Write it again.")
+        raise CorruptArtifactError(f"{path} is not a JSON object: {shortened(json.dumps(content))}. Write it again.")
     return content
 
 
 def timm_config(config: Mapping[str, Any], where: str) -> SourceConfig:
     """Read timm's `config.json`; `where` names it in messages. Fields that it leaves out have timm's own defaults."""
-    data = config.get("pretrained_cfg", config)
+    data = config.get("pretrained_cfg")
+    data = config if data is None else data
     if not isinstance(data, Mapping):
         raise CorruptArtifactError(f"{where} is no timm model's config: its pretrained_cfg is no object.")
     if data.get("crop_border_pixels"):
@@ -183,15 +192,17 @@ def timm_config(config: Mapping[str, Any], where: str) -> SourceConfig:
             f"{where} trims crop_border_pixels={data['crop_border_pixels']} pixels, which is not done here."
         )
     fields: dict[str, Any] = {
-        "image_size": _size(data.get("input_size", (3, 224, 224)), where),
+        "image_size": _size(data.get("input_size") or (3, 224, 224), where),
         "crop_ratio": _number(data.get("crop_pct") or 0.875, "crop_pct", where),
         "crop_mode": data.get("crop_mode") or "center",
         "interpolation": data.get("interpolation") or "bicubic",
-        "mean": _triple(data.get("mean", IMAGENET_MEAN), "mean", where),
-        "std": _triple(data.get("std", IMAGENET_STD), "std", where),
+        "mean": _triple(data.get("mean") or IMAGENET_MEAN, "mean", where),
+        "std": _triple(data.get("std") or IMAGENET_STD, "std", where),
     }
     names = _label_names(config.get("label_names", data.get("label_names")), where)
-    return SourceConfig(None, fields, dict.fromkeys(fields, CONFIG)) | _named(names, CONFIG)
+    written = {"image_size": "input_size", "crop_ratio": "crop_pct"}
+    origins = {name: CONFIG if data.get(written.get(name, name)) else TIMM_DEFAULT for name in fields}
+    return SourceConfig(None, fields, origins) | _named(names, CONFIG)
 
 
 def transformers_processor(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -215,12 +226,14 @@ def transformers_processor(config: Mapping[str, Any], where: str) -> dict[str, A
     if not values["do_resize"]:
         raise InputError(f"{where} says do_resize: false, and the network takes pictures of one size. Set it to true.")
     resized = (_convnext_resize if kind.startswith("ConvNext") else _resize)(values, where)
-    if values["resample"] not in range(len(RESAMPLING)):
+    if not isinstance(values["resample"], int) or values["resample"] not in range(len(RESAMPLING)):
         raise InputError(f"{where} has resample {values['resample']!r}: expected 0 to 5, Pillow's number of a filter.")
     mean, std = (_triple(values[name], name, where) for name in ("image_mean", "image_std"))
     if not values["do_normalize"]:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     factor = _number(values["rescale_factor"], "rescale_factor", where) if values["do_rescale"] else 1.0
+    if not factor > 0.0:
+        raise InputError(f"{where} has rescale_factor {factor}: expected a positive number, such as 1/255.")
     if not math.isclose(factor, 1 / 255, rel_tol=1e-9):
         # (x · f - m) / s = (x / 255 - m / (255 f)) / (s / (255 f))
         mean, std = (tuple(value / (255.0 * factor) for value in values) for values in (mean, std))
@@ -261,7 +274,7 @@ def _resize(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _timm_args(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What timm's `train.py` was told of images; a value of None was left to the model's own configuration."""
-    size = values.get("img_size") or values.get("input_size")
+    size = values.get("input_size") or values.get("img_size")  # as `timm.data.resolve_data_config` takes them
     readers: dict[str, tuple[Any, Callable[[Any], Any]]] = {
         "image_size": (size, lambda value: _size(value, where)),
         "crop_ratio": (values.get("crop_pct"), lambda value: _number(value, "crop_pct", where)),
@@ -273,13 +286,14 @@ def _timm_args(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {name: read(value) for name, (value, read) in readers.items() if value is not None}
 
 
-def _official_args(values: Mapping[str, Any]) -> dict[str, Any]:
+def _official_args(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What the official `main_finetune.py` does with its arguments when it evaluates."""
-    side = values.get("input_size", 224)
-    is_default = bool(values["imagenet_default_mean_and_std"])
+    side = max(sides(_size(values.get("input_size") or 224, where)))
+    is_default = values["imagenet_default_mean_and_std"]
+    ratio = _number(values.get("crop_pct") or 224 / 256, "crop_pct", where)
     return {
         "image_size": side,
-        "crop_ratio": 1.0 if side >= 384 else values.get("crop_pct") or 224 / 256,
+        "crop_ratio": 1.0 if side >= 384 else ratio,
         "crop_mode": "squash" if side >= 384 else "center",
         "interpolation": "bicubic",
         "mean": IMAGENET_MEAN if is_default else INCEPTION,

@@ -12,6 +12,7 @@ from typing import Any
 from cnx_deploy.core.artifacts import find_artifacts
 from cnx_deploy.core.errors import InputError, RecordsError
 from cnx_deploy.core.files import write_text
+from cnx_deploy.core.image_size import size_text
 from cnx_deploy.core.manifest import Artifact, Compiled, EngineFacts, EngineManifest, OnnxFacts
 from cnx_deploy.core.strict_json import MAX_DOCUMENT_BYTES
 from cnx_deploy.core.variants import VARIANTS
@@ -132,7 +133,7 @@ def _index_row(artifact: Artifact) -> dict[str, Any]:
         "stem": manifest.stem,
         "kind": manifest.kind,
         "variant": manifest.model.variant,
-        "image_size": manifest.model.image_size,
+        "image_size": size_text(manifest.model.image_size),
         "precision": manifest.precision.name,
         "input": manifest.deploy.input_kind,
         "weights": f"{manifest.model.weights.origin}:{manifest.model.weights.reference}",

@@ -7,12 +7,14 @@ A run is a folder: `run.json` (what was asked for), `metrics.csv` (one line an e
 
 import copy
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from cnx_deploy.core.errors import CheckpointError, InputError, MissingRequirementError
+from cnx_deploy.core.preprocessing import ASSUMED
 from cnx_deploy.data import Dataset, find_dataset
 from cnx_deploy.model.checkpoint import LoadedModel, load_checkpoint, resolve_model
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model
@@ -149,6 +151,14 @@ def initial_model(
         raise CheckpointError(
             f"{loaded.weights.reference} knows the classes {', '.join(loaded.class_names or ())}; {spec.data} has "
             f"{', '.join(names)}. Draw a new head with --reset-head, or rename the class folders."
+        )
+    own, here = loaded.preprocessing, spec.preprocessing
+    told = [name for name in ("mean", "std", "interpolation") if loaded.origins.get(name) not in (None, ASSUMED)]
+    if others := [name for name in told if getattr(own, name) != getattr(here, name)]:
+        before = ", ".join(f"{name} {getattr(own, name)}" for name in others)
+        after = ", ".join(f"{name} {getattr(here, name)}" for name in others)
+        loaded = replace(
+            loaded, notes=(*loaded.notes, f"the weights were trained with {before}; this run uses {after}")
         )
     if loaded.head_is_new:
         with torch.no_grad():

@@ -17,6 +17,7 @@ from cnx_deploy.core.artifacts import is_engine, is_onnx, open_artifact, sha256_
 from cnx_deploy.core.child_process import run_isolated
 from cnx_deploy.core.errors import BuildError, InputError
 from cnx_deploy.core.files import kind_of_weights, open_regular
+from cnx_deploy.core.image_size import size_text
 from cnx_deploy.core.manifest import MAX_MANIFEST_BYTES, Artifact, Compiled, EngineManifest, Grouping, OnnxManifest
 from cnx_deploy.core.strict_json import bounded_content, strict_json, typed
 
@@ -272,7 +273,7 @@ def _manifest_facts(artifact: Artifact) -> dict[str, Any]:
         "variant": model.variant,
         "task": model.task,
         "classes": model.num_classes,
-        "image_size": model.image_size,
+        "image_size": model.image_size if isinstance(model.image_size, int) else size_text(model.image_size),
         "precision": manifest.precision.name,
         "weights": {name: getattr(model.weights, name) for name in ("origin", "reference", "sha256")},
         "licence": model.weights.licence,

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,7 +15,7 @@ from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import CheckFailedError, CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.core.image_size import size_text
 from cnx_deploy.core.manifest import Artifact
-from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.core.preprocessing import ASSUMED, Preprocessing
 from cnx_deploy.core.strict_json import strict_json, typed
 from cnx_deploy.data import GivenImages, ImageBatch, ImageFiles, ImageSource
 from cnx_deploy.data.dataset import LeftOut, images_below, notes_of
@@ -23,6 +23,7 @@ from cnx_deploy.data.decoding import FORMATS
 from cnx_deploy.exporters.graph_checks import admit_onnx
 from cnx_deploy.exporters.untrusted import limits_for
 from cnx_deploy.model.checkpoint import load_checkpoint
+from cnx_deploy.model.source_config import weights_in
 from cnx_deploy.model.tasks.base import Prediction, Task, all_finite, find_task
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.onnxruntime import OrtRunner
@@ -117,6 +118,7 @@ def open_predictor(
 
 
 def _opened(path: Path, many: bool, device: str, ema: bool | None, entry: str | None) -> Model:
+    path = weights_in(path) if path.is_dir() else path
     kind = kind_of_file(path)
     artifact = recorded_artifact(path)
     if kind in ("onnx", "engine") and (ema is not None or entry is not None):
@@ -215,6 +217,9 @@ def _unrecorded_onnx(path: Path, many: bool, device: str) -> Model:
     notes = [f"No manifest beside it names it: checked were {'; '.join(checks)}; its origin cannot be."]
     if metadata.get("cnx_deploy.weights_origin") == "random":
         notes.append("The weights are random: the answers mean nothing.")
+    assumed = dict.fromkeys(filter(None, metadata.get("cnx_deploy.assumed", "").split(",")), ASSUMED)
+    if assumed.keys() <= {each.name for each in fields(Preprocessing)}:
+        notes += filter(None, (preprocessing.assumption(assumed),))
     runner = OrtRunner(path, device=device, thread_per_image=many)
     _, scores = admission.facts.outputs.get(task.class_output or "", ("", ()))
     num_classes = scores[-1] if scores and isinstance(scores[-1], int) else None
@@ -232,7 +237,7 @@ def _checkpoint_model(path: Path, device: str, ema: bool | None, entry: str | No
         loaded.model.task,
         preprocessing,
         loaded.class_names,
-        (*filter(None, (preprocessing.assumption(loaded.origins),)), *loaded.notes),
+        (*loaded.told_of_images(), *loaded.notes),
         loaded.model.num_classes,
     )
 

@@ -145,6 +145,7 @@ class SavedArtifact:
     runs: tuple[SavedRun, ...]
     not_run: tuple[str, ...]
     notes: tuple[str, ...]
+    failures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +181,13 @@ class SavedResults:
         """Add a run to the artifact that `finish` names."""
         self._runs.append(run)
 
-    def finish(self, artifact: Artifact, not_run: tuple[str, ...], notes: tuple[str, ...]) -> None:
+    def finish(
+        self, artifact: Artifact, not_run: tuple[str, ...], notes: tuple[str, ...], failures: tuple[str, ...] = ()
+    ) -> None:
         """Write the index with everything so far."""
         manifest, runs = artifact.manifest, tuple(self._runs)
         weights = manifest.model.weights.sha256
-        words = (artifact.path.name, manifest.kind, artifact.sha256, weights, runs, not_run, notes)
+        words = (artifact.path.name, manifest.kind, artifact.sha256, weights, runs, not_run, notes, failures)
         self._written.append(SavedArtifact(*words))
         self._runs = []
         document = {
@@ -310,7 +313,9 @@ def judge_saved(folder: Path, gate: str | None = None, **limits: float | None) -
         results = [
             result for run in saved.runs for result in _judged(run, folder, changed_gate(run.gate, gate, **limits))
         ]
-        judged.append(Verification(saved.artifact, saved.kind, tuple(results), saved.not_run, saved.notes))
+        judged.append(
+            Verification(saved.artifact, saved.kind, tuple(results), saved.not_run, saved.notes, saved.failures)
+        )
     return judged
 
 

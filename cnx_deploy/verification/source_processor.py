@@ -20,7 +20,7 @@ from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.data import image_like_batches
 from cnx_deploy.data.preprocessing import normalise, to_pixels
 from cnx_deploy.model.pretrained import fetch_pretrained
-from cnx_deploy.model.source_config import CONFIG, PROCESSOR, json_object
+from cnx_deploy.model.source_config import CONFIG, PROCESSOR, PROCESSORS, TIMM_DEFAULT, json_object
 
 __all__ = ["ProcessorCheck", "compare_with_source"]
 
@@ -61,20 +61,22 @@ def compare_with_source(artifact: Artifact) -> ProcessorCheck | None:
     options of the export, are reasons not to compare.
     """
     record = artifact.manifest.model
+    origins = {name: origin for name, origin in record.origins.items() if name != "class_names"}
+    read = {origin for origin in origins.values() if origin in (CONFIG, PROCESSOR)}
     folder = _folder_of(artifact)
-    if folder is None:
+    if len(read) != 1 or folder is None:
         return None
-    config, processor = json_object(folder / CONFIG), json_object(folder / PROCESSOR)
-    is_timm = config is not None and "architecture" in config
-    if not is_timm and processor is None:
-        return None
-    name = f"timm's {CONFIG}" if is_timm else f"transformers' {PROCESSOR}"
-    if given := [field for field, origin in record.origins.items() if origin == "option" and field != "class_names"]:
-        return ProcessorCheck(name, not_run=f"{', '.join(given)} were given as options of the export")
+    (source,) = read
+    name = f"{'transformers' if source == PROCESSOR else 'timm'}'s {source}".replace("s's", "s'")
+    if others := [name for name, origin in origins.items() if origin not in (source, TIMM_DEFAULT)]:
+        return ProcessorCheck(name, not_run=f"{', '.join(others)} came from elsewhere, such as an option")
     try:
-        transform = _timm_transform(config or {}) if is_timm else _transformers_transform(processor or {}, folder)
+        config = json_object(folder / source) or {}
+        transform = _transformers_transform(config) if source == PROCESSOR else _timm_transform(config)
     except ImportError as error:
         return ProcessorCheck(name, not_run=f"{error.name} is not installed")
+    except (CnxDeployError, AttributeError, OSError, TypeError, ValueError) as error:
+        return ProcessorCheck(name, not_run=f"the library does not read it ({error})")
     preprocessing, (height, width) = record.preprocessing, sides(record.image_size)
     std = torch.tensor(preprocessing.std).view(3, 1, 1)
     levels = 0.0
@@ -107,15 +109,23 @@ def _timm_transform(config: dict[str, Any]) -> Transform:
     return transform
 
 
-def _transformers_transform(config: dict[str, Any], folder: Path) -> Transform:
-    """The processor that computes with Pillow where a release of transformers has several of a kind."""
+def _transformers_transform(config: dict[str, Any]) -> Transform:
+    """The processor that computes with Pillow where a release of transformers has several of a kind.
+
+    The class is one of `PROCESSORS`, whatever else the file names, and takes the values of the file alone.
+    """
     transformers = importlib.import_module("transformers")
-    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "ConvNextImageProcessor")
-    kind = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
-    processor = (getattr(transformers, f"{kind}Pil", None) or getattr(transformers, kind)).from_pretrained(folder)
+    told = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "ConvNext")
+    kind = next((kind for kind in PROCESSORS if told.startswith(kind)), None)
+    if kind is None:
+        raise ValueError(f"{told} is no processor of {', '.join(PROCESSORS)}")
+    processor = getattr(transformers, f"{kind}ImageProcessorPil", None) or getattr(
+        transformers, f"{kind}ImageProcessor"
+    )
+    made = processor.from_dict(config)
 
     def transform(picture: Image.Image) -> Tensor:
-        values: Tensor = processor(picture, return_tensors="pt")["pixel_values"][0]
+        values: Tensor = made(picture, return_tensors="pt")["pixel_values"][0]
         return values
 
     return transform

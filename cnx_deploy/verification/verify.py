@@ -152,9 +152,10 @@ class Reference:
         return (*self.images.notes, *self.assumed, *self.images.observed())
 
     def matches(self, artifact: Artifact) -> bool:
-        """Whether `artifact` holds the same network for the same image size."""
-        other = artifact.manifest.model
-        return (other.weights.sha256, other.image_size) == (self.record.weights.sha256, self.record.image_size)
+        """Whether `artifact` holds the same network for images that are made the same way, and for the same classes."""
+        other, own = artifact.manifest.model, self.record
+        same_images = (other.image_size, other.preprocessing) == (own.image_size, own.preprocessing)
+        return same_images and (other.weights.sha256, other.class_names) == (own.weights.sha256, own.class_names)
 
     def batches(
         self, deploy: DeploySpec, spec: InputSpec, limit: int | None = None, progress: Progress | None = None

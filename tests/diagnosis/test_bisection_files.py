@@ -14,6 +14,7 @@ from cnx_deploy.core.artifacts import open_artifact
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.gates import GATES, Gate
 from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import Variant
 from cnx_deploy.diagnosis import bisect as bisection
 from cnx_deploy.diagnosis.bisect import bisect_artifact, export_command, failure, report_lines, run_bisection
@@ -196,6 +197,17 @@ def test_the_command_names_weights_of_every_origin(tiny_onnx_fp16: Artifact) -> 
     published = WeightsRecord("pretrained", "convnextv2_atto.fcmae", "0" * 64, "CC-BY-NC-4.0")
     with_head = command(tiny_onnx_fp16, replace(record, weights=published, head_is_new=True))
     assert "--pretrained convnextv2_atto.fcmae --num-classes 10 --reset-head --image" in with_head
+
+
+def test_the_command_repeats_what_the_export_was_told_of_images_and_classes(tiny_onnx_fp16: Artifact) -> None:
+    weights = WeightsRecord("checkpoint", "../runs/best.pth", "0" * 64, "MIT", "teacher")
+    told = {"mean": "option", "crop_mode": "option", "std": "config.json", "class_names": "option"}
+    images = Preprocessing(32, mean=(0.1, 0.2, 0.3), crop_mode="squash")
+    record = replace(tiny_onnx_fp16.manifest.model, weights=weights, origins=told, preprocessing=images)
+    words = command(tiny_onnx_fp16, record)
+    assert " --entry teacher " in words
+    assert " --mean 0.1 0.2 0.3 --crop-mode squash --class-names class-names.txt " in words
+    assert "--std" not in words
 
 
 def test_the_command_asks_for_what_the_file_was_asked_for(tiny_onnx_fp16: Artifact) -> None:

@@ -23,7 +23,7 @@ from transformers import (
 from cnx_deploy.core.errors import CorruptArtifactError, InputError
 from cnx_deploy.core.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from cnx_deploy.data.preprocessing import normalise, to_pixels
-from cnx_deploy.model.checkpoint import load_checkpoint
+from cnx_deploy.model.checkpoint import ModelRequest, load_checkpoint
 from cnx_deploy.model.pretrained import PRETRAINED_TAGS
 from cnx_deploy.model.source_config import config_within, timm_config, transformers_processor
 from tests.support.foreign_models import randomise
@@ -189,6 +189,47 @@ def test_names_for_another_number_of_classes_are_left_out_and_it_is_said(tmp_pat
     loaded = load_checkpoint(tmp_path / "model.pth")
     assert loaded.class_names is None
     assert any("4 class names are left out" in note for note in loaded.notes)
+
+
+def test_a_new_head_has_no_names_of_the_old_one(tmp_path):
+    model = timm.create_model("convnextv2_atto", num_classes=4)
+    torch.save({"state_dict": model.state_dict(), "classes": NAMES}, tmp_path / "model.pth")
+    assert load_checkpoint(tmp_path / "model.pth").class_names == tuple(NAMES)
+    assert load_checkpoint(tmp_path / "model.pth", reset_head=True).class_names is None
+
+
+def test_what_cannot_be_followed_stops_who_makes_images_and_not_who_reads_weights(tmp_path):
+    args = argparse.Namespace(crop_pct=1.2, interpolation="random")
+    model = timm.create_model("convnextv2_atto", num_classes=4)
+    torch.save({"state_dict": model.state_dict(), "args": args}, tmp_path / "model.pth")
+    loaded = load_checkpoint(tmp_path / "model.pth")
+    assert loaded.model.num_classes == 4
+    with pytest.raises(InputError, match=r"crop_ratio must be in \(0, 1\], got 1\.2.*--crop-ratio"):
+        loaded.told_of_images()
+    told = ModelRequest(
+        checkpoint=tmp_path / "model.pth", image_size=64, crop_ratio=0.9, crop_mode="center", interpolation="bicubic",
+        mean=0.5, std=(0.2, 0.3, 0.4),
+    )  # fmt: skip
+    assert told.load(print)[1] == Preprocessing(64, 0.9, "bicubic", (0.5,) * 3, (0.2, 0.3, 0.4))
+
+
+@pytest.mark.parametrize("values", [{"input_size": "x"}, {"input_size": (3, 8, 8)}, {"crop_pct": "much"}])
+def test_odd_arguments_of_the_official_script_are_refused(values):
+    args = argparse.Namespace(imagenet_default_mean_and_std=True, **values)
+    with pytest.raises(InputError, match=r"image size|crop_pct"):
+        config_within({"args": args}, "model.pth")
+
+
+@pytest.mark.parametrize("change", [{"rescale_factor": 0}, {"rescale_factor": -1}, {"resample": 3.0}])
+def test_values_of_a_processor_that_mean_nothing_are_refused(change):
+    with pytest.raises(InputError, match=next(iter(change))):
+        transformers_processor({**PROCESSORS["convnext cropped"].to_dict(), **change}, "preprocessor_config.json")
+
+
+def test_entries_that_are_no_names_are_passed_over():
+    entries = {"classes": 5, "class_names": None, "class_to_idx": INDEX_OF_NAME}
+    assert config_within(entries, "model.pth").class_names == tuple(NAMES)
+    assert config_within({"classes": {"train": 10, "val": 20}}, "model.pth").class_names is None
 
 
 def test_the_arguments_of_timms_training_script_are_honoured():

@@ -269,8 +269,8 @@ LIES: list[tuple[str, str, Any, str]] = [
     ("preprocessing", "x" * 9000, 1, "xxxxx"),
     ("config", "num_classes", "1000", "num_classes"),
     ("config", "pretrained_cfg", [], "pretrained_cfg"),
-    ("config", "pretrained_cfg.input_size", [3, 224, 225], "225"),
-    ("config", "pretrained_cfg.crop_pct", True, "pretrained_cfg.crop_pct"),
+    ("config", "pretrained_cfg.input_size", [3, 224, 8], "224x8"),
+    ("config", "pretrained_cfg.crop_pct", True, "crop_pct"),
     ("config", "pretrained_cfg.std", [0, 1, 1], "std"),
 ]  # fmt: skip
 
@@ -303,7 +303,7 @@ def test_every_reader_reads_strictly_and_no_more_than_a_size(name: str, content:
 @pytest.mark.parametrize("name", READERS)
 def test_a_sound_document_is_read(name: str, tmp_path: Path) -> None:
     found = READERS[name].read(tmp_path, json.dumps(READERS[name].sound).encode())
-    assert name != "config" or (found.num_classes, found.preprocessing) == (1000, Preprocessing())
+    assert name != "config" or found.num_classes == 1000
 
 
 def test_every_committed_record_is_read_and_written_back_as_it_is() -> None:

@@ -100,7 +100,7 @@ def test_a_random_crop_is_the_only_augmentation(spec):
 @pytest.mark.parametrize(
     "change",
     [{"mask_ratio": 0.0}, {"mask_ratio": 1.0}, {"image_size": 32}, {"epochs": 0}, {"held_images": 0},
-     {"picture_every": 0}, {"image_size": 100}, {"precision": "int8"}, {"warmup_epochs": 3.0}],
+     {"picture_every": 0}, {"image_size": 16}, {"precision": "int8"}, {"warmup_epochs": 3.0}],
     ids=str,
 )  # fmt: skip
 def test_a_request_that_cannot_be_pretrained_is_refused(spec, change):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from cnx_deploy.core.errors import CheckpointError, InputError
+from cnx_deploy.core.preprocessing import IMAGENET_MEAN, Preprocessing
 from cnx_deploy.core.system import cpu_count
 from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.model.checkpoint import load_checkpoint, save_checkpoint
@@ -217,7 +218,7 @@ def test_a_run_holds_its_whole_configuration_and_deterministic_algorithms_are_on
         ({"epochs": 0}, "at least 1"),
         ({"batch_size": 0}, "at least 1"),
         ({"accumulate": 0}, "at least 1"),
-        ({"image_size": 100}, "100"),
+        ({"image_size": 16}, "16x16"),
         ({"crop_ratio": 1.5}, "1.5"),
         ({"learning_rate": 0.0}, "above 0"),
         ({"clip_norm": 0.0}, "above 0"),
@@ -274,6 +275,14 @@ def test_init_keeps_a_head_of_the_same_classes_and_draws_another_for_others(spec
     else:
         assert (len(head), float(head.std())) == (2, pytest.approx(0.01, rel=0.25))
         assert any("new head for 2 classes" in text for text in loaded.notes)
+
+
+@pytest.mark.parametrize(("mean", "is_said"), [((0.5, 0.5, 0.5), True), (IMAGENET_MEAN, False)])
+def test_weights_that_were_trained_with_another_mean_are_said(spec, tmp_path, mean, is_said):
+    model = random_model(spec.network, 2, seed=1)
+    path = save_checkpoint(tmp_path / "other.safetensors", model, preprocessing=Preprocessing(64, mean=mean))
+    notes = initial_model(spec, init=path).notes
+    assert any("trained with mean (0.5, 0.5, 0.5); this run uses mean (0.485" in text for text in notes) == is_said
 
 
 @pytest.mark.parametrize("source", ["checkpoint", "init"])

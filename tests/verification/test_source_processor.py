@@ -9,6 +9,7 @@ from timm.models import save_for_hf
 from transformers import ConvNextImageProcessorPil, ConvNextV2Config, ConvNextV2ForImageClassification
 
 import cnx_deploy as cnx
+from cnx_deploy.verification.saved_results import judge_saved
 from tests.support.foreign_models import randomise
 
 NAMES = ["cat", "dog", "Küche"]
@@ -70,7 +71,42 @@ def test_what_an_option_gave_is_not_compared_and_it_is_said(transformers_onnx, t
         "tiny-test", checkpoint=transformers_onnx.parents[1], precision="fp32", mean=(0.1, 0.2, 0.3),
         output_dir=tmp_path,
     )  # fmt: skip
-    assert "mean were given as options" in str(cnx.verify(onnx))
+    assert "mean came from elsewhere" in str(cnx.verify(onnx))
+
+
+def test_the_check_of_an_artifact_is_its_own_and_is_saved_with_its_outputs(transformers_onnx, tmp_path):
+    folder = transformers_onnx.parents[1]
+    words = {"checkpoint": folder, "precision": "fp32", "output_dir": tmp_path}
+    right = cnx.export("tiny-test", name="a-right", **words)
+    wrong = changed(cnx.export("tiny-test", name="z-wrong", **words).path, mean=[0.1, 0.2, 0.3])
+    report = cnx.verify([right, wrong], save_outputs=tmp_path / "saved")
+    assert [entry.passed for entry in report.results] == [True, False]
+    assert [entry.passed for entry in judge_saved(tmp_path / "saved")] == [True, False]
+
+
+@pytest.mark.parametrize("config", [{"architecture": "resnet50"}, {"model_type": "vit"}, {"architecture": None}])
+def test_a_configuration_that_was_not_read_is_not_compared(transformers_onnx, tmp_path, config):
+    weights = (transformers_onnx.parents[1] / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    onnx = cnx.export("tiny-test", checkpoint=tmp_path, image_size=64, precision="fp32", output_dir=tmp_path / "export")
+    report = cnx.verify(onnx)
+    assert report.passed
+    assert "Preprocessing" not in str(report)
+
+
+def test_no_class_that_a_file_names_is_made_but_an_image_processor(transformers_onnx):
+    folder = transformers_onnx.parents[1]
+    before = (folder / "preprocessor_config.json").read_text()
+    try:
+        for name in ("AutoModel", "ConvNextV2Model"):
+            (folder / "preprocessor_config.json").write_text(
+                json.dumps({**json.loads(before), "image_processor_type": name})
+            )
+            report = cnx.verify(transformers_onnx)
+            assert "the library does not read it" in str(report) or "agrees with" in str(report)
+    finally:
+        (folder / "preprocessor_config.json").write_text(before)
 
 
 def test_an_export_prints_what_it_assumes_and_records_it(cnx, tmp_path, transformers_onnx):

@@ -13,6 +13,7 @@ import msgspec
 
 from cnx_deploy.bench.record import BenchmarkRecord
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.image_size import ImageSize
 from cnx_deploy.core.manifest import Count
 from cnx_deploy.core.strict_json import Finite, PositiveNumber, command_document, typed
 from cnx_deploy.diagnosis.layer_record import LayerComparison, comparisons_in
@@ -71,7 +72,7 @@ class _MeasuredNetwork(msgspec.Struct, frozen=True):
 class _MeasuredImages(msgspec.Struct, frozen=True):
     source: str
     count: Count
-    size: Count
+    size: ImageSize
 
 
 class NaiveForm(msgspec.Struct, frozen=True):
