@@ -307,7 +307,9 @@ def test_asking_for_absent_ema_weights_is_an_error(plain, tmp_path, prefix):
 # --- what a command does with a choice --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("words", "index", "entry"), [((), 0, None), (("--ema",), 1, "state_dict_ema")])
+@pytest.mark.parametrize(
+    ("words", "index", "entry"), [pytest.param((), 0, None, marks=pytest.mark.slow), (("--ema",), 1, "state_dict_ema")]
+)
 def test_export_takes_the_chosen_weights_says_so_and_finds_them_again(cnx, networks, tmp_path, words, index, entry):
     both = file_of_both("timm", *(network.state_dict() for network in networks[:2]))
     path = saved(both | {"optimizer": {"x": torch.ones(1)}}, tmp_path / "model_best.pth.tar")
