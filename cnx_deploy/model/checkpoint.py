@@ -385,10 +385,11 @@ def _config_of(file: WeightFile, path: Path) -> tuple[SourceConfig, str | None]:
         )  # fmt: skip
         for read in readers:
             try:
-                config |= read()
-                Preprocessing.from_dict(config.preprocessing)
+                more = config | read()
+                Preprocessing.from_dict(more.preprocessing)
+                config = more
             except InputError as error:
-                config, problem = SourceConfig(), problem or str(error)
+                problem = problem or str(error)
         return config, problem
     names, preprocessing = file.metadata.get("class_names"), file.metadata.get("preprocessing")
     origins = {"class_names": "header"} if names else {}

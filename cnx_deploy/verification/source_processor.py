@@ -67,11 +67,13 @@ def compare_with_source(artifact: Artifact) -> ProcessorCheck | None:
     if len(read) != 1 or folder is None:
         return None
     (source,) = read
-    name = f"{'transformers' if source == PROCESSOR else 'timm'}'s {source}".replace("s's", "s'")
+    name = f"transformers' {source}" if source == PROCESSOR else f"timm's {source}"
     if others := [name for name, origin in origins.items() if origin not in (source, TIMM_DEFAULT)]:
         return ProcessorCheck(name, not_run=f"{', '.join(others)} came from elsewhere, such as an option")
     try:
-        config = json_object(folder / source) or {}
+        config = json_object(folder / source)
+        if config is None:
+            return ProcessorCheck(name, not_run="it is not beside the weights any more")
         transform = _transformers_transform(config) if source == PROCESSOR else _timm_transform(config)
     except ImportError as error:
         return ProcessorCheck(name, not_run=f"{error.name} is not installed")

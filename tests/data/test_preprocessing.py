@@ -12,6 +12,7 @@ from timm.data import create_transform
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.data.preprocessing import to_pixels
+from tests.support.pictures import smooth_pictures
 
 SIZES = (
     (800, 400), (400, 800), (64, 64), (333, 500), (500, 333), (96, 96), (700, 37), (50, 40), (641, 427), (256, 341),
@@ -22,12 +23,7 @@ SIZES = (
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
-    random = np.random.default_rng(0)
-    coarse = [random.integers(0, 256, (5, 7, 3), dtype=np.uint8) for _ in SIZES]
-    return [
-        Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
-        for pixels, size in zip(coarse, SIZES, strict=True)
-    ]
+    return smooth_pictures(SIZES)
 
 
 def worst_difference(pictures: list[Image.Image], preprocessing: Preprocessing, crop_mode: str) -> int:

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -27,6 +26,7 @@ from cnx_deploy.model.checkpoint import ModelRequest, load_checkpoint
 from cnx_deploy.model.pretrained import PRETRAINED_TAGS
 from cnx_deploy.model.source_config import config_within, timm_config, transformers_processor
 from tests.support.foreign_models import randomise
+from tests.support.pictures import smooth_pictures
 
 NAMES = ["tench", "great white shark", "Küche", "naïve café"]
 INDEX_OF_NAME = {name: NAMES.index(name) for name in sorted(NAMES)}
@@ -36,12 +36,7 @@ SIZES = ((300, 200), (201, 301), (64, 64), (77, 130), (500, 120), (50, 41), (96,
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
-    random = np.random.default_rng(1)
-    coarse = [random.integers(0, 256, (6, 5, 3), dtype=np.uint8) for _ in SIZES]
-    return [
-        Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
-        for pixels, size in zip(coarse, SIZES, strict=True)
-    ]
+    return smooth_pictures(SIZES)
 
 
 def test_every_published_tag_is_preprocessed_as_timm_does_it(pictures):

@@ -71,6 +71,16 @@ def test_a_folder_of_timm_is_compared_with_timms_own_transform(tmp_path):
     assert "agrees with timm's config.json" in str(compare_with_source(onnx))
 
 
+def test_a_configuration_that_is_gone_is_not_taken_for_the_librarys_defaults(transformers_onnx):
+    written = transformers_onnx.parents[1] / "preprocessor_config.json"
+    content = written.read_bytes()
+    written.unlink()
+    try:
+        assert "not beside the weights any more" in str(compare_with_source(open_artifact(transformers_onnx)))
+    finally:
+        written.write_bytes(content)
+
+
 def test_what_an_option_gave_is_not_compared_and_it_is_said(transformers_onnx):
     onnx = open_artifact(transformers_onnx)
     record = replace(onnx.manifest.model, origins={**onnx.manifest.model.origins, "mean": "option"})
