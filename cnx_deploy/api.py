@@ -19,7 +19,8 @@ from cnx_deploy.core.errors import InputError, MissingRequirementError
 from cnx_deploy.core.manifest import Artifact, EngineManifest, OnnxManifest
 from cnx_deploy.core.precision import find_precision
 from cnx_deploy.core.system import this_machine
-from cnx_deploy.data import ImageSource, find_dataset
+from cnx_deploy.core.targets import find_target
+from cnx_deploy.data import ImageSource, find_dataset, image_source
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.backend import default_targets, load_backend, require_gpu
 from cnx_deploy.exporters.trt.builder import BuildSpec
@@ -94,7 +95,8 @@ def build_engine(
 
     Args:
         onnx: an exported artifact, or its path.
-        target: compute capability of the GPU, for example "sm89" for an RTX 4090; "current" is this machine's GPU.
+        target: the GPU by its compute capability, such as "sm89", or by its name, such as "RTX 4090"; "current" is this
+            machine's GPU.
             TensorRT-RTX builds for another GPU on a machine without one.
         note: is told what is built, a line at a time.
         **options: fields of `BuildRequest`: batches, runtime, allow_tf32, output_dir, force.
@@ -191,13 +193,20 @@ def predict(model: Source, images: Images, *, top: int = 5, **options: Any) -> A
 
 
 def evaluate(
-    model: Source, data: Path | str | ImageSource, *, batch_size: int = 32, note: Note = _silent, **options: Any
+    model: Source,
+    data: Path | str | ImageSource,
+    *,
+    image_folder: Path | str | None = None,
+    batch_size: int = 32,
+    note: Note = _silent,
+    **options: Any,
 ) -> Any:
     """Count accuracy and calibration on labelled images, as `cnx-deploy eval` does.
 
     Args:
         model: an artifact or a path of a checkpoint, an ONNX file or an engine.
         data: a folder with a folder of images for each class, a CSV file, or a `data.ImageSource` with labels.
+        image_folder: where a CSV file's relative paths and ids begin; None: at the file's own folder.
         batch_size: images run at once.
         note: is told how the data were understood and what was assumed, a sentence each; the result's `notes`.
         **options: device, class_names, white_level, ema and entry, see `load`.
@@ -208,8 +217,9 @@ def evaluate(
     from cnx_deploy.verification.evaluation import evaluate as evaluate_runner
 
     with load(model, **options) as opened:
+        images = image_source(data, None if image_folder is None else Path(image_folder))
         return evaluate_runner(
-            opened.runner, data, opened.preprocessing, batch_size=batch_size, task=opened.task,
+            opened.runner, images, opened.preprocessing, batch_size=batch_size, task=opened.task,
             class_names=opened.class_names, note=note,
         )  # fmt: skip
 
@@ -231,8 +241,8 @@ def train(
     """
     from cnx_deploy import training
 
-    spec = training.spec_from_recipe(Path(data), variant, recipe, **options)
-    dataset = find_dataset(spec.data, seed=spec.seed)
+    spec = training.spec_from_recipe(Path(data), variant, recipe, **_with_paths(options))
+    dataset = find_dataset(spec.data, seed=spec.seed, image_folder=spec.image_folder)
     for text in dataset.notes:
         note(text)
     result = training.train(spec, dataset=dataset)
@@ -287,7 +297,16 @@ def _path_of(source: Source) -> Path:
 
 def _with_paths(options: dict[str, Any]) -> dict[str, Any]:
     """The same options with the path of a file or folder as one, where it is given as text."""
-    names = ("checkpoint", "output_dir", "export_dir", "engines_dir", "save_inputs", "save_outputs", "data")
+    names = (
+        "checkpoint",
+        "output_dir",
+        "export_dir",
+        "engines_dir",
+        "save_inputs",
+        "save_outputs",
+        "data",
+        "image_folder",
+    )
     return {name: Path(value) if name in names and isinstance(value, str) else value for name, value in options.items()}
 
 
@@ -349,17 +368,19 @@ class BuildRequest:
 class VerifyRequest:
     """What `cnx-deploy verify` takes. Without `files`, everything recorded in both folders.
 
-    `data`: a folder of images or of one for each class, a CSV file or a `data.ImageSource`. Images with labels are all
-    used unless `samples` limits them; without labels, and without `data`, None is 64. `runners`: see
-    `verification.verify_artifact`. `save_inputs`: folder for images and PyTorch's outputs in Polygraphy's formats, one
-    folder a network; of labelled images 64, or `samples`. `save_outputs`: new folder for the outputs of both sides, to
-    be judged again. `class_names` and `white_level` take the place of what the artifacts record, see `load`.
+    `data`: a folder of images or of one for each class, a CSV file or a `data.ImageSource`; `image_folder`: where a CSV
+    file's paths begin. Images with labels are all used unless `samples` limits them; without labels, and without
+    `data`, None is 64. `runners`: see `verification.verify_artifact`. `save_inputs`: folder for images and PyTorch's
+    outputs in Polygraphy's formats, one folder a network; of labelled images 64, or `samples`. `save_outputs`: new
+    folder for the outputs of both sides, to be judged again. `class_names` and `white_level` take the place of what the
+    artifacts record, see `load`.
     """
 
     files: tuple[Path, ...] = ()
     export_dir: Path = Path("export")
     engines_dir: Path = Path("engines")
     data: Path | str | ImageSource | None = None
+    image_folder: Path | None = None
     samples: int | None = None
     save_inputs: Path | None = None
     save_outputs: Path | None = None
@@ -421,7 +442,7 @@ def run_builds(
             "Run `cnx-deploy export --variant atto` first, or name the files to build from."
         )
     backend = load_backend(request.runtime)
-    targets = request.targets or default_targets(backend)
+    targets = tuple(map(find_target, request.targets)) or default_targets(backend)
     engines = []
     for artifact in present:
         batches = request.batches or (artifact.manifest.batch,)
@@ -442,6 +463,8 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
 
     Raises MissingRequirementError when an engine that was named cannot run here.
     """
+    if request.image_folder is not None and request.data is None:
+        raise InputError(f"No table is given whose paths begin at {request.image_folder}. Add --data (data).")
     found: list[Verification] = []
     told: set[int] = set()
     saved = SavedResults(request.save_outputs) if request.save_outputs is not None else None
@@ -452,7 +475,8 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
         if request.files and artifact.manifest.kind == "engine":
             require_gpu()  # an engine that was named is asked for; before any weight is loaded
         if reference is None or not reference.matches(artifact):
-            reference, told = Reference(artifact, request.data, request.samples, **words), set()
+            images = None if request.data is None else image_source(request.data, request.image_folder)
+            reference, told = Reference(artifact, images, request.samples, **words), set()
             for text in (*reference.images.notes, *reference.assumed):
                 note(text)
         runners, unfit = _fitting(request, artifact)

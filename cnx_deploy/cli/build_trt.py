@@ -6,8 +6,6 @@ import click
 
 from cnx_deploy.cli import options
 
-TARGETS = ("current", "sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "sm121")
-
 
 @click.command("build-trt")
 @options.files
@@ -15,7 +13,10 @@ TARGETS = ("current", "sm75", "sm80", "sm86", "sm89", "sm90", "sm100", "sm120", 
     "--runtime", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True,
     help="auto: TensorRT where it and a GPU are present, else TensorRT-RTX ahead of time.",
 )  # fmt: skip
-@click.option("--target", "targets", type=click.Choice(TARGETS), multiple=True, help="GPU to build for; repeatable.")
+@click.option(
+    "--target", "targets", type=options.TARGET, multiple=True,
+    help="GPU to build for, such as sm89 or 'RTX 4090'; repeatable [default: this machine's, else sm86, sm89, sm120].",
+)  # fmt: skip
 @click.option(
     "--batch", "batches", type=options.BATCH_RANGE, multiple=True,
     help="One optimisation profile each [default: the range of the file].",

@@ -25,12 +25,11 @@ def diagnose() -> None:
 @options.files
 @options.export_dir
 @DATA
+@options.white_level
 @click.option("--samples", type=click.IntRange(1, 8), default=2, show_default=True, help="Images, at least.")
 @PLOT
 @options.as_json
-def layers(
-    files: tuple[Path, ...], export_dir: Path, data: Path | None, samples: int, plot: Path | None, as_json: bool
-) -> None:
+def layers(files: tuple[Path, ...], export_dir: Path, plot: Path | None, as_json: bool, **words: Any) -> None:
     """Compare every module's output in ONNX FILES with PyTorch; by default in all recorded files.
 
     Exit code 3 when a backend diverges.
@@ -51,7 +50,7 @@ def layers(
         for artifact in artifacts:
             options.note(f"Comparing {artifact.path.name} by layer")
             compared = compare_artifact(
-                artifact, samples=samples, data=data, progress=lambda text, _: progress(text, 0.0), note=options.note
+                artifact, progress=lambda text, _: progress(text, 0.0), note=options.note, **words
             )
             comparisons.append(compared)
     if plot is not None:
@@ -67,6 +66,7 @@ def layers(
 @options.export_dir
 @options.engines_dir
 @DATA
+@options.white_level
 @click.option("--samples", type=click.IntRange(min=1), default=16, show_default=True, help="Images, at least.")
 @options.as_json
 def chain(files: tuple[Path, ...], as_json: bool, **arguments: Any) -> None:
@@ -87,6 +87,7 @@ def chain(files: tuple[Path, ...], as_json: bool, **arguments: Any) -> None:
 @diagnose.command()
 @click.argument("file", type=options.PATH)
 @DATA
+@options.white_level
 @click.option("--samples", type=click.IntRange(min=1), default=4, show_default=True, help="Images to judge on.")
 @click.option(
     "--gate", type=click.Choice(["fp16", "bf16", "tf32-engine", "fp32-engine", "fp32"]),
@@ -124,6 +125,7 @@ def bisect(file: Path, as_json: bool, **arguments: Any) -> None:
 def headroom(lists_all: bool, plot: Path | None, as_json: bool, **arguments: Any) -> None:
     """Measure how far a network (CHECKPOINT, published or random weights) is from what FP16 can hold.
 
+    Of a recorded ONNX file or engine in the place of CHECKPOINT, the weights are measured that its manifest names.
     Exit code 3 when a tensor that the FP16 file stores lacks the margin, or a weight is infinite in FP16.
     """
     from cnx_deploy.core.plotting import check_plot

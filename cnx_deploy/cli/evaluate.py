@@ -17,6 +17,7 @@ from cnx_deploy.cli import options
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
     help="Where a checkpoint or an ONNX file runs; an engine runs on its GPU.",
 )  # fmt: skip
+@options.image_folder
 @options.class_names
 @options.white_level
 @options.ema
@@ -25,8 +26,9 @@ from cnx_deploy.cli import options
 @click.option("--save-predictions", type=options.FILE, help="Write a CSV file with every image's five best classes.")
 @options.as_json
 def evaluate_command(
-    artifact: Path, data: Path, batch_size: int, device: str, class_names: Path | None, white_level: float | None,
-    ema: bool | None, entry: str | None, plot: Path | None, save_predictions: Path | None, as_json: bool,
+    artifact: Path, data: Path, batch_size: int, device: str, image_folder: Path | None, class_names: Path | None,
+    white_level: float | None, ema: bool | None, entry: str | None, plot: Path | None, save_predictions: Path | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Accuracy, confusion and calibration of ARTIFACT (a checkpoint, an ONNX file or an engine) on DATA.
 
@@ -36,6 +38,7 @@ def evaluate_command(
     """
     from cnx_deploy.core.class_names import read_class_names
     from cnx_deploy.core.plotting import check_plot
+    from cnx_deploy.data import image_source
     from cnx_deploy.model.tasks.classification_metrics import PredictionWriter
     from cnx_deploy.verification.evaluation import evaluate
     from cnx_deploy.verification.evaluation_plot import write_plot
@@ -53,7 +56,7 @@ def evaluate_command(
         for text in model.notes:
             options.note(f"Note: {text}")
         found = evaluate(
-            model.runner, data, model.preprocessing, batch_size=batch_size, task=model.task,
+            model.runner, image_source(data, image_folder), model.preprocessing, batch_size=batch_size, task=model.task,
             class_names=model.class_names, note=lambda text: options.note(f"Note: {text}"),
             progress=lambda done, total: progress(f"{done} of {total}", done / total),
             each=held.enter_context(writer).add if writer is not None else None,

@@ -13,13 +13,14 @@ import click
 from cnx_deploy.cli.printable import printable, printable_json
 from cnx_deploy.core.errors import CnxDeployError
 from cnx_deploy.core.image_size import CROP_MODES, INTERPOLATIONS, parse_image_size
+from cnx_deploy.core.targets import find_target
 from cnx_deploy.core.variants import ALL_VARIANTS
 
 __all__ = [
-    "BATCH_RANGE", "EXISTING", "FILE", "FOLDER", "IMAGE_SIZE", "PATH", "VARIANT", "DefaultGroup", "SectionedCommand",
-    "as_json", "checkpoint", "class_names", "echo", "echo_artifacts", "echo_json", "engines_dir", "export_dir",
-    "fail", "files", "force", "image_size", "note", "num_classes", "output_dir", "preprocessing", "pretrained",
-    "reporter", "reset_head", "seed", "variant", "white_level",
+    "BATCH_RANGE", "EXISTING", "FILE", "FOLDER", "IMAGE_SIZE", "PATH", "TARGET", "VARIANT", "DefaultGroup",
+    "SectionedCommand", "as_json", "checkpoint", "class_names", "echo", "echo_artifacts", "echo_json", "engines_dir",
+    "export_dir", "fail", "files", "force", "image_folder", "image_size", "note", "num_classes", "output_dir",
+    "preprocessing", "pretrained", "reporter", "reset_head", "seed", "variant", "white_level",
 ]  # fmt: skip
 
 
@@ -49,7 +50,17 @@ class _ImageSize(click.ParamType[Any]):
         return parse_image_size(value) if isinstance(value, str) else value
 
 
+class _Target(click.ParamType[Any]):
+    """The GPU to build for: `sm89`, `current` or a common GPU's name."""
+
+    name = "gpu"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return find_target(value)
+
+
 BATCH_RANGE = _BatchRange()
+TARGET = _Target()
 IMAGE_SIZE = _ImageSize()
 PATH = click.Path(path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -85,6 +96,11 @@ white_level = click.option(
     help="Stored value that is white in images with more than 8 bits, such as 4095 [default: the recorded one, else "
     "65535; of floats 1].",
 )  # fmt: skip
+image_folder = click.option(
+    "--image-folder",
+    type=FOLDER,
+    help="Where a table's relative paths and ids begin [default: the table's own folder].",
+)
 class_names = click.option(
     "--class-names", type=EXISTING,
     help="Names of the network's outputs: a file with one a line, or JSON (a list, id2label) [default: as recorded].",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("data", type=options.PATH)
+@options.image_folder
 @options.variant
 @click.option(
     "--checkpoint", type=click.Path(exists=True, path_type=Path), help="Weights to start from, any known layout."
@@ -81,7 +82,7 @@ def _dataset(spec: "TrainingSpec", *, check: bool) -> "Dataset":
     from cnx_deploy.cli.training_progress import checked, note_once
     from cnx_deploy.data import class_balance, find_dataset, without_broken
 
-    dataset = find_dataset(spec.data, seed=spec.seed)
+    dataset = find_dataset(spec.data, seed=spec.seed, image_folder=spec.image_folder)
     lines: list[str] = []
     note_once((f"Note: {text}" for text in dataset.notes), spec.launch)
     if check:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     "--samples", type=click.IntRange(min=1),
     help="Images, at least; of labelled images at most [default: 64; all labelled images].",
 )  # fmt: skip
+@options.image_folder
 @options.class_names
 @options.white_level
 @click.option(

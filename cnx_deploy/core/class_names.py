@@ -1,5 +1,6 @@
 """The names of a network's outputs, as people keep them: a line each, a JSON list, or a model hub's dictionary."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ ClassNames = Sequence[str] | Path | str
 MAX_NAME = 255
 """Characters, as many as the name of a class's folder can have."""
 EXPECTED = 'one name a line, or JSON: a list of names, {"0": name, …} as id2label, or {name: 0, …}'
+_BRACKETED_NAME = re.compile(rb"""\s*(\[[^]["',{}\s][^]["',{}\n]*\]|\{[^{}"':,\s][^{}"':,\n]*\})""")
+"""A line such as "[unknown]" or "{misc} goods": JSON and Python's literals have quotes, commas or colons there."""
 
 
 def is_class_name(text: str) -> bool:
@@ -53,11 +56,12 @@ def ordered_names(value: Any) -> tuple[str, ...]:
 def read_class_names(path: Path) -> tuple[str, ...]:
     """The names in a file, in the order of the network's outputs: text with a name a line, or JSON (`ordered_names`).
 
-    Raises InputError where the file cannot be read, is not UTF-8, or has an empty line between names.
+    A first line such as "[unknown]" is a name, since JSON has quotes within its brackets. Raises InputError where the
+    file cannot be read, is not UTF-8, or has an empty line between names.
     """
     try:
         content = bounded_content(path).removeprefix(b"\xef\xbb\xbf")
-        if content.lstrip()[:1] in (b"[", b"{"):
+        if content.lstrip()[:1] in (b"[", b"{") and not _BRACKETED_NAME.match(content):
             return ordered_names(strict_json(content))
         return ordered_names([line.strip() for line in content.decode("utf-8").rstrip().splitlines()])
     except (OSError, ValueError) as error:

@@ -1,7 +1,8 @@
 """A dataset as a CSV file: a row an image, under the column names that people give path, label and split.
 
-Where an image lies is told by its absolute path, or by one relative to the file's folder, below which it stays; an id
-is the one file of that stem. Labels are text, or the one column of several that holds a 1. Other columns are ignored.
+Where an image lies is told by its absolute path, or by one relative to the file's folder or another that is named,
+below which it stays; an id is the one file of that stem. Labels are text, or the one column of several that holds a 1.
+Other columns are ignored.
 """
 
 import csv
@@ -35,6 +36,8 @@ ONE_HOT = {"0": False, "0.0": False, "1": True, "1.0": True, "false": False, "tr
 SEVERAL = "|"
 """Between the labels of an image in tables that give several."""
 ENCODING = "In a spreadsheet save it as 'CSV UTF-8': plain CSV is Windows-1252 there, and 'Unicode text' is UTF-16"
+MOST_NAMED = 5
+"""Rows whose file is absent that a message names."""
 MAX_LINE = 1 << 20
 """Characters; the path and label of an image have some hundreds."""
 
@@ -78,8 +81,8 @@ def is_csv(path: Path) -> bool:
     return path.suffix.lower() in (".csv", ".tsv") and not path.is_dir()
 
 
-def read_csv(path: Path) -> CsvDataset:
-    """Read and check every row.
+def read_csv(path: Path, image_folder: Path | None = None) -> CsvDataset:
+    """Read and check every row; relative paths begin at `image_folder`, by default the table's own.
 
     Raises InputError, with the number of the line: no header, a column missing or there twice, a row too short or a
     line too long, a label that is empty, too long, several or holds a control character, an unknown split, a path that
@@ -88,21 +91,37 @@ def read_csv(path: Path) -> CsvDataset:
     lines: dict[str, int] = {}
     seen: dict[str, int] = {}
     rows: dict[str, list[tuple[Path, str]]] = {}
-    file_of, columns = _file_finder(path), _Columns({}, {}, "")
+    if image_folder is not None and not image_folder.is_dir():
+        raise InputError(f"{image_folder} is no folder: expected the one that the paths of {path} begin at. Check it.")
+    folder, columns, count = path.parent if image_folder is None else image_folder, _Columns({}, {}, ""), 0
+    file_of, absent = _file_finder(path, str(folder)), list[tuple[int, str]]()
     for line, columns, values in _rows(path):
         split, label, place = _split_label_and_path(path, line, columns, values)
-        full = file_of(line, place)
+        full, count = file_of(line, place), count + 1
+        if full is None:
+            absent.append((line, _printable(place)))
+            continue
         key = os.path.abspath(full)  # noqa: PTH100 - of an absolute and a relative path to one file
         if key in seen:
             _refuse(path, line, f"{_printable(place)} is on line {seen[key]} already. An image has one row")
         seen[key] = line
         lines.setdefault(label, line)
         rows.setdefault(split, []).append((Path(full), label))
+    if absent:
+        (line, first), more = absent[0], ", ".join(f"{name} (line {line})" for line, name in absent[1:MOST_NAMED])
+        others = f", and so are {len(absent) - 1:,} more of {count:,} rows: {more}" if more else ""
+        more = " …" if len(absent) > MOST_NAMED else ""
+        option = "; --image-folder (image_folder) names another" if image_folder is None else ""
+        reason = (
+            f"{first} is no file in {folder} and no stem of one{others}{more}. Paths are absolute, or relative to it"
+        )
+        _refuse(path, line, f"{reason}{option}")
     if not lines:
         raise InputError(f"{path} has no rows below its header: expected one for each image. Add them.")
     names = tuple(sorted({*lines, *columns.classes}))
     index = {name: at for at, name in enumerate(names)}
-    notes = (f"Read the table {path}: {columns.understood}.",)
+    where = "" if image_folder is None else f", images in {image_folder}"
+    notes = (f"Read the table {path}: {columns.understood}{where}.",)
     splits = {
         split: ImageFiles(
             tuple(file for file, _ in images), tuple(index[label] for _, label in images), names, notes=notes
@@ -232,13 +251,13 @@ def _one_hot_label(path: Path, line: int, columns: _Columns, values: list[str]) 
     return held[0]
 
 
-def _file_finder(table: Path) -> Callable[[int, str], str]:
-    """What gives the file that a table means by a path, with the line for messages.
+def _file_finder(table: Path, folder: str) -> Callable[[int, str], str | None]:
+    """What gives the file that a table means by a path, with the line for messages; None where there is none.
 
     An absolute path is taken: a table on a disk names files of that disk, and a file is only decoded. A relative one
-    that leads outside the table's folder is a table out of its place. As few calls as can be: there are millions.
+    that leads outside the folder is a table out of its place. As few calls as can be: there are millions.
     """
-    folder, stems = str(table.parent), dict[str, dict[str, list[str]]]()
+    stems = dict[str, dict[str, list[str]]]()
 
     def stems_in(parent: str) -> dict[str, list[str]]:
         if parent not in stems:
@@ -253,7 +272,7 @@ def _file_finder(table: Path) -> Callable[[int, str], str]:
             stems[parent] = found
         return stems[parent]
 
-    def file_of(line: int, given: str) -> str:
+    def file_of(line: int, given: str) -> str | None:
         full = os.path.join(folder, os.path.normpath(given))  # noqa: PTH118
         is_file = os.path.isfile(full)  # noqa: PTH113
         if not is_file and "\\" in given:  # as Windows writes it; a name may hold one elsewhere
@@ -264,7 +283,7 @@ def _file_finder(table: Path) -> Callable[[int, str], str]:
             _refuse(
                 table,
                 line,
-                f"{_printable(given)} leads outside {folder}. Paths are absolute, or relative to the table's folder",
+                f"{_printable(given)} leads outside {folder}. Paths are absolute, or relative to that folder",
             )
         if is_file:
             return full
@@ -275,12 +294,7 @@ def _file_finder(table: Path) -> Callable[[int, str], str]:
                 return os.path.join(parent, names[0])  # noqa: PTH118
             if names:
                 _refuse(table, line, f"{_printable(given)} is the stem of {', '.join(names[:5])}. Name one file a row")
-        _refuse(
-            table,
-            line,
-            f"{_printable(given)} is no file in {folder} and no stem of one. Paths are absolute, or relative to the "
-            "table's folder",
-        )
+        return None
 
     return file_of
 

@@ -74,24 +74,29 @@ class LeftOut:
         return f"{self.where}: {self.count} of {self.count + self.taken} files left out: {kinds}."
 
 
-def image_source(data: Path | str | ImageSource) -> ImageSource:
+def image_source(data: Path | str | ImageSource, image_folder: Path | None = None) -> ImageSource:
     """The images of a path, see `find_images`; a source is returned as it is."""
-    return data if isinstance(data, ImageSource) else find_images(Path(data))
+    if not isinstance(data, ImageSource):
+        return find_images(Path(data), image_folder)
+    if image_folder is not None:
+        raise InputError(f"{data.description} is no table, and image_folder is of a table. Leave it out.")
+    return data
 
 
-def find_images(root: Path) -> ImageFiles:
+def find_images(root: Path, image_folder: Path | None = None) -> ImageFiles:
     """The images that a path means for anything but training.
 
     Of a folder: those of `val/`, else `validation/`, `valid/` or `test/`, else its own. A class has every image below
     its folder, however deep; images without class folders have no labels. Beside `train/` the classes are those of
     both, so that a class keeps its place where it has no images here. Of a CSV file: the rows of val, else of test,
-    else all of a file without splits. What is left out is in `notes`.
+    else all of a file without splits, with paths that begin at `image_folder`. What is left out is in `notes`.
 
     Raises InputError when there is no such folder, nothing in it, nothing but `train/`, or a class whose name is not
     UTF-8; see also `csv_dataset.read_csv`.
     """
-    if is_csv(root):
-        return replace(_with_missing_classes(read_csv(root).validation(), str(root)), description=str(root))
+    if _is_table(root, image_folder):
+        rows = read_csv(root, image_folder).validation()
+        return replace(_with_missing_classes(rows, str(root)), description=str(root))
     train_root, val_root = training_folder(root), _child(root, VALIDATION_NAMES)
     files, notes = _files_by_class(val_root or root)
     if train_root is not None and val_root is None and set(files) == {train_root.name}:
@@ -105,18 +110,18 @@ def find_images(root: Path) -> ImageFiles:
     return replace(images, description=str(root))
 
 
-def find_dataset(root: Path, *, seed: int = 0, val_share: float = 0.2) -> Dataset:
+def find_dataset(root: Path, *, seed: int = 0, val_share: float = 0.2, image_folder: Path | None = None) -> Dataset:
     """Read `train/` and `val/` (`validation/`, `valid/`, `test/`) of a folder, or the splits of a CSV file.
 
     One folder of classes, and a CSV file without splits, is divided by `seed`, each class by the same share. The class
     names are those of both sides. A class may lack validation images, which is in `notes`; a class of one image is
-    not divided.
+    not divided. Paths in a CSV file begin at `image_folder`, by default at the file's own.
 
     Raises InputError when fewer than two classes have training images, or one has none and is to be validated; see
     also `csv_dataset.read_csv`.
     """
-    if is_csv(root):
-        rows = read_csv(root)
+    if _is_table(root, image_folder):
+        rows = read_csv(root, image_folder)
         whole = rows.splits.get("")
         return _checked(root, *((rows.training(), rows.validation()) if whole is None
                                 else split_by_class(whole, seed, val_share)))  # fmt: skip
@@ -231,6 +236,15 @@ def notes_of(listings: Sequence[LeftOut], root: Path) -> tuple[str, ...]:
         for kind, (count, name) in listing.kinds.items():
             whole.add(kind, f"{Path(listing.where).name}/{name}", count)
     return (str(whole),)
+
+
+def _is_table(root: Path, image_folder: Path | None) -> bool:
+    if image_folder is not None and not is_csv(root):
+        raise InputError(
+            f"{root} is no table (.csv, .tsv), and --image-folder (image_folder) is where a table's paths begin. Leave "
+            "it out."
+        )
+    return is_csv(root)
 
 
 def _class_folders(root: Path) -> tuple[str, ...]:

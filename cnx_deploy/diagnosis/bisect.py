@@ -134,10 +134,17 @@ class CachedProbes:
 
 
 def run_bisection(
-    file: Path, note: Note, *, data: Path | None = None, samples: int = 4, gate: str | None = None
+    file: Path,
+    note: Note,
+    *,
+    data: Path | None = None,
+    samples: int = 4,
+    gate: str | None = None,
+    white_level: float | None = None,
 ) -> Bisection:
     """Bisect a recorded half-precision ONNX file on images of the folder `data`, or on seeded ones.
 
+    `white_level` is as in `core.preprocessing`, in place of the recorded one.
     `gate` names one of `gates.GATES`, by default that of the file's precision. Raises InputError for another kind of
     artifact, and whatever `artifacts.open_artifact` and `model.recorded_model` raise.
     """
@@ -150,7 +157,8 @@ def run_bisection(
     if samples < 1:
         raise InputError(f"samples must be at least 1, got {samples}: a file is judged on images.")
     judged_by = GATES[gate] if gate else artifact.manifest.precision.gate
-    return bisect_artifact(artifact, recorded_model(artifact), note, gate=judged_by, data=data, samples=samples)
+    words: dict[str, Any] = {"gate": judged_by, "data": data, "samples": samples, "white_level": white_level}
+    return bisect_artifact(artifact, recorded_model(artifact), note, **words)
 
 
 def bisect_artifact(
@@ -161,9 +169,10 @@ def bisect_artifact(
     gate: Gate,
     data: Path | None = None,
     samples: int = 4,
+    white_level: float | None = None,
 ) -> Bisection:
     """Bisect a file made from `loaded`; see `run_bisection`."""
-    case = case_of(artifact, loaded, gate, data, samples, note)
+    case = case_of(artifact, loaded, gate, data, samples, note, white_level=white_level)
     recorded = probe_recorded(artifact, case)
     result = Bisection(artifact, gate, sum(map(len, case.batches)), case.units, recorded, case.reference_nonfinite)
     if recorded.probe.passed:

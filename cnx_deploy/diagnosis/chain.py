@@ -104,6 +104,7 @@ def run_chains(
     engines_dir: Path = Path("engines"),
     data: Path | None = None,
     samples: int | None = None,
+    white_level: float | None = None,
     progress: Progress | None = None,
 ) -> list[Chain]:
     """Follow the chain of every half-precision ONNX file named, or recorded and present, and of its engines.
@@ -124,7 +125,7 @@ def run_chains(
     for artifact in halves:
         note(f"Following {artifact.path.name} from PyTorch on")
         built = [engine for engine in engines if engine.manifest.source_sha256 == artifact.sha256]
-        reference = Reference(artifact, data, samples or IMAGES)
+        reference = Reference(artifact, data, samples or IMAGES, white_level=white_level)
         chains.append(follow_chain(artifact, built, reference, progress))
         for text in reference.notes:
             note(text)

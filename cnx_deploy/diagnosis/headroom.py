@@ -7,12 +7,13 @@ verdict decides. The naive form keeps GRN's sum of squares and LayerNorm's squar
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from cnx_deploy.core.artifacts import open_artifact
 from cnx_deploy.core.errors import CheckFailedError, InputError
 from cnx_deploy.core.image_size import STRIDE, ImageSize, size_text
 from cnx_deploy.core.preprocessing import Preprocessing
@@ -34,6 +35,8 @@ from cnx_deploy.diagnosis.ranges import (
 )
 from cnx_deploy.model.checkpoint import LoadedModel, ModelRequest
 from cnx_deploy.model.deploy import BLOCK_PARTS
+from cnx_deploy.model.recorded import recorded_model
+from cnx_deploy.verification.inspect import kind_of_file, recorded_artifact
 
 __all__ = ["Headroom", "HeadroomRequest", "failure", "measure_headroom", "report_lines", "run_headroom"]
 
@@ -226,8 +229,12 @@ def safe_image_size(rms: float, stage: int, margin: float) -> int | None:
 def run_headroom(
     request: HeadroomRequest, note: Callable[[str], None], progress: Callable[[int], None] | None = None
 ) -> Headroom:
-    """Load the weights that `request` names and measure them; `progress` is told the images of each batch."""
-    loaded, preprocessing = request.load(note)
+    """Load the weights that `request` names and measure them; `progress` is told the images of each batch.
+
+    `request.checkpoint` may be a recorded ONNX file or engine: the weights are those that its manifest names.
+    """
+    recorded = _recorded(request, note)
+    loaded, preprocessing = recorded or request.load(note)
     if request.white_level is not None:
         preprocessing = replace(preprocessing, white_level=request.white_level)
     images: ImageSource = ImageLike(request.samples) if request.data is None else find_images(request.data)
@@ -246,6 +253,35 @@ def run_headroom(
     for text in images.observed():
         note(text)
     return measured
+
+
+def _recorded(request: HeadroomRequest, note: Callable[[str], None]) -> tuple[LoadedModel, Preprocessing] | None:
+    """The network that a manifest records, where `checkpoint` is an ONNX file or an engine; None for weights.
+
+    Raises InputError for a file without a manifest, and for options that the manifest has decided already.
+    """
+    path = request.checkpoint
+    if path is None or path.is_dir() or (path.suffix != ".json" and kind_of_file(path) not in ("onnx", "engine")):
+        return None
+    if path.suffix != ".json" and recorded_artifact(path) is None:
+        raise InputError(
+            f"{path} is no checkpoint, and no manifest beside it names the weights that it was made from: expected "
+            "weights, or a recorded file. Give the checkpoint; `cnx-deploy export` records what it exports."
+        )
+    artifact = open_artifact(path)
+    own = {"checkpoint", "data", "samples", "margin", "white_level"}
+    given = [
+        each.name for each in fields(request) if each.name not in own and getattr(request, each.name) != each.default
+    ]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(f"The manifest of {artifact.path.name} says which weights it has. Leave out {options}.")
+    record = artifact.manifest.model
+    note(f"Weights behind {artifact.path.name}: {record.weights.origin} {record.weights.reference}")
+    loaded = recorded_model(artifact)
+    if assumption := record.preprocessing.assumption(record.origins):
+        note(assumption)
+    return loaded, replace(record.preprocessing, image_size=artifact.manifest.deploy.image_size)
 
 
 def measure_headroom(

@@ -22,19 +22,23 @@ def raw_batches(
     data: Path | None,
     *,
     whole: bool = False,
+    white_level: float | None = None,
     note: Callable[[str], None] | None = None,
 ) -> list[Tensor]:
     """Read `samples` images of a folder, or make them from a seed, in batches that a file takes.
 
     A batch with fewer images than the file's smallest is filled up with copies of its first one; with `whole` every
-    batch is as large as the first. `note` is told what is left out and what the images have shown.
+    batch is as large as the first. `white_level` takes the place of the recorded one, see `core.preprocessing`. `note`
+    is told what is left out and what the images have shown.
     """
     smallest, _, largest = manifest.batch
     size = max(smallest, min(samples, largest, BATCH))
     side = manifest.deploy.image_size
     spec = InputSpec(manifest.deploy.input_kind, side, size if whole else smallest, largest)
     source: ImageSource = ImageLike(samples) if data is None else find_images(data)
-    preprocessing = replace(manifest.model.preprocessing, image_size=side)
+    recorded = manifest.model.preprocessing
+    level = recorded.white_level if white_level is None else white_level
+    preprocessing = replace(recorded, image_size=side, white_level=level)
     batches = [batch.images for batch in source.batches(preprocessing, spec, size, evenly(len(source), samples))]
     if note is not None:
         for text in (*source.notes, *source.observed()):

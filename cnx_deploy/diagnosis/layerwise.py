@@ -79,12 +79,14 @@ def compare_artifact(
     *,
     samples: int = 2,
     data: Path | None = None,
+    white_level: float | None = None,
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> LayerComparison:
     """Compare a recorded ONNX file by layer on `samples` images (at most `MAX_IMAGES`) of a folder or of a seed.
 
-    `note` is told what of the folder is left out, and what the images have shown.
+    `white_level` is as in `core.preprocessing`, in place of the recorded one. `note` is told what of the folder is left
+    out, and what the images have shown.
 
     Raises InputError for an engine, for a file whose nodes are not named after modules, and for weights that are gone;
     CorruptArtifactError for altered bytes, before any of them is parsed.
@@ -100,7 +102,7 @@ def compare_artifact(
         raise InputError(
             f"Layers are compared on 1 to {MAX_IMAGES} images, not {samples}: every output of each is held in memory."
         )
-    batches = raw_batches(artifact.manifest, samples, data, whole=True, note=note)
+    batches = raw_batches(artifact.manifest, samples, data, whole=True, white_level=white_level, note=note)
     model = recorded_model(artifact).model
     return compare_layers(artifact.path, model, artifact.manifest.deploy, batches, progress=progress)
 

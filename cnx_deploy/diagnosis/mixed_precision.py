@@ -189,11 +189,13 @@ def case_of(
     data: Path | None,
     samples: int,
     note: Callable[[str], None] | None = None,
+    *,
+    white_level: float | None = None,
 ) -> Case:
     """Make what a recorded file is judged by: images of the folder `data`, or seeded ones, and PyTorch in FP32."""
     deploy = replace(artifact.manifest.deploy, keep_fp32=())
     spec, record = ExportSpec(deploy=deploy, batch=artifact.manifest.batch), artifact.manifest.model
-    batches = tuple(raw_batches(artifact.manifest, samples, data, note=note))
+    batches = tuple(raw_batches(artifact.manifest, samples, data, white_level=white_level, note=note))
     with reference_runner(loaded.model, deploy) as runner:
         expected = joined([runner.run(images) for images in batches])
     return Case(loaded, record, spec, batches, expected, gate)

@@ -55,7 +55,7 @@ def train(
     from cnx_deploy.training.classifier import ClassificationModule
     from cnx_deploy.training.loop import run_task
 
-    dataset = dataset or find_dataset(spec.data, seed=spec.seed)
+    dataset = dataset or find_dataset(spec.data, seed=spec.seed, image_folder=spec.image_folder)
     names, images = dataset.class_names, len(dataset.train.paths)
     model = _model_to_train(spec, initial, len(names))
     counts = {"train_images": images, "val_images": len(dataset.val.paths)}
@@ -133,7 +133,7 @@ def initial_model(
                 "or leave --reset-head, --ema and --entry out."
             )
         return None
-    names = find_dataset(spec.data, seed=spec.seed).class_names
+    names = find_dataset(spec.data, seed=spec.seed, image_folder=spec.image_folder).class_names
     if init is not None:
         loaded = _with_fitting_head(init, spec, names, ema=ema, entry=entry)
     else:

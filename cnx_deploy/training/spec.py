@@ -29,8 +29,8 @@ RATE_IS_PER = 256
 """Images of an optimiser step that `base_learning_rate` is for (Goyal et al., arXiv:1706.02677)."""
 # Where a run is and how its work is done may differ on resume; what is learned may not.
 FREE_FIELDS = frozenset(
-    {"data", "output_dir", "run_dir", "workers", "resume", "compile", "tensorboard", "deterministic", "launch",
-     "picture_every"}
+    {"data", "image_folder", "output_dir", "run_dir", "workers", "resume", "compile", "tensorboard", "deterministic",
+     "launch", "picture_every"}
 )  # fmt: skip
 
 
@@ -115,6 +115,7 @@ class TrainingSpec(RunSpec):
     (momentum 0.9). `warmup_epochs` None: a tenth of the epochs, none for a constant rate.
 
     Attributes:
+        image_folder: Where the paths of a CSV file begin; None: at the file's own folder.
         recipe: Name of the preset that the values come from.
         optimizer, beta2: AdamW with its second momentum, or SGD.
         schedule, final_learning_rate: Cosine, and where it ends (None: a hundredth), or a constant rate.
@@ -133,6 +134,7 @@ class TrainingSpec(RunSpec):
         tensorboard: Write TensorBoard's events into the run's folder.
     """
 
+    image_folder: Path | None = None
     recipe: str = "plain"
     optimizer: Optimizer = "adamw"
     beta2: float = 0.999

@@ -20,6 +20,7 @@ from cnx_deploy.core.files import kind_of_weights, open_regular
 from cnx_deploy.core.image_size import size_text
 from cnx_deploy.core.manifest import MAX_MANIFEST_BYTES, Artifact, Compiled, EngineManifest, Grouping, OnnxManifest
 from cnx_deploy.core.strict_json import bounded_content, strict_json, typed
+from cnx_deploy.core.targets import find_target
 
 __all__ = [
     "ONNX_CHECKS", "FileKind", "Inspection", "inspect_file", "kind_of_file", "recorded_artifact",
@@ -115,9 +116,9 @@ def with_compiled(
     """The inspection of an ONNX file and, in `compiled`, what TensorRT-RTX makes of it now; nothing is run.
 
     The file is written for the target as `build-trt` writes it, and compiled in a child process: it may be anybody's.
-    `target` as in "sm89"; `progress` is told a text while the compiler works. Raises InputError for another kind of
-    file, a target that does not exist or a batch the graph does not take; BuildError when it cannot be compiled;
-    MissingRequirementError without TensorRT-RTX.
+    `target`: "sm89" or "RTX 4090"; `progress` is told a text while the compiler works. Raises InputError for another
+    kind of file, a target that does not exist or a batch the graph does not take; BuildError when it cannot be
+    compiled; MissingRequirementError without TensorRT-RTX.
     """
     if found.kind != "onnx":
         raise InputError(f"{found.path} is {found.description}; only an ONNX file is compiled. Leave out --compile.")
@@ -125,6 +126,7 @@ def with_compiled(
     from cnx_deploy.exporters.trt.compiling import limits_for
 
     backend = load_backend("tensorrt-rtx")
+    target = find_target(target)
     backend.check_target(target)
     answer = run_isolated(
         "cnx_deploy.exporters.trt.compiling:measure_task",

@@ -35,6 +35,12 @@ def test_names_that_are_numbers_in_text_are_no_indices(tmp_path: Path) -> None:
     assert read_class_names(tmp_path / "names") == ("1", "10", "0")
 
 
+@pytest.mark.parametrize("first", ["[unknown]", "{misc} goods", "[1] cat", "  [no label]"])
+def test_a_first_name_in_brackets_is_a_name_and_not_the_begin_of_json(tmp_path: Path, first: str) -> None:
+    (tmp_path / "names.txt").write_text(f"{first}\ncat\n[other]\n")
+    assert read_class_names(tmp_path / "names.txt") == (first.strip(), "cat", "[other]")
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -43,7 +49,8 @@ def test_names_that_are_numbers_in_text_are_no_indices(tmp_path: Path) -> None:
         ("é".encode("cp1252"), "utf-8"), (b'{"0": "a", "2": "b"}', "not 0 to 1"), (b'{"a": 0, "b": 0}', "not 0 to 1"),
         (b'{"0": "a", "00": "b"}', "not 0 to 1"), (b'{"a": "b"}', "not 0 to 0"), (b'{"0": 1.5}', "1.5 is no class's"),
         (b'{"a": true, "b": false}', "not 0 to 1"), (b"[1, 2]", "1 is no class's"), (b'["a"', "expecting"),
-        (b"{}", "without names"),
+        (b"{}", "without names"), (b"['a', 'b']", "expecting value"), (b"{0: 'a',\n1: 'b'}", "expecting property"),
+        (b"[a, b]\nc", "expecting value"), (b"[]x\ncat", "extra data"),
     ],
     ids=str,
 )  # fmt: skip

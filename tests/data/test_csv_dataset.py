@@ -15,11 +15,13 @@ from PIL import Image
 
 from cnx_deploy.core.class_names import MAX_NAME
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.data import find_dataset, find_images
 from cnx_deploy.data.csv_dataset import COLUMNS, MAX_LINE, CsvDataset, read_csv
 from cnx_deploy.model.checkpoint import save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
+from tests.conftest import Command
 from tests.support.lies import FEW, QUICK, check_command, put, refused, result_or_error, spoilt
 from tests.support.training_data import write_colours
 
@@ -225,6 +227,35 @@ def test_a_stem_is_that_of_an_image_and_a_file_of_the_very_name_goes_before(colo
     assert [path.name for path in found.paths] == ["a.png", "b", "c.d.png"]
 
 
+def test_ids_of_a_table_begin_at_the_image_folder_that_is_named(colours: Path, tmp_path: Path) -> None:
+    rows = ("0,a,train", "1,b,train", f"{colours / NAMES[2]},a,val")
+    table = write(tmp_path, *rows, header="image_id,label,split")
+    folder = colours / "val" / "red"
+    dataset = find_dataset(table, image_folder=folder)
+    assert (dataset.train.paths, dataset.val.paths) == ((folder / "0.png", folder / "1.png"), (colours / NAMES[2],))
+    assert find_images(table, folder).paths == dataset.val.paths
+    assert f"images in {folder}" in dataset.notes[0]
+    with pytest.raises(InputError, match=r"line 2: 0 is no file in .*--image-folder \(image_folder\) names another"):
+        find_dataset(table)
+    with pytest.raises(InputError, match=r"leads outside .*red"):
+        find_images(put(table, b"path,label\n../blue/0.png,x\n"), folder)
+    with pytest.raises(InputError, match="absent is no folder"):
+        find_images(table, tmp_path / "absent")
+    for read_folder in (find_images, find_dataset):
+        with pytest.raises(InputError, match="is no table"):
+            read_folder(colours, image_folder=folder)
+
+
+def test_absent_files_are_counted_and_the_first_are_named(colours: Path) -> None:
+    rows = "".join(f"val/red/{name},red\n" for name in ("0", "x1", "x2", "1", "x3", "x4", "x5", "x6"))
+    with pytest.raises(InputError) as refusal:
+        read(colours, f"image_id,label\n{rows}")
+    said = str(refusal.value)
+    assert "line 3: val/red/x1 is no file in" in said
+    assert "so are 5 more of 8 rows: val/red/x2 (line 4), val/red/x3 (line 6), val/red/x4 (line 7), val/red/x5" in said
+    assert "x6" not in said
+
+
 def test_tables_with_tabs_have_a_suffix_of_their_own(colours: Path) -> None:
     table = put(colours / "data.tsv", "\n".join(("path\tlabel", *(f"{name}\tred" for name in NAMES))).encode())
     assert find_images(table).paths == tuple(colours / name for name in NAMES)
@@ -377,6 +408,25 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command_evaluates_on_a_sound_table(colours: Path, weights: Path) -> None:
     assert check_command("eval", weights, put(colours / "data.csv", SOUND.encode())) == 0
+
+
+def test_commands_find_ids_in_the_image_folder(
+    cnx: Command, colours: Path, weights: Path, tiny_onnx_fp16: Artifact, tmp_path: Path
+) -> None:
+    """Where a command has read the table it says what else is wrong: it has three classes."""
+    rows = ("0.png,blue,train", "1,red,train", f"{colours / NAMES[2]},fox,train", f"{colours / NAMES[3]},fox,val")
+    three = write(tmp_path, *rows, header="image_id,label,split")
+    for words, message in (
+        (("eval", weights, three), "fox"),
+        (("train", three, "--variant", "atto", "--no-image-check", "--checkpoint", weights), "2 classes and 3 were"),
+        (("verify", tiny_onnx_fp16.path, "--data", three), "10"),
+    ):
+        code, _, err = cnx(*words)
+        assert (code, "is no file in" in err) == (2, True)
+        code, _, err = cnx(*words, "--image-folder", colours / "val" / "red")
+        assert (code, message in err, "is no file in" in err) == (2, True, False), err
+    code, _, err = cnx("verify", tiny_onnx_fp16.path, "--image-folder", colours)
+    assert (code, "Add --data" in err) == (2, True)
 
 
 @settings(FEW, max_examples=5)

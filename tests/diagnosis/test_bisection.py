@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,9 @@ from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import BLOCK_PARTS, parts_of
 from cnx_deploy.verification.parity import differences
+from tests.conftest import Command
 from tests.support.faulty_networks import DEEP, FAULTS, HIDDEN_2_3, NO_WEIGHTS, RUN, SIZE, case_with, faulty
+from tests.support.pictures import smooth_pictures
 
 UNITS = units_of(DEEP)
 
@@ -199,6 +202,28 @@ def test_images_come_in_batches_that_the_file_takes(
     request = replace(tiny_onnx_fp16.manifest.request, batch=batch)
     manifest = replace(tiny_onnx_fp16.manifest, request=request)
     assert [len(images) for images in raw_batches(manifest, samples, None, whole=whole)] == sizes
+
+
+def test_every_diagnosis_reads_twelve_bits_by_a_white_level(
+    tiny_onnx_fp16: Artifact, cnx: Command, tmp_path: Path
+) -> None:
+    """The same picture with 12 bits in 16: by the white level its pixels are those of the picture with 8."""
+    eight = np.asarray(smooth_pictures([(40, 36)])[0].convert("L"))
+    for folder, pixels in (("eight", eight), ("deep", np.round(eight * (4095 / 255)).astype(np.uint16))):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(pixels).save(tmp_path / folder / "a.png")
+    plain, dark, scaled = (
+        raw_batches(tiny_onnx_fp16.manifest, 1, tmp_path / folder, white_level=level)[0]
+        for folder, level in (("eight", None), ("deep", None), ("deep", 4095))
+    )
+    assert torch.equal(plain, scaled)
+    assert not torch.equal(plain, dark)
+    words = (tiny_onnx_fp16.path, "--data", tmp_path / "deep", "--samples", 1)
+    assert "--white-level 4095" in cnx("diagnose", "bisect", *words)[2]
+    assert "white" not in cnx("diagnose", "bisect", *words, "--white-level", 4095)[2]
+    for command in ("layers", "bisect", "chain"):  # what no file holds is refused before the work
+        code, _, err = cnx("diagnose", command, *words, "--white-level", 1e12)
+        assert (code, "at most 2^32, got 1000000000000" in err) == (2, True)
 
 
 def test_a_folder_gives_the_images(tiny_onnx_fp16: Artifact, tiny_model: ConvNeXtV2, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cnx_deploy.core.deploy_spec import DeploySpec
-from cnx_deploy.core.manifest import ModelRecord, WeightsRecord
+from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import Variant
 from cnx_deploy.data import image_like_batches, runner_input
@@ -370,6 +371,22 @@ def test_a_checkpoint_without_the_margin_ends_with_exit_code_3(cnx: Command, tmp
     assert code == 3
     assert json.loads(out)["passed"] is False
     assert json.loads(out)["failing"]
+
+
+def test_of_a_recorded_file_the_weights_are_measured_that_its_manifest_names(
+    tiny_onnx_fp16: Artifact, cnx: Command, tmp_path: Path
+) -> None:
+    request = HeadroomRequest(variant="tiny-test", num_classes=10, image_size=32, samples=2)
+    expected = run_headroom(request, lambda _: None).to_dict()
+    for path in (tiny_onnx_fp16.path, tiny_onnx_fp16.path.with_suffix(".json")):
+        code, out, err = cnx("diagnose", "headroom", path, "--samples", 2, "--json")
+        assert (code, json.loads(out)) == (0, json.loads(json.dumps(expected)))
+        assert "Weights behind tiny-test-32-fp16.onnx: random 0" in err
+    code, _, err = cnx("diagnose", "headroom", tiny_onnx_fp16.path, "--seed", 1, "--image-size", 64)
+    assert (code, "Leave out --seed, --image-size" in err) == (2, True)
+    shutil.copy(tiny_onnx_fp16.path, tmp_path / "alone.onnx")
+    code, _, err = cnx("diagnose", "headroom", tmp_path / "alone.onnx")
+    assert (code, "no manifest beside it names the weights" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
