@@ -9,11 +9,14 @@ import click
 from cnx_deploy.cli import options
 from cnx_deploy.cli.printable import one_line
 from cnx_deploy.core.errors import CnxDeployError, InputError
+from cnx_deploy.core.strict_json import shortened
 
 if TYPE_CHECKING:
     from cnx_deploy.core.manifest import Compiled, Grouping
     from cnx_deploy.verification.inspect import Inspection
 
+MOST_LISTED = 8
+"""Entries of a list in text; --json has all, such as the names of a thousand classes."""
 GROUPINGS: tuple["Grouping", ...] = ("stage", "operation", "kind")
 
 
@@ -86,7 +89,14 @@ def _inspected(file: Path, compile_for: tuple[str, int] | None, *, lists_kernels
 def _lines_of_inspection(found: "Inspection", lists_kernels: bool) -> Iterator[str]:
     yield f"{found.path}: {found.description}, {found.size_bytes / 1e6:.1f} MB"
     yield f"{'sha256':18} {found.sha256}"
-    for name, value in found.facts.items():
+    facts = dict(found.facts)
+    if "origins" in facts:
+        facts["class_names"] = facts["class_names"] or "none recorded"
+        places = dict.fromkeys(facts["origins"].values())
+        facts["origins"] = {
+            place: [name for name, origin in facts["origins"].items() if origin == place] for place in places
+        }
+    for name, value in facts.items():
         yield from _lines(name, value)
     if found.compiled is not None:
         yield from _lines_of_compiled(found.compiled)
@@ -136,5 +146,6 @@ def _text(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_text(entry)}" for key, entry in value.items() if entry is not None)
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_text, value))}]"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        more = f", … {len(value):,} in all" if len(value) > MOST_LISTED else ""
+        return f"[{', '.join(map(_text, value[: MOST_LISTED - bool(more)]))}{more}]"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else shortened(str(value))

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -208,11 +209,11 @@ def echo_json(document: Any) -> None:
 
 
 def echo_artifacts(artifacts: Iterable[Any], *, as_json: bool) -> None:
-    """Print the paths of artifacts that were made."""
+    """Print the paths of artifacts that were made, unless a note has shown them on the same terminal already."""
     made = [{"path": str(artifact.path), "sha256": artifact.sha256} for artifact in artifacts]
     if as_json:
         echo_json({"artifacts": made})
-    else:
+    elif not _is_one_terminal(sys.stdout, sys.stderr):
         for row in made:
             echo(row["path"])
 
@@ -230,6 +231,10 @@ def reporter(title: str) -> Iterator[Callable[[str, float], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=1.0)
         yield lambda text, share: progress.update(task, description=f"{title}: {text}", completed=share)
+
+
+def _is_one_terminal(*streams: Any) -> bool:
+    return all(stream.isatty() for stream in streams) and len({os.ttyname(stream.fileno()) for stream in streams}) == 1
 
 
 def _finite(value: Any) -> Any:

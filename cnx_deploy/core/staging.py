@@ -5,7 +5,8 @@ reader takes that for good, and the same command makes it again (docs/decisions/
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,21 +67,31 @@ class Staging:
         Raises:
             InputError: The manifest could not be read again, or a folder is in the way. Nothing has been moved then.
         """
+        names = [f"{manifest.stem}.json", *reversed([file.name for file in manifest.files])]  # the main file is first
+        self._move(manifest, names, _outdated(self.directory / names[0], names))
+        return Artifact(self.directory / names[-1], manifest)
+
+    def restate(self, made: Artifact[M], manifest: M) -> Artifact[M]:
+        """Give files that stay as they are another manifest, where it differs: who reads it is told what holds now."""
+        if manifest == made.manifest:
+            return made
+        self._move(manifest, [f"{manifest.stem}.json"])
+        return replace(made, manifest=manifest)
+
+    def _move(self, manifest: OnnxManifest | EngineManifest, names: list[str], outdated: Sequence[Path] = ()) -> None:
+        """Write the manifest, and move the named files into place in their order."""
         _check_readable(manifest)
-        name = f"{manifest.stem}.json"
-        names = [name, *reversed([file.name for file in manifest.files])]  # the main file is the first of a manifest
         for target in names:
             check_file(self.directory / target, OTHER_FOLDER)
-        (self.folder / name).write_text(manifest.to_json(), encoding="utf-8")
+        (self.folder / names[0]).write_text(manifest.to_json(), encoding="utf-8")
         for path in (*self.folder.iterdir(), self.folder):
             flush(path)
         with place_errors(self.directory, OTHER_FOLDER):
-            for path in _outdated(self.directory / name, names):
+            for path in outdated:
                 path.unlink()
             for target in names:
                 (self.folder / target).replace(self.directory / target)
         flush(self.directory)
-        return Artifact(self.directory / names[-1], manifest)
 
 
 def _check_readable(manifest: OnnxManifest | EngineManifest) -> None:

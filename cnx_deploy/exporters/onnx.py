@@ -91,9 +91,9 @@ def export_onnx(
     stem = artifact_stem(spec.name or record.variant, spec.deploy.image_size, spec.deploy.precision)
     with stage_artifact(output_dir, stem) as staging:
         made = reusable_artifact(output_dir, stem, spec.request, record.weights.sha256, force=force)
-        if made is not None and is_onnx(made):
-            _check_description(made, record, spec)
-            return made
+        source_name = f"{record.weights.origin}:{record.weights.reference}"
+        if made is not None and is_onnx(made) and _describes(made, record, spec):
+            return staging.restate(made, replace(made.manifest, model=record, source_name=source_name))
         path = staging.folder / f"{stem}.onnx"
         deployed = deploy_form(model, spec.deploy)
         norm_on_patches, outputs = deployed.norm_on_patches, deployed.output_specs
@@ -117,7 +117,7 @@ def export_onnx(
             files=staging.record(*sorted(file.name for file in staging.folder.iterdir())),
             model=record,
             request=spec.request,
-            source_name=f"{record.weights.origin}:{record.weights.reference}",
+            source_name=source_name,
             source_sha256=record.weights.sha256,
             facts=_facts_record(facts),
         )
@@ -127,15 +127,20 @@ def export_onnx(
         return staging.commit(manifest)
 
 
-def _check_description(found: Artifact[OnnxManifest], record: ModelRecord, spec: ExportSpec) -> None:
-    """Raise OutputExistsError where the file's metadata is not what it would be now: the weights' hash cannot tell."""
+def _describes(found: Artifact[OnnxManifest], record: ModelRecord, spec: ExportSpec) -> bool:
+    """Whether the file's metadata is what it would be now; False where only what is assumed is not.
+
+    Raises OutputExistsError where anything else differs: the weights' hash cannot tell.
+    """
     old, new = _metadata(found.manifest.model, spec), _metadata(record, spec)
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if differing:
+    # With the same values the file stays what it is but for this word, so it is made again without being asked.
+    if differing and differing != ["cnx_deploy.assumed"]:
         raise OutputExistsError(
             f"{found.path} holds the same weights but other metadata ({', '.join(differing)}). "
             "Use --force to replace it, or another --name or --output-dir."
         )
+    return not differing
 
 
 def _graph_from_module(module: DeployedConvNeXtV2, spec: ExportSpec) -> ir.Model:

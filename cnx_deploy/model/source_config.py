@@ -1,12 +1,13 @@
 """What lies beside foreign weights: class names and preprocessing, as the code that trained them wrote them down.
 
-timm and transformers write `config.json` and `preprocessor_config.json` into the folder of the weights; timm's and the
-official training scripts, mmengine and Lightning write entries into the checkpoint itself. A field that changes pixels
-is honoured or refused by name; one that nobody wrote down stays open, and who uses it says that it is assumed.
+timm and transformers write `config.json` and `preprocessor_config.json` into the folder of the weights; the training
+scripts of timm, torchvision and the paper, mmengine and Lightning write entries into the checkpoint itself. A field
+that changes pixels is honoured or refused by name; one that nobody wrote down stays open, and who uses it says that it
+is assumed.
 
 Sources: timm `timm.data.resolve_data_config` and `timm.models._hub.save_config_for_hf`; transformers
-`image_processing_convnext` and `image_processing_backends`; facebookresearch/ConvNeXt-V2 `datasets.py`; mmengine
-`CheckpointHook`.
+`image_processing_convnext` and `image_processing_backends`; facebookresearch/ConvNeXt-V2 `datasets.py`;
+pytorch/vision `references/classification`; mmengine `CheckpointHook`.
 """
 
 import argparse
@@ -140,7 +141,7 @@ def config_within(entries: Mapping[str, Any], where: str) -> SourceConfig:
     """Read what the entries of a checkpoint beside its weights say of them.
 
     Args:
-        entries: the entries by name: timm's and the official code's `args`, mmengine's `meta`, Lightning's
+        entries: the entries by name: `args` of timm, torchvision and the official code, mmengine's `meta`, Lightning's
             `hyper_parameters`, or class names under one of `NAME_KEYS`.
         where: the file, for messages.
     """
@@ -149,7 +150,8 @@ def config_within(entries: Mapping[str, Any], where: str) -> SourceConfig:
     if isinstance(args, argparse.Namespace | dict):
         told = dict(vars(args) if isinstance(args, argparse.Namespace) else args)
         is_official = isinstance(told.get("imagenet_default_mean_and_std"), bool)
-        fields = _official_args(told, where) if is_official else _timm_args(told, where)
+        read = _official_args if is_official else _torchvision_args if "val_crop_size" in told else _timm_args
+        fields = read(told, where)
         found |= SourceConfig(None, fields, dict.fromkeys(fields, "the checkpoint's args"))
     meta = entries.get("meta")
     places: list[tuple[str, Any]] = (
@@ -266,9 +268,7 @@ def _resize(values: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"{where} crops to {shortened(cropped)}: expected a square, or a resize to that size alone."
             )
         return {"image_size": cropped, "crop_ratio": 1.0, "crop_mode": "squash"}
-    ratio = cropped / resized
-    while math.floor(cropped / ratio) < resized:  # the ratio has to lead back to the size
-        ratio = math.nextafter(ratio, 0.0)
+    ratio = _ratio(cropped, resized)
     return {"image_size": cropped, "crop_ratio": ratio, "crop_mode": "center-floor" if keeps_ratio else "squash"}
 
 
@@ -299,6 +299,32 @@ def _official_args(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         "mean": IMAGENET_MEAN if is_default else INCEPTION,
         "std": IMAGENET_STD if is_default else INCEPTION,
     }
+
+
+def _torchvision_args(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What torchvision's `train.py` evaluates with: its preset has no other mean and std than ImageNet's."""
+    cropped, resized = (values.get(name) for name in ("val_crop_size", "val_resize_size"))
+    if not isinstance(cropped, int) or not isinstance(resized, int) or not 0 < cropped <= resized:
+        given = f"val_crop_size {shortened(repr(cropped))} and val_resize_size {shortened(repr(resized))}"
+        raise InputError(
+            f"{where} has {given}: expected pixels, and a crop within the resized picture, as 224 and 256."
+        )
+    return {
+        "image_size": cropped,
+        "crop_ratio": _ratio(cropped, resized),
+        "crop_mode": "center",
+        "interpolation": str(values.get("interpolation") or "bilinear"),
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+    }
+
+
+def _ratio(cropped: int, resized: int) -> float:
+    """The crop ratio that leads back to both sizes: floor(cropped / ratio) is `resized`."""
+    ratio = cropped / resized
+    while math.floor(cropped / ratio) < resized:
+        ratio = math.nextafter(ratio, 0.0)
+    return ratio
 
 
 def _check_network(config: Mapping[str, Any], where: str) -> None:

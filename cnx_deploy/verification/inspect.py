@@ -19,6 +19,7 @@ from cnx_deploy.core.errors import BuildError, InputError
 from cnx_deploy.core.files import kind_of_weights, open_regular
 from cnx_deploy.core.image_size import size_text
 from cnx_deploy.core.manifest import MAX_MANIFEST_BYTES, Artifact, Compiled, EngineManifest, Grouping, OnnxManifest
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.strict_json import bounded_content, strict_json, typed
 from cnx_deploy.core.targets import find_target
 
@@ -221,7 +222,10 @@ def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         return facts, (f"It has no {task.name} head, {origin}: give it one with --reset-head.", *notes)
     if variant is None:
         return facts, ("Its depths and widths are none of the eight variants'.", *notes)
-    return {**facts, "weights_sha256": load_checkpoint(path, variant).weights.sha256}, notes
+    loaded = load_checkpoint(path, variant)
+    told = _told(loaded.class_names, loaded.preprocessing, loaded.origins)
+    problem = () if loaded.problem is None else (f"What lies beside the weights cannot be followed: {loaded.problem}",)
+    return {**facts, **told, "weights_sha256": loaded.weights.sha256}, (*notes, *problem)
 
 
 def _onnx_facts(path: Path, artifact: Artifact[OnnxManifest] | None) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -267,6 +271,15 @@ def _engine_facts(artifact: Artifact[EngineManifest] | None) -> tuple[dict[str, 
     return {**facts, **_manifest_facts(artifact)}, ("An engine cannot be read without a GPU: this is its manifest.",)
 
 
+def _told(names: tuple[str, ...] | None, preprocessing: Preprocessing, origins: Mapping[str, str]) -> dict[str, Any]:
+    """Names of the classes, how images are made, and where each was read; no origins of random weights."""
+    return {
+        "class_names": None if names is None else list(names),
+        "preprocessing": {**preprocessing.to_dict(), "crop_mode": preprocessing.crop_mode},
+        "origins": dict(origins),
+    }
+
+
 def _manifest_facts(artifact: Artifact) -> dict[str, Any]:
     """What every manifest says; the hashes have been checked by then."""
     manifest, model = artifact.manifest, artifact.manifest.model
@@ -276,6 +289,7 @@ def _manifest_facts(artifact: Artifact) -> dict[str, Any]:
         "task": model.task,
         "classes": model.num_classes,
         "image_size": model.image_size if isinstance(model.image_size, int) else size_text(model.image_size),
+        **_told(model.class_names, model.preprocessing, model.origins),
         "precision": manifest.precision.name,
         "weights": {name: getattr(model.weights, name) for name in ("origin", "reference", "sha256")},
         "licence": model.weights.licence,

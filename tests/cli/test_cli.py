@@ -2,7 +2,11 @@
 
 import errno
 import json
+import os
+import pty
+import select
 import shutil
+import sys
 
 import click
 import pytest
@@ -292,6 +296,27 @@ def test_the_command_asks_for_what_its_words_say_in_both_precisions_and_reuses_w
     assert [(project / path).stat().st_mtime_ns for path in paths] == before
     code, _, err = cnx(*EXPORT, "--batch", "1:2:8")
     assert (code, "Use --force" in err) == (2, True)
+
+
+@pytest.mark.parametrize(("piped", "json", "count"), [(False, False, 1), (True, False, 2), (False, True, 2)])
+def test_a_path_is_printed_once_where_both_streams_are_one_terminal(project, tmp_path, monkeypatch, piped, json, count):
+    """`reused` shows it on stderr; what is piped or read by a program has it on stdout too."""
+    terminal, side = pty.openpty()
+    with (
+        os.fdopen(terminal, "rb", buffering=0) as screen,
+        os.fdopen(side, "w") as both,
+        (tmp_path / "piped").open("w+") as pipe,
+    ):
+        monkeypatch.setattr(sys, "stderr", both)
+        monkeypatch.setattr(sys, "stdout", pipe if piped else both)
+        with pytest.raises(SystemExit):
+            main([*EXPORT, "--precision", "fp32", *(["--json"] if json else [])])
+        monkeypatch.undo()
+        pipe.seek(0)
+        shown = pipe.read().encode()
+        while select.select([screen], [], [], 0.0)[0]:
+            shown += screen.read(65536)
+    assert shown.count(b"export/tiny-test-32-fp32.onnx") == count
 
 
 @pytest.mark.slow

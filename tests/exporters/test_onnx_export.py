@@ -291,6 +291,42 @@ def test_other_class_names_for_the_same_weights_are_not_reused(copied, tiny_mode
         export_onnx(tiny_model, record, FP32, copied.path.parent)
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"origins": {"mean": "option"}}, {"head_is_new": True},
+        {"weights": WeightsRecord("random", "1", "", LICENCE, entry="teacher")},
+    ],
+    ids=lambda told: next(iter(told)),
+)  # fmt: skip
+def test_a_reused_file_has_a_manifest_that_says_what_holds_now(copied, tiny_model, told):
+    """The same weights and numbers from elsewhere, such as a checkpoint that was moved: no byte of the file changes."""
+    record, written = replace(copied.manifest.model, **told), copied.path.stat().st_mtime_ns
+    record = replace(record, weights=replace(record.weights, sha256=copied.manifest.source_sha256))
+    artifact = export_onnx(tiny_model, record, FP32, copied.path.parent)
+    manifest = open_artifact(copied.path).manifest
+    assert (artifact.reused, artifact.manifest, manifest.model) == (True, manifest, record)
+    assert manifest.source_name == f"random:{record.weights.reference}"
+    assert (manifest.files, manifest.facts) == (copied.manifest.files, copied.manifest.facts)
+    assert copied.path.stat().st_mtime_ns == written
+    assert sorted(path.name for path in copied.path.parent.iterdir()) == [
+        f"{copied.manifest.stem}.json",
+        copied.path.name,
+    ]
+
+
+def test_a_file_whose_metadata_says_assumed_is_made_again_once_the_value_is_given(copied, tiny_model):
+    before, record = (
+        replace(copied.manifest.model, origins={"mean": origin, "std": "assumed"}) for origin in ("assumed", "option")
+    )
+    copied.path.with_suffix(".json").write_text(replace(copied.manifest, model=before).to_json())
+    artifact = export_onnx(tiny_model, record, FP32, copied.path.parent)
+    assert (artifact.reused, open_artifact(copied.path).manifest.model) == (False, record)
+    assert {entry.key: entry.value for entry in onnx.load(copied.path).metadata_props}["cnx_deploy.assumed"] == "std"
+    with pytest.raises(OutputExistsError, match="class_names"):
+        export_onnx(tiny_model, replace(record, origins={}, class_names=CLASSES), FP32, copied.path.parent)
+
+
 @pytest.mark.slow
 def test_force_replaces(copied, tiny_model):
     spec = replace(FP32, deploy=DeploySpec("fp32", 32, layout="gpu"))

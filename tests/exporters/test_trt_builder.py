@@ -26,6 +26,7 @@ RTX = load_backend("tensorrt-rtx")
 
 
 def copied(artifact: Artifact, folder: Path) -> Artifact:
+    folder.mkdir(exist_ok=True)
     for file in artifact.path.parent.glob(f"{artifact.manifest.stem}.*"):
         (folder / file.name).write_bytes(file.read_bytes())
     return open_artifact(folder / artifact.path.name)
@@ -86,6 +87,19 @@ def test_a_second_build_reuses_the_engine(tiny_engine: Artifact, tiny_onnx_fp16:
     again = build_engine(tiny_onnx_fp16, spec, tiny_engine.path.parent)
     assert again.manifest == tiny_engine.manifest
     assert tiny_engine.path.stat().st_mtime_ns == written
+
+
+def test_a_reused_engine_has_a_manifest_that_says_what_its_onnx_file_s_says_now(
+    tiny_engine: Artifact, tiny_onnx_fp16: Artifact, tmp_path: Path
+) -> None:
+    source, engine = copied(tiny_onnx_fp16, tmp_path / "export"), copied(tiny_engine, tmp_path / "engines")
+    manifest = source.path.with_suffix(".json")
+    manifest.write_text(manifest.read_text().replace('"head_is_new": false', '"head_is_new": true'))
+    spec = BuildSpec(runtime="tensorrt-rtx", target="sm89", batches=((1, 1, 1), (1, 4, 8)))
+    again = build_engine(source, spec, engine.path.parent)
+    found = open_artifact(engine.path).manifest
+    assert (again.reused, again.manifest, found.model.head_is_new) == (True, found, True)
+    assert replace(found, model=engine.manifest.model) == engine.manifest
 
 
 def test_an_altered_onnx_file_is_refused_before_it_is_parsed(tiny_onnx_fp16: Artifact, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg, save_for_hf
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 from transformers import (
     BitImageProcessorPil,
     ConvNextImageProcessorPil,
@@ -253,6 +254,38 @@ def test_the_arguments_of_the_official_script_are_honoured(values, expected):
     other = argparse.Namespace(imagenet_default_mean_and_std=False, **values)
     assert config_within({"args": other}, "x").preprocessing["mean"] == (0.5, 0.5, 0.5)
     assert (expected.mean, expected.std) == (IMAGENET_MEAN, IMAGENET_STD)
+
+
+@pytest.mark.parametrize(
+    ("resize", "crop", "interpolation"), [(256, 224, "bilinear"), (236, 224, "bicubic"), (73, 73, "bilinear")]
+)
+def test_the_arguments_of_torchvisions_script_make_the_pixels_of_its_preset(pictures, resize, crop, interpolation):
+    args = argparse.Namespace(
+        model="convnext_tiny", val_resize_size=resize, val_crop_size=crop, train_crop_size=176,
+        interpolation=interpolation, model_ema=True, weights=None, mixup_alpha=0.2,
+    )  # fmt: skip
+    read = config_within({"args": args}, "checkpoint.pth")
+    preprocessing = Preprocessing(**read.preprocessing)
+    preset = Compose([Resize(resize, InterpolationMode(interpolation)), CenterCrop(crop), PILToTensor()])
+    for picture in pictures[:6]:
+        difference = to_pixels(picture, preprocessing).permute(2, 0, 1).int() - preset(picture).int()
+        assert int(difference.abs().max()) <= 1, picture.size
+    assert (preprocessing.mean, preprocessing.std) == (IMAGENET_MEAN, IMAGENET_STD)
+    assert set(read.origins.values()) == {"the checkpoint's args"}
+    assert len(read.origins) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"val_resize_size": 200}, "val_resize_size 200"), ({"val_crop_size": "224"}, "val_crop_size '224'"),
+        ({"val_resize_size": None}, "val_resize_size None"),
+    ],
+)  # fmt: skip
+def test_sizes_of_torchvisions_script_that_make_no_picture_are_refused_by_name(change, message):
+    args = argparse.Namespace(**{"val_resize_size": 256, "val_crop_size": 224, **change})
+    with pytest.raises(InputError, match=message):
+        config_within({"args": args}, "checkpoint.pth")
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,38 @@ def test_a_pickled_checkpoint_is_described_with_the_entry_its_weights_are_under(
     assert "unknown" in found.facts["licence"]
 
 
+def test_names_preprocessing_and_what_is_assumed_are_shown_of_weights_and_of_a_recorded_file(
+    atto, onnx_copy, tmp_path, cnx
+):
+    """`classes` is an entry, the crop ratio an argument, the rest is said by nobody."""
+    beside = {"classes": ["a", "b", "c"], "args": {"crop_pct": 0.9}}
+    torch.save({"model": atto.model.state_dict(), **beside}, tmp_path / "last.pth")
+    manifest = json.loads(onnx_copy.with_suffix(".json").read_text())
+    manifest["model"] |= {"class_names": [f"name {index}" for index in range(10)]}
+    manifest["model"]["origins"] = {"mean": "assumed", "class_names": "option"}
+    onnx_copy.with_suffix(".json").write_text(json.dumps(manifest))
+    code, out, _ = cnx("inspect", tmp_path / "last.pth", onnx_copy, "--json")
+    weights, file = (document["facts"] for document in json.loads(out))
+    assert (code, weights["class_names"], file["class_names"][9]) == (0, ["a", "b", "c"], "name 9")
+    assert (weights["origins"]["class_names"], weights["origins"]["mean"]) == ("the checkpoint's classes", "assumed")
+    assert (weights["preprocessing"]["crop_ratio"], weights["origins"]["crop_ratio"]) == (0.9, "the checkpoint's args")
+    assert file["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
+    out = cnx("inspect", tmp_path / "last.pth", onnx_copy)[1]
+    lines = [line for line in out.splitlines() if line.startswith(("class names", "origins"))]
+    assert lines[0].endswith("[a, b, c]")
+    assert "the checkpoint's args [crop_ratio]" in lines[1]
+    assert "assumed [image_size, interpolation, mean, std, crop_mode]" in lines[1]
+    assert lines[2].endswith("[name 0, name 1, name 2, name 3, name 4, name 5, name 6, … 10 in all]")
+    assert lines[3].endswith("assumed [mean], option [class_names]")
+
+
+def test_what_beside_weights_cannot_be_followed_is_a_note(atto, tmp_path):
+    torch.save({"model": atto.model.state_dict(), "args": {"crop_pct": 1.2}}, tmp_path / "last.pth")
+    found = inspect_file(tmp_path / "last.pth")
+    assert (found.facts["class_names"], found.facts["preprocessing"]["crop_ratio"]) == (None, 0.875)
+    assert "crop_ratio must be in (0, 1], got 1.2" in found.notes[-1]
+
+
 def test_a_checkpoint_without_a_head_is_described_and_says_so(atto, tmp_path):
     state = {f"encoder.{name}": tensor for name, tensor in atto.model.state_dict().items()}
     kept = {name: tensor for name, tensor in state.items() if not name.startswith(("encoder.norm.", "encoder.head."))}

@@ -1,5 +1,6 @@
 """A recorded ONNX file to an engine: profiles, checks, and what was found on the way in the manifest."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from cnx_deploy.core.artifacts import is_engine, is_onnx, open_artifact, reusable_artifact, stage_artifact
@@ -52,14 +53,15 @@ def build_engine(
     stem = f"{source.manifest.stem}-{backend.short_name}-{spec.target}"
     with stage_artifact(output_dir, stem, needed_bytes=source.size_bytes) as staging:
         made = reusable_artifact(output_dir, stem, request, source.sha256, force=force)
+        model = source.manifest.model_seen_from(output_dir, source.path.parent)
         if made is not None and is_engine(made):
-            return made
+            return staging.restate(made, replace(made.manifest, model=model))
         check_graph(source.path, source.file_names)
         facts = _compiled(backend, source, spec, staging.folder / f"{stem}.engine", progress, limits)
         manifest = EngineManifest(
             stem=stem,
             files=staging.record(f"{stem}.engine"),
-            model=source.manifest.model_seen_from(output_dir, source.path.parent),
+            model=model,
             request=request,
             source_name=source.path.name,
             source_sha256=source.sha256,
