@@ -52,6 +52,8 @@ Note = Callable[[str], None]
 Source = Artifact | Path | str
 """An artifact, or the path of one."""
 Request = TypeVar("Request")
+START = ("checkpoint", "init", "pretrained", "reset_head", "ema", "entry")
+"""What `train` takes of weights to start from."""
 Images = Any
 """A path, a PIL image, an array or a tensor; or a list of them. See `Model.predict`."""
 
@@ -233,19 +235,22 @@ def train(
         data: a folder with a folder of images for each class, or a CSV file.
         variant: one of `cnx-deploy variants`.
         recipe: a preset of the papers, or "plain".
-        note: is told how the data were understood and what is left out, a sentence each.
-        **options: fields of `training.spec.TrainingSpec`, which replace the recipe's: epochs, image_size, batch_size …
+        note: is told how the data were understood, what is left out and what weights bring, a sentence each.
+        **options: fields of `training.spec.TrainingSpec`, which replace the recipe's: epochs, image_size, batch_size …;
+            and the weights to start from as `training.initial_model` takes them: init, checkpoint, pretrained, ema …
 
     Returns:
         The run: its folder, its best checkpoint and accuracy in percent.
     """
     from cnx_deploy import training
 
+    sources = {name: options.pop(name) for name in START if name in options}
     spec = training.spec_from_recipe(Path(data), variant, recipe, **_with_paths(options))
     dataset = find_dataset(spec.data, seed=spec.seed, image_folder=spec.image_folder)
-    for text in dataset.notes:
+    loaded = training.initial_model(spec, **_with_paths(sources))
+    for text in (*dataset.notes, *training.balance_lines(spec, dataset), *(loaded.notes if loaded is not None else ())):
         note(text)
-    result = training.train(spec, dataset=dataset)
+    result = training.train(spec, loaded, dataset=dataset)
     for text in dataset.observed():
         note(text)
     return result
@@ -298,15 +303,9 @@ def _path_of(source: Source) -> Path:
 def _with_paths(options: dict[str, Any]) -> dict[str, Any]:
     """The same options with the path of a file or folder as one, where it is given as text."""
     names = (
-        "checkpoint",
-        "output_dir",
-        "export_dir",
-        "engines_dir",
-        "save_inputs",
-        "save_outputs",
-        "data",
+        "checkpoint", "init", "output_dir", "export_dir", "engines_dir", "save_inputs", "save_outputs", "data",
         "image_folder",
-    )
+    )  # fmt: skip
     return {name: Path(value) if name in names and isinstance(value, str) else value for name, value in options.items()}
 
 

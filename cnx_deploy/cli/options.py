@@ -20,7 +20,7 @@ from cnx_deploy.core.variants import ALL_VARIANTS
 __all__ = [
     "BATCH_RANGE", "EXISTING", "FILE", "FOLDER", "IMAGE_SIZE", "PATH", "TARGET", "VARIANT", "DefaultGroup",
     "SectionedCommand", "as_json", "checkpoint", "class_names", "echo", "echo_artifacts", "echo_json", "engines_dir",
-    "export_dir", "fail", "files", "force", "image_folder", "image_size", "note", "num_classes", "output_dir",
+    "export_dir", "fail", "files", "force", "image_folder", "image_size", "note", "num_classes", "output_dir", "pixels",
     "preprocessing", "pretrained", "reporter", "reset_head", "seed", "variant", "white_level",
 ]  # fmt: skip
 
@@ -106,13 +106,17 @@ class_names = click.option(
     "--class-names", type=EXISTING,
     help="Names of the network's outputs: a file with one a line, or JSON (a list, id2label) [default: as recorded].",
 )  # fmt: skip
-_images = (
-    image_size,
+pixels = (
     click.option("--mean", type=float, nargs=3, metavar="R G B", help="Mean of the pixels, of a [0, 1] image."),
     click.option("--std", type=float, nargs=3, metavar="R G B", help="Standard deviation of the pixels."),
-    click.option("--crop-ratio", type=float, help="Share of the resized side that the centre crop keeps."),
     click.option("--crop-mode", type=click.Choice(CROP_MODES), help="What becomes of pictures that are not square."),
     click.option("--interpolation", type=click.Choice(INTERPOLATIONS), help="Filter of the resize."),
+)
+_images = (
+    image_size,
+    *pixels[:2],
+    click.option("--crop-ratio", type=float, help="Share of the resized side that the centre crop keeps."),
+    *pixels[2:],
     class_names,
 )
 
@@ -134,7 +138,9 @@ class SectionedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options of each section; those of none come last."""
         records = {
-            str(option.name): record for option in self.get_params(ctx) if (record := option.get_help_record(ctx))
+            str(option.name): record
+            for option in self.get_params(ctx)
+            if isinstance(option, click.Option) and (record := option.get_help_record(ctx))
         }
         for title, names in self.sections.items():
             with formatter.section(title):

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cnx_deploy.cli import options
-from cnx_deploy.cli.training_options import recipe_options, run_options
+from cnx_deploy.cli.training_options import SECTIONS, recipe_options, run_options
 
 if TYPE_CHECKING:
     from cnx_deploy.data import Dataset
     from cnx_deploy.training import TrainingSpec
 
 
-@click.command()
+@click.command(cls=options.SectionedCommand, sections=SECTIONS)
 @click.argument("data", type=options.PATH)
 @options.image_folder
 @options.variant
@@ -48,6 +48,8 @@ def train(
 ) -> None:  # fmt: skip
     """Train a variant on DATA: train/ and val/ folders of classes, one folder of classes to split, or a CSV file.
 
+    Weights to start from bring the mean and deviation of their pixels along, where --mean and --std do not say others.
+
     The run's folder holds best.safetensors, last.safetensors, metrics.csv and curves.svg. Ctrl-C leaves a run for
     --resume. Under torchrun or srun every process takes its share of each step.
     """
@@ -58,18 +60,17 @@ def train(
     launch = training.launch_from_environment(os.environ)
     spec = training.spec_from_recipe(data, variant, recipe, launch=launch, **given)
     if show_config:
+        if (checkpoint or pretrained or init) and None in (spec.mean, spec.std):
+            options.note("Note: mean and std are those of the weights, which are read when the run begins.")
         options.echo_json(spec.resolved())
         return
     dataset = _dataset(spec, check=not no_image_check)
     words: dict[str, Any] = {"pretrained": pretrained, "reset_head": reset_head, "ema": ema, "entry": entry}
     loaded = training.initial_model(spec, checkpoint=checkpoint, init=init, **words)
-    start: dict[str, Any] = {}
-    if loaded is not None:
-        start = {"initial": loaded.model, "licence": loaded.weights.licence}
-        for text in loaded.notes:
-            options.note(f"Note: {text}")
+    for text in loaded.notes if loaded is not None else ():
+        options.note(f"Note: {text}")
     with TerminalProgress() as progress:
-        result = training.train(spec, progress=progress, dataset=dataset, **start)
+        result = training.train(spec, loaded, progress, dataset=dataset)
     if no_image_check:  # what has not been looked at before
         note_once((f"Note: {text}" for text in dataset.observed()), launch)
     if launch.rank == 0 and result.epochs_run:
@@ -81,6 +82,7 @@ def _dataset(spec: "TrainingSpec", *, check: bool) -> "Dataset":
     """The images to train on, those that cannot be read left out; says what there is."""
     from cnx_deploy.cli.training_progress import checked, note_once
     from cnx_deploy.data import class_balance, find_dataset, without_broken
+    from cnx_deploy.training import balance_lines
 
     dataset = find_dataset(spec.data, seed=spec.seed, image_folder=spec.image_folder)
     lines: list[str] = []
@@ -88,9 +90,9 @@ def _dataset(spec: "TrainingSpec", *, check: bool) -> "Dataset":
     if check:
         dataset, lines = checked(partial(without_broken, white_level=spec.white_level), dataset)
     balance = class_balance(dataset)
-    warning = [f"Warning: {balance.warning}"] if balance.warning else []
+    warning = [f"Warning: {balance.warning}"] if balance.warning and not spec.is_balanced else []
     observed = [f"Note: {text}" for text in dataset.observed()]
-    note_once((*lines, *observed, *balance.lines(), *warning), spec.launch)
+    note_once((*lines, *observed, *balance.lines(), *warning, *balance_lines(spec, dataset)), spec.launch)
     return dataset
 
 

@@ -7,7 +7,30 @@ import click
 
 from cnx_deploy.cli import options
 
-__all__ = ["recipe_options", "run_options"]
+__all__ = ["SECTIONS", "recipe_options", "run_options"]
+
+SECTIONS = {
+    "Network": (
+        "variant", "checkpoint", "pretrained", "init", "reset_head", "ema", "entry", "freeze_backbone",
+    ),
+    "Length and optimiser": (
+        "recipe", "epochs", "batch_size", "accumulate", "optimizer", "schedule", "learning_rate", "base_learning_rate",
+        "final_learning_rate", "warmup_epochs", "beta2", "weight_decay", "layer_decay", "layer_decay_groups",
+        "clip_norm",
+    ),
+    "Images": (
+        "image_size", "mean", "std", "crop_ratio", "crop_mode", "interpolation", "white_level", "image_folder",
+        "no_image_check",
+    ),
+    "Augmentation and regularisation": (
+        "min_crop_area", "flip", "randaugment_magnitude", "erasing_probability", "mixup_alpha", "cutmix_alpha",
+        "label_smoothing", "drop_path_rate", "head_init_scale", "ema_decay",
+    ),
+    "Loss and uneven classes": ("loss", "focal_gamma", "class_weights", "sampling"),
+    "Computation": ("seed", "workers", "precision", "deterministic", "channels_last", "compile"),
+    "Run": ("output_dir", "run_dir", "resume", "tensorboard", "show_config"),
+}  # fmt: skip
+"""Headings of `train --help` and the options below each."""
 
 RECIPE: tuple[tuple[str, Any, str], ...] = (
     ("--epochs", int, "Times that every image is seen [plain: 30]."),
@@ -50,7 +73,19 @@ def recipe_options(command: Command) -> Command:
         command,
         *(click.option(name, type=kind, help=text) for name, kind, text in RECIPE),
         click.option("--flip/--no-flip", default=None, help="Mirror images or not: not for digits [flip]."),
-    )
+        *options.pixels,
+        click.option(
+            "--class-weights", metavar="balanced|none|FILE",
+            help="What an image of each class weighs in the loss; balanced: all classes weigh the same. A file has "
+            "lines NAME=WEIGHT, .csv rows, or a JSON object [none].",
+        ),
+        click.option(
+            "--sampling", type=click.Choice(["shuffle", "balanced"]),
+            help="balanced: each class is drawn equally often, in an epoch of as many images [shuffle].",
+        ),
+        click.option("--loss", type=click.Choice(["cross-entropy", "focal"]), help="[cross-entropy]"),
+        click.option("--focal-gamma", type=float, help="Exponent of the focal loss [2]."),
+    )  # fmt: skip
 
 
 def run_options(name: str) -> Callable[[Command], Command]:

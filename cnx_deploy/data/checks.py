@@ -68,7 +68,7 @@ class ClassBalance:
         return (
             f"The classes are uneven: {largest} has {most} training images, {smallest} has {least}"
             f"{f' ({self.ratio:.0f}:1)' if least else ''}. Top-1 will mostly show the large ones: look at recall and "
-            "F1 by class (cnx-deploy eval), or even the classes out."
+            "F1 by class (cnx-deploy eval), and even the classes out with --class-weights or --sampling balanced."
         )
 
     def lines(self) -> Iterator[str]:

@@ -62,6 +62,7 @@ class LoadedModel:
             nothing beside trained weights contradicts. Empty for random weights.
         head_is_new: the head was drawn at random.
         problem: why what lies beside the weights cannot be followed; who makes images as it says raises it.
+        training: loss and sampling of the training, where they are not the usual ones.
         notes: what was chosen or made while loading: the layout, the entry of the file, averaged or plain weights, what
             was set aside, a new head.
     """
@@ -74,6 +75,7 @@ class LoadedModel:
     head_is_new: bool = False
     notes: tuple[str, ...] = ()
     problem: str | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     def told_of_images(self) -> tuple[str, ...]:
         """Say where class names and preprocessing were read, and what is assumed; InputError for a `problem`."""
@@ -134,7 +136,7 @@ def load_checkpoint(
     record = WeightsRecord("checkpoint", path.as_posix(), hash_weights(model), licence, place)
     return LoadedModel(
         model, record, config.class_names, _preprocessing_of(config, path), {**_ASSUMED, **config.origins},
-        head_is_new=reset_head, notes=tuple(notes), problem=problem,
+        head_is_new=reset_head, notes=tuple(notes), problem=problem, training=file.metadata.get("training", {}),
     )  # fmt: skip
 
 
@@ -269,7 +271,7 @@ def save_checkpoint(
     class_names: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
     licence: str = "MIT",
-    extra: Mapping[str, str] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a model as `.safetensors`, float32, whole or not at all; the same arguments give the same bytes.
 
@@ -365,6 +367,7 @@ def _check_header_types(header: Mapping[str, Any], path: Path) -> None:
         "licence": (isinstance(licence, str), "a text"),
         "task": (isinstance(header.get("task", ""), str), "a text"),
         "preprocessing": (preprocessing is None or isinstance(preprocessing, dict), "an object"),
+        "training": (isinstance(header.get("training", {}), dict), "an object"),
     }
     for name, (holds, what) in expected.items():
         if not holds:

@@ -1,9 +1,10 @@
 """Training and fine-tuning: the recipes, the files of a run, and the loop on Lightning."""
 
+from cnx_deploy.training.class_balance import balance_lines
 from cnx_deploy.training.distributed import Launch, launch_from_environment
 from cnx_deploy.training.recipes import RECIPES, recipe_options, spec_from_recipe
 from cnx_deploy.training.records import EpochRecord, Progress, RunResult, StepReport, TrainingRecord, TrainingResult
-from cnx_deploy.training.run import initial_model, train
+from cnx_deploy.training.run import initial_model, started_from, train
 from cnx_deploy.training.spec import RunSpec, TrainingSpec
 
 __all__ = [
@@ -17,9 +18,11 @@ __all__ = [
     "TrainingRecord",
     "TrainingResult",
     "TrainingSpec",
+    "balance_lines",
     "initial_model",
     "launch_from_environment",
     "recipe_options",
     "spec_from_recipe",
+    "started_from",
     "train",
 ]

@@ -1,12 +1,12 @@
 """Training a classifier, as the shared loop runs it. Importing this module takes the `train` extra."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
@@ -19,28 +19,46 @@ __all__ = ["ClassificationModule", "averaged_model"]
 
 
 class ClassificationModule(TaskModule):
-    """Cross-entropy on mixed and smoothed labels; top-1 and top-5 of the weights and of their moving average."""
+    """The task's loss on mixed and smoothed labels; top-1 and top-5 of the weights and of their moving average.
+
+    `labels`: the class of each training image. `weights`: what an image of each class weighs in the loss; it is no part
+    of the state. The loss of a step is a mean over its images, as torch's is for mixed targets; for plain ones torch
+    divides by the sum of their weights, which would make a step of one class alone the same whatever it weighs.
+    """
 
     record_type = TrainingRecord
     model: ConvNeXtV2
+    class_weights: Tensor | None
 
-    def __init__(self, model: ConvNeXtV2, spec: TrainingSpec, train_images: int, metadata: dict[str, Any]) -> None:
+    def __init__(
+        self, model: ConvNeXtV2, spec: TrainingSpec, train_images: int, metadata: dict[str, Any], *,
+        labels: Sequence[int] = (), weights: Sequence[float] | None = None,
+    ) -> None:  # fmt: skip
         kept = model.to(memory_format=torch.channels_last) if spec.channels_last else model
-        super().__init__(kept, spec, train_images, ("train", "val", "ema"), metadata)
+        drawn_by = labels if spec.sampling == "balanced" else None
+        super().__init__(kept, spec, train_images, ("train", "val", "ema"), metadata, drawn_by)
+        self.loss_options: dict[str, Any] = {"label_smoothing": spec.label_smoothing}
+        if spec.loss == "focal":
+            self.loss_options["focal_gamma"] = spec.resolved_focal_gamma
+        self.register_buffer("class_weights", None if weights is None else torch.tensor(weights), persistent=False)
+        model.task.check_loss_takes((*self.loss_options, *(() if weights is None else ("class_weights",))))
         self.mix = BatchMix(spec.mixup_alpha, spec.cutmix_alpha, model.num_classes)
         self.averaged = None if spec.ema_decay is None else averaged_model(kept, spec.ema_decay)
         classes = model.num_classes
         self.top1 = MulticlassAccuracy(classes, average="micro")
         self.top5 = MulticlassAccuracy(classes, average="micro", top_k=min(5, classes))
         self.ema_top1 = MulticlassAccuracy(classes, average="micro")
+        self.confusion = MulticlassConfusionMatrix(classes) if spec.is_balanced else None
+        self.ema_confusion = MulticlassConfusionMatrix(classes) if spec.is_balanced else None
         self._compiled = (torch.compile(kept),) if spec.compile else ()  # a tuple: no second set of parameters
 
     def batch_losses(self, batch: Batch, batch_index: int) -> Tensor:
-        """Cross-entropy with label smoothing, on mixed images where that is asked for: (N,)."""
+        """The loss with label smoothing, on mixed images where that is asked for: (N,)."""
         pixels, labels = batch
         images, targets = self.mix(self.network_input(pixels), labels)
         outputs = {"logits": (self._compiled or (self.model,))[0](images)}
-        return self.model.task.loss(outputs, targets, label_smoothing=self.spec.label_smoothing)
+        weighting: dict[str, Any] = {} if self.class_weights is None else {"class_weights": self.class_weights}
+        return self.model.task.loss(outputs, targets, **self.loss_options, **weighting)
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         """Take the step, then move the average."""
@@ -51,21 +69,26 @@ class ClassificationModule(TaskModule):
     def on_validation_epoch_start(self) -> None:
         """Start the validation's sums and metrics."""
         super().on_validation_epoch_start()
-        for metric in (self.top1, self.top5, self.ema_top1):
-            metric.reset()
+        for metric in (self.top1, self.top5, self.ema_top1, self.confusion, self.ema_confusion):
+            if metric is not None:
+                metric.reset()
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Cross-entropy without smoothing, top-1 and top-5, of the weights and of their average."""
+        """Plain cross-entropy, whatever the training loss is, top-1 and top-5, of the weights and of their average."""
         pixels, labels = batch
         images = self.network_input(pixels)
         logits = self.model(images).float()
         self.add("val", self.model.task.loss({"logits": logits}, labels))
         self.top1.update(logits, labels)
         self.top5.update(logits, labels)
+        if self.confusion is not None:
+            self.confusion.update(logits, labels)
         if self.averaged is not None:
             logits = self.averaged.module(images).float()
             self.add("ema", self.model.task.loss({"logits": logits}, labels))
             self.ema_top1.update(logits, labels)
+            if self.ema_confusion is not None:
+                self.ema_confusion.update(logits, labels)
 
     def epoch_record(self, losses: dict[str, float], rate: float, clock: EpochClock) -> TrainingRecord:
         """Losses and accuracy over all processes; each must call this."""
@@ -82,6 +105,8 @@ class ClassificationModule(TaskModule):
             seconds=clock.seconds,
             images_per_second=clock.images_per_second,
             data_wait_percent=clock.wait_percent,
+            val_recall_percent=_mean_recall(self.confusion),
+            ema_val_recall_percent=_mean_recall(self.ema_confusion) if has_average else None,
         )
 
     def networks(self, records: list[EpochRecord]) -> Iterator[tuple[str, ConvNeXtV2, bool]]:
@@ -117,3 +142,12 @@ def averaged_model(model: torch.nn.Module, decay: float) -> AveragedModel:
 
 def _percent(metric: MulticlassAccuracy) -> float:
     return round(100.0 * float(metric.compute()), 4)
+
+
+def _mean_recall(metric: MulticlassConfusionMatrix | None) -> float | None:
+    """Mean over the classes that have images of the share of them that is named so, in percent."""
+    if metric is None:
+        return None
+    matrix = metric.compute().double()  # (true class, class named)
+    images = matrix.sum(dim=1)
+    return round(100.0 * float((matrix.diagonal()[images > 0] / images[images > 0]).mean()), 4)

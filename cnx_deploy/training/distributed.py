@@ -4,7 +4,7 @@ A step's images are dealt to the processes by turns, so that several processes s
 step of an epoch takes what is left, and each image counts once.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,12 +84,17 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         seed: Seed of the order and of the augmentation seeds.
         accumulate: Batches that make one step of the optimiser.
         launch: This process among those of the run.
+        labels: The class of each image, where each class is to be drawn equally often; else each image once.
     """
 
     def __init__(
-        self, count: int, batch_size: int, *, seed: int, accumulate: int = 1, launch: Launch = ONE_PROCESS
-    ) -> None:
+        self, count: int, batch_size: int, *, seed: int, accumulate: int = 1, launch: Launch = ONE_PROCESS,
+        labels: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         self.count, self.seed, self.accumulate, self.launch = count, seed, accumulate, launch
+        self.members: dict[int, list[int]] = {}
+        for index, label in enumerate(labels or ()):
+            self.members.setdefault(label, []).append(index)
         self.joint_size = batch_size * launch.processes
         self.epoch = 0
 
@@ -108,11 +113,29 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
         order = torch.randperm(self.count, generator=generator).tolist()
+        if self.members:
+            drawn = self._balanced(generator)
+            order = [drawn[at] for at in order]
         seeds = torch.randint(2**62, (self.count,), generator=generator).tolist()
         items = list(zip(order, seeds, strict=True))
         for start in range(0, self.count, self.joint_size):
             joint = items[start : start + self.joint_size]
             yield joint[self.launch.rank :: self.launch.processes] or joint[:1]
+
+    def _balanced(self, generator: torch.Generator) -> list[int]:
+        """Image indices, as many as the epoch has.
+
+        Draws of two classes, and of two images of a class, differ by one at most.
+        """
+        often, more = divmod(self.count, len(self.members))
+        lucky = set(torch.randperm(len(self.members), generator=generator)[:more].tolist())
+        drawn = []
+        for place, label in enumerate(sorted(self.members)):
+            own, wanted = self.members[label], often + (place in lucky)
+            for start in range(0, wanted, len(own)):
+                some = torch.randperm(len(own), generator=generator)[: wanted - start].tolist()
+                drawn += [own[at] for at in some]
+        return drawn
 
     def own_count(self, batch: int) -> int:
         """Images of this process's batch number `batch` that count: all, or none in place of an empty batch."""

@@ -9,8 +9,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +55,7 @@ class TaskModule(lightning.LightningModule):
         train_images: Images of an epoch.
         splits: Names of the sums of losses: training's first, then those of images that are kept out of it.
         metadata: Arguments of `model.checkpoint.save_checkpoint` for every file of weights.
+        labels: See `distributed.EpochBatches`.
     """
 
     record_type: type[EpochRecord]
@@ -64,14 +64,15 @@ class TaskModule(lightning.LightningModule):
 
     def __init__(
         self, model: torch.nn.Module, spec: TrainingSpec, train_images: int, splits: tuple[str, ...],
-        metadata: dict[str, Any],
+        metadata: dict[str, Any], labels: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
         self.spec = spec
         self.batches = EpochBatches(
-            train_images, spec.batch_size, seed=spec.seed, accumulate=spec.accumulate, launch=spec.launch
-        )
+            train_images, spec.batch_size, seed=spec.seed, accumulate=spec.accumulate, launch=spec.launch,
+            labels=labels,
+        )  # fmt: skip
         self.metadata = metadata
         self.sums = {split: torch.zeros(2) for split in splits}  # loss, images
 
@@ -153,7 +154,7 @@ class RunWriter(lightning.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What Lightning keeps with the state: the records."""
-        return {"records": [asdict(record) for record in self.records]}
+        return {"records": [record.row() for record in self.records]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the records back."""
@@ -216,9 +217,9 @@ class RunWriter(lightning.Callback):
                 path = self.run_dir / f"{name}{suffix}.safetensors"
                 save_checkpoint(path, network, **{**self.module.metadata, "extra": known})
         self.module.draw(self.run_dir, record.epoch)
-        write_text(self.run_dir / TABLE, table_of([asdict(each) for each in self.records]))
+        write_text(self.run_dir / TABLE, table_of([each.row() for each in self.records]))
         if self.events is not None:
-            for name, value in asdict(record).items():
+            for name, value in record.row().items():
                 if name != "epoch" and value is not None:
                     self.events.add_scalar(f"epoch/{name}", value, record.epoch)
             self.events.flush()

@@ -25,7 +25,8 @@ PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     ),
     (
         "Top-1 %", "linear",
-        (("val_top1_percent", "validation", BLUE), ("ema_val_top1_percent", "validation, average", RED)),
+        (("val_top1_percent", "validation", BLUE), ("ema_val_top1_percent", "validation, average", RED),
+         ("val_recall_percent", "mean recall of classes", GREEN)),
     ),
     ("Learning rate", "log", (("learning_rate", "", GREEN),)),
 )  # fmt: skip

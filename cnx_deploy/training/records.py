@@ -8,6 +8,8 @@ __all__ = ["CONDITIONS", "EpochRecord", "Progress", "RunResult", "StepReport", "
 
 CONDITIONS = ("seconds", "images_per_second", "data_wait_percent")
 """Fields that say how the work went, not what was learned: two equal runs differ in them."""
+LATER_FIELDS = frozenset({"val_recall_percent", "ema_val_recall_percent"})
+"""Fields that earlier records do not have: None there, and written only where they are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +17,10 @@ class EpochRecord:
     """One epoch, from 1; a subclass adds what its task learns, and is what the state of a run keeps."""
 
     epoch: int
+
+    def row(self) -> dict[str, Any]:
+        """The fields by name, as the table of a run and its state keep them."""
+        return {name: value for name, value in asdict(self).items() if value is not None or name not in LATER_FIELDS}
 
     @property
     def losses(self) -> tuple[float, float]:
@@ -38,6 +44,7 @@ class TrainingRecord(EpochRecord):
     `train_loss` is of smoothed, mixed and augmented images, `val_loss` of none of that. `ema_…` are of the moving
     average, None without one. `learning_rate` is of the last layers and stands where the epoch leaves it, so it is
     the next step's. `data_wait_percent`: share of the epoch's training time in which no image was there.
+    `val_recall_percent`: mean recall of the classes, which ranks weights where loss or sampling even the classes out.
     """
 
     train_loss: float
@@ -50,6 +57,8 @@ class TrainingRecord(EpochRecord):
     seconds: float
     images_per_second: float
     data_wait_percent: float
+    val_recall_percent: float | None = None
+    ema_val_recall_percent: float | None = None
 
     @property
     def losses(self) -> tuple[float, float]:
@@ -58,15 +67,17 @@ class TrainingRecord(EpochRecord):
 
     @property
     def weights_rank(self) -> tuple[float, float]:
-        """Greater is better: top-1, then validation loss."""
-        return self.val_top1_percent, -self.val_loss
+        """Greater is better: mean recall where it is known, else top-1; then validation loss."""
+        recall = self.val_recall_percent
+        return self.val_top1_percent if recall is None else recall, -self.val_loss
 
     @property
     def ema_rank(self) -> tuple[float, float]:
         """The same of the moving average; the lowest without one."""
         if self.ema_val_top1_percent is None or self.ema_val_loss is None:
             return -1.0, 0.0
-        return self.ema_val_top1_percent, -self.ema_val_loss
+        recall = self.ema_val_recall_percent
+        return self.ema_val_top1_percent if recall is None else recall, -self.ema_val_loss
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -76,9 +87,10 @@ class TrainingRecord(EpochRecord):
     def summary(self, *, is_best: bool) -> str:
         """Losses, top-1 and pace."""
         ema = "" if self.ema_val_top1_percent is None else f" (average {self.ema_val_top1_percent:.2f} %)"
+        recall = "" if self.val_recall_percent is None else f", mean recall {self.val_recall_percent:.2f} %"
         return (
             f"loss {self.train_loss:.4f}, validation loss {self.val_loss:.4f}, top-1 {self.val_top1_percent:.2f} %{ema}"
-            f"{' (best)' if is_best else ''}, {self.seconds:.1f} s, {self.images_per_second:.0f} images/s"
+            f"{recall}{' (best)' if is_best else ''}, {self.seconds:.1f} s, {self.images_per_second:.0f} images/s"
         )
 
 
@@ -110,15 +122,20 @@ class RunResult:
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult(RunResult):
-    """A training run. `best` is the better of the best weights and the best moving average, where there is one."""
+    """A training run. `best` is the better of the best weights and the best moving average, where there is one.
+
+    Both figures are of those weights; the mean recall of the classes is None where it does not rank them.
+    """
 
     best_top1_percent: float | None
+    best_recall_percent: float | None = None
 
     def summary(self) -> str:
-        """The best weights and their top-1."""
+        """The best weights and their figures."""
         if self.best_top1_percent is None:
             return RunResult.summary(self)
-        return f"{self.best}: top-1 {self.best_top1_percent:.2f} % after {self.epochs_run} epochs"
+        recall = "" if self.best_recall_percent is None else f"mean recall {self.best_recall_percent:.2f} %, "
+        return f"{self.best}: {recall}top-1 {self.best_top1_percent:.2f} % after {self.epochs_run} epochs"
 
 
 @dataclass(frozen=True, slots=True)

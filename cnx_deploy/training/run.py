@@ -7,22 +7,25 @@ A run is a folder: `run.json` (what was asked for), `metrics.csv` (one line an e
 
 import copy
 import importlib
+from collections.abc import Iterator
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from cnx_deploy.core.errors import CheckpointError, InputError, MissingRequirementError
-from cnx_deploy.core.preprocessing import ASSUMED
+from cnx_deploy.core.preprocessing import ASSUMED, Preprocessing
 from cnx_deploy.data import Dataset, find_dataset
 from cnx_deploy.model.checkpoint import LoadedModel, load_checkpoint, resolve_model
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model
+from cnx_deploy.training.class_balance import class_weights
 from cnx_deploy.training.records import Progress, TrainingRecord, TrainingResult
 from cnx_deploy.training.run_folder import open_run
 from cnx_deploy.training.spec import RunSpec, TrainingSpec
 
-__all__ = ["OWN_LICENCE", "check_machine", "initial_model", "train"]
+__all__ = ["OWN_LICENCE", "check_machine", "initial_model", "started_from", "train"]
 
 OWN_LICENCE = "MIT"
 """Of weights that were not started from anybody's."""
@@ -30,49 +33,48 @@ OWN_LICENCE = "MIT"
 
 def train(
     spec: TrainingSpec,
-    initial: ConvNeXtV2 | None = None,
+    initial: ConvNeXtV2 | LoadedModel | None = None,
     progress: Progress | None = None,
     *,
-    licence: str = OWN_LICENCE,
+    licence: str | None = None,
     dataset: Dataset | None = None,
 ) -> TrainingResult:
     """Train a classifier and return the run; on Ctrl-C the run so far.
 
     Args:
         spec: What to train.
-        initial: Model to start from, left as it is; None draws the paper's initialisation from the seed.
+        initial: Model to start from, left as it is; None draws the paper's initialisation from the seed. What
+            `initial_model` loaded brings its licence, and its mean and deviation of pixels where `spec` has none.
         progress: Who is told how the run goes.
-        licence: Goes into the written weights: that of the weights started from.
+        licence: Goes into the written weights; None takes that of the weights started from.
         dataset: Images to train on in place of all that `data.find_dataset` finds in `spec.data`.
 
     Raises:
-        InputError: Data, folder or resume do not fit.
+        InputError: Data, folder, resume or class weights do not fit, or the task's loss does not take an option.
         CheckpointError: `initial` is of another variant or other classes.
         MissingRequirementError: The `train` extra is missing, or the GPU that FP16 takes.
         TrainingError: The loss stopped being a number.
     """
     check_machine(spec)
+    if isinstance(initial, LoadedModel):
+        spec, licence, initial = started_from(spec, initial), licence or initial.weights.licence, initial.model
     from cnx_deploy.training.classifier import ClassificationModule
     from cnx_deploy.training.loop import run_task
 
     dataset = dataset or find_dataset(spec.data, seed=spec.seed, image_folder=spec.image_folder)
-    names, images = dataset.class_names, len(dataset.train.paths)
+    names, images, labels = dataset.class_names, len(dataset.train.paths), dataset.train.labels
     model = _model_to_train(spec, initial, len(names))
-    counts = {"train_images": images, "val_images": len(dataset.val.paths)}
-    run_dir = open_run(spec, spec.network.name, class_names=list(names), **counts)
-    metadata = {"class_names": names, "preprocessing": spec.preprocessing, "licence": licence}
-    module = ClassificationModule(model, spec, images, metadata)
+    weights = class_weights(spec, names, labels)
+    known: dict[str, Any] = {"class_names": list(names), "train_images": images, "val_images": len(dataset.val.paths)}
+    if weights is not None:
+        known["weight_by_class"] = dict(zip(names, weights, strict=True))
+    metadata = {"class_names": names, "preprocessing": spec.preprocessing, "licence": licence or OWN_LICENCE}
+    if spec.balancing:
+        metadata["extra"] = {"training": spec.balancing}
+    module = ClassificationModule(model, spec, images, metadata, labels=labels, weights=weights)
+    run_dir = open_run(spec, spec.network.name, **known)
     records, interrupted = run_task(module, run_dir, dataset, progress)
-    known = cast(list[TrainingRecord], records)
-    weights, ema = (max(ranks, default=(-1.0, 0.0)) for ranks in
-                    ([record.weights_rank for record in known], [record.ema_rank for record in known]))  # fmt: skip
-    return TrainingResult.of(
-        run_dir,
-        len(records),
-        best="best-ema" if ema > weights else "best",
-        interrupted=interrupted,
-        best_top1_percent=max(weights, ema)[0] if records else None,
-    )
+    return _result(run_dir, cast(list[TrainingRecord], records), interrupted=interrupted)
 
 
 def check_machine(spec: RunSpec) -> None:
@@ -152,18 +154,53 @@ def initial_model(
             f"{loaded.weights.reference} knows the classes {', '.join(loaded.class_names or ())}; {spec.data} has "
             f"{', '.join(names)}. Draw a new head with --reset-head, or rename the class folders."
         )
-    own, here = loaded.preprocessing, spec.preprocessing
-    told = [name for name in ("mean", "std", "interpolation") if loaded.origins.get(name) not in (None, ASSUMED)]
-    if others := [name for name in told if getattr(own, name) != getattr(here, name)]:
-        before = ", ".join(f"{name} {getattr(own, name)}" for name in others)
-        after = ", ".join(f"{name} {getattr(here, name)}" for name in others)
-        loaded = replace(
-            loaded, notes=(*loaded.notes, f"the weights were trained with {before}; this run uses {after}")
-        )
+    loaded = replace(loaded, notes=(*loaded.notes, *_notes_of_images(spec, loaded)))
     if loaded.head_is_new:
         with torch.no_grad():
             loaded.model.head.weight.mul_(spec.head_init_scale)
     return loaded
+
+
+def started_from(spec: TrainingSpec, loaded: LoadedModel) -> TrainingSpec:
+    """Take mean and deviation of the pixels from weights to start from, where the request leaves them open."""
+    own, usual = loaded.preprocessing, Preprocessing()
+    open_fields = [name for name in ("mean", "std") if getattr(spec, name) is None]
+    # The usual values are what None means; written down, they would make another record.
+    return replace(
+        spec, **{name: getattr(own, name) for name in open_fields if getattr(own, name) != getattr(usual, name)}
+    )
+
+
+def _notes_of_images(spec: TrainingSpec, loaded: LoadedModel) -> Iterator[str]:
+    """What the run takes of the weights' preprocessing, and what it has otherwise."""
+    own, here, before = loaded.preprocessing, started_from(spec, loaded).preprocessing, spec.preprocessing
+    if taken := [name for name in ("mean", "std") if getattr(here, name) != getattr(before, name)]:
+        values = " and ".join(f"{name} {getattr(here, name)}" for name in taken)
+        options = " and ".join(f"--{name}" for name in taken)
+        origin = loaded.origins[taken[0]]
+        yield f"pixels have {values} as the weights do ({origin}); {options} would say otherwise"
+    if loaded.problem is not None:
+        yield f"{loaded.problem} This run goes by its own options and ImageNet's mean and std."
+    told = [name for name in ("mean", "std", "interpolation") if loaded.origins.get(name) not in (None, ASSUMED)]
+    if others := [name for name in told if getattr(own, name) != getattr(here, name)]:
+        theirs, ours = (", ".join(f"{name} {getattr(kind, name)}" for name in others) for kind in (own, here))
+        yield f"the weights were trained with {theirs}; this run uses {ours}"
+
+
+def _result(run_dir: Path, records: list[TrainingRecord], *, interrupted: bool) -> TrainingResult:
+    """The result with the figures of the better of the best weights and the best moving average."""
+    if not records:
+        return TrainingResult.of(run_dir, 0, interrupted=interrupted, best_top1_percent=None)
+    plain, ema = (max(records, key=attrgetter(rank)) for rank in ("weights_rank", "ema_rank"))
+    is_ema = ema.ema_rank > plain.weights_rank
+    return TrainingResult.of(
+        run_dir,
+        len(records),
+        best="best-ema" if is_ema else "best",
+        interrupted=interrupted,
+        best_top1_percent=ema.ema_val_top1_percent if is_ema else plain.val_top1_percent,
+        best_recall_percent=ema.ema_val_recall_percent if is_ema else plain.val_recall_percent,
+    )
 
 
 def _with_fitting_head(path: Path, spec: TrainingSpec, names: tuple[str, ...], **choice: Any) -> LoadedModel:

@@ -17,7 +17,7 @@ from cnx_deploy.core.files import make_folder, room_errors, write_text
 from cnx_deploy.core.strict_json import bounded_content, shortened, strict_json, typed
 from cnx_deploy.model.pickles import UNREADABLE, check_archive, read_pickle
 from cnx_deploy.training.records import EpochRecord
-from cnx_deploy.training.spec import RunSpec
+from cnx_deploy.training.spec import LATER_FIELDS, RunSpec
 
 __all__ = ["REQUEST", "STATE", "STATE_BEFORE", "check_state", "corrupt_state", "keep_state",
            "open_run", "usable_state"]  # fmt: skip
@@ -75,7 +75,8 @@ def _check_same_request(run_dir: Path, request: Mapping[str, Any]) -> None:
     except ValueError as error:
         raise CorruptArtifactError(f"{record} cannot be read ({error}). Start a run without --resume.") from error
     # Through JSON, so that tuples are the lists that were read.
-    then, now = {**before, **spec_before}, json.loads(json.dumps({**request, **request["spec"]}))
+    now = {**LATER_FIELDS, **json.loads(json.dumps({**request, **request["spec"]}))}
+    then = {**LATER_FIELDS, **before, **spec_before}
     differing = [
         f"{name} {shortened(then.get(name))} then, {shortened(value)} now"
         for name, value in now.items()

@@ -8,21 +8,26 @@ from typing import Any, Literal, get_args
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.image_size import ImageSize
-from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.core.preprocessing import Preprocessing, Triple
 from cnx_deploy.core.variants import Variant, find_variant
+from cnx_deploy.training.class_balance import ClassWeights, named_weights
 from cnx_deploy.training.distributed import ONE_PROCESS, Launch
 
-__all__ = ["RunSpec", "TrainingPrecision", "TrainingSpec"]
+__all__ = ["LATER_FIELDS", "RunSpec", "TrainingPrecision", "TrainingSpec"]
 
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["cosine", "constant"]
 LayerDecayGroups = Literal["single", "group"]
+Loss = Literal["cross-entropy", "focal"]
+Sampling = Literal["shuffle", "balanced"]
 TrainingPrecision = Literal["fp32", "bf16", "fp16"]
 CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": get_args(Optimizer),
     "schedule": get_args(Schedule),
     "layer_decay_groups": get_args(LayerDecayGroups),
     "precision": get_args(TrainingPrecision),
+    "loss": get_args(Loss),
+    "sampling": get_args(Sampling),
 }
 LEARNING_RATES = {"adamw": 1e-3, "sgd": 5e-3}
 RATE_IS_PER = 256
@@ -32,6 +37,13 @@ FREE_FIELDS = frozenset(
     {"data", "image_folder", "output_dir", "run_dir", "workers", "resume", "compile", "tensorboard", "deterministic",
      "launch", "picture_every"}
 )  # fmt: skip
+LATER_FIELDS: dict[str, Any] = {
+    "class_weights": "none", "sampling": "shuffle", "loss": "cross-entropy", "focal_gamma": None,
+    "mean": None, "std": None, "interpolation": None, "crop_mode": None,
+}  # fmt: skip
+"""Fields that earlier records do not have, and what they stand at there: written only where they differ."""
+FOCAL_GAMMA = 2.0
+"""Of Lin et al., arXiv:1708.02002, who found it best."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +111,11 @@ class RunSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that decide what is learned, as plain types."""
-        learned = {name: value for name, value in asdict(self).items() if name not in FREE_FIELDS}
+        learned = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in FREE_FIELDS and (name not in LATER_FIELDS or value != LATER_FIELDS[name])
+        }
         return {**learned, "variant": self.network.name, "processes": self.launch.processes}
 
     def resolved(self) -> dict[str, Any]:
@@ -127,7 +143,11 @@ class TrainingSpec(RunSpec):
         ema_decay: Moving average of the weights; None: none.
         freeze_backbone: The head alone learns.
         label_smoothing: Share of the target given to all classes.
-        crop_ratio: Centre crop of validation images, see `data.Preprocessing`.
+        loss, focal_gamma: Cross-entropy, or focal loss with the exponent gamma (None: 2).
+        class_weights: Of the loss: "none", "balanced", weights by class name or a file of them; see `class_balance`.
+        sampling: Every image once an epoch in shuffled order, or "balanced": each class equally often.
+        crop_ratio, crop_mode, interpolation: Of validation images, see `core.preprocessing.Preprocessing`.
+        mean, std: Of the pixels; None takes those of the weights started from, else ImageNet's.
         flip, randaugment_magnitude, erasing_probability: See `images.ImageAugmentation`; magnitude to 10, 0: none.
         mixup_alpha, cutmix_alpha: See `images.BatchMix`; 0: none.
         channels_last, compile: How the network computes; what it learns is the same.
@@ -148,7 +168,15 @@ class TrainingSpec(RunSpec):
     ema_decay: float | None = None
     freeze_backbone: bool = False
     label_smoothing: float = 0.1
+    loss: Loss = "cross-entropy"
+    focal_gamma: float | None = None
+    class_weights: ClassWeights = "none"
+    sampling: Sampling = "shuffle"
     crop_ratio: float = 0.875
+    crop_mode: str | None = None
+    interpolation: str | None = None
+    mean: Triple | None = None
+    std: Triple | None = None
     flip: bool = True
     randaugment_magnitude: float = 0.0
     erasing_probability: float = 0.0
@@ -159,6 +187,9 @@ class TrainingSpec(RunSpec):
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "class_weights", named_weights(self.class_weights))
+        for name in ("mean", "std"):  # a list is the same request
+            object.__setattr__(self, name, getattr(self, name) and tuple(getattr(self, name)))
         _ = self.preprocessing, self.network  # their own checks
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -171,6 +202,16 @@ class TrainingSpec(RunSpec):
                 f"Both learning_rate {self.learning_rate} and base_learning_rate {self.base_learning_rate} were given; "
                 f"one is absolute, the other for {RATE_IS_PER} images a step. Leave one out."
             )
+        if self.class_weights == self.sampling == "balanced":
+            raise InputError(
+                "class_weights and sampling are both balanced: either alone gives each class the same share of the "
+                "loss, and with both a small class would have more than a large one. Leave one out."
+            )
+        if self.focal_gamma is not None and self.loss != "focal":
+            raise InputError(
+                f"focal_gamma is {self.focal_gamma} and the loss is {self.loss}, which has no such exponent. Add "
+                "--loss focal, or leave it out."
+            )
 
     def _rules(self) -> Iterator[tuple[str, bool, str]]:
         """Field, whether its value holds, what it must be."""
@@ -180,6 +221,7 @@ class TrainingSpec(RunSpec):
             yield name, getattr(self, name) >= 1, "at least 1"
         for name in ("weight_decay", "seed", "mixup_alpha", "cutmix_alpha"):
             yield name, getattr(self, name) >= 0, "at least 0"
+        yield "focal_gamma", self.resolved_focal_gamma >= 0, "at least 0"
         for name in ("learning_rate", "base_learning_rate", "clip_norm"):
             yield name, getattr(self, name) is None or getattr(self, name) > 0, "above 0"
         for name in ("drop_path_rate", "label_smoothing", "beta2"):
@@ -217,6 +259,22 @@ class TrainingSpec(RunSpec):
         return self.epochs / 10 if self.schedule == "cosine" else 0.0
 
     @property
+    def resolved_focal_gamma(self) -> float:
+        """The exponent of the focal loss; 0, where it is cross-entropy, for any other."""
+        return 0.0 if self.loss != "focal" else FOCAL_GAMMA if self.focal_gamma is None else self.focal_gamma
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether classes of uneven size are made up for by weights or sampling, so that mean recall is what counts."""
+        return self.class_weights != "none" or self.sampling == "balanced"
+
+    @property
+    def balancing(self) -> dict[str, Any]:
+        """What of loss and sampling is off its default, as weights record it: their scores are of other priors."""
+        names = ("class_weights", "sampling", "loss", "focal_gamma")
+        return {name: value for name, value in self.resolved().items() if name in names}
+
+    @property
     def validation_batch_size(self) -> int:
         """Images of a validation step: no gradients are kept, so twice as many fit."""
         return 2 * self.batch_size
@@ -224,12 +282,15 @@ class TrainingSpec(RunSpec):
     @property
     def preprocessing(self) -> Preprocessing:
         """What validation images go through, and every image the trained model will see."""
-        return Preprocessing(self.image_size, self.crop_ratio, white_level=self.white_level)
+        said = {"crop_mode": self.crop_mode, "interpolation": self.interpolation, "mean": self.mean, "std": self.std}
+        given: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+        return Preprocessing(self.image_size, self.crop_ratio, white_level=self.white_level, **given)
 
     def resolved(self) -> dict[str, Any]:
         """Everything, with the values that None stands for, for people to read."""
         return {
             **self.to_dict(),
+            **({"focal_gamma": self.resolved_focal_gamma} if self.loss == "focal" else {}),
             "learning_rate": self.resolved_learning_rate,
             "final_learning_rate": self.resolved_final_rate,
             "warmup_epochs": self.resolved_warmup_epochs,

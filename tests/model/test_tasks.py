@@ -1,7 +1,7 @@
 """A task with another head, added from outside, is taken by every stage without another edit."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
 
 import cnx_deploy as cnx
 from cnx_deploy.cli import cli
@@ -242,6 +243,89 @@ def test_the_loss_of_a_classifier_is_cross_entropy() -> None:
     logits, targets = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
     found = find_task("classification").loss({"logits": logits}, targets)
     torch.testing.assert_close(found, -logits.log_softmax(dim=1).gather(1, targets[:, None]).flatten())
+
+
+SCORES = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
+CLASSES = torch.arange(8) % 5
+ONE_HOT = F.one_hot(CLASSES, 5).double()
+MIXED = ONE_HOT * 0.7 + ONE_HOT.roll(1, 0) * 0.3
+WEIGHTS = torch.tensor([0.2, 0.5, 1.0, 4.0, 0.0], dtype=torch.float64)
+
+
+def loss_of(scores: Tensor, targets: Tensor, **options: Any) -> Tensor:
+    return find_task("classification").loss({"logits": scores}, targets, **options)
+
+
+@pytest.mark.parametrize("targets", [CLASSES, MIXED], ids=["classes", "mixed"])
+def test_class_weights_and_gamma_zero_are_torchs_cross_entropy(targets: Tensor) -> None:
+    expected = F.cross_entropy(SCORES, targets, weight=WEIGHTS, reduction="none")
+    torch.testing.assert_close(loss_of(SCORES, targets, class_weights=WEIGHTS), expected, rtol=1e-12, atol=1e-12)
+    assert float((loss_of(SCORES, targets) - expected).abs().max()) > 0.1
+    ones = torch.ones(5, dtype=torch.float64)
+    smoothed = F.cross_entropy(SCORES, targets, label_smoothing=0.1, reduction="none")
+    for options in ({"class_weights": ones}, {"focal_gamma": 1e-9}, {"focal_gamma": 0.0}):
+        found = loss_of(SCORES, targets, label_smoothing=0.1, **options)  # type: ignore[arg-type]
+        torch.testing.assert_close(found, smoothed, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 5.0])
+def test_the_focal_loss_is_torchvisions_for_two_classes_and_the_papers_sum_for_more(gamma: float) -> None:
+    scores, classes = SCORES[:, :2], CLASSES % 2
+    binary = sigmoid_focal_loss(scores[:, 1] - scores[:, 0], classes.double(), alpha=0.8, gamma=gamma)
+    found = loss_of(scores, classes, focal_gamma=gamma, class_weights=torch.tensor([0.2, 0.8], dtype=torch.float64))
+    torch.testing.assert_close(found, binary, rtol=1e-10, atol=1e-12)
+    p = SCORES.softmax(dim=1)
+    for targets, shares in ((CLASSES, ONE_HOT), (MIXED, MIXED)):
+        plain = -(shares * (1 - p) ** gamma * p.log()).sum(dim=1)
+        torch.testing.assert_close(loss_of(SCORES, targets, focal_gamma=gamma), plain, rtol=1e-10, atol=1e-12)
+        # Smoothing goes over the weighted shares.
+        smoothed = 0.9 * shares * WEIGHTS + 0.1 / 5 * (shares * WEIGHTS).sum(dim=1, keepdim=True)
+        words: dict[str, Any] = {"focal_gamma": gamma, "class_weights": WEIGHTS, "label_smoothing": 0.1}
+        expected = -(smoothed * (1 - p) ** gamma * p.log()).sum(dim=1)
+        torch.testing.assert_close(loss_of(SCORES, targets, **words), expected, rtol=1e-10, atol=1e-12)
+        learning = SCORES.clone().requires_grad_()
+        assert torch.autograd.gradcheck(lambda given, to=targets, by=words: loss_of(given, to, **by), (learning,))
+
+
+def test_the_focal_loss_takes_the_gradient_from_easy_images_and_stays_finite_where_one_is_certain() -> None:
+    def gradient(score: float, **options: Any) -> float:
+        scores = torch.tensor([[score, 0.0]], requires_grad=True)
+        loss_of(scores, torch.tensor([0]), **options).sum().backward()
+        assert scores.grad is not None
+        return -float(scores.grad[0, 0])
+
+    easy, hard = (gradient(score, focal_gamma=2.0) / gradient(score) for score in (4.0, -4.0))
+    assert easy < 0.01  # 3 (1 - p)^2 at most
+    assert 0.9 < hard < 1.2
+    for gamma in (0.5, 1.0, 2.0):
+        assert gradient(200.0, focal_gamma=gamma) == 0.0  # p is 1 in FP32
+        assert gradient(-200.0, focal_gamma=gamma) == 1.0
+
+
+def test_smoothing_leaves_the_large_class_first_for_its_images_where_torchs_weights_do_not() -> None:
+    """The network's best answer to an image has shares as the weights of the logarithms in its loss."""
+    balanced = torch.tensor([0.505, 50.5])  # of 1000 and 10 images
+
+    def best_share(loss: Callable[[Tensor], Tensor]) -> float:
+        shares = torch.linspace(0.001, 0.999, 999)
+        scores = torch.stack([shares.log(), (1 - shares).log()], dim=1)
+        return float(shares[loss(scores).argmin()])
+
+    large = torch.zeros(999, dtype=torch.long)
+    assert best_share(
+        lambda given: loss_of(given, large, class_weights=balanced, label_smoothing=0.1)
+    ) == pytest.approx(0.95, abs=0.002)
+    torchs = best_share(lambda given: F.cross_entropy(given, large, balanced, label_smoothing=0.1, reduction="none"))
+    assert torchs < 0.2
+
+
+def test_an_option_that_a_tasks_loss_does_not_take_is_refused_by_name(task: MultiLabel) -> None:
+    task.check_loss_takes(["label_smoothing"])
+    find_task("classification").check_loss_takes(["label_smoothing", "class_weights", "focal_gamma"])
+    with pytest.raises(
+        InputError, match=r"multi-label does not take class_weights, focal_gamma\. Leave --class-weights"
+    ):
+        task.check_loss_takes(["label_smoothing", "class_weights", "focal_gamma"])
 
 
 def _png() -> bytes:

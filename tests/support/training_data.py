@@ -1,6 +1,8 @@
 """Images that tests train on, learnt within a few steps and small enough for one core; what a run of them has left."""
 
 import csv
+import os
+import signal
 from pathlib import Path
 
 import torch
@@ -8,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cnx_deploy.data import image_like_batches
-from cnx_deploy.training.records import CONDITIONS
+from cnx_deploy.training.records import CONDITIONS, Progress, StepReport
 
 Weights = dict[str, torch.Tensor]
 
@@ -42,3 +44,18 @@ def difference(first: Weights | Path, second: Weights | Path) -> float:
     one, two = (load_file(weights) if isinstance(weights, Path) else weights for weights in (first, second))
     assert one.keys() == two.keys()
     return max(float((one[name] - two[name]).abs().max()) for name in one)
+
+
+class InterruptIn(Progress):
+    """Presses Ctrl-C in an epoch; notes after how many epochs a run begins."""
+
+    def __init__(self, epoch: int | None = None) -> None:
+        self.epoch = epoch
+        self.begun_after: list[int] = []
+
+    def begin(self, epochs: int, steps_per_epoch: int, epochs_done: int) -> None:
+        self.begun_after.append(epochs_done)
+
+    def step(self, report: StepReport) -> None:
+        if report.epoch == self.epoch:
+            os.kill(os.getpid(), signal.SIGINT)

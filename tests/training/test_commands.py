@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -11,8 +12,11 @@ from PIL import Image
 
 from cnx_deploy.cli.pretrain import pretrain
 from cnx_deploy.cli.train import train
+from cnx_deploy.cli.training_options import SECTIONS
 from cnx_deploy.cli.training_progress import TerminalProgress
-from cnx_deploy.model.checkpoint import load_checkpoint
+from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.model.checkpoint import load_checkpoint, save_checkpoint
+from cnx_deploy.model.convnextv2 import random_model
 from tests.support.training_data import write_colours
 
 COMMANDS = {
@@ -93,6 +97,49 @@ def test_dataset_bad_files_and_uneven_classes_are_said(tmp_path):
     assert "largest to smallest 11.0:1" in done.stderr
     assert "Warning: The classes are uneven" in done.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["train_images"] == 24
+
+
+def test_train_takes_uneven_classes_and_says_what_it_does_and_what_weights_bring(colours, tmp_path):
+    uneven = tmp_path / "uneven"
+    shutil.copytree(colours, uneven)
+    for index in range(1, 12):
+        (uneven / "train" / "red" / f"{index}.png").unlink()
+    weights = save_checkpoint(
+        tmp_path / "half.safetensors", random_model("atto", 2), preprocessing=Preprocessing(32, std=(0.5, 0.5, 0.5))
+    )
+    words = (
+        "--epochs",
+        1,
+        "--loss",
+        "focal",
+        "--init",
+        weights,
+        "--mean",
+        0.4,
+        0.5,
+        0.6,
+        "--run-dir",
+        tmp_path / "run",
+    )
+    (tmp_path / "weights.txt").write_text("red=6\nblue=1\n")
+    done = invoke(train, uneven, *words, "--class-weights", tmp_path / "weights.txt")
+    assert "Class weights: from 0.722 (blue) to 4.33 (red)" in done.stderr
+    assert "Note: pixels have std (0.5, 0.5, 0.5) as the weights do (header); --std would say otherwise" in done.stderr
+    assert "Warning" not in done.stderr
+    assert "mean recall" in done.stdout
+    loaded = load_checkpoint(tmp_path / "run" / "last.safetensors")
+    assert (loaded.preprocessing.mean, loaded.preprocessing.std) == ((0.4, 0.5, 0.6), (0.5, 0.5, 0.5))
+    assert loaded.training == {"class_weights": {"red": 6.0, "blue": 1.0}, "loss": "focal", "focal_gamma": 2.0}
+
+
+def test_the_help_of_train_puts_every_option_under_a_heading():
+    text = CliRunner().invoke(train, ["--help"]).stdout
+    assert {name for name in SECTIONS if f"\n{name}:\n" in text} == SECTIONS.keys()
+    listed = [name for names in SECTIONS.values() for name in names]
+    known = {parameter.name for parameter in train.params if isinstance(parameter, click.Option)}
+    assert sorted(listed) == sorted(known - {"as_json"})
+    assert "DATA" not in text.partition("Network:")[2]
+    assert text.index("Loss and uneven classes:") < text.index("--class-weights") < text.index("Computation:")
 
 
 def test_what_is_left_out_and_missing_and_nearly_black_is_said_and_the_white_level_is_kept_for_later(tmp_path):

@@ -27,7 +27,7 @@ from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.training import Progress, TrainingSpec, train
 from cnx_deploy.training.fcmae import PretrainingSpec, create_autoencoder, pretrain
 from tests.support.foreign_models import randomise
-from tests.support.training_data import difference, table, write_colours
+from tests.support.training_data import InterruptIn, difference, table, write_colours
 
 FILES = {"best.safetensors", "last.safetensors", "metrics.csv", "run.json", "last.ckpt", "previous.ckpt"}
 PICTURES = {"reconstructions", "reconstructions/epoch-0001.png", "reconstructions/epoch-0002.png"}
@@ -76,21 +76,6 @@ def task(shared_task) -> Task:
 @pytest.fixture
 def spec(task, tmp_path):
     return task.spec_in(tmp_path)
-
-
-class InterruptIn(Progress):
-    """Presses Ctrl-C in an epoch; notes after how many epochs a run begins."""
-
-    def __init__(self, epoch: int | None = None) -> None:
-        self.epoch = epoch
-        self.begun_after: list[int] = []
-
-    def begin(self, epochs, steps_per_epoch, epochs_done):
-        self.begun_after.append(epochs_done)
-
-    def step(self, report):
-        if report.epoch == self.epoch:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_run_leaves_its_files_and_nothing_else(task):

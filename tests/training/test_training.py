@@ -12,13 +12,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from cnx_deploy.core.errors import CheckpointError, InputError
-from cnx_deploy.core.preprocessing import IMAGENET_MEAN, Preprocessing
+from cnx_deploy.core.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from cnx_deploy.core.system import cpu_count
+from cnx_deploy.data import find_dataset
 from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from cnx_deploy.model.convnextv2 import create_model, random_model
 from cnx_deploy.training import Progress, TrainingSpec, initial_model, train
 from cnx_deploy.training.classifier import ClassificationModule, averaged_model
+from cnx_deploy.training.spec import LATER_FIELDS
 from tests.support.training_data import Weights, difference, rows
 
 ROOT = Path(__file__).parents[2]
@@ -200,8 +202,9 @@ def test_a_run_holds_its_whole_configuration_and_deterministic_algorithms_are_on
     written = json.loads((result.run_dir / "run.json").read_text())
     assert written["spec"]["layer_decay"] == 0.9
     assert written["resolved"]["learning_rate"] == pytest.approx(1e-3 * 8 / 256)
-    assert set(TrainingSpec.__dataclass_fields__) - set(written["spec"]) == {
-        "data", "output_dir", "run_dir", "workers", "resume", "compile", "tensorboard", "deterministic", "launch",
+    assert set(TrainingSpec.__dataclass_fields__) - set(written["spec"]) - set(LATER_FIELDS) == {
+        "data", "image_folder", "output_dir", "run_dir", "workers", "resume", "compile", "tensorboard",
+        "deterministic", "launch",
     }  # fmt: skip
     (row,) = rows(result.run_dir)
     assert float(row["images_per_second"]) > 0
@@ -277,12 +280,74 @@ def test_init_keeps_a_head_of_the_same_classes_and_draws_another_for_others(spec
         assert any("new head for 2 classes" in text for text in loaded.notes)
 
 
-@pytest.mark.parametrize(("mean", "is_said"), [((0.5, 0.5, 0.5), True), (IMAGENET_MEAN, False)])
-def test_weights_that_were_trained_with_another_mean_are_said(spec, tmp_path, mean, is_said):
+HALF = (0.5, 0.5, 0.5)
+
+
+@pytest.fixture
+def other(spec, tmp_path):
+    """Weights that were trained with a mean and deviation of a half, and bilinear images."""
+    preprocessing = Preprocessing(64, mean=HALF, std=HALF, interpolation="bilinear")
+    return save_checkpoint(
+        tmp_path / "other.safetensors", random_model(spec.network, 2, seed=1), preprocessing=preprocessing
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "mean", "std", "said"),
+    [
+        (
+            {},
+            HALF,
+            HALF,
+            "pixels have mean (0.5, 0.5, 0.5) and std (0.5, 0.5, 0.5) as the weights do (header)",
+        ),
+        ({"std": [0.2, 0.2, 0.2]}, HALF, (0.2, 0.2, 0.2), "std (0.5, 0.5, 0.5), interpolation bilinear; this run uses"),
+        ({"mean": IMAGENET_MEAN, "std": IMAGENET_STD}, IMAGENET_MEAN, IMAGENET_STD, "were trained with mean (0.5, "),
+    ],
+    ids=["theirs", "their mean", "ours"],
+)
+def test_mean_and_deviation_are_those_of_the_weights_unless_options_say_otherwise(spec, other, given, mean, std, said):
+    still = dataclasses.replace(spec, learning_rate=1e-12, weight_decay=0.0, **given)
+    loaded = initial_model(still, init=other)
+    assert any(said in note for note in loaded.notes)
+    result = train(still, loaded)
+    written = json.loads((result.run_dir / "run.json").read_text())
+    assert (written["preprocessing"]["mean"], written["preprocessing"]["std"]) == (list(mean), list(std))
+    assert load_checkpoint(result.best).preprocessing == Preprocessing(32, mean=mean, std=std)
+    images = find_dataset(spec.data).val
+    for values, is_run in (((mean, std), True), ((mean, (0.1, 0.1, 0.1)), False), (((0.0, 0.0, 0.0), std), False)):
+        preprocessing = Preprocessing(32, mean=values[0], std=values[1])
+        pixels = torch.stack([images.pixels(at, preprocessing) for at in range(len(images))])
+        with torch.inference_mode():
+            loss = F.cross_entropy(loaded.model(normalise(pixels, preprocessing)), torch.tensor(images.labels))
+        (row,) = rows(result.run_dir)
+        assert (abs(float(row["val_loss"]) - float(loss)) < 1e-4) is is_run
+    with pytest.raises(InputError, match="preprocessing"):
+        train(dataclasses.replace(still, resume=True, mean=(0.1, 0.1, 0.1)), loaded)
+
+
+def test_weights_of_imagenets_mean_leave_the_records_as_they_are(spec, tmp_path):
     model = random_model(spec.network, 2, seed=1)
-    path = save_checkpoint(tmp_path / "other.safetensors", model, preprocessing=Preprocessing(64, mean=mean))
-    notes = initial_model(spec, init=path).notes
-    assert any("trained with mean (0.5, 0.5, 0.5); this run uses mean (0.485" in text for text in notes) == is_said
+    path = save_checkpoint(tmp_path / "usual.safetensors", model, preprocessing=Preprocessing(64), licence="MIT")
+    loaded = initial_model(spec, init=path)
+    assert not any("mean" in note for note in loaded.notes)
+    started, given = (train(dataclasses.replace(spec, run_dir=tmp_path / name), source)
+                      for name, source in (("started", loaded), ("given", loaded.model)))  # fmt: skip
+    for name in ("run.json", "last.safetensors"):
+        assert (started.run_dir / name).read_bytes() == (given.run_dir / name).read_bytes()
+
+
+def test_the_licence_of_loaded_weights_is_kept(spec, tmp_path):
+    path = save_checkpoint(tmp_path / "a.safetensors", random_model(spec.network, 2), licence="CC-BY-NC-4.0")
+    assert load_checkpoint(train(spec, initial_model(spec, init=path)).last).weights.licence == "CC-BY-NC-4.0"
+
+
+def test_how_evaluation_images_are_made_is_recorded_with_the_weights(spec):
+    given = {"mean": HALF, "std": HALF, "interpolation": "bilinear", "crop_mode": "border"}
+    result = train(dataclasses.replace(spec, **given))
+    assert load_checkpoint(result.best).preprocessing == Preprocessing(32, **given)
+    written = json.loads((result.run_dir / "run.json").read_text())["spec"]
+    assert {name: written[name] for name in given} == json.loads(json.dumps(given))
 
 
 @pytest.mark.parametrize("source", ["checkpoint", "init"])

@@ -5,8 +5,9 @@ read the table and know no task by name: a manifest and a checkpoint's header na
 """
 
 import importlib
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -114,8 +115,21 @@ class Task(ABC):
         return gate
 
     def loss(self, outputs: Mapping[str, Tensor], targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-        """Return the loss of each image (N,). Raises InputError for a task that is not trained here."""
+        """Return the loss of each image (N,). Raises InputError for a task that is not trained here.
+
+        A subclass takes what its loss can do as further keywords: `class_weights` and `focal_gamma` of a classifier.
+        """
         raise InputError(f"The task {self.name} has no loss, so that it cannot be trained.")
+
+    def check_loss_takes(self, options: Iterable[str]) -> None:
+        """Raise InputError for an option that the task's loss does not name among its keywords."""
+        taken = inspect.signature(self.loss).parameters
+        if unknown := [name for name in options if name not in taken]:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
+            raise InputError(
+                f"The loss of the task {self.name} does not take {', '.join(unknown)}. Leave {flags} out, or add "
+                "the keyword to its method loss."
+            )
 
     def metrics(self, class_names: Sequence[str], each: Callable[[Any], None] | None = None) -> Metrics:
         """Begin to count labelled images; `each` is told every image's outcome. Raises InputError without metrics."""

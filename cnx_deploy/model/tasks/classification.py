@@ -103,9 +103,29 @@ class Classification(Task):
             for path, values, indices in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True)
         ]
 
-    def loss(self, outputs: Mapping[str, Tensor], targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-        """Cross-entropy with class indices (N,) or mixed probabilities (N, num_classes)."""
-        return F.cross_entropy(outputs["logits"], targets, label_smoothing=label_smoothing, reduction="none")
+    def loss(
+        self, outputs: Mapping[str, Tensor], targets: Tensor, *, label_smoothing: float = 0.0,
+        class_weights: Tensor | None = None, focal_gamma: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        """Cross-entropy or focal loss with class indices (N,) or mixed probabilities (N, num_classes).
+
+        The loss is the sum over classes of -t (1 - p)^focal_gamma log p (Lin et al., arXiv:1708.02002, equation 4, for
+        any targets); without `focal_gamma` it is cross-entropy. `class_weights` (num_classes,), the paper's alpha, is
+        the factor on the loss of an image of a class: an image that is mixed of two has both by their shares.
+
+        Weights go with the class before smoothing. torch's `cross_entropy` weighs the smoothed share of every class:
+        at a smoothing of 0.1 and two classes of 100:1, it is least where the rare class is named for every image.
+        """
+        logits = outputs["logits"]
+        if class_weights is None and not focal_gamma:
+            return F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
+        log_p = torch.log_softmax(logits, dim=1)
+        shares = (targets if targets.is_floating_point() else F.one_hot(targets, logits.shape[1])).to(log_p.dtype)
+        weighted = shares if class_weights is None else shares * class_weights
+        smoothed = (1.0 - label_smoothing) * weighted + label_smoothing * weighted.mean(dim=1, keepdim=True)
+        # 1 - p without cancellation; at p = 1 a power below one would have an infinite slope.
+        others = -torch.expm1(log_p).clamp_max(-torch.finfo(log_p.dtype).tiny)
+        return -(smoothed * others**focal_gamma * log_p).sum(dim=1)
 
     def metrics(self, class_names: Sequence[str], each: Callable[[Outcome], None] | None = None) -> RunningMetrics:
         """Top-1 and top-5, rates by class, confusion and calibration."""
