@@ -10,10 +10,11 @@ from cnx_deploy.core.errors import CnxDeployError, OutOfMemoryError
 
 __all__ = ["out_of_memory_error"]
 
-# PyTorch, ONNX Runtime and C++; numpy; the system; its loader; oneDNN; threads; protobuf, which has one text for all.
+# PyTorch, ONNX Runtime and C++; numpy; the system; its loader; oneDNN; threads; protobuf, which has one text for all;
+# Python, where there was no memory left to say so.
 WORDS = re.compile(
     r"bad_alloc|(?:can(?:not|'t)|failed to|unable to) allocate|not enough memory|out of memory|failed to map segment|"
-    r"could not create a primitive|can't start new thread|Failed to serialize proto",
+    r"could not create a primitive|can't start new thread|Failed to serialize proto|NULL without setting an exception",
     re.IGNORECASE,
 )
 

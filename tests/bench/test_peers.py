@@ -120,10 +120,12 @@ def test_without_a_compiler_torch_compile_is_a_missing_requirement_and_not_eager
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("on a GPU torch.compile takes Triton and no C++ compiler")
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/no/compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing compiled before
     torch.compiler.reset()
-    with pytest.raises(MissingRequirementError, match=r"torch\.compile does not work here: .*C\+\+ compiler"):
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "/no/compiler")}),  # monkeypatch would leave the entry hidden
+        pytest.raises(MissingRequirementError, match=r"torch\.compile does not work here: .*C\+\+ compiler"),
+    ):
         made("compile", tiny_model, tmp_path)
 
 

@@ -165,6 +165,6 @@ def test_without_a_fault_the_same_export_is_accepted(tiny_variant, tmp_path, pre
 def test_what_the_graph_check_sees_the_comparison_sees_too(tiny_variant, tmp_path, monkeypatch, share_of) -> None:
     """The operator counts of a mutant may give it away; the logits have to as well."""
     response_gain(share_of)(monkeypatch)
-    monkeypatch.setattr("cnx_deploy.exporters.onnx.verify_export", lambda path, **_: check_graph(path))
+    monkeypatch.setattr("cnx_deploy.exporters.onnx.check_export", lambda path, **_: check_graph(path))
     with pytest.raises(ParityError, match="differs from PyTorch"):
         export(tiny_variant, DeploySpec("fp16", SIZE), tmp_path)

@@ -219,7 +219,8 @@ def test_a_forged_header_is_corrupt(tmp_path, name):
 def test_fuzz_our_entry_of_a_header_is_read_or_corrupt(tmp_path: Path, own: str) -> None:
     header = {"__metadata__": {METADATA_KEY: own}, "a": entry("F32", [1], 0, 4)}
     path = forged(tmp_path / "a.safetensors", header, 4)
-    result_or_error(lambda: read_weight_file(path), CorruptArtifactError)
+    # An entry with nothing in it says nothing: the file counts as one of somebody else, without a network in it.
+    result_or_error(lambda: read_weight_file(path), CheckpointError if own == "{}" else CorruptArtifactError)
 
 
 @pytest.mark.parametrize(("name", "value"), [("class_names", [1] * 10), ("licence", None), ("preprocessing", "none")])
