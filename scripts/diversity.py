@@ -127,7 +127,10 @@ def measured(path: Path, asked: argparse.Namespace) -> tuple[str, tuple[TensorDi
     if asked.image_size is not None:
         preprocessing = replace(preprocessing, image_size=asked.image_size)
     images = ImageLike(asked.samples) if asked.data is None else find_images(asked.data)
-    spec, chosen = InputSpec("uint8", preprocessing.image_size), evenly(len(images), asked.samples)
+    spec, chosen = (
+        InputSpec("uint8", preprocessing.image_size, in_chans=preprocessing.in_chans),
+        evenly(len(images), asked.samples),
+    )
     batches = images.batches(preprocessing, spec, BATCH, chosen, leave_out_broken=True)
     found = measure_diversity(loaded.model, preprocessing, (batch.images for batch in batches))
     if batches.broken:

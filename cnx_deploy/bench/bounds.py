@@ -117,8 +117,8 @@ class Work:
     (49·C·H·W a block). Biases, norms and activations are not counted. `activations`: outputs of all convolutions and
     linear layers, which timm calls activations (atto at 224 px: 3.81 million). `parameters`: the training form's.
     `weight_bytes` = parameters × bytes an element, read once a call whatever the batch.
-    `fused_bytes` = input (3 elements a pixel) + each stem or downsampling's read and write + 11·C·H·W a block (V1: 3)
-    + the head's read: activations only. `working_set_bytes` = 6·C·H·W of stage 1, the largest.
+    `fused_bytes` = input (an element a pixel and channel) + each stem or downsampling's read and write + 11·C·H·W a
+    block (V1: 3) + the head's read: activations only. `working_set_bytes` = 6·C·H·W of stage 1, the largest.
     """
 
     variant: str
@@ -138,21 +138,21 @@ class Work:
         return self.gemm_macs + self.depthwise_macs
 
 
-def work_of(variant: str, image_size: ImageSize, precision: str, num_classes: int = 1000) -> Work:
+def work_of(variant: str, image_size: ImageSize, precision: str, num_classes: int = 1000, in_chans: int = 3) -> Work:
     """Count the work of one image of a size in pixels.
 
     Raises:
         InputError: The variant or precision is unknown, or the size is too small.
     """
     size = find_variant(variant)
-    macs = size.mac_count(image_size, num_classes)
+    macs = size.mac_count(image_size, num_classes, in_chans)
     element = find_precision(precision).storage_bytes
     # Elements of one C × H × W map in each stage, stage 1 first.
     maps = tuple(width * math.prod(stage_sides(image_size, stage)) for stage, width in enumerate(size.dims))
     blocks = sum(depth * elements for depth, elements in zip(size.depths, maps, strict=True))
-    parameters = size.parameter_count + (num_classes - 1000) * (size.dims[-1] + 1)
+    parameters = size.parameters_with(num_classes, in_chans)
     # Every stage's map is written by the convolution before it and read by the layer after it.
-    ends = 3 * math.prod(sides(image_size)) + 2 * sum(maps)
+    ends = in_chans * math.prod(sides(image_size)) + 2 * sum(maps)
     return Work(
         variant=variant,
         image_size=image_size,

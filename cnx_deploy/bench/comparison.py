@@ -165,7 +165,8 @@ def plan_benchmark(spec: BenchSpec, note: Note) -> Plan:
     whole = [gpu.name for gpu in conditions.gpus if gpu.mig != "Enabled"]
     own = [device for name in whole if (device := find_device(name)) is not None]
     models = [group[0].manifest.model for group in groups]
-    works = [work_of(*shape, "fp16") for shape in dict.fromkeys((model.variant, model.image_size) for model in models)]
+    shapes = dict.fromkeys((model.variant, model.image_size, model.preprocessing.in_chans) for model in models)
+    works = [work_of(name, size, "fp16", in_chans=channels) for name, size, channels in shapes]
     return Plan(
         environment=conditions,
         networks={_network_name(group[0]): _network_facts(group) for group in groups},
@@ -196,12 +197,14 @@ def _network_name(artifact: Artifact) -> str:
 def _network_facts(artifacts: Sequence[Artifact]) -> NetworkFacts:
     """What the record says of one network, from the manifests of its artifacts."""
     model, kind = artifacts[0].manifest.model, artifacts[0].manifest.deploy.input_kind
-    work = work_of(model.variant, model.image_size, "fp32", model.num_classes)
+    channels = model.preprocessing.in_chans
+    work = work_of(model.variant, model.image_size, "fp32", model.num_classes, channels)
     return NetworkFacts(
         variant=model.variant,
         image_size=model.image_size,
         num_classes=model.num_classes,
         input="uint8 NHWC" if kind == "uint8" else "float32 NCHW",
+        in_chans=channels,
         weights=WeightsFacts(model.weights.origin, model.weights.sha256),
         parameters=work.parameters,
         gmacs=round(work.macs / 1e9, 3),
@@ -296,7 +299,9 @@ def _measure(network: _Network, batch: int, spec: BenchSpec, progress: Progress 
     if not fitting:
         return
     deploy = network.artifacts[0].manifest.deploy
-    pixels = next(image_like_batches(batch, deploy.image_size, batch_size=batch, seed=spec.seed))
+    pixels = next(
+        image_like_batches(batch, deploy.image_size, batch_size=batch, seed=spec.seed, in_chans=deploy.in_chans)
+    )
     with reference_runner(network.loaded.model, deploy) as reference:
         pieces = torch.split(runner_input(pixels, deploy.input_kind), REFERENCE_BATCH)
         expected = Expected(outputs_of(reference, pieces), reference.outputs)
@@ -316,7 +321,7 @@ def bound_of_row(row: Timing, network: NetworkFacts) -> Bound | None:
     device, precision = find_device(row.device), names.get(row.arithmetic)
     if device is None or precision is None or device.peak_tflops(precision) is None:
         return None
-    work = work_of(network.variant, network.image_size, precision, network.num_classes)
+    work = work_of(network.variant, network.image_size, precision, network.num_classes, network.in_chans)
     compiled = network.files[row.name].compiled if row.name in network.files else CompiledFacts()
     known = compiled.megabytes_per_image if compiled.batch == row.batch else None
     moved = known * 1e6 if known else None

@@ -83,7 +83,7 @@ class Peer:
         return TIMM_MISSING if self.is_timm and not has_timm else None
 
     def input_from_pixels(self, deploy: DeploySpec) -> Callable[[Tensor], Tensor] | None:
-        """(N, S, S, 3) uint8 pixels -> the peer's input; None where it takes what our files take."""
+        """(N, S, S, C) uint8 pixels -> the peer's input; None where it takes what our files take."""
         if not self.is_timm:
             return None
         preprocessing = Preprocessing(image_size=deploy.image_size, mean=deploy.mean, std=deploy.std)
@@ -143,7 +143,7 @@ class CompiledRunner(TorchRunner):
 
 
 def timm_twin(model: ConvNeXtV2) -> nn.Module:
-    """The model of timm, of the same size and with the weights of `model`; it takes normalised (N, 3, S, S) images.
+    """The model of timm, of the same size and with the weights of `model`; it takes normalised (N, C, S, S) images.
 
     Raises MissingRequirementError where timm is not installed.
     """
@@ -155,6 +155,7 @@ def timm_twin(model: ConvNeXtV2) -> nn.Module:
     twin: nn.Module = convnext.ConvNeXt(
         depths=size.depths,
         dims=size.dims,
+        in_chans=model.in_chans,
         num_classes=model.num_classes,
         use_grn=size.version == 2,
         ls_init_value=LAYER_SCALE if size.version == 1 else None,
@@ -186,7 +187,7 @@ def _timm(setup: PeerSetup, opset: int = OPSET, *, in_whole_batches: bool = Fals
         raise MissingRequirementError(f"timm's model classifies: it has no counterpart of {setup.model.task.name}.")
     path = setup.folder / "timm.onnx"
     twin = timm_twin(setup.model.cpu())
-    example = torch.zeros(2, 3, *sides(setup.deploy.image_size))
+    example = torch.zeros(2, setup.deploy.in_chans, *sides(setup.deploy.image_size))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's notes to its own developers
         torch.onnx.export(

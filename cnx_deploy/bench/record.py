@@ -202,7 +202,7 @@ class WeightsFacts:
 
 @dataclass(frozen=True, slots=True)
 class NetworkFacts:
-    """One network: its size, its cost an image, its weights, its input, and its files by name.
+    """One network: its size, its cost an image, its weights, its input and its channels, and its files by name.
 
     `gmacs` counts 1e9 multiply-accumulates an image, `macts` 1e6 outputs of convolutions and linear layers.
     """
@@ -216,6 +216,7 @@ class NetworkFacts:
     gmacs: Finite
     macts: Finite
     files: Mapping[str, FileFacts]
+    in_chans: Positive = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,7 @@ class Contender:
     `device_memory_mib` is what free device memory fell by from before it was made until after its first call, on its
     smallest batch and without CUDA's context. It is right only when the process is alone on the GPU, and None on a CPU
     and where free memory did not fall. `is_peer`: the others' speed is given as a ratio to this one.
-    `input_from_pixels` makes another input than our files take of (N, S, S, 3) uint8 pixels.
+    `input_from_pixels` makes another input than our files take of (N, S, S, C) uint8 pixels.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Contender:
     device_memory_mib: float | None = None
 
     def images_from_pixels(self, pixels: Tensor) -> Tensor:
-        """(N, S, S, 3) uint8 pixels -> the batch this contender takes, in host memory."""
+        """(N, S, S, C) uint8 pixels -> the batch this contender takes, in host memory."""
         if self.input_from_pixels is not None:
             return self.input_from_pixels(pixels)
         return runner_input(pixels, self.runner.input_spec.kind)

@@ -10,7 +10,8 @@ from cnx_deploy.core.precision import exportable_precisions
 SECTIONS = {
     "Weights": ("variant", "checkpoint", "pretrained", "seed", "num_classes", "reset_head", "ema", "entry"),
     "Images": (
-        "image_size", "mean", "std", "crop_ratio", "crop_mode", "interpolation", "class_names", "input_kind",
+        "image_size", "in_chans", "mean", "std", "crop_ratio", "crop_mode", "interpolation", "class_names",
+        "input_kind",
     ),
     "Graph": ("precisions", "batch", "optimize_for", "keep_fp32", "leave_out"),
     "Files": ("output_dir", "name", "no_verify", "force"),
@@ -34,7 +35,7 @@ SECTIONS = {
 @click.option("--batch", type=options.BATCH_RANGE, default=(1, 8, 64), help="Batch range [default: 1:8:64].")
 @click.option(
     "--input", "input_kind", type=click.Choice(["float", "uint8"]), default="float", show_default=True,
-    help="Raw images: float32 (N,3,S,S) in [0,1], or uint8 (N,S,S,3).",
+    help="Raw images: float32 (N,C,S,S) in [0,1], or uint8 (N,S,S,C).",
 )  # fmt: skip
 @click.option(
     "--optimize-for", type=click.Choice(["gpu", "cpu"]), help="Layout of the graph [default: cpu for fp32, else gpu]."

@@ -14,13 +14,15 @@ import click
 from cnx_deploy.cli.printable import printable, printable_json
 from cnx_deploy.core.errors import CnxDeployError
 from cnx_deploy.core.image_size import CROP_MODES, INTERPOLATIONS, parse_image_size
+from cnx_deploy.core.preprocessing import MAX_CHANNELS
 from cnx_deploy.core.targets import find_target
 from cnx_deploy.core.variants import ALL_VARIANTS
 
 __all__ = [
-    "BATCH_RANGE", "EXISTING", "FILE", "FOLDER", "IMAGE_SIZE", "PATH", "TARGET", "VARIANT", "DefaultGroup",
+    "BATCH_RANGE", "CHANNELS", "EXISTING", "FILE", "FOLDER", "IMAGE_SIZE", "PATH", "TARGET", "VARIANT", "DefaultGroup",
     "SectionedCommand", "as_json", "checkpoint", "class_names", "echo", "echo_artifacts", "echo_json", "engines_dir",
-    "export_dir", "fail", "files", "force", "image_folder", "image_size", "note", "num_classes", "output_dir", "pixels",
+    "export_dir", "fail", "files", "force", "image_folder", "image_size", "in_chans", "note", "num_classes",
+    "output_dir", "pixels",
     "preprocessing", "pretrained", "reporter", "reset_head", "seed", "variant", "white_level",
 ]  # fmt: skip
 
@@ -60,7 +62,22 @@ class _Target(click.ParamType[Any]):
         return find_target(value)
 
 
+class _Channels(click.ParamType[Any]):
+    """`0.5`, or a number for each channel as `0.485,0.456,0.406`."""
+
+    name = "r,g,b"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no list of numbers: write 0.5, or 0.485,0.456,0.406.", param, ctx)
+
+
 BATCH_RANGE = _BatchRange()
+CHANNELS = _Channels()
 TARGET = _Target()
 IMAGE_SIZE = _ImageSize()
 PATH = click.Path(path_type=Path)
@@ -92,6 +109,10 @@ entry = click.option("--entry", metavar="NAME", help="Which of several networks 
 image_size = click.option(
     "--image-size", type=IMAGE_SIZE, metavar="SIDE|HxW", help="Side of a square in pixels, or height x width: 256x512."
 )
+in_chans = click.option(
+    "--in-chans", type=click.IntRange(1, MAX_CHANNELS),
+    help="Channels of an image; weights for 3 are adapted [default: those of the weights, else 3].",
+)  # fmt: skip
 white_level = click.option(
     "--white-level", type=click.FloatRange(min=0, min_open=True),
     help="Stored value that is white in images with more than 8 bits, such as 4095 [default: the recorded one, else "
@@ -107,13 +128,14 @@ class_names = click.option(
     help="Names of the network's outputs: a file with one a line, or JSON (a list, id2label) [default: as recorded].",
 )  # fmt: skip
 pixels = (
-    click.option("--mean", type=float, nargs=3, metavar="R G B", help="Mean of the pixels, of a [0, 1] image."),
-    click.option("--std", type=float, nargs=3, metavar="R G B", help="Standard deviation of the pixels."),
+    click.option("--mean", type=CHANNELS, help="Mean of the pixels, of a [0, 1] image: one number, or one a channel."),
+    click.option("--std", type=CHANNELS, help="Standard deviation of the pixels, the same way: 0.229,0.224,0.225."),
     click.option("--crop-mode", type=click.Choice(CROP_MODES), help="What becomes of pictures that are not square."),
     click.option("--interpolation", type=click.Choice(INTERPOLATIONS), help="Filter of the resize."),
 )
 _images = (
     image_size,
+    in_chans,
     *pixels[:2],
     click.option("--crop-ratio", type=float, help="Share of the resized side that the centre crop keeps."),
     *pixels[2:],

@@ -66,7 +66,7 @@ def pretrain(
     images = _images(spec, check=not no_image_check)
     start: dict[str, Any] = {}
     if checkpoint is not None:
-        choice: dict[str, Any] = {"seed": spec.seed, "ema": ema, "entry": entry}
+        choice: dict[str, Any] = {"seed": spec.seed, "ema": ema, "entry": entry, "in_chans": spec.in_chans}
         start["initial"], loaded = fcmae.load_autoencoder(checkpoint, spec.network, **choice)
         start["licence"] = loaded.weights.licence
         for text in loaded.notes:
@@ -84,7 +84,9 @@ def _images(spec: "PretrainingSpec", *, check: bool) -> "Dataset":
     readable = find_images_below(spec.data)
     lines = [f"Note: {text}" for text in readable.notes]
     if check:
-        readable, broken = checked(partial(readable_images, white_level=spec.white_level), readable)
+        readable, broken = checked(
+            partial(readable_images, white_level=spec.white_level, in_chans=spec.in_chans), readable
+        )
         lines += [*broken, *(f"Note: {text}" for text in readable.observed())]
     images = divide_images(readable, spec.held_images)
     known = f"{len(images.train.paths)} images to train on, {len(images.val.paths)} held out"

@@ -88,7 +88,7 @@ def _dataset(spec: "TrainingSpec", *, check: bool) -> "Dataset":
     lines: list[str] = []
     note_once((f"Note: {text}" for text in dataset.notes), spec.launch)
     if check:
-        dataset, lines = checked(partial(without_broken, white_level=spec.white_level), dataset)
+        dataset, lines = checked(partial(without_broken, white_level=spec.white_level, in_chans=spec.in_chans), dataset)
     balance = class_balance(dataset)
     warning = [f"Warning: {balance.warning}"] if balance.warning and not spec.is_balanced else []
     observed = [f"Note: {text}" for text in dataset.observed()]

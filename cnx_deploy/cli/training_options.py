@@ -95,6 +95,7 @@ def run_options(name: str) -> Callable[[Command], Command]:
         return _added(
             command,
             click.option("--seed", type=int, default=0, show_default=True),
+            options.in_chans,
             options.white_level,
             click.option("--workers", type=int, help="Loader processes [default: 0 where the images fit in memory]."),
             click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.image_size import ImageSize, canonical_size
 from cnx_deploy.core.precision import Precision, find_precision
-from cnx_deploy.core.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Triple
+from cnx_deploy.core.preprocessing import IMAGENET_MEAN, IMAGENET_STD, PerChannel
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +37,9 @@ class DeploySpec:
     """How a model is deployed.
 
     `image_size` is the side in pixels, or (height, width); it decides, per block, where GRN's gain is applied. `mean`
-    and `std` are the channel statistics of the preprocessing in units of a [0, 1] image. They are folded into the stem,
-    so the deployed input is raw: "float" takes (N, 3, H, W) float32 in [0, 1], "uint8" takes (N, H, W, 3) uint8.
+    and `std` are the statistics of the preprocessing in units of a [0, 1] image, as many as there are channels C. They
+    are folded into the stem, so the deployed input is raw: "float" takes (N, C, H, W) float32 in [0, 1], "uint8"
+    takes (N, H, W, C) uint8.
     `precision` names a row of `precision.PRECISIONS`. `layout` None means tokens ("gpu") for a precision with FP32
     islands and channels-first ("cpu") otherwise. `leave_out` names folds (`FOLDS`) that are not to be made; the
     function stays. `keep_fp32` names modules (`model.deploy.parts_of`) that stay in FP32 in half precision.
@@ -48,8 +49,8 @@ class DeploySpec:
     image_size: ImageSize = 224
     input_kind: InputKind = "float"
     layout: Layout | None = None
-    mean: Triple = IMAGENET_MEAN
-    std: Triple = IMAGENET_STD
+    mean: PerChannel = IMAGENET_MEAN
+    std: PerChannel = IMAGENET_STD
     leave_out: tuple[str, ...] = ()
     keep_fp32: tuple[str, ...] = ()
 
@@ -69,8 +70,15 @@ class DeploySpec:
                 f"Parts are kept in FP32 in a file of half precision, not in {self.precision}. Leave keep_fp32 out, "
                 "or ask for fp16."
             )
+        if len(self.mean) != len(self.std):
+            raise InputError(f"mean and std have a number for each channel; got {self.mean} and {self.std}.")
         if any(value <= 0.0 for value in self.std):
             raise InputError(f"Every std of the normalisation must be positive, got {self.std}.")
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of an image."""
+        return len(self.mean)
 
     @property
     def row(self) -> Precision:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, Self
 
 import msgspec
@@ -12,7 +12,8 @@ from cnx_deploy.core.image_size import CROP_MODES, INTERPOLATIONS, ImageSize, ca
 from cnx_deploy.core.strict_json import shortened, typed
 
 __all__ = [
-    "ASSUMED", "IMAGENET_MEAN", "IMAGENET_STD", "BrokenImage", "Positive", "Preprocessing", "Triple",
+    "ASSUMED", "IMAGENET_MEAN", "IMAGENET_STD", "MAX_CHANNELS", "BrokenImage", "PerChannel", "Positive",
+    "Preprocessing", "given_per_channel", "per_channel",
 ]  # fmt: skip
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -23,7 +24,30 @@ LATER_FIELDS = {"crop_mode": "center", "white_level": None}
 """Fields that earlier files do not have, and what they stand at there: written only where they differ."""
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
-Triple = tuple[float, float, float]
+PerChannel = tuple[float, ...]
+"""A number for each channel of an image."""
+MAX_CHANNELS = 16
+"""The most channels of an image; Sentinel-2 has 13."""
+
+
+def per_channel(values: PerChannel, count: int) -> PerChannel:
+    """A number for each of `count` channels, as timm adapts a stem: one channel gets their mean, others repeat them."""
+    if count == len(values):
+        return values
+    if count == 1:
+        return (round(math.fsum(values) / len(values), 6),)
+    return tuple(values[at % len(values)] for at in range(count))
+
+
+def given_per_channel(value: PerChannel | float, count: int) -> PerChannel:
+    """A number for each of `count` channels from one for all, or one for each. Raises InputError for others."""
+    values = (float(value),) if isinstance(value, int | float) else tuple(value)
+    if len(values) not in (1, count):
+        raise InputError(
+            f"{len(values)} numbers were given as mean or std, and the network takes images of {count} channels: "
+            "expected one number, or one for each channel."
+        )
+    return per_channel(values, count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +72,16 @@ class Preprocessing:
     - "border": the picture is resized to fit into L and keeps its shape; what is missing to S is filled with the mean
       colour, what is over is cropped.
 
-    `mean` and `std` are in units of a [0, 1] image, per RGB channel.
+    `mean` and `std` are in units of a [0, 1] image, one number for each channel: their count, 1 to 16, is that of the
+    images, of which 3 are RGB; see `data.bands` for others.
     `white_level`: the stored value that is white, see `data.decoding`; None is the largest that the file's type holds.
     """
 
     image_size: ImageSize = 224
     crop_ratio: float = 0.875
     interpolation: str = "bicubic"
-    mean: Triple = IMAGENET_MEAN
-    std: Triple = IMAGENET_STD
+    mean: PerChannel = IMAGENET_MEAN
+    std: PerChannel = IMAGENET_STD
     crop_mode: str = "center"
     white_level: float | None = None
 
@@ -68,9 +93,10 @@ class Preprocessing:
             raise InputError(f"No interpolation {self.interpolation!r}. Choose one of: {', '.join(INTERPOLATIONS)}.")
         if self.crop_mode not in CROP_MODES:
             raise InputError(f"No crop mode {self.crop_mode!r}. Choose one of: {', '.join(CROP_MODES)}.")
-        if (len(self.mean), len(self.std)) != (3, 3):
+        if len(self.mean) != len(self.std) or not 1 <= len(self.mean) <= MAX_CHANNELS:
             raise InputError(
-                f"mean and std have three numbers each, such as (0.5, 0.5, 0.5); got {self.mean}, {self.std}."
+                f"mean and std have a number for each channel, 1 to {MAX_CHANNELS}, such as (0.5, 0.5, 0.5); got "
+                f"{self.mean}, {self.std}."
             )
         if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
             raise InputError(f"mean must be finite and std positive, got mean {self.mean} and std {self.std}.")
@@ -79,6 +105,15 @@ class Preprocessing:
                 f"white_level must be above 0 and at most 2^32, got {self.white_level}. It is the value that is white, "
                 "such as 4095 for 12 bits."
             )
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of an image."""
+        return len(self.mean)
+
+    def for_channels(self, count: int) -> Self:
+        """The same for images of another number of channels, see `per_channel`."""
+        return replace(self, mean=per_channel(self.mean, count), std=per_channel(self.std, count))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, as the metadata of checkpoints and ONNX files keep them; `from_dict` reads them back."""
@@ -108,6 +143,6 @@ class Preprocessing:
             return typed(dict(values), cls)
         except ValueError as error:
             raise InputError(
-                f"Preprocessing {shortened(dict(values))} cannot be read: {error}. Expected are numbers, and three of "
-                "them for mean and std."
+                f"Preprocessing {shortened(dict(values))} cannot be read: {error}. Expected are numbers, as many for "
+                "mean as for std."
             ) from error

@@ -36,7 +36,11 @@ class Variant:
         """Blocks in all four stages."""
         return sum(self.depths)
 
-    def mac_count(self, image_size: ImageSize = 224, num_classes: int = 1000) -> int:
+    def parameters_with(self, num_classes: int = 1000, in_chans: int = 3) -> int:
+        """The exact number of parameters with so many classes and channels of an image."""
+        return self.parameter_count + (num_classes - 1000) * (self.dims[-1] + 1) + 16 * (in_chans - 3) * self.dims[0]
+
+    def mac_count(self, image_size: ImageSize = 224, num_classes: int = 1000, in_chans: int = 3) -> int:
         """Multiply-accumulates of one image of a size, biases not counted.
 
         Convolutions and linear layers only, as in the paper (which calls them FLOPs).
@@ -44,8 +48,8 @@ class Variant:
         image_size, total = canonical_size(image_size), 0
         for stage, (depth, width) in enumerate(zip(self.depths, self.dims, strict=True)):
             positions = math.prod(stage_sides(image_size, stage))
-            # Stem: 3 × 4 × 4 inputs an output; downsampling: 2 × 2 of every channel before.
-            total += positions * width * (4 * self.dims[stage - 1] if stage else 48)
+            # Stem: 4 × 4 of every channel of the image an output; downsampling: 2 × 2 of every channel before.
+            total += positions * width * (4 * self.dims[stage - 1] if stage else 16 * in_chans)
             total += positions * depth * (49 * width + 8 * width * width)
         return total + self.dims[-1] * num_classes
 

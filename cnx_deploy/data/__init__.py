@@ -1,8 +1,9 @@
 """What a model is given: sources of images, datasets of labelled files, decoding and preprocessing."""
 
+from cnx_deploy.data.bands import picture_of, pixels_of
 from cnx_deploy.data.checks import ClassBalance, ImageCheck, check_images, class_balance, without_broken
 from cnx_deploy.data.dataset import Dataset, few_labels, find_dataset, find_images, image_source
-from cnx_deploy.data.decoding import MAX_PIXELS, SUFFIXES, load_image, upright_rgb
+from cnx_deploy.data.decoding import MAX_PIXELS, SUFFIXES, load_image, upright
 from cnx_deploy.data.image_source import (
     GivenImages,
     ImageBatch,
@@ -17,8 +18,31 @@ from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.data.preprocessing import normalise, runner_input, to_pixels
 
 __all__ = [
-    "MAX_PIXELS", "SUFFIXES", "ClassBalance", "Dataset", "GivenImages", "ImageBatch", "ImageBatches", "ImageCheck",
-    "ImageFiles", "ImageLike", "ImageSource", "InputSpec", "check_images", "class_balance", "evenly", "few_labels",
-    "find_dataset", "find_images", "image_like_batches", "image_source", "load_image", "normalise", "runner_input",
-    "to_pixels", "upright_rgb", "without_broken",
+    "MAX_PIXELS",
+    "SUFFIXES",
+    "ClassBalance",
+    "Dataset",
+    "GivenImages",
+    "ImageBatch",
+    "ImageBatches",
+    "ImageCheck",
+    "ImageFiles",
+    "ImageLike",
+    "ImageSource",
+    "InputSpec",
+    "check_images",
+    "class_balance",
+    "evenly",
+    "few_labels",
+    "find_dataset",
+    "find_images",
+    "image_like_batches",
+    "image_source",
+    "load_image",
+    "normalise",
+    "picture_of",
+    "pixels_of",
+    "runner_input",
+    "to_pixels",
+    "upright", "without_broken",
 ]  # fmt: skip

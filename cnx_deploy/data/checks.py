@@ -92,19 +92,20 @@ def check_images(
     images: ImageFiles,
     *,
     white_level: float | None = None,
+    in_chans: int = 3,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageCheck:
     """Decode every image in `workers` threads (None: one a processor), as training would.
 
-    `white_level`: see `core.preprocessing`. `progress` is told images done and their total. Broken images are in the
-    order of the files.
+    `white_level`, `in_chans`: see `core.preprocessing`. `progress` is told images done and their total. Broken images
+    are in the order of the files.
     """
     total = len(images)
     broken: list[BrokenImage] = []
     with ThreadPoolExecutor(workers or cpu_count()) as pool:
         pieces = (range(start, min(start + PIECE, total)) for start in range(0, total, PIECE))
-        broken_of = partial(_broken_among, images, white_level)
+        broken_of = partial(_broken_among, images, white_level, in_chans)
         for number, among in enumerate(pool.map(broken_of, pieces), start=1):
             broken.extend(among)
             if progress is not None:
@@ -116,6 +117,7 @@ def without_broken(
     dataset: Dataset,
     *,
     white_level: float | None = None,
+    in_chans: int = 3,
     workers: int | None = None,
     most: float = MOST_BROKEN,
     progress: Callable[[int, int], None] | None = None,
@@ -126,7 +128,7 @@ def without_broken(
     keeps no training image.
     """
     both = ImageFiles((*dataset.train.paths, *dataset.val.paths), seen=dataset.train.seen)
-    report = check_images(both, white_level=white_level, workers=workers, progress=progress)
+    report = check_images(both, white_level=white_level, in_chans=in_chans, workers=workers, progress=progress)
     if not report.broken:
         return dataset, report
     bad = {image.path for image in report.broken}
@@ -152,11 +154,13 @@ def _readable(images: ImageFiles, bad: set[str], name: str, most: float) -> Imag
     return images.subset(kept)
 
 
-def _broken_among(images: ImageFiles, white_level: float | None, indices: Sequence[int]) -> list[BrokenImage]:
+def _broken_among(
+    images: ImageFiles, white_level: float | None, in_chans: int, indices: Sequence[int]
+) -> list[BrokenImage]:
     broken = []
     for index in indices:
         try:
-            images.image(index, white_level)
+            images.image(index, white_level, in_chans)
         except InputError as error:
             broken.append(BrokenImage(images.name(index), str(error)))
     return broken

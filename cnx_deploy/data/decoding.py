@@ -1,4 +1,4 @@
-"""How a file becomes an image: told by its content, decoded whole or refused by name, and made 8-bit RGB.
+"""How a file becomes an image: told by its content, decoded whole or refused by name, and made 8-bit.
 
 Deeper images (16 bits, integers of 32 bits, floats) are brought to 8 bits by one rule: a white level, the stored value
 that is white, becomes 255. It is 65535 for integers and 1 for floats unless `Preprocessing.white_level` gives another.
@@ -9,19 +9,21 @@ import math
 import struct
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
 
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.preprocessing import MAX_CHANNELS
 
 __all__ = [
-    "FORMATS", "MAX_PIXELS", "SUFFIXES", "Observations", "as_image", "is_image_file", "load_image", "upright_rgb",
+    "FORMATS", "MAX_PIXELS", "MODES", "SUFFIXES", "TURNS", "UNREADABLE", "Observations", "eight_bits", "is_image_file",
+    "is_numpy_file", "load_image", "quiet", "upright",
 ]  # fmt: skip
 
 Image.init()  # else Pillow knows its first five formats only
@@ -33,6 +35,10 @@ SHORT_SIGNATURES = frozenset({"BMP", "PPM"})
 """Two letters begin such a file, as they may a text."""
 SUFFIXES = frozenset(suffix for suffix, kind in Image.EXTENSION.items() if kind in FORMATS)
 """Of the names of files that are taken for images before anything of them is read."""
+NUMPY = b"\x93NUMPY"
+"""Begins an .npy file."""
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+"""What a picture becomes for a network of so many channels."""
 MAX_PIXELS = 89_000_000
 """Largest image that is decoded, 267 MB as RGB; just below the size at which Pillow itself begins to warn."""
 DARK = 1 / 4
@@ -49,6 +55,7 @@ UNREADABLE = (
 )  # fmt: skip
 """What Pillow raises for content that is no image of its format."""
 _REACHED, _WHITE, _TURNED_BLACK, _ANIMATED = "cnx reached", "cnx white", "cnx white is zero", "cnx animated"
+_OPAQUE = "cnx has no alpha"
 """Entries of a PIL image's `info`: what is known of a decoded file beside its pixels."""
 Reached = tuple[float, float, float, str]
 _FILTERS, _OBSERVED = threading.Lock(), threading.Lock()
@@ -63,14 +70,17 @@ class Observations:
     """
 
     animated: set[str] = field(default_factory=set)
+    opaque: set[str] = field(default_factory=set)
     brightest: Reached | None = None
     brightest_of_dark: Reached | None = None
 
-    def add(self, name: str, image: Image.Image) -> None:
-        """Take note of an image that `upright_rgb` gave."""
-        if image.info.get(_ANIMATED):
+    def add(self, name: str, info: Mapping[Any, Any]) -> None:
+        """Take note of the `info` of an image that `upright` or `bands.picture_of` gave."""
+        if info.get(_ANIMATED):
             self.animated.add(name)
-        if (reached := image.info.get(_REACHED)) is None or reached[0] == 0:
+        if info.get(_OPAQUE):
+            self.opaque.add(name)
+        if (reached := info.get(_REACHED)) is None or reached[0] == 0:
             return
         value, white = reached
         found = (value / white, value, white, name)
@@ -85,6 +95,8 @@ class Observations:
         if self.animated:
             first = min(self.animated)
             said.append(f"{len(self.animated)} files hold several frames or pages; the first one is taken ({first}).")
+        if self.opaque:
+            said.append(f"{len(self.opaque)} pictures have no alpha: it is taken as opaque, 255 ({min(self.opaque)}).")
         if self.brightest_of_dark is not None:
             _, value, white, name = self.brightest_of_dark
             which = "Images" if self.brightest == self.brightest_of_dark else "Some images"
@@ -107,14 +119,34 @@ def is_image_file(path: str) -> bool:
     try:
         with open(path, "rb") as stream:  # noqa: PTH123 - a million times
             prefix = stream.read(16)
+            if prefix.startswith(NUMPY):
+                stream.seek(0)
+                return _holds_an_image(stream)
         # A plugin that knows a file and cannot read it gives a text.
         kinds = [kind for kind in FORMATS if (accept := Image.OPEN[kind][1]) is None or accept(prefix) is True]
         if not kinds or set(kinds) - SHORT_SIGNATURES:
             return bool(kinds)
-        with _quiet(), Image.open(path, formats=tuple(kinds)):
+        with quiet(), Image.open(path, formats=tuple(kinds)):
             return True
     except UNREADABLE:
         return False
+
+
+def is_numpy_file(path: Path) -> bool:
+    """Whether a file begins as NumPy's own."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(NUMPY)) == NUMPY
+    except OSError:
+        return False
+
+
+def _holds_an_image(stream: BinaryIO) -> bool:
+    """Whether the header of an .npy file is that of numbers (H, W, C) or (C, H, W); features and masks are left out."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    return len(shape) == 3 and dtype.kind in "uif" and 1 <= min(shape[0], shape[2]) <= MAX_CHANNELS
 
 
 def load_image(path: Path, white_level: float | None = None) -> Image.Image:
@@ -125,7 +157,7 @@ def load_image(path: Path, white_level: float | None = None) -> Image.Image:
     EXIF that cannot be read counts as none.
     """
     try:
-        with _quiet():  # the limit below is stricter than the one that Pillow warns of
+        with quiet():  # the limit below is stricter than the one that Pillow warns of
             image = Image.open(path, formats=FORMATS)
         with image:
             if image.width * image.height > MAX_PIXELS:
@@ -135,7 +167,7 @@ def load_image(path: Path, white_level: float | None = None) -> Image.Image:
             # A camera's JPEG holds previews and maps of brightness beside its picture, which are no frames of it.
             is_animated = image.format not in ("JPEG", "MPO") and bool(getattr(image, "is_animated", False))
             known = {_ANIMATED: is_animated, **_known_of_tiff(image)}
-            with _quiet():
+            with quiet():
                 image.load()
                 image.getexif()
         image.info.update(known)
@@ -147,63 +179,51 @@ def load_image(path: Path, white_level: float | None = None) -> Image.Image:
         ) from error
 
 
-def as_image(image: Any, white_level: float | None = None) -> Image.Image:
-    """Make a PIL image of what a caller has.
+def upright(image: Image.Image, white_level: float | None = None, in_chans: int = 3) -> Image.Image:
+    """Any mode to 8 bits, turned as its EXIF orientation says: grey, grey and alpha, RGB or RGBA, by `in_chans`.
 
-    Takes a path; a PIL image; an array (H, W, 3) or (H, W) of uint8, uint16 or floats; or a tensor (3, H, W) of them.
-    uint16 and floats are brought to 8 bits by `white_level`. Raises InputError for anything else.
-    """
-    if isinstance(image, str | Path):
-        return load_image(Path(image), white_level)
-    if isinstance(image, Image.Image):
-        return image
-    values, given = image, f"{getattr(image, 'dtype', '')} {tuple(getattr(image, 'shape', ()))}"
-    if isinstance(image, torch.Tensor):
-        if image.ndim != 3 or image.shape[0] != 3:
-            raise InputError(f"A tensor must be an image of shape (3, H, W), got {tuple(image.shape)}.")
-        values = (image.float() if image.dtype == torch.bfloat16 else image).detach().permute(1, 2, 0).cpu().numpy()
-    is_array = isinstance(values, np.ndarray) and (values.dtype in (np.uint8, np.uint16) or values.dtype.kind == "f")
-    if not is_array or not values.size or values.shape[2:] not in ((), (3,)) or values.ndim < 2:
-        raise InputError(
-            "An image must be a path, a PIL image, an array (H, W, 3) or (H, W) or a tensor (3, H, W) of uint8, uint16 "
-            f"or floats, got {given if isinstance(image, np.ndarray | torch.Tensor) else type(image).__name__}."
-        )
-    if values.dtype == np.uint8:
-        return Image.fromarray(np.ascontiguousarray(values))
-    return _eight_bits(values, white_level, "The array")
-
-
-def upright_rgb(image: Image.Image, white_level: float | None = None) -> Image.Image:
-    """Any mode to 8-bit RGB, turned as its EXIF orientation says; alpha is dropped, as torchvision and timm do.
-
+    Alpha is dropped where it is not asked for, as torchvision and timm do, and 255 where there is none.
     `white_level`: see the module. It is of images that can hold it: of those with 8 bits where it is at most 255, else
     they keep their own. Raises InputError for values that are negative, not finite or, with no white level given,
-    above the type's.
+    above the type's, and for a number of channels that no picture has.
     """
+    name, mode = getattr(image, "filename", "") or "The image", MODES.get(in_chans)
+    if mode is None:
+        raise InputError(
+            f"{name} is a picture of {len(image.getbands())} channels, and the network takes {in_chans}: expected an "
+            ".npy file, a TIFF or an array with that many. Replace it, or leave it out."
+        )
     # Not ImageOps.exif_transpose, which packs the EXIF anew and stumbles over tags that it could read.
     turn = image.getexif().get(ExifTags.Base.Orientation)
-    upright = image.transpose(TURNS[turn]) if isinstance(turn, int) and turn in TURNS else image
-    if upright.mode[0] in "IF":
-        name, info = getattr(image, "filename", "") or "The image", image.info
-        grey = _eight_bits(np.asarray(upright), white_level, name, white=info.get(_WHITE))
-        rgb = (grey.point(lambda value: 255 - value) if info.get(_TURNED_BLACK) else grey).convert("RGB")
-        rgb.info.update({_REACHED: grey.info[_REACHED], _ANIMATED: info.get(_ANIMATED)})
-        return rgb
-    if upright.mode == "P" and "transparency" in upright.info:
-        upright = upright.convert("RGBA")
-    rgb = upright.convert("RGB")
+    turned = image.transpose(TURNS[turn]) if isinstance(turn, int) and turn in TURNS else image
+    opaque: dict[Any, Any] = {_OPAQUE: True} if in_chans in (2, 4) and not image.has_transparency_data else {}
+    if turned.mode[0] in "IF":
+        info = image.info
+        values, reached = eight_bits(np.asarray(turned), white_level, name, white=info.get(_WHITE))
+        grey = Image.fromarray(255 - values if info.get(_TURNED_BLACK) else values)
+        deep = grey.convert(mode)
+        deep.info.update({**reached, _ANIMATED: info.get(_ANIMATED), **opaque})
+        return deep
+    if turned.mode == "P" and "transparency" in turned.info:
+        turned = turned.convert("RGBA")
+    plain = turned.convert(mode)
+    plain.info.update(opaque)
     has_levels = image.mode in ("L", "LA", "RGB", "RGBA") and _REACHED not in image.info
     if white_level is None or white_level >= 255 or not has_levels:
-        return rgb
-    bright = rgb.point([round(min(value, white_level) * 255 / white_level) for value in range(256)] * 3)
-    bright.info[_REACHED] = (float(np.asarray(rgb).max()), white_level)
+        return plain
+    table = [round(min(value, white_level) * 255 / white_level) for value in range(256)]
+    bright = plain.point([level for band in mode for level in (range(256) if band == "A" else table)])
+    bright.info |= {**opaque, _REACHED: (float(np.asarray(plain.convert("RGB")).max()), white_level)}
     return bright
 
 
-def _eight_bits(values: np.ndarray, white_level: float | None, name: str, white: float | None = None) -> Image.Image:
-    """Integers or floats, (H, W) or (H, W, 3), as an image of 8 bits: `white_level`, else `white`, becomes 255.
+def eight_bits(
+    values: np.ndarray, white_level: float | None, name: str, white: float | None = None
+) -> tuple[np.ndarray, dict[Any, Any]]:
+    """Integers or floats of any shape in 8 bits, and what an image's `info` says of them: `white_level` becomes 255.
 
-    `white` None is 1 for floats, else 65535, which keeps the upper byte, as Pillow does of colour with 16 bits.
+    Without it `white` does: None is 1 for floats, else 65535, which keeps the upper byte, as Pillow does of colour with
+    16 bits.
     """
     is_float = values.dtype.kind == "f"
     usual = white if white is not None else 1.0 if is_float else 65535.0
@@ -229,9 +249,7 @@ def _eight_bits(values: np.ndarray, white_level: float | None, name: str, white:
     else:
         single = values.clip(max=level).astype(np.result_type(values, np.float32), copy=False)
         pixels = np.rint(single * 255.0 / level).astype(np.uint8)
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    image.info[_REACHED] = (high, level)
-    return image
+    return pixels, {_REACHED: (high, level)}
 
 
 def _deep_colour(path: Path, image: Image.Image, white_level: float | None) -> Image.Image:
@@ -245,7 +263,7 @@ def _deep_colour(path: Path, image: Image.Image, white_level: float | None) -> I
             raise ImportError
         from torchvision.io import ImageReadMode, decode_png  # deprecated, and nothing else that is required reads them
 
-        with _quiet():
+        with quiet():
             stored = decode_png(torch.from_numpy(np.fromfile(path, np.uint8)), ImageReadMode.UNCHANGED)
     except ImportError as error:
         raise ValueError(
@@ -254,9 +272,12 @@ def _deep_colour(path: Path, image: Image.Image, white_level: float | None) -> I
         ) from error
     # (1 to 4, H, W) uint16, alpha last
     colours = stored[:3] if len(stored) > 2 else stored[:1].expand(3, -1, -1)
-    rgb = _eight_bits(colours.permute(1, 2, 0).numpy(), white_level, str(path))
-    rgb.info = {**image.info, **rgb.info}  # EXIF among it
-    return rgb
+    pixels, reached = eight_bits(colours.permute(1, 2, 0).numpy(), white_level, str(path))
+    deep = Image.fromarray(np.ascontiguousarray(pixels))
+    if len(stored) in (2, 4):
+        deep.putalpha(Image.fromarray((stored[-1].numpy() >> 8).astype(np.uint8)))
+    deep.info = {**image.info, **reached}  # EXIF among it
+    return deep
 
 
 def _known_of_tiff(image: Image.Image) -> dict[str, Any]:
@@ -270,7 +291,7 @@ def _known_of_tiff(image: Image.Image) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No warnings of Pillow: what matters in them is an error here. The filters are the process's, hence the lock."""
     with _FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -14,14 +14,14 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.image_size import ImageSize, sides, size_text
 from cnx_deploy.core.preprocessing import BrokenImage, Preprocessing
 from cnx_deploy.core.system import cpu_count
-from cnx_deploy.data.decoding import Observations, as_image, load_image, upright_rgb
+from cnx_deploy.data.bands import Picture, picture_of
+from cnx_deploy.data.decoding import Observations
 from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.data.preprocessing import cropped, runner_input
 
@@ -60,7 +60,7 @@ class ImageSource(ABC):
         class Arrays(ImageSource):
             def __init__(self, arrays): self.arrays = arrays  # (H, W, 3) uint8 each
             def __len__(self): return len(self.arrays)
-            def pixels(self, index, preprocessing): return to_pixels(Image.fromarray(self.arrays[index]), preprocessing)
+            def pixels(self, index, preprocessing): return to_pixels(self.arrays[index], preprocessing)
     """
 
     class_names: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def pixels(self, index: int, preprocessing: Preprocessing) -> Tensor:
-        """(H, W, 3) uint8 RGB of one image. Raises InputError, which names the image, where it cannot be read."""
+        """(H, W, C) uint8 of one image, RGB where C is 3. Raises InputError, which names it, where that fails."""
 
     def name(self, index: int) -> str:
         """What reports call an image."""
@@ -118,6 +118,11 @@ class ImageSource(ABC):
 
         Raises InputError when the image sizes differ; while the batches are read, for an image that cannot be.
         """
+        if preprocessing.in_chans != spec.in_chans:
+            raise InputError(
+                f"The model takes images of {spec.in_chans} channels and the preprocessing makes "
+                f"{preprocessing.in_chans}. Give mean and std a number for each channel."
+            )
         if preprocessing.image_size != spec.image_size:
             raise InputError(
                 f"The model takes images of {size_text(spec.image_size)} pixels and the preprocessing makes "
@@ -199,15 +204,15 @@ class ImageFiles(ImageSource):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def image(self, index: int, white_level: float | None = None) -> Image.Image:
-        """One file as upright RGB of its own size; `white_level` is that of `Preprocessing`."""
-        rgb = upright_rgb(load_image(self.paths[index], white_level), white_level)
-        self.seen.add(str(self.paths[index]), rgb)
-        return rgb
+    def image(self, index: int, white_level: float | None = None, in_chans: int = 3) -> Picture:
+        """One file as an upright picture of its own size; `white_level` and `in_chans` are those of `Preprocessing`."""
+        picture = picture_of(self.paths[index], white_level, in_chans)
+        self.seen.add(str(self.paths[index]), picture.info)
+        return picture
 
     def pixels(self, index: int, preprocessing: Preprocessing) -> Tensor:
         """Decode one file."""
-        return cropped(self.image(index, preprocessing.white_level), preprocessing)
+        return cropped(self.image(index, preprocessing.white_level, preprocessing.in_chans), preprocessing)
 
     def observed(self) -> tuple[str, ...]:
         """Files of several frames, and deep images that are nearly black or clipped."""
@@ -225,7 +230,7 @@ class ImageFiles(ImageSource):
 
 @dataclass(frozen=True, slots=True)
 class GivenImages(ImageSource):
-    """Images as a caller has them, labelled or not: paths, PIL images, arrays or tensors, see `decoding.as_image`."""
+    """Images as a caller has them, labelled or not: paths, PIL images, arrays or tensors, see `bands.picture_of`."""
 
     images: Sequence[Any]
     labels: Sequence[int] = ()
@@ -239,10 +244,9 @@ class GivenImages(ImageSource):
 
     def pixels(self, index: int, preprocessing: Preprocessing) -> Tensor:
         """Decode one image."""
-        level = preprocessing.white_level
-        rgb = upright_rgb(as_image(self.images[index], level), level)
-        self.seen.add(self.name(index), rgb)
-        return cropped(rgb, preprocessing)
+        picture = picture_of(self.images[index], preprocessing.white_level, preprocessing.in_chans)
+        self.seen.add(self.name(index), picture.info)
+        return cropped(picture, preprocessing)
 
     def observed(self) -> tuple[str, ...]:
         """The same as of `ImageFiles`."""
@@ -272,7 +276,8 @@ class ImageLike(ImageSource):
 
     def pixels(self, index: int, preprocessing: Preprocessing) -> Tensor:
         """Make one image at the size of `preprocessing`; nothing is resized or cropped."""
-        return _image_like(preprocessing.image_size, np.random.default_rng((self.seed, index)))
+        random = np.random.default_rng((self.seed, index))
+        return _image_like(preprocessing.image_size, preprocessing.in_chans, random)
 
     def choice(self, limit: int | None) -> list[int]:
         """The first `limit` indices: one image is as good as another."""
@@ -303,22 +308,32 @@ def batch_sizes(count: int, spec: InputSpec) -> list[int]:
     return sizes
 
 
-def image_like_batches(count: int, image_size: ImageSize, *, batch_size: int, seed: int = 0) -> Iterator[Tensor]:
-    """Yield (N, H, W, 3) uint8 batches of what `ImageLike` makes, of any size, `count` images in all."""
+def image_like_batches(
+    count: int, image_size: ImageSize, *, batch_size: int, seed: int = 0, in_chans: int = 3
+) -> Iterator[Tensor]:
+    """Yield (N, H, W, C) uint8 batches of what `ImageLike` makes, of any size, `count` images in all."""
     for start in range(0, count, batch_size):
         indices = range(start, min(start + batch_size, count))
-        yield torch.stack([_image_like(image_size, np.random.default_rng((seed, index))) for index in indices])
+        yield torch.stack(
+            [_image_like(image_size, in_chans, np.random.default_rng((seed, index))) for index in indices]
+        )
 
 
-def _image_like(size: ImageSize, random: np.random.Generator) -> Tensor:
+def _image_like(size: ImageSize, channels: int, random: np.random.Generator) -> Tensor:
     tall, wide = sides(size)
     frequency = np.hypot(np.fft.fftfreq(tall)[:, None], np.fft.rfftfreq(wide)[None, :])
     frequency[0, 0] = np.inf  # no constant part: the brightness below is the mean
-    spectrum = np.fft.rfft2(random.standard_normal((3, tall, wide))) / frequency
-    field = np.einsum("oc,chw->hwo", random.standard_normal((3, 3)) + 1.0, np.fft.irfft2(spectrum, s=(tall, wide)))
+    spectrum = np.fft.rfft2(random.standard_normal((channels, tall, wide))) / frequency
+    field = np.einsum(
+        "oc,chw->hwo", random.standard_normal((channels, channels)) + 1.0, np.fft.irfft2(spectrum, s=(tall, wide))
+    )
     canvas = random.uniform(0.3, 0.7) + random.uniform(0.05, 0.3) * field / field.std()
     rows, columns = np.arange(tall)[:, None] / tall, np.arange(wide)[None] / wide
-    colours: Sequence[Any] = [*random.uniform(0.0, 1.0, (4, 3)), 0.0, 1.0]  # black and white last, so both are seen
+    colours: Sequence[Any] = [
+        *random.uniform(0.0, 1.0, (4, channels)),
+        0.0,
+        1.0,
+    ]  # black and white last, so both are seen
     for colour in colours:
         (top, left), (height, width) = random.uniform(0.0, 0.9, 2), random.uniform(0.04, 0.3, 2)
         down, along = np.abs(rows - top) / height, np.abs(columns - left) / width

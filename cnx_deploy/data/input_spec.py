@@ -3,23 +3,25 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.image_size import STRIDE, ImageSize, canonical_size, sides
+from cnx_deploy.core.preprocessing import MAX_CHANNELS
 
-__all__ = ["InputSpec", "check_input", "image_size_in"]
+__all__ = ["InputSpec", "check_input"]
 
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
     """The image batch a runner takes.
 
-    "float": (N, 3, H, W) float32 in [0, 1]; "uint8": (N, H, W, 3) uint8. `image_size` is the side of a square or
-    (height, width) in pixels. `max_batch` None means any.
+    "float": (N, C, H, W) float32 in [0, 1]; "uint8": (N, H, W, C) uint8, of C = `in_chans` channels. `image_size` is
+    the side of a square or (height, width) in pixels. `max_batch` None means any.
     `takes_nonfinite`: NaN and infinity go into the network, and through it; else they are refused.
     """
 
@@ -28,6 +30,22 @@ class InputSpec:
     min_batch: int = 1
     max_batch: int | None = None
     takes_nonfinite: bool = False
+    in_chans: int = 3
+
+    @classmethod
+    def of(cls, deploy: DeploySpec, min_batch: int = 1, max_batch: int | None = None) -> Self:
+        """What a deployed network takes."""
+        return cls(deploy.input_kind, deploy.image_size, min_batch, max_batch, in_chans=deploy.in_chans)
+
+    @classmethod
+    def in_graph(cls, kind: str, shape: Sequence[Any], min_batch: int = 1, max_batch: int | None = None) -> Self | None:
+        """What a graph takes with an input of `kind` and `shape`; None unless that is a batch of images of one size."""
+        if len(shape) != 4 or not all(isinstance(size, int) for size in shape[1:]):
+            return None
+        channels, height, width = shape[1:] if kind == "float" else (shape[3], *shape[1:3])
+        if not 1 <= channels <= MAX_CHANNELS or min(height, width) < STRIDE:
+            return None
+        return cls(kind, canonical_size((height, width)), min_batch, max_batch, in_chans=channels)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -37,16 +55,8 @@ class InputSpec:
     def shape(self, batch: int) -> tuple[int, ...]:
         """Shape of a batch of `batch` images."""
         height, width = sides(self.image_size)
-        return (batch, height, width, 3) if self.kind == "uint8" else (batch, 3, height, width)
-
-
-def image_size_in(shape: Sequence[Any]) -> ImageSize | None:
-    """The size of the images in a batch of shape (N, 3, H, W) or (N, H, W, 3); None for another or an open one."""
-    if len(shape) != 4 or not all(isinstance(size, int) for size in shape[1:]):
-        return None
-    height, width = shape[2:] if shape[1] == 3 else shape[1:3]
-    is_batch = shape[1] == 3 or shape[3] == 3
-    return canonical_size((height, width)) if is_batch and min(height, width) >= STRIDE else None
+        channels = self.in_chans
+        return (batch, height, width, channels) if self.kind == "uint8" else (batch, channels, height, width)
 
 
 def check_input(images: Tensor, spec: InputSpec) -> None:
@@ -59,7 +69,7 @@ def check_input(images: Tensor, spec: InputSpec) -> None:
     expected = f"{('N', *spec.shape(0)[1:])} {str(spec.dtype).removeprefix('torch.')}".replace("'", "")
     if images.dtype != spec.dtype or tuple(images.shape) != spec.shape(batch):
         hint = "Convert them; nothing is cast."
-        if images.ndim == 4 and (3 in (images.shape[1], images.shape[-1])) and images.dtype == spec.dtype:
+        if images.ndim == 4 and spec.in_chans in (images.shape[1], images.shape[-1]) and images.dtype == spec.dtype:
             hint = "The channel axis may be in the wrong place: permute the images."
         raise InputError(f"The model takes images of shape {expected}, not {found}. {hint}")
     if batch < max(1, spec.min_batch) or (spec.max_batch is not None and batch > spec.max_batch):

@@ -271,16 +271,21 @@ def _image_options(manifest: OnnxManifest) -> list[str]:
     for name, origin in manifest.model.origins.items():
         if origin == "option" and name != "image_size":
             value = "class-names.txt" if name == "class_names" else getattr(manifest.model.preprocessing, name)
-            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+            words += [
+                f"--{name.replace('_', '-')}",
+                ",".join(map(str, value if isinstance(value, tuple) else (value,))),
+            ]
     return words
 
 
 def _weights_options(artifact: Artifact) -> list[str]:
     model, weights = artifact.manifest.model, artifact.manifest.model.weights
     classes = ["--num-classes", str(model.num_classes)]
+    if (channels := model.preprocessing.in_chans) != 3:
+        classes += ["--in-chans", str(channels)]
     if weights.origin == "random":
         return ["--seed", weights.reference, *classes]
-    new_head = [*classes, "--reset-head"] if model.head_is_new else []
+    new_head = [*classes, "--reset-head"] if model.head_is_new else classes[2:]
     if weights.origin == "pretrained":
         return ["--pretrained", weights.reference, *new_head]
     entry = [] if weights.entry is None else ["--entry", weights.entry]

@@ -240,7 +240,7 @@ def run_headroom(
     images: ImageSource = ImageLike(request.samples) if request.data is None else find_images(request.data)
     for text in images.notes:
         note(text)
-    spec = InputSpec("uint8", preprocessing.image_size)
+    spec = InputSpec("uint8", preprocessing.image_size, in_chans=preprocessing.in_chans)
     batches = images.batches(preprocessing, spec, BATCH, evenly(len(images), request.samples))
     measured = measure_headroom(
         loaded,
@@ -293,7 +293,7 @@ def measure_headroom(
     margin: float = 4.0,
     progress: Callable[[int], None] | None = None,
 ) -> Headroom:
-    """Run the deploy form over (N, S, S, 3) uint8 batches in FP32 and record what an FP16 file would store.
+    """Run the deploy form over (N, S, S, C) uint8 batches in FP32 and record what an FP16 file would store.
 
     Raises InputError when there is no image.
     """

@@ -34,7 +34,7 @@ def raw_batches(
     smallest, _, largest = manifest.batch
     size = max(smallest, min(samples, largest, BATCH))
     side = manifest.deploy.image_size
-    spec = InputSpec(manifest.deploy.input_kind, side, size if whole else smallest, largest)
+    spec = InputSpec.of(manifest.deploy, size if whole else smallest, largest)
     source: ImageSource = ImageLike(samples) if data is None else find_images(data)
     recorded = manifest.model.preprocessing
     level = recorded.white_level if white_level is None else white_level

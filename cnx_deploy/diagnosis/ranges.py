@@ -186,7 +186,7 @@ def unit_of(module: str) -> str:
 
 
 def recorded_form(model: ConvNeXtV2, preprocessing: Preprocessing) -> DeployedConvNeXtV2:
-    """Make the deploy form of a default FP16 export in FP32; its input is (N, S, S, 3) uint8.
+    """Make the deploy form of a default FP16 export in FP32; its input is (N, S, S, C) uint8.
 
     FP16 files bring their input to [0, 255], so their stem has the weights of the byte input.
     """
@@ -253,7 +253,7 @@ class Recorder:
         return tuple(NormRange(module, *values) for module, values in self._norms.items())
 
     def run(self, batches: Iterable[Tensor], progress: Callable[[int], None] | None = None) -> None:
-        """Record (N, S, S, 3) uint8 batches; `progress` is told the number of images of each."""
+        """Record (N, S, S, C) uint8 batches; `progress` is told the number of images of each."""
         with contextlib.ExitStack() as handles, torch.inference_mode():
             for name, module in self.form.named_modules():
                 for handle in self._hooks(name, module):

@@ -148,7 +148,7 @@ def _graph_from_module(module: DeployedConvNeXtV2, spec: ExportSpec) -> ir.Model
     dynamic = smallest != largest
     # torch specialises an example batch of 1 on some versions; 2 stays symbolic on all.
     example_batch = max(smallest, 2) if dynamic else smallest
-    inputs = InputSpec(spec.deploy.input_kind, spec.deploy.image_size)
+    inputs = InputSpec.of(spec.deploy)
     example = torch.zeros(inputs.shape(example_batch), dtype=inputs.dtype)
     batch_axis = torch.export.Dim("batch", min=smallest, max=largest) if dynamic else None
     try:
@@ -223,6 +223,8 @@ def _metadata(record: ModelRecord, spec: ExportSpec) -> dict[str, str]:
         "weights_origin": record.weights.origin,
         "licence": record.weights.licence,
     }
+    if spec.deploy.in_chans != 3:
+        entries["in_chans"] = str(spec.deploy.in_chans)
     if record.task != "classification":  # without it the files of classifiers keep their bytes
         entries["task"] = record.task
     if assumed := [name for name, origin in record.origins.items() if origin == ASSUMED]:

@@ -6,6 +6,7 @@ done with the weights, and their hash.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, DiskFu
 from cnx_deploy.core.files import whole_file
 from cnx_deploy.core.image_size import ImageSize
 from cnx_deploy.core.manifest import WeightsRecord
-from cnx_deploy.core.preprocessing import ASSUMED, Preprocessing, Triple
+from cnx_deploy.core.preprocessing import ASSUMED, MAX_CHANNELS, PerChannel, Preprocessing, given_per_channel
 from cnx_deploy.core.variants import ALL_VARIANTS, VARIANTS, Variant, find_variant
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model, random_model
 from cnx_deploy.model.layouts import (
@@ -39,7 +40,7 @@ from cnx_deploy.model.tasks.base import Task, find_task
 from cnx_deploy.model.weight_files import METADATA_KEY, WeightFile, read_weight_file
 
 __all__ = [
-    "LoadedModel", "ModelRequest", "hash_weights", "load_checkpoint", "load_pretrained", "resolve_model",
+    "LoadedModel", "ModelRequest", "adapt_stem", "hash_weights", "load_checkpoint", "load_pretrained", "resolve_model",
     "save_checkpoint",
 ]  # fmt: skip
 
@@ -47,6 +48,7 @@ FORMAT_VERSION = 1
 RANDOM_LICENCE = "none (random weights)"
 FOREIGN_LICENCE = "unknown (foreign checkpoint; the published ConvNeXt V2 weights are CC-BY-NC-4.0)"
 HEAD_SEED = 0
+STEM = "downsample_layers.0.0.weight"
 # The white level is the file's, not the weights'.
 _ASSUMED = {each.name: ASSUMED for each in fields(Preprocessing) if each.name != "white_level"}
 
@@ -84,10 +86,11 @@ class LoadedModel:
                 f"{self.problem} Or say how images are made by an export with all of "
                 f"{', '.join('--' + name.replace('_', '-') for name in _ASSUMED)}."
             )
-        places = [origin for origin in self.origins.values() if origin not in ("header", "option", ASSUMED)]
+        read = {name: place for name, place in self.origins.items() if name != "in_chans"}
+        places = [place for place in read.values() if place not in ("header", "option", ASSUMED)]
         lines = [
-            f"{', '.join(name for name, where in self.origins.items() if where == origin)} from {origin}"
-            for origin in dict.fromkeys(places)
+            f"{', '.join(name for name, where in read.items() if where == place)} from {place}"
+            for place in dict.fromkeys(places)
         ]
         return (*lines, *filter(None, (self.preprocessing.assumption(self.origins),)))
 
@@ -101,13 +104,15 @@ def load_checkpoint(
     ema: bool | None = None,
     entry: str | None = None,
     task: str | None = None,
+    in_chans: int | None = None,
 ) -> LoadedModel:
     """Read a checkpoint in any layout of `model.layouts`, under any wrapping, into a model.
 
     `variant` None takes the known one, V2 or V1, whose shapes the file has. `num_classes` None takes the file's.
     `path` may be a folder that timm or transformers wrote: see `model.source_config` for what is read beside weights.
     `reset_head` draws a new head (truncated normal 0.02, fixed seed). `task` None takes the header's, else
-    classification. `ema` and `entry` choose among several networks, see `weight_files.read_weight_file`, also for
+    classification. `in_chans` other than the file's adapts a stem of 3 channels as timm does, see `adapt_stem`.
+    `ema` and `entry` choose among several networks, see `weight_files.read_weight_file`, also for
     what a file can have wrong. Raises CheckpointError when the weights do not fit the model exactly.
     """
     path, wanted = Path(path), find_variant(variant) if isinstance(variant, str) else variant
@@ -125,6 +130,7 @@ def load_checkpoint(
     if reset_head:
         state = _with_new_head(purpose, state, found, classes)
         notes.append(f"new head for {classes} classes, drawn at random: train it before it is used")
+    state, adapted = adapt_stem(state, in_chans, where=str(path))
     model = _filled_model(purpose, found, classes, state, where=str(path))
     (config, problem), licence = _config_of(file, path), file.metadata.get("licence", FOREIGN_LICENCE)
     if config.class_names and (reset_head or len(config.class_names) != model.num_classes):
@@ -134,10 +140,11 @@ def load_checkpoint(
     # Where a choice was made, the record leads back to the same network of the file.
     place = None if ema is None and entry is None else file.entry or TOP
     record = WeightsRecord("checkpoint", path.as_posix(), hash_weights(model), licence, place)
-    return LoadedModel(
+    loaded = LoadedModel(
         model, record, config.class_names, _preprocessing_of(config, path), {**_ASSUMED, **config.origins},
         head_is_new=reset_head, notes=tuple(notes), problem=problem, training=file.metadata.get("training", {}),
     )  # fmt: skip
+    return _with_channels(loaded, adapted)
 
 
 def load_pretrained(
@@ -147,6 +154,7 @@ def load_pretrained(
     reset_head: bool = False,
     cache_dir: Path | None = None,
     task: str | None = None,
+    in_chans: int | None = None,
 ) -> LoadedModel:
     """Load published weights by timm's name, from the model hub's cache or the network.
 
@@ -161,7 +169,8 @@ def load_pretrained(
         )
     expected = num_classes if num_classes is not None else files.num_classes
     variant = variant_name_of_tag(tag)
-    loaded = load_checkpoint(files.weights, variant, num_classes=expected, reset_head=reset_head, task=task)
+    how: dict[str, Any] = {"reset_head": reset_head, "task": task, "in_chans": in_chans}
+    loaded = load_checkpoint(files.weights, variant, num_classes=expected, **how)
     record = WeightsRecord("pretrained", tag, loaded.weights.sha256, PRETRAINED_LICENCE)
     return replace(loaded, weights=record)
 
@@ -177,17 +186,18 @@ def resolve_model(
     ema: bool | None = None,
     entry: str | None = None,
     task: str | None = None,
+    in_chans: int | None = None,
 ) -> LoadedModel:
     """Load a checkpoint or published weights, or, given neither, draw weights at random from `seed`.
 
     `ema` and `entry` choose among several networks of a checkpoint. `task` None is the checkpoint's own, else
-    classification. Raises InputError when both are given, when a tag is of another variant, when random weights get no
-    variant, or when there is a choice and no checkpoint.
+    classification. `in_chans` None is the checkpoint's, else 3. Raises InputError when both are given, when a tag is
+    of another variant, when random weights get no variant, or when there is a choice and no checkpoint.
     """
     if checkpoint is not None and pretrained is not None:
         raise InputError("Both a checkpoint and pretrained weights were given, expected one source. Leave one out.")
+    words: dict[str, Any] = {"num_classes": num_classes, "reset_head": reset_head, "task": task, "in_chans": in_chans}
     if checkpoint is not None:
-        words: dict[str, Any] = {"num_classes": num_classes, "reset_head": reset_head, "task": task}
         return load_checkpoint(checkpoint, variant, ema=ema, entry=entry, **words)
     if ema is not None or entry is not None:
         raise InputError("--ema, --no-ema (ema) and --entry (entry) choose among the weights of a checkpoint: add one.")
@@ -195,15 +205,16 @@ def resolve_model(
     if pretrained is not None:
         if name not in (None, variant_name_of_tag(pretrained)):
             raise InputError(f"{pretrained} is not of variant {name!r}. Take a tag that begins convnextv2_{name}.")
-        return load_pretrained(pretrained, num_classes=num_classes, reset_head=reset_head, task=task)
+        return load_pretrained(pretrained, **words)
     if variant is None or reset_head:
         raise InputError(
             f"Random weights need a variant and have no head to replace; the variant is {name} and reset_head is "
             f"{reset_head}. The variants are {', '.join(VARIANTS)}; a checkpoint names its own."
         )
     classes = 1000 if num_classes is None else num_classes
-    model = random_model(variant, classes, seed=seed, task=task or "classification")
-    return LoadedModel(model, WeightsRecord("random", str(seed), hash_weights(model), RANDOM_LICENCE))
+    model = random_model(variant, classes, seed=seed, task=task or "classification", in_chans=in_chans or 3)
+    record = WeightsRecord("random", str(seed), hash_weights(model), RANDOM_LICENCE)
+    return LoadedModel(model, record, preprocessing=Preprocessing().for_channels(model.in_chans))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,8 +238,9 @@ class ModelRequest:
     crop_ratio: float | None = None
     crop_mode: str | None = None
     interpolation: str | None = None
-    mean: Triple | float | None = None
-    std: Triple | float | None = None
+    mean: PerChannel | float | None = None
+    std: PerChannel | float | None = None
+    in_chans: int | None = None
     class_names: ClassNames | None = None
 
     def load(self, note: Callable[[str], None]) -> tuple[LoadedModel, Preprocessing]:
@@ -236,6 +248,7 @@ class ModelRequest:
         loaded = resolve_model(
             self.variant, checkpoint=self.checkpoint, pretrained=self.pretrained, seed=self.seed,
             num_classes=self.num_classes, reset_head=self.reset_head, ema=self.ema, entry=self.entry, task=self.task,
+            in_chans=self.in_chans,
         )  # fmt: skip
         for text in loaded.notes:
             note(f"Note: {text}")
@@ -252,8 +265,7 @@ class ModelRequest:
         """What the options say in the place of what was read."""
         given = {name: value for name in _ASSUMED if (value := getattr(self, name)) is not None}
         for name in given.keys() & {"mean", "std"}:  # one number is that of every channel
-            value = given[name]
-            given[name] = (value,) * 3 if isinstance(value, int | float) else tuple(value)
+            given[name] = given_per_channel(given[name], loaded.model.in_chans)
         origins = {**loaded.origins, **dict.fromkeys(given, "option")} if loaded.origins else loaded.origins
         names = loaded.class_names
         if (told := names_of(self.class_names)) is not None:
@@ -262,6 +274,44 @@ class ModelRequest:
         preprocessing = replace(loaded.preprocessing, **given)
         problem = None if given.keys() >= _ASSUMED.keys() else loaded.problem
         return replace(loaded, class_names=names, preprocessing=preprocessing, origins=origins, problem=problem)
+
+
+def adapt_stem(state: dict[str, Tensor], in_chans: int | None, *, where: str) -> tuple[dict[str, Tensor], int | None]:
+    """The weights for images of another number of channels, and the number they were for; None where it is the same.
+
+    timm's rule (`timm.models.adapt_input_conv`): one channel gets the sum over RGB; of others each repeats the weights
+    of R, G and B in turn, times 3 / `in_chans`. Raises CheckpointError for a stem that is not of 3 channels.
+    """
+    weight = state.get(STEM)
+    if weight is None or weight.ndim != 4 or in_chans in (None, found := weight.shape[1]):
+        return state, None
+    if found != 3:
+        raise CheckpointError(
+            f"{where} takes images of {found} channels, and {in_chans} were asked for: only weights for 3 channels can "
+            f"be adapted. Ask for its own, --in-chans {found} (in_chans)."
+        )
+    if not 1 <= in_chans <= MAX_CHANNELS:
+        raise InputError(f"in_chans is {in_chans}; images have 1 to {MAX_CHANNELS} channels.")
+    if in_chans == 1:
+        adapted = weight.sum(dim=1, keepdim=True)
+    else:
+        adapted = weight.repeat(1, math.ceil(in_chans / 3), 1, 1)[:, :in_chans] * (3 / in_chans)
+    return {**state, STEM: adapted}, found
+
+
+def _with_channels(loaded: LoadedModel, adapted: int | None) -> LoadedModel:
+    """Mean and std for as many channels as the network takes; where others were stated, they are assumed."""
+    preprocessing, channels, notes = loaded.preprocessing, loaded.model.in_chans, list(loaded.notes)
+    origins = dict(loaded.origins)
+    if adapted is not None:
+        notes.append(f"the stem is adapted from {adapted} channels to {channels}, as timm does; train it further")
+        origins["in_chans"] = f"adapted from {adapted}"
+    if preprocessing.in_chans != channels:
+        for name in ("mean", "std"):
+            if len(set(getattr(preprocessing, name))) > 1:
+                origins[name] = ASSUMED
+        preprocessing = preprocessing.for_channels(channels)
+    return replace(loaded, preprocessing=preprocessing, notes=tuple(notes), origins=origins)
 
 
 def save_checkpoint(
@@ -461,8 +511,10 @@ def _with_new_head(task: Task, state: Mapping[str, Tensor], variant: Variant, nu
 def _filled_model(
     task: Task, variant: Variant, num_classes: int, state: Mapping[str, Tensor], *, where: str
 ) -> ConvNeXtV2:
+    stem = state.get(STEM)
+    channels = stem.shape[1] if stem is not None and stem.ndim == 4 and 1 <= stem.shape[1] <= MAX_CHANNELS else 3
     with torch.device("meta"):
-        model = create_model(variant, num_classes, task=task)
+        model = create_model(variant, num_classes, task=task, in_chans=channels)
     if differences := shape_differences(state, model.state_dict()):
         first = next((each for each in differences if each.problem == "shape"), differences[0])
         found = variant_with_structure(structure_of(state))

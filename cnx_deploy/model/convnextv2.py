@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.image_size import check_image_size
+from cnx_deploy.core.preprocessing import MAX_CHANNELS
 from cnx_deploy.core.variants import Variant, find_variant
 from cnx_deploy.model.layers import Block, LayerNormChannelsFirst
 from cnx_deploy.model.tasks.base import Outputs, Task, find_task, sole_or_named
@@ -23,13 +24,14 @@ __all__ = ["ConvNeXtV2", "create_model", "random_model"]
 class ConvNeXtV2(nn.Module):
     """ConvNeXt V2, or V1 where the variant says so, with the head of a task.
 
-    Shape: (N, 3, H, W) normalised images -> (N, num_classes) logits of a classifier, or what the task declares; H and W
+    Shape: (N, C, H, W) normalised images -> (N, num_classes) logits of a classifier, or what the task declares; H and W
     at least 32; the strided convolutions leave out rows and columns that do not fill a patch.
 
     Args:
         variant: depths and widths.
         num_classes: width of the head.
         task: what the network is for.
+        in_chans: channels C of an image, 1 to 16; 3 are RGB.
         drop_path_rate: stochastic-depth rate of the last block; it rises linearly from 0 over the blocks.
         head_init_scale: factor on the head's initial weight and bias (0.001 in the paper's fine-tuning).
     """
@@ -44,7 +46,10 @@ class ConvNeXtV2(nn.Module):
         drop_path_rate: float = 0.0,
         head_init_scale: float = 1.0,
         task: Task | str = "classification",
+        in_chans: int = 3,
     ) -> None:
+        if not 1 <= in_chans <= MAX_CHANNELS:
+            raise InputError(f"in_chans is {in_chans}; images have 1 to {MAX_CHANNELS} channels.")
         if num_classes < 1:
             raise InputError(f"num_classes is {num_classes}; a network needs at least 1.")
         if not 0.0 <= drop_path_rate < 1.0:
@@ -52,9 +57,10 @@ class ConvNeXtV2(nn.Module):
         super().__init__()
         self.variant = variant
         self.num_classes = num_classes
+        self.in_chans = in_chans
         self.task = find_task(task) if isinstance(task, str) else task
         widths = variant.dims
-        stem = nn.Sequential(nn.Conv2d(3, widths[0], kernel_size=4, stride=4), LayerNormChannelsFirst(widths[0]))
+        stem = nn.Sequential(nn.Conv2d(in_chans, widths[0], kernel_size=4, stride=4), LayerNormChannelsFirst(widths[0]))
         downsamplings = [
             nn.Sequential(LayerNormChannelsFirst(before), nn.Conv2d(before, after, kernel_size=2, stride=2))
             for before, after in itertools.pairwise(widths)
@@ -83,7 +89,7 @@ class ConvNeXtV2(nn.Module):
         return [cast(list[Block], list(cast(nn.Sequential, stage))) for stage in self.stages]
 
     def forward_outputs(self, images: Tensor) -> Outputs:
-        """(N, 3, H, W) -> the outputs of the task by name."""
+        """(N, C, H, W) -> the outputs of the task by name."""
         check_image_size(images.shape[-2], images.shape[-1])
         maps: dict[int, Tensor] = {}
         for level, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
@@ -104,17 +110,23 @@ def create_model(
     drop_path_rate: float = 0.0,
     head_init_scale: float = 1.0,
     task: Task | str = "classification",
+    in_chans: int = 3,
 ) -> ConvNeXtV2:
     """Build a freshly initialised model as the papers do.
 
     Truncated normal (0.02), zero biases, GRN the identity; in V1 LayerScale at 1e-6.
     """
     found = find_variant(variant) if isinstance(variant, str) else variant
-    return ConvNeXtV2(found, num_classes, drop_path_rate, head_init_scale, task)
+    return ConvNeXtV2(found, num_classes, drop_path_rate, head_init_scale, task, in_chans)
 
 
 def random_model(
-    variant: Variant | str, num_classes: int = 1000, *, seed: int = 0, task: Task | str = "classification"
+    variant: Variant | str,
+    num_classes: int = 1000,
+    *,
+    seed: int = 0,
+    task: Task | str = "classification",
+    in_chans: int = 3,
 ) -> ConvNeXtV2:
     """Build an evaluation-mode model whose every parameter is drawn at random, none of them zero or one.
 
@@ -124,7 +136,7 @@ def random_model(
     The same seed gives the same weights on every machine with the same torch.
     """
     with torch.device("meta"):
-        model = create_model(variant, num_classes, task=task)
+        model = create_model(variant, num_classes, task=task, in_chans=in_chans)
     model = model.to_empty(device="cpu").eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

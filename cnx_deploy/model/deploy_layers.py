@@ -133,16 +133,16 @@ class GainedLinear(nn.Module):
 
 
 class PatchConvolution(nn.Module):
-    """A k×k convolution of stride k as a 1×1 convolution over patches; `weight` (O, 3, k, k), `bias` (O,).
+    """A k×k convolution of stride k as a 1×1 convolution over patches; `weight` (O, I, k, k), `bias` (O,).
 
-    Shape: (N, 3, H, W), or (N, H, W, 3) if `channels_last` -> (N, O, H//k, W//k).
+    Shape: (N, I, H, W), or (N, H, W, I) if `channels_last` -> (N, O, H//k, W//k).
     TensorRT pads three channels to four, from a constant of zeros as large as the batch; of 48 it pads none.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, *, image_size: ImageSize, channels_last: bool) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(fold_patches(weight)), nn.Parameter(bias)
-        self.kernel, self.image_size = weight.shape[2], sides(image_size)
+        self.in_chans, self.kernel, self.image_size = weight.shape[1], weight.shape[2], sides(image_size)
         self.channels_last = channels_last
 
     def forward(self, images: Tensor) -> Tensor:
@@ -150,17 +150,17 @@ class PatchConvolution(nn.Module):
         return F.conv2d(self.patches(images), self.weight, self.bias)
 
     def patches(self, images: Tensor) -> Tensor:
-        """Images -> (N, 3·k·k, H//k, W//k), ordered row, column, channel."""
-        k, (rows, columns) = self.kernel, (side // self.kernel for side in self.image_size)
+        """Images -> (N, I·k·k, H//k, W//k), ordered row, column, channel."""
+        channels, k, (rows, columns) = self.in_chans, self.kernel, (side // self.kernel for side in self.image_size)
         if (rows * k, columns * k) != self.image_size:  # what fills no patch is left out, as a strided convolution does
             images = (
                 images[:, : rows * k, : columns * k] if self.channels_last else images[..., : rows * k, : columns * k]
             )
         if self.channels_last:
-            split = images.reshape(-1, rows, k, columns, k, 3).permute(0, 2, 4, 5, 1, 3)
+            split = images.reshape(-1, rows, k, columns, k, channels).permute(0, 2, 4, 5, 1, 3)
         else:
-            split = images.reshape(-1, 3, rows, k, columns, k).permute(0, 3, 5, 1, 2, 4)
-        return split.reshape(-1, 3 * k * k, rows, columns)
+            split = images.reshape(-1, channels, rows, k, columns, k).permute(0, 3, 5, 1, 2, 4)
+        return split.reshape(-1, channels * k * k, rows, columns)
 
 
 class NormedPatchConvolution(PatchConvolution):
@@ -205,12 +205,12 @@ class NormedPatchConvolution(PatchConvolution):
 class InputNormalisation(nn.Module):
     """(x / full_scale - mean) / std by channel, where it is not folded; computed in the type of `mean`.
 
-    Shape: (N, 3, H, W), or (N, H, W, 3) if `channels_last` -> the same.
+    Shape: (N, C, H, W), or (N, H, W, C) if `channels_last` -> the same.
     """
 
     def __init__(self, mean: Tensor, std: Tensor, full_scale: float, *, channels_last: bool) -> None:
         super().__init__()
-        shape = (3,) if channels_last else (3, 1, 1)
+        shape = (-1,) if channels_last else (-1, 1, 1)
         self.gain = nn.Parameter((1.0 / (std * full_scale)).reshape(shape))
         self.shift = nn.Parameter((-mean / std).reshape(shape))
 

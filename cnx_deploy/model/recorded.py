@@ -54,10 +54,11 @@ def recorded_model(artifact: Artifact) -> LoadedModel:
     record = artifact.manifest.model
     weights = record.weights
     # A head that was new at the export is drawn again, from a fixed seed.
-    head: dict[str, Any] = {"num_classes": record.num_classes, "reset_head": True} if record.head_is_new else {}
+    how: dict[str, Any] = {"num_classes": record.num_classes, "reset_head": True} if record.head_is_new else {}
+    how |= {"task": record.task, "in_chans": record.preprocessing.in_chans}
     if weights.origin == "random":
         seed, variant = int(weights.reference), find_variant(record.variant)
-        model = random_model(variant, record.num_classes, seed=seed, task=record.task)
+        model = random_model(variant, record.num_classes, seed=seed, task=record.task, in_chans=how["in_chans"])
         loaded = LoadedModel(model, weights, record.class_names, record.preprocessing, record.origins)
     elif weights.origin == "checkpoint":
         path = artifact.path.parent / weights.reference
@@ -65,9 +66,9 @@ def recorded_model(artifact: Artifact) -> LoadedModel:
             raise InputError(
                 f"{artifact.path.name} was made from {path}, which is not there. Put it back or export again."
             )
-        loaded = load_checkpoint(path, record.variant, task=record.task, entry=weights.entry, **head)
+        loaded = load_checkpoint(path, record.variant, entry=weights.entry, **how)
     else:
-        loaded = load_pretrained(weights.reference, task=record.task, **head)
+        loaded = load_pretrained(weights.reference, **how)
     digest = hash_weights(loaded.model)
     if digest != weights.sha256:
         raise CorruptArtifactError(

@@ -21,7 +21,7 @@ from typing import Any
 from cnx_deploy.core.class_names import ordered_names
 from cnx_deploy.core.errors import CorruptArtifactError, InputError
 from cnx_deploy.core.image_size import ImageSize, canonical_size, sides
-from cnx_deploy.core.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from cnx_deploy.core.preprocessing import IMAGENET_MEAN, IMAGENET_STD, MAX_CHANNELS
 from cnx_deploy.core.strict_json import bounded_content, shortened, strict_json
 
 __all__ = [
@@ -198,8 +198,8 @@ def timm_config(config: Mapping[str, Any], where: str) -> SourceConfig:
         "crop_ratio": _number(data.get("crop_pct") or 0.875, "crop_pct", where),
         "crop_mode": data.get("crop_mode") or "center",
         "interpolation": data.get("interpolation") or "bicubic",
-        "mean": _triple(data.get("mean") or IMAGENET_MEAN, "mean", where),
-        "std": _triple(data.get("std") or IMAGENET_STD, "std", where),
+        "mean": _per_channel(data.get("mean") or IMAGENET_MEAN, "mean", where),
+        "std": _per_channel(data.get("std") or IMAGENET_STD, "std", where),
     }
     names = _label_names(config.get("label_names", data.get("label_names")), where)
     written = {"image_size": "input_size", "crop_ratio": "crop_pct"}
@@ -230,7 +230,7 @@ def transformers_processor(config: Mapping[str, Any], where: str) -> dict[str, A
     resized = (_convnext_resize if kind.startswith("ConvNext") else _resize)(values, where)
     if not isinstance(values["resample"], int) or values["resample"] not in range(len(RESAMPLING)):
         raise InputError(f"{where} has resample {values['resample']!r}: expected 0 to 5, Pillow's number of a filter.")
-    mean, std = (_triple(values[name], name, where) for name in ("image_mean", "image_std"))
+    mean, std = (_per_channel(values[name], name, where) for name in ("image_mean", "image_std"))
     if not values["do_normalize"]:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     factor = _number(values["rescale_factor"], "rescale_factor", where) if values["do_rescale"] else 1.0
@@ -280,8 +280,8 @@ def _timm_args(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         "crop_ratio": (values.get("crop_pct"), lambda value: _number(value, "crop_pct", where)),
         "crop_mode": (values.get("crop_mode"), str),
         "interpolation": (values.get("interpolation") or None, str),
-        "mean": (values.get("mean"), lambda value: _triple(value, "mean", where)),
-        "std": (values.get("std"), lambda value: _triple(value, "std", where)),
+        "mean": (values.get("mean"), lambda value: _per_channel(value, "mean", where)),
+        "std": (values.get("std"), lambda value: _per_channel(value, "std", where)),
     }
     return {name: read(value) for name, (value, read) in readers.items() if value is not None}
 
@@ -368,8 +368,8 @@ def _number(value: Any, name: str, where: str) -> float:
     return float(value)
 
 
-def _triple(value: Any, name: str, where: str) -> tuple[float, ...]:
+def _per_channel(value: Any, name: str, where: str) -> tuple[float, ...]:
     values = [value] * 3 if isinstance(value, int | float) else value
-    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != 3:
-        raise InputError(f"{where} has {name} {shortened(repr(value))}: expected three numbers, one for each channel.")
+    if not isinstance(values, Sequence) or isinstance(values, str) or not 1 <= len(values) <= MAX_CHANNELS:
+        raise InputError(f"{where} has {name} {shortened(repr(value))}: expected a number for each channel.")
     return tuple(_number(each, name, where) for each in values)

@@ -13,7 +13,7 @@ from torch import Tensor
 from cnx_deploy.core.errors import CnxDeployError, InputError
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.system import Machine, cpu_name
-from cnx_deploy.data.input_spec import InputSpec, check_input, image_size_in
+from cnx_deploy.data.input_spec import InputSpec, check_input
 from cnx_deploy.exporters.untrusted import check_recorded
 from cnx_deploy.model.tasks.base import Outputs
 from cnx_deploy.runners.base import HoldsNothing, RunnerInfo
@@ -64,12 +64,13 @@ class EmulatedRunner(HoldsNothing):
 
 def _input_spec(graph: Graph) -> InputSpec:
     shape: Any = graph.input.shape
-    size, batch = image_size_in(list(shape)) or 0, shape[0]
+    batch = shape[0]
     kind = "uint8" if graph.input.dtype is not None and graph.input.dtype.name == "UINT8" else "float"
     if isinstance(batch, int):
-        return InputSpec(kind, size, batch, batch)
-    smallest, _, largest = (int(part) for part in graph.metadata.get("cnx_deploy.batch", "1:1:4096").split(":"))
-    return InputSpec(kind, size, smallest, largest)
+        smallest = largest = batch
+    else:
+        smallest, _, largest = (int(part) for part in graph.metadata.get("cnx_deploy.batch", "1:1:4096").split(":"))
+    return InputSpec.in_graph(kind, list(shape), smallest, largest) or InputSpec(kind, 0, smallest, largest)
 
 
 def _reason(emulated: torch.dtype, artifact: Artifact, machine: Machine) -> CnxDeployError | None:

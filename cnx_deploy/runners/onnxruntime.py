@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ from torch import Tensor
 from cnx_deploy.core.errors import CnxDeployError, CorruptArtifactError, InputError
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.system import Machine, cpu_count, cpu_name
-from cnx_deploy.data.input_spec import InputSpec, check_input, image_size_in
+from cnx_deploy.data.input_spec import InputSpec, check_input
 from cnx_deploy.exporters.untrusted import check_recorded
 from cnx_deploy.model.tasks.base import Outputs
 from cnx_deploy.runners.base import RunnerInfo
@@ -133,17 +134,18 @@ class OrtRunner:
 def _input_spec(source: Any, batch_range: str | None, path: Path) -> InputSpec:
     """What the graph takes; a dynamic batch only within the range it was exported for, where the file names one."""
     kind = "uint8" if source.type == "tensor(uint8)" else "float"
-    batch, size = source.shape[0], image_size_in(source.shape) or 0
-    if isinstance(batch, int):
-        return InputSpec(kind, size, batch, batch)
+    found = InputSpec.in_graph(kind, source.shape)
+    assert found is not None  # `ends_of` has looked
+    if isinstance(batch := source.shape[0], int):
+        return replace(found, min_batch=batch, max_batch=batch)
     if batch_range is None:
-        return InputSpec(kind, size)
+        return found
     sizes = batch_range.split(":")
     if len(sizes) != 3 or not all(size.isdecimal() for size in sizes):
         raise CorruptArtifactError(
             f"{path} says {batch_range!r} of its batch, expected 1:8:64 or such. Export it again."
         )
-    return InputSpec(kind, size, int(sizes[0]), int(sizes[2]))
+    return replace(found, min_batch=int(sizes[0]), max_batch=int(sizes[2]))
 
 
 def _reason(artifact: Artifact, machine: Machine) -> CnxDeployError | None:

@@ -18,7 +18,7 @@ from cnx_deploy.core.errors import (
     RefusedArtifactError,
 )
 from cnx_deploy.core.out_of_memory import out_of_memory_error
-from cnx_deploy.data.input_spec import InputSpec, image_size_in
+from cnx_deploy.data.input_spec import InputSpec
 
 __all__ = ["LOAD_ERRORS", "ends_of", "open_session", "trial_run", "trial_run_task"]
 
@@ -81,19 +81,17 @@ def ends_of(session: Any, path: Path) -> tuple[Any, list[Any]]:
     if len(inputs) == 1 and outputs:
         (source,) = inputs
         kind = {"tensor(float)": "float", "tensor(uint8)": "uint8"}.get(source.type)
-        size = image_size_in(source.shape)
         gives = [
             target.type == "tensor(float)" and target.shape and all(isinstance(side, int) for side in target.shape[1:])
             for target in outputs
         ]
-        fits = kind is not None and size is not None and InputSpec(kind, size).shape(1)[1:] == tuple(source.shape[1:])
-        if all(gives) and fits:
+        if all(gives) and kind is not None and InputSpec.in_graph(kind, source.shape) is not None:
             return source, outputs
     declared = [", ".join(f"{each.name} {each.type} {each.shape}" for each in ends) for ends in (inputs, outputs)]
     raise InputError(
         f"{path} takes {declared[0] or 'nothing'} and gives {declared[1]}; expected one batch of images, float "
-        "(N, 3, H, W) or uint8 (N, H, W, 3), and float outputs (N, …) of fixed sizes, such as the logits of a "
-        "classifier. Export a network with cnx-deploy export."
+        "(N, C, H, W) or uint8 (N, H, W, C) of at most 16 channels, and float outputs (N, …) of fixed sizes, such as "
+        "the logits of a classifier. Export a network with cnx-deploy export."
     )
 
 

@@ -53,8 +53,8 @@ class _NormalisedModel(nn.Module):
         self.model = model
         self.input_kind = spec.input_kind
         own = next(model.parameters())
-        self.register_buffer("mean", own.new_tensor(spec.mean).view(3, 1, 1))
-        self.register_buffer("std", own.new_tensor(spec.std).view(3, 1, 1))
+        self.register_buffer("mean", own.new_tensor(spec.mean).view(-1, 1, 1))
+        self.register_buffer("std", own.new_tensor(spec.std).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Any:
         raw = images.to(self.mean.dtype)
@@ -72,7 +72,7 @@ def reference_runner(model: ConvNeXtV2, spec: DeploySpec) -> TorchRunner:
     torch.backends.cudnn.allow_tf32 = False
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     module, outputs = _NormalisedModel(model, spec), model.task.outputs(model.num_classes)
-    return TorchRunner(module, InputSpec(spec.input_kind, spec.image_size), _info(module, "torch", dtype), outputs)
+    return TorchRunner(module, InputSpec.of(spec), _info(module, "torch", dtype), outputs)
 
 
 def deployed_runner(model: ConvNeXtV2, spec: DeploySpec, device: str = "cpu") -> TorchRunner:
@@ -83,7 +83,7 @@ def deployed_runner(model: ConvNeXtV2, spec: DeploySpec, device: str = "cpu") ->
     """
     module = deploy_form(model, spec).to(device)
     info = _info(module, "torch-deploy", spec.precision)
-    return TorchRunner(module, InputSpec(spec.input_kind, spec.image_size), info, module.output_specs)
+    return TorchRunner(module, InputSpec.of(spec), info, module.output_specs)
 
 
 def _info(module: nn.Module, backend: str, precision: str) -> RunnerInfo:

@@ -165,9 +165,8 @@ class TensorRTRunner:
         self._cuda_graph = cuda_graph
         self._buffers: _Buffers | None = None
         self._one_call = threading.Lock()
-        self.input_spec = InputSpec(
-            request.onnx.deploy.input_kind,
-            artifact.manifest.model.image_size,
+        self.input_spec = InputSpec.of(
+            request.onnx.deploy,
             min(low for low, _, _ in self._profiles),
             max(high for _, _, high in self._profiles),
         )

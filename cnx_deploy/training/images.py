@@ -8,9 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -19,7 +17,7 @@ from torchvision.transforms import InterpolationMode, v2
 from cnx_deploy.core.image_size import sides
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import cpu_count
-from cnx_deploy.data import ImageFiles, load_image
+from cnx_deploy.data import ImageFiles, picture_of, pixels_of
 from cnx_deploy.data.preprocessing import cropped
 from cnx_deploy.training.distributed import EpochBatches
 from cnx_deploy.training.spec import TrainingSpec
@@ -40,19 +38,23 @@ Item = tuple[Tensor, int]
 
 
 class TrainingImages(TorchDataset[Item]):
-    """Augmented images. [(index, seed)] -> (S, S, 3) uint8 and the class index.
+    """Augmented images. [(index, seed)] -> (S, S, C) uint8 and the class index.
 
-    `augment`: (3, H, W) uint8 and a seed -> (3, S, S) uint8, see `ImageAugmentation`. `white_level`: see
+    `augment`: (C, H, W) uint8 and a seed -> (C, S, S) uint8, see `ImageAugmentation`. `white_level`, `in_chans`: see
     `core.preprocessing`.
     """
 
     def __init__(
-        self, split: ImageFiles, augment: Callable[[Tensor, int], Tensor], white_level: float | None = None
+        self,
+        split: ImageFiles,
+        augment: Callable[[Tensor, int], Tensor],
+        white_level: float | None = None,
+        in_chans: int = 3,
     ) -> None:
         self.split = split
         self.augment = augment
-        self.white_level = white_level
-        self.cached = _cached(split, self._decode, _decoded_bytes(split))
+        self.white_level, self.in_chans = white_level, in_chans
+        self.cached = _cached(split, self._decode, self._decoded_bytes())
 
     def __len__(self) -> int:
         return len(self.split.paths)
@@ -64,12 +66,21 @@ class TrainingImages(TorchDataset[Item]):
         return image.permute(1, 2, 0).contiguous(), self.split.label(index)
 
     def _decode(self, split: ImageFiles, index: int) -> Tensor:
-        """(H, W, 3) uint8 RGB at the file's own size."""
-        return torch.from_numpy(np.array(split.image(index, self.white_level)))
+        """(H, W, C) uint8 at the file's own size."""
+        return torch.from_numpy(pixels_of(split.image(index, self.white_level, self.in_chans)))
+
+    def _decoded_bytes(self) -> int:
+        """Estimate from a few images spread over the split."""
+        count = len(self.split)
+        sizes = [
+            self.split.image(index, self.white_level, self.in_chans).size
+            for index in range(0, count, max(1, count // SAMPLED_HEADERS))
+        ]
+        return self.in_chans * sum(width * height for width, height in sizes) * count // len(sizes)
 
 
 class ValidationImages(TorchDataset[Item]):
-    """Images as `data.preprocessing.to_pixels` makes them. [index] -> (S, S, 3) uint8 and the class index.
+    """Images as `data.preprocessing.to_pixels` makes them. [index] -> (S, S, C) uint8 and the class index.
 
     Each of several processes takes its part, by turns.
     """
@@ -78,7 +89,8 @@ class ValidationImages(TorchDataset[Item]):
         mine = slice(spec.launch.rank, None, spec.launch.processes)
         self.split = split.subset(range(len(split))[mine])
         self.preprocessing = spec.preprocessing
-        self.cached = _cached(self.split, self._pixels, len(self.split.paths) * 3 * math.prod(sides(spec.image_size)))
+        values = spec.preprocessing.in_chans * math.prod(sides(spec.image_size))
+        self.cached = _cached(self.split, self._pixels, len(self.split) * values)
 
     def __len__(self) -> int:
         return len(self.split.paths)
@@ -94,7 +106,7 @@ class ValidationImages(TorchDataset[Item]):
 def make_loader(
     images: TrainingImages | ValidationImages, batches: int | EpochBatches, spec: TrainingSpec
 ) -> DataLoader[Item]:
-    """Load batches of (N, S, S, 3) uint8 and (N,) int64: by a sampler, or so many images each, in order.
+    """Load batches of (N, S, S, C) uint8 and (N,) int64: by a sampler, or so many images each, in order.
 
     `spec.workers` None: no worker where the images are in memory and the processor trains, else one a processor, at
     most 8, divided among the processes of this machine.
@@ -108,7 +120,7 @@ def make_loader(
 
 
 class ImageAugmentation:
-    """Crop, flip, RandAugment and random erasing of one image: (3, H, W) uint8 -> (3, S, S) uint8.
+    """Crop, flip, RandAugment and random erasing of one image: (C, H, W) uint8 -> (C, S, S) uint8.
 
     `spec.min_crop_area` in (0, 1]: least share of the image that a random crop keeps; 1 takes the evaluation crop.
     RandAugment (Cubuk et al., arXiv:1909.13719): two operations, of a magnitude drawn once an image from a normal
@@ -123,9 +135,7 @@ class ImageAugmentation:
             size, area = sides(preprocessing.image_size), (spec.min_crop_area, 1.0)
             steps.append(v2.RandomResizedCrop(size, area, interpolation=InterpolationMode.BICUBIC))
         else:
-            steps.append(
-                lambda image: cropped(Image.fromarray(image.permute(1, 2, 0).numpy()), preprocessing).permute(2, 0, 1)
-            )
+            steps.append(lambda image: cropped(picture_of(image, None, len(image)), preprocessing).permute(2, 0, 1))
         if spec.flip:
             steps.append(v2.RandomHorizontalFlip())
         if spec.randaugment_magnitude > 0:
@@ -144,7 +154,7 @@ class ImageAugmentation:
 
 
 class BatchMix:
-    """Mixup or CutMix on a batch: (N, 3, S, S) floats and (N,) classes -> the same and (N, classes) target shares.
+    """Mixup or CutMix on a batch: (N, C, S, S) floats and (N,) classes -> the same and (N, classes) target shares.
 
     `mixup_alpha`, `cutmix_alpha`: parameter of the Beta distribution that the share is drawn from, one draw a batch; 0
     leaves that one out, and with both each batch takes one of them (Zhang et al., arXiv:1710.09412; Yun et al.,
@@ -185,7 +195,9 @@ class _RandomErasing:
 
     def __init__(self, probability: float, preprocessing: Preprocessing) -> None:
         self.rectangle = v2.RandomErasing(probability, ERASED_AREA, ERASED_RATIO, value=0)
-        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+        self.mean, self.std = (
+            torch.tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std)
+        )
 
     def __call__(self, image: Tensor) -> Tensor:
         kept = self.rectangle(torch.ones(1, *image.shape[1:]))
@@ -197,9 +209,3 @@ class _RandomErasing:
 
 def _cached(split: ImageFiles, read: Callable[[ImageFiles, int], Tensor], size_bytes: int) -> list[Tensor] | None:
     return [read(split, index) for index in range(len(split.paths))] if size_bytes <= CACHE_BYTES else None
-
-
-def _decoded_bytes(split: ImageFiles) -> int:
-    """Estimate from the headers of a few images spread over the split."""
-    images = [load_image(path) for path in split.paths[:: max(1, len(split.paths) // SAMPLED_HEADERS)]]
-    return 3 * sum(image.width * image.height for image in images) * len(split.paths) // len(images)

@@ -283,7 +283,7 @@ def run_task(
             writer.events = stack.enter_context(_tensorboard(run_dir / "tensorboard"))
         stack.enter_context(_quiet())
         trainer = _trainer(spec, writer)
-        trained = TrainingImages(images.train, ImageAugmentation(spec), spec.preprocessing.white_level)
+        trained = TrainingImages(images.train, ImageAugmentation(spec), spec.white_level, spec.in_chans)
         loaders = (
             make_loader(trained, module.batches, spec),
             make_loader(ValidationImages(images.val, spec), spec.validation_batch_size, spec),

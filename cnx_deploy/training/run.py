@@ -148,6 +148,7 @@ def initial_model(
             ema=ema,
             entry=entry,
             task="classification",
+            in_chans=spec.in_chans,
         )
     if loaded.class_names not in (None, names):
         raise CheckpointError(
@@ -204,7 +205,9 @@ def _result(run_dir: Path, records: list[TrainingRecord], *, interrupted: bool) 
 
 
 def _with_fitting_head(path: Path, spec: TrainingSpec, names: tuple[str, ...], **choice: Any) -> LoadedModel:
-    words: dict[str, Any] = {"num_classes": len(names), "task": "classification", **choice}
+    words: dict[str, Any] = {
+        "num_classes": len(names), "task": "classification", "in_chans": spec.in_chans, **choice,
+    }  # fmt: skip
     try:
         loaded = load_checkpoint(path, spec.network, **words)
     except CheckpointError:  # no head, or one of other classes; anything else the second reading says again
@@ -219,13 +222,16 @@ def _model_to_train(spec: TrainingSpec, initial: ConvNeXtV2 | None, num_classes:
     if initial is None:
         with torch.random.fork_rng():
             torch.manual_seed(spec.seed)
-            model = create_model(spec.network, num_classes, head_init_scale=spec.head_init_scale)
-    elif initial.num_classes == num_classes and initial.variant == spec.network:
+            model = create_model(
+                spec.network, num_classes, head_init_scale=spec.head_init_scale, in_chans=spec.in_chans
+            )
+    elif (initial.num_classes, initial.variant, initial.in_chans) == (num_classes, spec.network, spec.in_chans):
         model = copy.deepcopy(initial)
     else:
         raise CheckpointError(
-            f"The model to start from is {initial.variant.name} with {initial.num_classes} classes; the data and the "
-            f"request take {spec.network.name} with {num_classes}. Load it with reset_head (--reset-head)."
+            f"The model to start from is {initial.variant.name} with {initial.num_classes} classes and "
+            f"{initial.in_chans} channels; the data and the request take {spec.network.name} with {num_classes} and "
+            f"{spec.in_chans}. Load it with reset_head (--reset-head) and in_chans (--in-chans)."
         )
     blocks = [block for stage in model.stage_blocks() for block in stage]
     rate = 0.0 if spec.freeze_backbone else spec.drop_path_rate

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.image_size import ImageSize
-from cnx_deploy.core.preprocessing import Preprocessing, Triple
+from cnx_deploy.core.preprocessing import PerChannel, Preprocessing, given_per_channel
 from cnx_deploy.core.variants import Variant, find_variant
 from cnx_deploy.training.class_balance import ClassWeights, named_weights
 from cnx_deploy.training.distributed import ONE_PROCESS, Launch
@@ -63,6 +63,7 @@ class RunSpec:
         weight_decay: On matrices and kernels; norms, biases and GRN have none.
         warmup_epochs: Epochs of linear warm-up; None takes the task's default.
         min_crop_area: Least share of an image that a random crop keeps, in (0, 1].
+        in_chans: Channels of an image, 1 to 16; 3 are RGB, see `data.bands`.
         white_level: Stored value that is white in images with more than 8 bits, see `core.preprocessing`.
         seed: Seed of everything drawn.
         workers: Loader processes; None see `images.make_loader`.
@@ -85,6 +86,7 @@ class RunSpec:
     weight_decay: float = 0.05
     warmup_epochs: float | None = None
     min_crop_area: float = 0.5
+    in_chans: int = 3
     white_level: float | None = None
     seed: int = 0
     workers: int | None = None
@@ -107,7 +109,7 @@ class RunSpec:
     @property
     def preprocessing(self) -> Preprocessing:
         """What validation images go through."""
-        return Preprocessing(self.image_size, white_level=self.white_level)
+        return Preprocessing(self.image_size, white_level=self.white_level).for_channels(self.in_chans)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that decide what is learned, as plain types."""
@@ -147,7 +149,7 @@ class TrainingSpec(RunSpec):
         class_weights: Of the loss: "none", "balanced", weights by class name or a file of them; see `class_balance`.
         sampling: Every image once an epoch in shuffled order, or "balanced": each class equally often.
         crop_ratio, crop_mode, interpolation: Of validation images, see `core.preprocessing.Preprocessing`.
-        mean, std: Of the pixels; None takes those of the weights started from, else ImageNet's.
+        mean, std: Of the pixels, one number or one a channel; None takes those of the weights started from, else ImageNet's.
         flip, randaugment_magnitude, erasing_probability: See `images.ImageAugmentation`; magnitude to 10, 0: none.
         mixup_alpha, cutmix_alpha: See `images.BatchMix`; 0: none.
         channels_last, compile: How the network computes; what it learns is the same.
@@ -175,8 +177,8 @@ class TrainingSpec(RunSpec):
     crop_ratio: float = 0.875
     crop_mode: str | None = None
     interpolation: str | None = None
-    mean: Triple | None = None
-    std: Triple | None = None
+    mean: PerChannel | float | None = None
+    std: PerChannel | float | None = None
     flip: bool = True
     randaugment_magnitude: float = 0.0
     erasing_probability: float = 0.0
@@ -235,6 +237,8 @@ class TrainingSpec(RunSpec):
         yield "warmup_epochs", 0 <= self.resolved_warmup_epochs <= self.epochs, f"from 0 to the {self.epochs} epochs"
         highest = self.resolved_learning_rate
         yield "final_learning_rate", 0 <= self.resolved_final_rate <= highest, "from 0 to the learning rate"
+        takes_colours = self.in_chans in (1, 3) or self.randaugment_magnitude == 0
+        yield "randaugment_magnitude", takes_colours, f"0 for images of {self.in_chans} channels: it changes colours"
         yield "workers", self.workers is None or self.workers >= 0, "at least 0"
 
     @property
@@ -282,9 +286,14 @@ class TrainingSpec(RunSpec):
     @property
     def preprocessing(self) -> Preprocessing:
         """What validation images go through, and every image the trained model will see."""
-        said = {"crop_mode": self.crop_mode, "interpolation": self.interpolation, "mean": self.mean, "std": self.std}
+        said = {"crop_mode": self.crop_mode, "interpolation": self.interpolation}
         given: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
-        return Preprocessing(self.image_size, self.crop_ratio, white_level=self.white_level, **given)
+        made = Preprocessing(self.image_size, self.crop_ratio, white_level=self.white_level, **given)
+        made = made.for_channels(self.in_chans)
+        given = {"mean": self.mean, "std": self.std}
+        return replace(made, **{
+            name: given_per_channel(value, self.in_chans) for name, value in given.items() if value is not None
+        })
 
     def resolved(self) -> dict[str, Any]:
         """Everything, with the values that None stands for, for people to read."""

@@ -69,7 +69,7 @@ class Model:
         """Answer for one image or a list of them; each is resized, cropped and normalised as the model asks for.
 
         Args:
-            images: paths; PIL images of any mode; arrays (H, W, 3) or (H, W) or tensors (3, H, W) of uint8, uint16 or
+            images: paths; PIL images of any mode; arrays (H, W, C) or (H, W) or tensors (C, H, W) of uint8, uint16 or
                 floats in [0, 1], see `Preprocessing.white_level`; or a `data.ImageSource`. A list and a source give a
                 list.
             top: classes named for each image.

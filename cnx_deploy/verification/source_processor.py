@@ -25,7 +25,7 @@ from cnx_deploy.model.source_config import CONFIG, PROCESSOR, PROCESSORS, TIMM_D
 __all__ = ["ProcessorCheck", "compare_with_source"]
 
 Transform = Callable[[Image.Image], Tensor]
-"""A picture -> (3, H, W) normalised floats."""
+"""A picture -> (C, H, W) normalised floats."""
 SHAPES = ((1.0, 1.0), (0.8, 1.7), (1.9, 0.7), (1.31, 1.33), (0.4, 0.6))
 """Heights and widths of the pictures, of the network's: larger and smaller, wide and tall."""
 ALLOWED_LEVELS = 1.01
@@ -80,7 +80,7 @@ def compare_with_source(artifact: Artifact) -> ProcessorCheck | None:
     except (CnxDeployError, AttributeError, OSError, TypeError, ValueError) as error:
         return ProcessorCheck(name, not_run=f"the library does not read it ({error})")
     preprocessing, (height, width) = record.preprocessing, sides(record.image_size)
-    std = torch.tensor(preprocessing.std).view(3, 1, 1)
+    std = torch.tensor(preprocessing.std).view(-1, 1, 1)
     levels = 0.0
     for seed, (tall, wide) in enumerate(SHAPES):
         pixels = next(image_like_batches(1, (round(tall * height), round(wide * width)), batch_size=1, seed=seed))[0]

@@ -183,7 +183,7 @@ class Reference:
         `limit` None is `samples`, or SAMPLES of labelled images: the caller may hold them all.
         """
         deploy, (smallest, _, largest) = artifact.manifest.deploy, artifact.manifest.batch
-        spec = InputSpec(deploy.input_kind, deploy.image_size, smallest, largest)
+        spec = InputSpec.of(deploy, smallest, largest)
         if limit is None and self.class_names:
             limit = self.samples or SAMPLES
         for batch, outputs in self.batches(deploy, spec, limit, progress):
@@ -230,7 +230,7 @@ class Reference:
         """Compute the outputs that are not there yet; gives the images that can be read."""
         outputs = self._outputs.setdefault(_input_of(deploy), _OutputsFile(self.specs))
         missing, done = [index for index in chosen if index not in outputs], 0
-        spec = InputSpec(deploy.input_kind, deploy.image_size)
+        spec = InputSpec.of(deploy)
         batches = self.images.batches(self._preprocessing(spec), spec, PIECE, missing, leave_out_broken=True)
         with reference_runner(self.loaded.model, deploy) as runner:
             for batch in batches:
@@ -287,7 +287,7 @@ def verify_artifact(
         with open_runner(artifact, name, RunnerOptions(hashes_hold=True)) as runner:
             few = find_runner(name).is_slow and not runners
             limit = max(EMULATED_IMAGES, reference.samples or 0) if few else None
-            spec = InputSpec(runner.input_spec.kind, runner.input_spec.image_size, smallest, largest)
+            spec = replace(runner.input_spec, min_batch=smallest, max_batch=largest)
             results.extend(reference.judge(Candidate(artifact, runner, spec, gate, limit), progress, saved))
     widens = row.dtype == "float16" and any(find_runner(name).widens_half for name in runners or row.proven_by)
     notes = (HIDES_OVERFLOW,) if widens else ()
@@ -307,8 +307,10 @@ def verify_export(artifact: Artifact[OnnxManifest], model: ConvNeXtV2) -> tuple[
     """
     path, deploy, (smallest, _, largest) = artifact.path, artifact.manifest.deploy, artifact.manifest.batch
     sizes = [size for size in (1, 2) if smallest <= size <= largest] or [smallest]
-    spec = InputSpec(deploy.input_kind, deploy.image_size, smallest, largest)
-    source = ImageLike(sum(sizes)).batches(Preprocessing(deploy.image_size), spec, sizes)
+    spec = InputSpec.of(deploy, smallest, largest)
+    source = ImageLike(sum(sizes)).batches(
+        Preprocessing(deploy.image_size, mean=deploy.mean, std=deploy.std), spec, sizes
+    )
     batches = [batch.images for batch in source]
     with reference_runner(model, deploy) as runner:
         expected = outputs_of(runner, batches)

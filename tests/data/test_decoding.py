@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.data import GivenImages, ImageFiles, InputSpec, find_images, load_image, upright_rgb
+from cnx_deploy.data import GivenImages, ImageFiles, InputSpec, find_images, load_image, upright
 from cnx_deploy.data.decoding import FORMATS, is_image_file
 from cnx_deploy.data.preprocessing import to_pixels
 
@@ -148,7 +148,7 @@ def test_what_cannot_be_read_is_refused_by_name_and_with_the_formats_that_can(tm
 def test_odd_images_of_every_mode_become_pillows_rgb(mode: str) -> None:
     image = picture("RGBA").convert(mode) if mode == "RGBa" else picture(mode)
     expected = np.asarray((image.convert("RGBA") if mode in ("RGBa", "PA") else image).convert("RGB"))
-    assert np.array_equal(np.asarray(upright_rgb(image)), expected)
+    assert np.array_equal(np.asarray(upright(image)), expected)
 
 
 def test_lab_becomes_what_its_colour_profile_says(tmp_path: Path) -> None:

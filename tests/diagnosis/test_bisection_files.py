@@ -206,7 +206,7 @@ def test_the_command_repeats_what_the_export_was_told_of_images_and_classes(tiny
     record = replace(tiny_onnx_fp16.manifest.model, weights=weights, origins=told, preprocessing=images)
     words = command(tiny_onnx_fp16, record)
     assert " --entry teacher " in words
-    assert " --mean 0.1 0.2 0.3 --crop-mode squash --class-names class-names.txt " in words
+    assert " --mean 0.1,0.2,0.3 --crop-mode squash --class-names class-names.txt " in words
     assert "--std" not in words
 
 

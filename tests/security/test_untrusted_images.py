@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.data import MAX_PIXELS, load_image, upright_rgb
+from cnx_deploy.data import MAX_PIXELS, load_image, upright
 from tests.support.lies import MEGABYTES, QUICK, SECONDS, peak_megabytes, put, refused, result_or_error
 
 
@@ -38,7 +38,7 @@ def packed_zeros(count: int) -> bytes:
 
 
 def check_refused(path: Path, text: str = "expected a whole JPEG, PNG, ") -> None:
-    refused(lambda: upright_rgb(load_image(path)), InputError, str(path), text)
+    refused(lambda: upright(load_image(path)), InputError, str(path), text)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_decompression_bomb_png_in_a_text_or_a_profile(kind: bytes, tmp_path: Pa
     pixels = chunk(b"IDAT", zlib.compress(bytes(8 * 25)))
     path = put(tmp_path / "bomb.png", png(8, chunk(kind, b"name\0\0" + packed_zeros(256 << 20)), pixels))
     before, started = peak_megabytes(), time.process_time()
-    image = result_or_error(lambda: upright_rgb(load_image(path)), InputError)
+    image = result_or_error(lambda: upright(load_image(path)), InputError)
     assert image is None or image.size == (8, 8)
     assert (time.process_time() - started < SECONDS, peak_megabytes() - before < MEGABYTES) == (True, True)
 
@@ -96,7 +96,7 @@ def test_decompression_bomb_tiff_is_refused_by_its_header_and_pages_in_a_ring_en
     check_refused(put(tmp_path / "bomb.tif", start + directory(9_500, 9_500, 0)), "limit 89000000")
     check_refused(put(tmp_path / "huge.tif", start + directory(1 << 30, 1 << 30, 0)), "decompression bomb")
     ring = put(tmp_path / "ring.tif", start + directory(8, 8, 72))
-    assert upright_rgb(load_image(ring)).size == (8, 8)
+    assert upright(load_image(ring)).size == (8, 8)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tiff", "gif", "ppm", "avif"])
@@ -116,7 +116,7 @@ def test_odd_images_are_turned_as_pillow_turns_them(suffix: str, tmp_path: Path)
         exif[ExifTags.Base.Orientation] = orientation
         picture().save(path, exif=exif)
         expected = ImageOps.exif_transpose(Image.open(path))
-        found = upright_rgb(load_image(path))
+        found = upright(load_image(path))
         assert np.array_equal(np.asarray(found), np.asarray(expected)), orientation
         assert (found.size == (20, 24)) is (orientation in (5, 6, 7, 8))
 
@@ -131,7 +131,7 @@ def test_odd_images_whose_exif_cannot_be_packed_again_are_read(tmp_path: Path) -
     place = max(content.find(b"\x01\x0e\x00\x02"), content.find(b"\x0e\x01\x02\x00"))
     assert place > 0
     put(tmp_path / "odd.jpg", content[: place + 2] + b"\xff\xff" + content[place + 4 :])
-    assert upright_rgb(load_image(tmp_path / "odd.jpg")).size == (20, 24)
+    assert upright(load_image(tmp_path / "odd.jpg")).size == (20, 24)
 
 
 def seeds() -> list[bytes]:
@@ -179,5 +179,5 @@ def test_bytes_changed_anywhere_give_an_image_or_one_error(tmp_path: Path, seed:
         at = int(place * len(content))
         content[at : at + replaced] = new
     path = put(tmp_path / "image.bin", bytes(content))
-    image = result_or_error(lambda: upright_rgb(load_image(path)), InputError)
+    image = result_or_error(lambda: upright(load_image(path)), InputError)
     assert image is None or image.mode == "RGB"

@@ -30,9 +30,11 @@ def saved(content: object, path: Path) -> Path:
     return path
 
 
-def timm_model(variant: Variant, num_classes: int = 10) -> ConvNeXt:
+def timm_model(variant: Variant, num_classes: int = 10, in_chans: int = 3) -> ConvNeXt:
     blocks = {"use_grn": True, "ls_init_value": None} if variant.version == 2 else {}
-    return ConvNeXt(depths=variant.depths, dims=variant.dims, num_classes=num_classes, **blocks).eval()
+    return ConvNeXt(
+        in_chans=in_chans, depths=variant.depths, dims=variant.dims, num_classes=num_classes, **blocks
+    ).eval()
 
 
 def transformers_model(variant: Variant, num_classes: int = 10) -> transformers.PreTrainedModel:

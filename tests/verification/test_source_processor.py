@@ -129,7 +129,7 @@ def test_no_class_that_a_file_names_is_made_but_an_image_processor(transformers_
 def test_an_export_prints_what_it_assumes_and_records_it(cnx, tmp_path, transformers_onnx):
     (tmp_path / "model.safetensors").write_bytes((transformers_onnx.parents[1] / "model.safetensors").read_bytes())
     words = ("export", "--variant", "tiny-test", "--checkpoint", str(tmp_path / "model.safetensors"))
-    code, _, told = cnx(*words, "--precision", "fp32", "--mean", "0.5", "0.5", "0.5", "--image-size", "64",
+    code, _, told = cnx(*words, "--precision", "fp32", "--mean", "0.5", "--image-size", "64",
                         "--output-dir", str(tmp_path / "export"))  # fmt: skip
     assert code == 0, told
     assert "Assumed" in told

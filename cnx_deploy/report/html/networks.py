@@ -146,8 +146,10 @@ class Network:
         """Parameters and multiply-accumulates of an image; None for a size that this version does not know."""
         try:
             variant, classes = find_variant(self.model.variant), self.model.num_classes
-            parameters = variant.parameter_count + (classes - 1000) * (variant.dims[-1] + 1)
-            return parameters, variant.mac_count(self.model.image_size, classes)
+            channels = self.model.preprocessing.in_chans
+            return variant.parameters_with(classes, channels), variant.mac_count(
+                self.model.image_size, classes, channels
+            )
         except InputError:
             return None, None
 

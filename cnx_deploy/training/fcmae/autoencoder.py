@@ -30,7 +30,7 @@ from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model
 from cnx_deploy.model.layers import Block
 from cnx_deploy.model.layouts import difference_table, shape_differences
 from cnx_deploy.model.weight_files import read_weight_file
-from cnx_deploy.training.fcmae.masking import PATCH_VALUES, enlarged, images_of_patches, normalised_patches
+from cnx_deploy.training.fcmae.masking import enlarged, images_of_patches, normalised_patches
 
 __all__ = ["MaskedAutoencoder", "create_autoencoder", "load_autoencoder", "masked_features", "reconstruction_cells",
            "save_reconstructions"]  # fmt: skip
@@ -51,7 +51,7 @@ def masked_features(encoder: ConvNeXtV2, images: Tensor, masks: Tensor) -> list[
 
     Args:
         encoder: Network of either version; its head is not used.
-        images: (N, 3, H, W), normalised.
+        images: (N, C, H, W), normalised.
         masks: (N, H/32, W/32), True where hidden.
 
     Raises:
@@ -95,7 +95,7 @@ def _hide(features: Tensor, hidden: Tensor) -> Tensor:
 class MaskedAutoencoder(nn.Module):
     """Predicts the hidden patches of images.
 
-    Shape: (N, 3, H, W) normalised images and (N, H/32, W/32) masks, True where hidden -> (N, L, 3072) values of all
+    Shape: (N, C, H, W) normalised images and (N, H/32, W/32) masks, True where hidden -> (N, L, C · 1024) values of all
     patches, normalised as `masking.normalised_patches` has it. The encoder is a copy of which no parameter belongs to
     classification: it has neither the head nor the norm before it.
     """
@@ -109,7 +109,7 @@ class MaskedAutoencoder(nn.Module):
         self.proj = nn.Conv2d(encoder.variant.dims[-1], DECODER_WIDTH, kernel_size=1)
         self.mask_token = nn.Parameter(torch.zeros(1, DECODER_WIDTH, 1, 1))
         self.decoder = nn.Sequential(Block(DECODER_WIDTH))
-        self.pred = nn.Conv2d(DECODER_WIDTH, PATCH_VALUES, kernel_size=1)
+        self.pred = nn.Conv2d(DECODER_WIDTH, encoder.in_chans * STRIDE * STRIDE, kernel_size=1)
         for part in (self.proj, self.decoder, self.pred):
             part.apply(_initialise)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -129,7 +129,7 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def create_autoencoder(variant: Variant | str, *, seed: int = 0) -> MaskedAutoencoder:
+def create_autoencoder(variant: Variant | str, *, seed: int = 0, in_chans: int = 3) -> MaskedAutoencoder:
     """Draw an autoencoder from `seed`, the caller's random numbers left alone: truncated normal (0.02), zero biases.
 
     The reference code draws the decoder, the linear layers and the depthwise kernels with deviation 1, which is what
@@ -137,7 +137,7 @@ def create_autoencoder(variant: Variant | str, *, seed: int = 0) -> MaskedAutoen
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return MaskedAutoencoder(create_model(variant, 1))
+        return MaskedAutoencoder(create_model(variant, 1, in_chans=in_chans))
 
 
 def load_autoencoder(
@@ -147,6 +147,7 @@ def load_autoencoder(
     seed: int = 0,
     ema: bool | None = None,
     entry: str | None = None,
+    in_chans: int | None = None,
 ) -> tuple[MaskedAutoencoder, LoadedModel]:
     """Read an encoder from a file of any known layout, and the decoder where the file is an autoencoder's.
 
@@ -156,7 +157,7 @@ def load_autoencoder(
     Raises:
         CheckpointError: The encoder or a part of the decoder does not fit; see `model.checkpoint`.
     """
-    loaded = load_checkpoint(path, variant, num_classes=1, reset_head=True, ema=ema, entry=entry)
+    loaded = load_checkpoint(path, variant, num_classes=1, reset_head=True, ema=ema, entry=entry, in_chans=in_chans)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = MaskedAutoencoder(loaded.model)
@@ -183,6 +184,7 @@ def save_reconstructions(
 ) -> Path:
     """Write a PNG file of `reconstruction_cells`, one row an image, whole or not at all."""
     cells = reconstruction_cells(model, preprocessing, pixels, masks).flatten(0, 1).permute(0, 3, 1, 2)
+    cells = cells[:, :3] if cells.shape[1] > 2 else cells[:, :1].expand(-1, 3, -1, -1)  # what a PNG file shows
     sheet = make_grid(cells, nrow=4, padding=GAP, pad_value=255)[:, GAP:-GAP, GAP:-GAP]
     with whole_file(path) as temporary:
         Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(temporary)
@@ -192,7 +194,7 @@ def save_reconstructions(
 def reconstruction_cells(
     model: MaskedAutoencoder, preprocessing: Preprocessing, pixels: Tensor, masks: Tensor
 ) -> Tensor:
-    """(N, S, S, 3) uint8 and (N, h, w) masks -> (N, 4, S, S, 3) uint8.
+    """(N, S, S, C) uint8 and (N, h, w) masks -> (N, 4, S, S, C) uint8.
 
     The four: the image; the same with hidden patches grey; with them predicted; the prediction alone. The decoder
     predicts normalised patches, so each is given back the mean and deviation of the true one.
@@ -206,7 +208,7 @@ def reconstruction_cells(
     model.train(was_training)
     _, means, deviations = normalised_patches(images)
     restored = images_of_patches(predicted * deviations + means, (masks.shape[1], masks.shape[2]))
-    mean, std = (restored.new_tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    mean, std = (restored.new_tensor(values).view(1, -1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     unit = (restored * std + mean).clamp(0.0, 1.0)
     alone = (unit * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
     hidden = enlarged(masks, (pixels.shape[1], pixels.shape[2])).permute(0, 2, 3, 1)  # (N, S, S, 1)

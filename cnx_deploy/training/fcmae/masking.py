@@ -3,7 +3,7 @@
 A mask has one position a 32×32 patch and is True where it hides. Targets are patches, normalised one by one. Source:
 Woo et al., arXiv:2301.00808, sections 3 and 3.1. As in the reference code (facebookresearch/ConvNeXt-V2,
 models/fcmae.py), a patch's values are ordered by row, column and colour, its variance is the unbiased one (divided by
-3071), and 1e-6 is added to the variance.
+3071 for RGB), and 1e-6 is added to the variance.
 """
 
 import torch
@@ -12,10 +12,9 @@ from torch import Tensor
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.image_size import STRIDE
 
-__all__ = ["PATCH_VALUES", "enlarged", "images_of_patches", "masked_count", "masked_losses", "normalised_patches",
+__all__ = ["enlarged", "images_of_patches", "masked_count", "masked_losses", "normalised_patches",
            "patches_of", "random_masks"]  # fmt: skip
 
-PATCH_VALUES = 3 * STRIDE * STRIDE
 VARIANCE_EPS = 1e-6
 
 
@@ -64,21 +63,21 @@ def enlarged(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def patches_of(images: Tensor) -> Tensor:
-    """(N, 3, H, W) -> (N, L, 3072), patches row by row."""
+    """(N, C, H, W) -> (N, L, C · 1024), patches row by row."""
     count, colours, height, width = images.shape
     tiles = images.reshape(count, colours, height // STRIDE, STRIDE, width // STRIDE, STRIDE)
-    return tiles.permute(0, 2, 4, 3, 5, 1).reshape(count, -1, PATCH_VALUES)
+    return tiles.permute(0, 2, 4, 3, 5, 1).reshape(count, -1, colours * STRIDE * STRIDE)
 
 
 def images_of_patches(patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(N, L, 3072) of a `grid` of (h, w) patches -> (N, 3, 32 · h, 32 · w); the inverse of `patches_of`."""
+    """(N, L, C · 1024) of a `grid` of (h, w) patches -> (N, C, 32 · h, 32 · w); the inverse of `patches_of`."""
     height, width = grid
-    tiles = patches.reshape(len(patches), height, width, STRIDE, STRIDE, 3)
-    return tiles.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), 3, height * STRIDE, width * STRIDE)
+    tiles = patches.reshape(len(patches), height, width, STRIDE, STRIDE, -1)
+    return tiles.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, height * STRIDE, width * STRIDE)
 
 
 def normalised_patches(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(N, 3, H, W) -> (N, L, 3072) patches of mean 0 and deviation 1; the means and deviations they had, (N, L, 1).
+    """(N, C, H, W) -> (N, L, C · 1024) patches of mean 0 and deviation 1; the means and deviations they had, (N, L, 1).
 
     A deviation is at least 0.001.
     """
@@ -91,8 +90,8 @@ def masked_losses(predicted: Tensor, images: Tensor, masks: Tensor) -> Tensor:
     """Mean squared error of each image's hidden patches, in FP32 or wider: (N,).
 
     Args:
-        predicted: (N, L, 3072), normalised values.
-        images: (N, 3, H, W), what the encoder was given.
+        predicted: (N, L, C · 1024), normalised values.
+        images: (N, C, H, W), what the encoder was given.
         masks: (N, h, w), each with something hidden.
     """
     targets, _, _ = normalised_patches(images)

@@ -58,10 +58,15 @@ def pretrain(
         images = divide_images(readable, spec.held_images)
     if initial is not None and initial.encoder.variant != spec.network:
         raise CheckpointError(
-            f"The encoder to start from is {initial.encoder.variant.name}, {spec.network.name} was asked for. Start "
-            "from weights of that variant."
+            f"The encoder to start from is {initial.encoder.variant.name} for {initial.encoder.in_chans} channels; "
+            f"{spec.network.name} for {spec.in_chans} was asked for. Start from weights of that variant, with "
+            "--in-chans (in_chans) as they are."
         )
-    model = create_autoencoder(spec.network, seed=spec.seed) if initial is None else copy.deepcopy(initial)
+    model = (
+        create_autoencoder(spec.network, seed=spec.seed, in_chans=spec.in_chans)
+        if initial is None
+        else copy.deepcopy(initial)
+    )
     counts = {"train_images": len(images.train.paths), "held_images_taken": len(images.val.paths)}
     run_dir = open_run(spec, f"{spec.network.name}-fcmae", **counts)
     metadata = {
@@ -107,11 +112,12 @@ def readable_images(
     images: ImageFiles,
     *,
     white_level: float | None = None,
+    in_chans: int = 3,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[ImageFiles, ImageCheck]:
     """Decode all and keep the images that can be read; the report is of all. InputError when none can."""
-    report = check_images(images, white_level=white_level, workers=workers, progress=progress)
+    report = check_images(images, white_level=white_level, in_chans=in_chans, workers=workers, progress=progress)
     bad = {image.path for image in report.broken}
     kept = [at for at, path in enumerate(images.paths) if str(path) not in bad]
     if not kept:
