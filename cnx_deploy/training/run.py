@@ -164,7 +164,7 @@ def initial_model(
 
 def started_from(spec: TrainingSpec, loaded: LoadedModel) -> TrainingSpec:
     """Take mean and deviation of the pixels from weights to start from, where the request leaves them open."""
-    own, usual = loaded.preprocessing, Preprocessing()
+    own, usual = loaded.preprocessing, Preprocessing().for_channels(spec.in_chans)
     open_fields = [name for name in ("mean", "std") if getattr(spec, name) is None]
     # The usual values are what None means; written down, they would make another record.
     return replace(

@@ -39,7 +39,7 @@ FREE_FIELDS = frozenset(
 )  # fmt: skip
 LATER_FIELDS: dict[str, Any] = {
     "class_weights": "none", "sampling": "shuffle", "loss": "cross-entropy", "focal_gamma": None,
-    "mean": None, "std": None, "interpolation": None, "crop_mode": None,
+    "mean": None, "std": None, "interpolation": None, "crop_mode": None, "in_chans": 3,
 }  # fmt: skip
 """Fields that earlier records do not have, and what they stand at there: written only where they differ."""
 FOCAL_GAMMA = 2.0
