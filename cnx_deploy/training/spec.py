@@ -149,7 +149,8 @@ class TrainingSpec(RunSpec):
         class_weights: Of the loss: "none", "balanced", weights by class name or a file of them; see `class_balance`.
         sampling: Every image once an epoch in shuffled order, or "balanced": each class equally often.
         crop_ratio, crop_mode, interpolation: Of validation images, see `core.preprocessing.Preprocessing`.
-        mean, std: Of the pixels, one number or one a channel; None takes those of the weights started from, else ImageNet's.
+        mean, std: Of the pixels, one number or one a channel; None takes those of the weights started from, else
+            ImageNet's.
         flip, randaugment_magnitude, erasing_probability: See `images.ImageAugmentation`; magnitude to 10, 0: none.
         mixup_alpha, cutmix_alpha: See `images.BatchMix`; 0: none.
         channels_last, compile: How the network computes; what it learns is the same.
@@ -291,9 +292,10 @@ class TrainingSpec(RunSpec):
         made = Preprocessing(self.image_size, self.crop_ratio, white_level=self.white_level, **given)
         made = made.for_channels(self.in_chans)
         given = {"mean": self.mean, "std": self.std}
-        return replace(made, **{
-            name: given_per_channel(value, self.in_chans) for name, value in given.items() if value is not None
-        })
+        return replace(
+            made,
+            **{name: given_per_channel(value, self.in_chans) for name, value in given.items() if value is not None},
+        )
 
     def resolved(self) -> dict[str, Any]:
         """Everything, with the values that None stands for, for people to read."""
