@@ -291,11 +291,11 @@ class TrainingSpec(RunSpec):
         given: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
         made = Preprocessing(self.image_size, self.crop_ratio, white_level=self.white_level, **given)
         made = made.for_channels(self.in_chans)
-        given = {"mean": self.mean, "std": self.std}
-        return replace(
-            made,
-            **{name: given_per_channel(value, self.in_chans) for name, value in given.items() if value is not None},
+        mean, std = (
+            own if said is None else given_per_channel(said, self.in_chans)
+            for said, own in ((self.mean, made.mean), (self.std, made.std))
         )
+        return replace(made, mean=mean, std=std)
 
     def resolved(self) -> dict[str, Any]:
         """Everything, with the values that None stands for, for people to read."""
