@@ -16,6 +16,7 @@ from cnx_deploy.core.artifacts import find_artifacts, open_artifact, select_arti
 from cnx_deploy.core.class_names import ClassNames, names_of
 from cnx_deploy.core.deploy_spec import DeploySpec, InputKind, Layout
 from cnx_deploy.core.errors import InputError, MissingRequirementError
+from cnx_deploy.core.image_size import ImageSize
 from cnx_deploy.core.manifest import Artifact, EngineManifest, OnnxManifest
 from cnx_deploy.core.precision import find_precision
 from cnx_deploy.core.system import this_machine
@@ -167,6 +168,7 @@ def load(
     device: str = "cpu",
     class_names: ClassNames | None = None,
     white_level: float | None = None,
+    image_size: ImageSize | None = None,
     ema: bool | None = None,
     entry: str | None = None,
 ) -> Model:
@@ -177,6 +179,7 @@ def load(
         device: "cpu" or "cuda" for checkpoints and ONNX files; an engine runs on its GPU.
         class_names: the names of its outputs in their order, or a file of them; None takes what it records.
         white_level: the stored value that is white, such as 4095 for 12 bits; None takes what it records.
+        image_size: side of a square in pixels, or (height, width), for a checkpoint or a file of open sizes.
         ema: True takes the averaged weights of a checkpoint, False its plain ones.
         entry: which of several networks of a checkpoint, such as "teacher".
 
@@ -184,7 +187,7 @@ def load(
         CorruptArtifactError: the file is not what its manifest says.
         RefusedArtifactError: an engine without a manifest, which could run anything.
     """
-    words: dict[str, Any] = {"class_names": names_of(class_names), "white_level": white_level}
+    words: dict[str, Any] = {"class_names": names_of(class_names), "white_level": white_level, "image_size": image_size}
     return open_predictor(_path_of(model), many=True, device=device, ema=ema, entry=entry, **words)
 
 
@@ -211,7 +214,7 @@ def evaluate(
         image_folder: where a CSV file's relative paths and ids begin; None: at the file's own folder.
         batch_size: images run at once.
         note: is told how the data were understood and what was assumed, a sentence each; the result's `notes`.
-        **options: device, class_names, white_level, ema and entry, see `load`.
+        **options: device, class_names, white_level, image_size, ema and entry, see `load`.
 
     Returns:
         What the model's task counts: `model.tasks.classification_metrics.Evaluation` of a classifier.
@@ -330,10 +333,12 @@ def _paths_of(sources: Source | Sequence[Source]) -> tuple[Path, ...]:
 class ExportRequest(ModelRequest):
     """What `cnx-deploy export` takes; see `exporters.onnx.ExportSpec` and `core.deploy_spec.DeploySpec`.
 
-    `keep_fp32` is of the half-precision files alone.
+    `keep_fp32` is of the half-precision files alone. `image_size` of three, (smallest, typical, largest), leaves height
+    and width open between the first and the last.
     """
 
     precisions: tuple[str, ...] = ("fp32", "fp16")
+    image_size: Any = None
     batch: tuple[int, int, int] = (1, 8, 64)
     input_kind: InputKind = "float"
     optimize_for: Layout | None = None
@@ -393,6 +398,10 @@ def run_exports(request: ExportRequest, note: Note) -> list[Artifact[OnnxManifes
     halves = [name for name in request.precisions if find_precision(name).has_islands]
     if request.keep_fp32 and not halves:
         raise InputError("--keep-fp32 is of half-precision files, and none is asked for. Add --precision fp16 or bf16.")
+    size_range = None
+    if isinstance(request.image_size, tuple | list) and len(request.image_size) == 3:
+        smallest, typical, largest = request.image_size
+        size_range, request = (smallest, largest), replace(request, image_size=typical)
     loaded, preprocessing = request.load(note)
     check_parts(request.keep_fp32, loaded.model.variant)
     made = []
@@ -406,6 +415,7 @@ def run_exports(request: ExportRequest, note: Note) -> list[Artifact[OnnxManifes
             keep_fp32=request.keep_fp32 if precision in halves else (),
             mean=preprocessing.mean,
             std=preprocessing.std,
+            size_range=size_range,
         )
         spec = ExportSpec(deploy=deploy, batch=request.batch, name=request.name)
         record = model_record(loaded, preprocessing, request.output_dir)

@@ -115,6 +115,7 @@ def bisect(file: Path, as_json: bool, **arguments: Any) -> None:
 @options.ema
 @options.entry
 @DATA
+@options.image_size
 @options.preprocessing
 @options.white_level
 @click.option("--samples", type=click.IntRange(min=1), default=16, show_default=True, help="Images, at most.")

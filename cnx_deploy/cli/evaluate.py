@@ -20,6 +20,7 @@ from cnx_deploy.cli import options
 @options.image_folder
 @options.class_names
 @options.white_level
+@options.other_size
 @options.ema
 @options.entry
 @click.option("--plot", type=options.FILE, help="Draw confusion and reliability into an SVG file.")
@@ -27,8 +28,8 @@ from cnx_deploy.cli import options
 @options.as_json
 def evaluate_command(
     artifact: Path, data: Path, batch_size: int, device: str, image_folder: Path | None, class_names: Path | None,
-    white_level: float | None, ema: bool | None, entry: str | None, plot: Path | None, save_predictions: Path | None,
-    as_json: bool,
+    white_level: float | None, image_size: Any, ema: bool | None, entry: str | None, plot: Path | None,
+    save_predictions: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Accuracy, confusion and calibration of ARTIFACT (a checkpoint, an ONNX file or an engine) on DATA.
 
@@ -49,7 +50,9 @@ def evaluate_command(
     # Made before the artifact is opened: a name that cannot be used ends the command at once.
     writer = PredictionWriter(save_predictions, data) if save_predictions is not None else None
     names = read_class_names(class_names) if class_names is not None else None
-    words: dict[str, Any] = {"class_names": names, "white_level": white_level, "ema": ema, "entry": entry}
+    words: dict[str, Any] = {
+        "class_names": names, "white_level": white_level, "image_size": image_size, "ema": ema, "entry": entry,
+    }  # fmt: skip
     opened = open_predictor(artifact, many=True, device=device, **words)
     with opened as model, contextlib.ExitStack() as held:
         progress = held.enter_context(options.reporter("Evaluating"))

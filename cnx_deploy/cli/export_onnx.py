@@ -27,6 +27,7 @@ SECTIONS = {
 @options.reset_head
 @options.ema
 @options.entry
+@options.image_sizes
 @options.preprocessing
 @click.option(
     "--precision", "precisions", type=click.Choice(exportable_precisions()), multiple=True, default=("fp32", "fp16"),

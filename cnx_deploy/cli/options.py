@@ -13,17 +13,17 @@ import click
 
 from cnx_deploy.cli.printable import printable, printable_json
 from cnx_deploy.core.errors import CnxDeployError
-from cnx_deploy.core.image_size import CROP_MODES, INTERPOLATIONS, parse_image_size
+from cnx_deploy.core.image_size import CROP_MODES, INTERPOLATIONS, parse_image_size, parse_image_sizes
 from cnx_deploy.core.preprocessing import MAX_CHANNELS
 from cnx_deploy.core.targets import find_target
 from cnx_deploy.core.variants import ALL_VARIANTS
 
 __all__ = [
-    "BATCH_RANGE", "CHANNELS", "EXISTING", "FILE", "FOLDER", "IMAGE_SIZE", "PATH", "TARGET", "VARIANT", "DefaultGroup",
-    "SectionedCommand", "as_json", "checkpoint", "class_names", "echo", "echo_artifacts", "echo_json", "engines_dir",
-    "export_dir", "fail", "files", "force", "image_folder", "image_size", "in_chans", "note", "num_classes",
-    "output_dir", "pixels",
-    "preprocessing", "pretrained", "reporter", "reset_head", "seed", "variant", "white_level",
+    "BATCH_RANGE", "CHANNELS", "EXISTING", "FILE", "FOLDER", "IMAGE_SIZE", "IMAGE_SIZES", "PATH", "TARGET", "VARIANT",
+    "DefaultGroup", "SectionedCommand", "as_json", "checkpoint", "class_names", "echo", "echo_artifacts", "echo_json",
+    "engines_dir", "export_dir", "fail", "files", "force", "image_folder", "image_size", "image_sizes", "in_chans",
+    "note", "num_classes", "other_size", "output_dir", "pixels", "preprocessing", "pretrained", "reporter",
+    "reset_head", "seed", "variant", "white_level",
 ]  # fmt: skip
 
 
@@ -79,7 +79,19 @@ class _Channels(click.ParamType[Any]):
 BATCH_RANGE = _BatchRange()
 CHANNELS = _Channels()
 TARGET = _Target()
+
+
+class _ImageSizes(click.ParamType[Any]):
+    """One size, or `224:448:640` as smallest:typical:largest."""
+
+    name = "pixels"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return parse_image_sizes(value) if isinstance(value, str) else value
+
+
 IMAGE_SIZE = _ImageSize()
+IMAGE_SIZES = _ImageSizes()
 PATH = click.Path(path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -113,6 +125,14 @@ in_chans = click.option(
     "--in-chans", type=click.IntRange(1, MAX_CHANNELS),
     help="Channels of an image; weights for 3 are adapted [default: those of the weights, else 3].",
 )  # fmt: skip
+image_sizes = click.option(
+    "--image-size", type=IMAGE_SIZES, metavar="SIZE|MIN:OPT:MAX",
+    help="Side of a square in pixels, or height x width: 256x512. 224:448:640 leaves both sides open between two.",
+)  # fmt: skip
+other_size = click.option(
+    "--image-size", type=IMAGE_SIZE, metavar="SIDE|HxW",
+    help="Size that images are made in [default: the recorded one]; of a checkpoint any, of a file one that it takes.",
+)  # fmt: skip
 white_level = click.option(
     "--white-level", type=click.FloatRange(min=0, min_open=True),
     help="Stored value that is white in images with more than 8 bits, such as 4095 [default: the recorded one, else "
@@ -134,7 +154,6 @@ pixels = (
     click.option("--interpolation", type=click.Choice(INTERPOLATIONS), help="Filter of the resize."),
 )
 _images = (
-    image_size,
     in_chans,
     *pixels[:2],
     click.option("--crop-ratio", type=float, help="Share of the resized side that the centre crop keeps."),

@@ -17,12 +17,13 @@ from cnx_deploy.core.errors import InputError
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images run at once.")
 @options.class_names
 @options.white_level
+@options.other_size
 @options.ema
 @options.entry
 @options.as_json
 def predict(
     artifact: Path, images: tuple[Path, ...], top: int, batch_size: int, class_names: Path | None,
-    white_level: float | None, ema: bool | None, entry: str | None, as_json: bool,
+    white_level: float | None, image_size: Any, ema: bool | None, entry: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Predict for IMAGES (files, or folders of them) with ARTIFACT: a checkpoint, an ONNX file or an engine.
 
@@ -34,7 +35,9 @@ def predict(
     names = read_class_names(class_names) if class_names is not None else None
     files = find_image_files(images)
     rows = []
-    words: dict[str, Any] = {"class_names": names, "white_level": white_level, "ema": ema, "entry": entry}
+    words: dict[str, Any] = {
+        "class_names": names, "white_level": white_level, "image_size": image_size, "ema": ema, "entry": entry,
+    }  # fmt: skip
     with open_predictor(artifact, many=len(files) > 1, **words) as model:
         for text in (*model.notes, *files.notes):
             options.note(f"Note: {text}")

@@ -48,14 +48,18 @@ RENAMES_SECONDS = 2.0
 
 
 def artifact_stem(
-    name: str, image_size: ImageSize, precision: str, runtime: str | None = None, target: str | None = None
+    name: str, image_size: ImageSize | str, precision: str, runtime: str | None = None, target: str | None = None
 ) -> str:
-    """`<name>-<image size>-<precision>[-<runtime>-<target>]`, the file name without its suffix."""
+    """`<name>-<image size>-<precision>[-<runtime>-<target>]`, the file name without its suffix.
+
+    A range of sizes is the text of `DeploySpec.size_text`.
+    """
     if not name or Path(name).name != name or name.startswith("."):
         raise InputError(
             f"{name!r} cannot be an artifact's name: give a plain file name without a folder or leading dot."
         )
-    return "-".join(str(part) for part in (name, size_text(image_size), precision, runtime, target) if part is not None)
+    size = image_size.replace(":", "-") if isinstance(image_size, str) else size_text(image_size)
+    return "-".join(str(part) for part in (name, size, precision, runtime, target) if part is not None)
 
 
 def open_artifact(path: Path) -> Artifact:

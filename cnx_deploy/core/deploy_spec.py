@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.image_size import ImageSize, canonical_size
+from cnx_deploy.core.image_size import ImageSize, SizeRange, canonical_size, check_size_range, size_text
 from cnx_deploy.core.precision import Precision, find_precision
 from cnx_deploy.core.preprocessing import IMAGENET_MEAN, IMAGENET_STD, PerChannel
 
@@ -40,6 +40,7 @@ class DeploySpec:
     and `std` are the statistics of the preprocessing in units of a [0, 1] image, as many as there are channels C. They
     are folded into the stem, so the deployed input is raw: "float" takes (N, C, H, W) float32 in [0, 1], "uint8"
     takes (N, H, W, C) uint8.
+    `size_range` (smallest, largest) leaves height and width open between them; `image_size` is then the typical size.
     `precision` names a row of `precision.PRECISIONS`. `layout` None means tokens ("gpu") for a precision with FP32
     islands and channels-first ("cpu") otherwise. `leave_out` names folds (`FOLDS`) that are not to be made; the
     function stays. `keep_fp32` names modules (`model.deploy.parts_of`) that stay in FP32 in half precision.
@@ -53,9 +54,14 @@ class DeploySpec:
     std: PerChannel = IMAGENET_STD
     leave_out: tuple[str, ...] = ()
     keep_fp32: tuple[str, ...] = ()
+    size_range: SizeRange | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", canonical_size(self.image_size))
+        if self.size_range is not None:
+            smallest, largest = map(canonical_size, self.size_range)
+            object.__setattr__(self, "size_range", (smallest, largest))
+            check_size_range((smallest, largest), self.image_size)
         find_precision(self.precision)
         _check_choice("input kind", self.input_kind, get_args(InputKind))
         if self.layout is None:
@@ -74,6 +80,17 @@ class DeploySpec:
             raise InputError(f"mean and std have a number for each channel; got {self.mean} and {self.std}.")
         if any(value <= 0.0 for value in self.std):
             raise InputError(f"Every std of the normalisation must be positive, got {self.std}.")
+
+    @property
+    def size_text(self) -> str:
+        """`224`, or of open sizes `224:448:640`."""
+        low, high = self.size_range or (None, None)
+        return ":".join(size_text(size) for size in (low, self.image_size, high) if size is not None)
+
+    @property
+    def checked_sizes(self) -> tuple[ImageSize, ...]:
+        """The sizes of images that a check takes: the typical one, and of open sizes the ends."""
+        return tuple(dict.fromkeys((self.image_size, *(self.size_range or ()))))
 
     @property
     def in_chans(self) -> int:
@@ -119,7 +136,7 @@ class DeploySpec:
     @property
     def reads_patches(self) -> bool:
         """Whether the stem takes the images as they come, in whichever layout."""
-        return self.layout == "gpu" and "patches" in self.folds
+        return self.layout == "gpu" and "patches" in self.folds and self.size_range is None
 
     @property
     def full_scale(self) -> float:

@@ -8,8 +8,9 @@ import re
 from cnx_deploy.core.errors import InputError
 
 __all__ = [
-    "CROP_MODES", "INTERPOLATIONS", "STRIDE", "ImageSize", "canonical_size", "check_image_size", "parse_image_size",
-    "sides", "size_text", "stage_sides",
+    "CROP_MODES", "INTERPOLATIONS", "STRIDE", "ImageSize", "ImageSizes", "SizeRange", "canonical_size",
+    "check_image_size", "check_size_range", "in_range", "parse_image_size", "parse_image_sizes", "sides", "size_text",
+    "stage_sides",
 ]  # fmt: skip
 
 ImageSize = int | tuple[int, int]
@@ -17,6 +18,10 @@ ImageSize = int | tuple[int, int]
 
 Without bounds in the type: msgspec 0.22 ends the process when it reads a union of a bounded number and a pair of them.
 """
+SizeRange = tuple[ImageSize, ImageSize]
+"""The smallest and the largest size of images that need not have one size; each side has its own range."""
+ImageSizes = tuple[ImageSize, ImageSize, ImageSize]
+"""The smallest, the typical and the largest size."""
 MAX_SIDE = 1 << 16
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 CROP_MODES = ("center", "center-floor", "squash", "border")
@@ -51,6 +56,32 @@ def parse_image_size(text: str) -> ImageSize:
     if match is None:
         raise InputError(f"{text!r} is no image size: expected a side such as 224, or height x width such as 256x512.")
     return canonical_size((int(match[1]), int(match[2] or match[1])))
+
+
+def parse_image_sizes(text: str) -> ImageSize | ImageSizes:
+    """Read one size, or smallest:typical:largest as in 224:448:640 and 256x256:512x1024:512x2048."""
+    parts = text.split(":")
+    if len(parts) == 1:
+        return parse_image_size(text)
+    if len(parts) != 3:
+        raise InputError(f"{text!r} is no range of sizes: expected smallest:typical:largest, such as 224:448:640.")
+    smallest, typical, largest = map(parse_image_size, parts)
+    check_size_range((smallest, largest), typical)
+    return smallest, typical, largest
+
+
+def check_size_range(limits: SizeRange, typical: ImageSize) -> None:
+    """Raise InputError unless both sides of `typical` lie between those of the smallest and the largest size."""
+    if not in_range(typical, limits) or sides(limits[0]) == sides(limits[1]):
+        raise InputError(
+            f"The image sizes {size_text(limits[0])}, {size_text(typical)} and {size_text(limits[1])} do not rise: "
+            "expected smallest, typical and largest, such as 224:448:640. For one size give one."
+        )
+
+
+def in_range(size: ImageSize, limits: SizeRange) -> bool:
+    """Whether both sides of `size` lie between those of the smallest and the largest size."""
+    return all(low <= side <= high for low, side, high in zip(*map(sides, (limits[0], size, limits[1])), strict=True))
 
 
 def stage_sides(size: ImageSize, stage: int) -> tuple[int, int]:

@@ -328,6 +328,10 @@ class Manifest:
             del plain["model"]["weights"]["entry"]
         if not self.model.origins:
             del plain["model"]["origins"]
+        request = plain["request"]
+        deploy = request["onnx"]["deploy"] if "onnx" in request else request["deploy"]
+        if deploy["size_range"] is None:
+            del deploy["size_range"]
         return json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
     def _check_files(self, suffix: str) -> None:

@@ -123,9 +123,10 @@ class ImageSource(ABC):
                 f"The model takes images of {spec.in_chans} channels and the preprocessing makes "
                 f"{preprocessing.in_chans}. Give mean and std a number for each channel."
             )
-        if preprocessing.image_size != spec.image_size:
+        if not spec.takes_size(preprocessing.image_size):
+            limits = spec.size_range or (spec.image_size,)
             raise InputError(
-                f"The model takes images of {size_text(spec.image_size)} pixels and the preprocessing makes "
+                f"The model takes images of {' to '.join(map(size_text, limits))} pixels and the preprocessing makes "
                 f"{size_text(preprocessing.image_size)}. Use the same image size."
             )
         if sizes is None or isinstance(sizes, int):

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.image_size import STRIDE, ImageSize, canonical_size, sides
+from cnx_deploy.core.image_size import (
+    STRIDE,
+    ImageSize,
+    SizeRange,
+    canonical_size,
+    in_range,
+    parse_image_sizes,
+    sides,
+    size_text,
+)
 from cnx_deploy.core.preprocessing import MAX_CHANNELS
 
 __all__ = ["InputSpec", "check_input"]
@@ -22,6 +31,7 @@ class InputSpec:
 
     "float": (N, C, H, W) float32 in [0, 1]; "uint8": (N, H, W, C) uint8, of C = `in_chans` channels. `image_size` is
     the side of a square or (height, width) in pixels. `max_batch` None means any.
+    `size_range` (smallest, largest): images of any size between them, each side for itself; all of a batch have one.
     `takes_nonfinite`: NaN and infinity go into the network, and through it; else they are refused.
     """
 
@@ -31,18 +41,35 @@ class InputSpec:
     max_batch: int | None = None
     takes_nonfinite: bool = False
     in_chans: int = 3
+    size_range: SizeRange | None = None
 
     @classmethod
     def of(cls, deploy: DeploySpec, min_batch: int = 1, max_batch: int | None = None) -> Self:
         """What a deployed network takes."""
-        return cls(deploy.input_kind, deploy.image_size, min_batch, max_batch, in_chans=deploy.in_chans)
+        return cls(
+            deploy.input_kind, deploy.image_size, min_batch, max_batch,
+            in_chans=deploy.in_chans, size_range=deploy.size_range,
+        )  # fmt: skip
 
     @classmethod
-    def in_graph(cls, kind: str, shape: Sequence[Any], min_batch: int = 1, max_batch: int | None = None) -> Self | None:
-        """What a graph takes with an input of `kind` and `shape`; None unless that is a batch of images of one size."""
-        if len(shape) != 4 or not all(isinstance(size, int) for size in shape[1:]):
+    def in_graph(
+        cls, kind: str, shape: Sequence[Any], min_batch: int = 1, max_batch: int | None = None, sizes: str | None = None
+    ) -> Self | None:
+        """What a graph takes with an input of `kind` and `shape`; None unless that is a batch of images.
+
+        `sizes` "224:448:640", smallest, typical and largest, is for open sides, which are refused without it.
+        """
+        if len(shape) != 4:
             return None
         channels, height, width = shape[1:] if kind == "float" else (shape[3], *shape[1:3])
+        if isinstance(channels, int) and sizes and ":" in sizes and not isinstance(height, int | None):
+            found = parse_image_sizes(sizes)
+            assert isinstance(found, tuple) and len(found) == 3  # noqa: PT018 - it has a colon
+            smallest, typical, largest = found
+            limits = (smallest, largest)
+            return cls(kind, typical, min_batch, max_batch, in_chans=channels, size_range=limits)
+        if not all(isinstance(size, int) for size in shape[1:]):
+            return None
         if not 1 <= channels <= MAX_CHANNELS or min(height, width) < STRIDE:
             return None
         return cls(kind, canonical_size((height, width)), min_batch, max_batch, in_chans=channels)
@@ -52,9 +79,13 @@ class InputSpec:
         """Element type of the batch."""
         return torch.uint8 if self.kind == "uint8" else torch.float32
 
-    def shape(self, batch: int) -> tuple[int, ...]:
-        """Shape of a batch of `batch` images."""
-        height, width = sides(self.image_size)
+    def takes_size(self, size: ImageSize) -> bool:
+        """Whether images may have this size."""
+        return size == self.image_size or (self.size_range is not None and in_range(size, self.size_range))
+
+    def shape(self, batch: int, size: ImageSize | None = None) -> tuple[int, ...]:
+        """Shape of a batch of `batch` images, of `image_size` unless it is another."""
+        height, width = sides(self.image_size if size is None else size)
         channels = self.in_chans
         return (batch, height, width, channels) if self.kind == "uint8" else (batch, channels, height, width)
 
@@ -67,7 +98,13 @@ def check_input(images: Tensor, spec: InputSpec) -> None:
     batch = images.shape[0] if images.ndim else 0
     found = f"{tuple(images.shape)} {str(images.dtype).removeprefix('torch.')}"
     expected = f"{('N', *spec.shape(0)[1:])} {str(spec.dtype).removeprefix('torch.')}".replace("'", "")
-    if images.dtype != spec.dtype or tuple(images.shape) != spec.shape(batch):
+    size = spec.image_size
+    if spec.size_range is not None and images.ndim == 4:
+        height, width = images.shape[1:3] if spec.kind == "uint8" else images.shape[2:]
+        if min(height, width) >= STRIDE and spec.takes_size(found_size := canonical_size((height, width))):
+            size = found_size
+        expected = f"{expected}, or height and width from {' to '.join(map(size_text, spec.size_range))}"
+    if images.dtype != spec.dtype or tuple(images.shape) != spec.shape(batch, size):
         hint = "Convert them; nothing is cast."
         if images.ndim == 4 and spec.in_chans in (images.shape[1], images.shape[-1]) and images.dtype == spec.dtype:
             hint = "The channel axis may be in the wrong place: permute the images."

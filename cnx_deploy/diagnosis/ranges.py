@@ -5,6 +5,7 @@ no activation, so the memory is that of one batch.
 """
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -306,9 +307,12 @@ class Recorder:
         self._tensors[name, what] = larger(self._tensors.get((name, what), 0.0), largest)
 
     def _response(self, name: str, module: ResponseGain, hidden: Tensor) -> None:
-        norm = float(torch.linalg.vector_norm(hidden, dim=module.position_axis).amax())
+        norm = float(torch.linalg.vector_norm(hidden, dim=module.position_axes).amax())
         _, known = self._responses.get(name, (0, 0.0))
-        self._responses[name] = (hidden.shape[module.position_axis], larger(known, norm * norm))
+        self._responses[name] = (
+            math.prod(hidden.shape[axis] for axis in module.position_axes),
+            larger(known, norm * norm),
+        )
 
     def _norm(self, name: str, tensor: Tensor, *, axis: int) -> None:
         centred = tensor - tensor.mean(dim=axis, keepdim=True)

@@ -194,6 +194,7 @@ def check_export(
     head_operators: Mapping[str, int],
     leave_out: Collection[str] = (),
     norm_on_patches: bool = False,
+    open_size: bool = False,
 ) -> GraphFacts:
     """Check a file that `exporters.onnx` wrote, on top of `check_graph`.
 
@@ -211,6 +212,7 @@ def check_export(
         head_operators: the counted operators that the task's head adds, as `model.tasks.base.Task` describes.
         leave_out: folds that the export was to leave out.
         norm_on_patches: whether the stem's norm is a sum over the patches' channels.
+        open_size: whether height and width are open: GRN's statistic is then a sum in either layout.
 
     Raises:
         GraphCheckError: the graph is another one; the message lists every difference.
@@ -218,7 +220,8 @@ def check_export(
     facts = check_graph(path)
     token_norms = variant.block_count + head_operators.get("LayerNormalization", 0)
     responses = variant.block_count if variant.version == 2 else 0
-    statistic = "AveragePool" if layout == "cpu" and "blocked" not in leave_out else "ReduceSum"
+    is_pooled = layout == "cpu" and "blocked" not in leave_out and not open_size
+    statistic = "AveragePool" if is_pooled else "ReduceSum"
     expected = {
         "Gelu": variant.block_count + head_operators.get("Gelu", 0),
         statistic: responses + norm_on_patches + head_operators.get(statistic, 0),

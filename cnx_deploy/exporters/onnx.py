@@ -20,7 +20,7 @@ from cnx_deploy.core.artifacts import artifact_stem, is_onnx, reusable_artifact,
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import ExportError, InputError, OutputExistsError
 from cnx_deploy.core.gates import ParityResult
-from cnx_deploy.core.image_size import size_text
+from cnx_deploy.core.image_size import sides
 from cnx_deploy.core.manifest import Artifact, ModelRecord, OnnxFacts, OnnxManifest, OnnxRequest, TensorSpec
 from cnx_deploy.core.precision import exportable_precisions
 from cnx_deploy.core.preprocessing import ASSUMED
@@ -88,7 +88,7 @@ def export_onnx(
     Raises OutputExistsError when other inputs made what is there, ExportError when torch cannot export,
     GraphCheckError when the graph is not what it should be. `model` is left as it was.
     """
-    stem = artifact_stem(spec.name or record.variant, spec.deploy.image_size, spec.deploy.precision)
+    stem = artifact_stem(spec.name or record.variant, spec.deploy.size_text, spec.deploy.precision)
     with stage_artifact(output_dir, stem) as staging:
         made = reusable_artifact(output_dir, stem, spec.request, record.weights.sha256, force=force)
         source_name = f"{record.weights.origin}:{record.weights.reference}"
@@ -108,6 +108,7 @@ def export_onnx(
             batch=spec.batch,
             opset=spec.opset,
             leave_out=spec.deploy.leave_out,
+            open_size=spec.deploy.size_range is not None,
             norm_on_patches=norm_on_patches,
             outputs=outputs,
             head_operators=model.task.operators,
@@ -150,7 +151,14 @@ def _graph_from_module(module: DeployedConvNeXtV2, spec: ExportSpec) -> ir.Model
     example_batch = max(smallest, 2) if dynamic else smallest
     inputs = InputSpec.of(spec.deploy)
     example = torch.zeros(inputs.shape(example_batch), dtype=inputs.dtype)
-    batch_axis = torch.export.Dim("batch", min=smallest, max=largest) if dynamic else None
+    axes: dict[int, torch.export.Dim] = {}
+    if dynamic:
+        axes[0] = torch.export.Dim("batch", min=smallest, max=largest)
+    if spec.deploy.size_range is not None:
+        first = 1 if spec.deploy.input_kind == "uint8" else 2
+        for axis, name, low, high in zip((0, 1), ("height", "width"), *map(sides, spec.deploy.size_range), strict=True):
+            if low != high:
+                axes[first + axis] = torch.export.Dim(name, min=low, max=high)
     try:
         with _quiet_exporter():
             program = torch.onnx.export(
@@ -160,7 +168,7 @@ def _graph_from_module(module: DeployedConvNeXtV2, spec: ExportSpec) -> ir.Model
                 opset_version=spec.opset,
                 input_names=["images"],
                 output_names=[spec.name for spec in module.output_specs],
-                dynamic_shapes=({0: batch_axis},) if dynamic else None,
+                dynamic_shapes=(axes,) if axes else None,
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
@@ -214,7 +222,7 @@ def _metadata(record: ModelRecord, spec: ExportSpec) -> dict[str, str]:
     entries = {
         "variant": record.variant,
         "num_classes": str(record.num_classes),
-        "image_size": size_text(spec.deploy.image_size),
+        "image_size": spec.deploy.size_text,
         "precision": spec.deploy.precision,
         "input": spec.deploy.input_kind,
         "batch": ":".join(str(size) for size in spec.batch),

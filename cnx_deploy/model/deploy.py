@@ -154,15 +154,15 @@ def _stages(model: ConvNeXtV2, spec: DeploySpec) -> Iterator[Iterator[nn.Module]
 
 
 def _block(block: Block, spec: DeploySpec, stage: int, index: int, depth: int) -> nn.Module:
-    stream_type = spec.dtype_of(f"stages.{stage}.{index}")
+    stream_type, open_size = spec.dtype_of(f"stages.{stage}.{index}"), spec.size_range is not None
     if spec.layout == "cpu":
-        return ChannelsFirstBlock(block, folds=spec.folds, stream_type=stream_type)
+        return ChannelsFirstBlock(block, folds=spec.folds, stream_type=stream_type, open_size=open_size)
     in_weight = gain_moves_fewer_bytes_in_weight(
         block.dwconv.in_channels,
         math.prod(stage_sides(spec.image_size, stage)),
         before_downsampling=index == depth - 1 and stage < 3,
     )
-    return TokenBlock(block, gain_in_weight=in_weight, folds=spec.folds, stream_type=stream_type)
+    return TokenBlock(block, gain_in_weight=in_weight, folds=spec.folds, stream_type=stream_type, open_size=open_size)
 
 
 def _rounded(module: nn.Module, name: str, spec: DeploySpec) -> Any:

@@ -31,15 +31,24 @@ __all__ = ["ChannelsFirstBlock", "TokenBlock"]
 class TokenBlock(nn.Module):
     """The block on tokens. (N, C, H, W) -> (N, C, H, W), tokens (N, HW, C) between the two.
 
+    `open_size`: they are (N, H, W, C), so that the graph computes no shapes where height and width are open.
     `gain_in_weight`: GRN's gain scales the second weight, which becomes one a sample; else it scales the hidden
     tensor, and the second pointwise layer is a 1×1 convolution that takes bias and residual along. V1 has neither: its
     two linear layers in a row compile to fewer bytes than a convolution behind the first (atto: 23.0 and 31.1 MB an
     image at batch 64).
     """
 
-    def __init__(self, block: Block, *, gain_in_weight: bool, folds: Set[str], stream_type: torch.dtype) -> None:
+    def __init__(
+        self,
+        block: Block,
+        *,
+        gain_in_weight: bool,
+        folds: Set[str],
+        stream_type: torch.dtype,
+        open_size: bool = False,
+    ) -> None:
         super().__init__()
-        self.stream_type = stream_type
+        self.stream_type, self.open_size = stream_type, open_size
         gamma = _grn_gamma(block)
         self.gain_in_weight = gain_in_weight and gamma is not None and {"grn-gain", "grn-beta"} <= folds
         self.dwconv = depthwise(*doubles(block.dwconv))
@@ -47,7 +56,7 @@ class TokenBlock(nn.Module):
         self.norm = TokenNorm(*affine)
         self.pwconv1 = linear(*pointwise)
         self.act = nn.GELU()
-        self.grn = None if gamma is None else ResponseGain(gamma)
+        self.grn = None if gamma is None else ResponseGain(gamma, open_size=open_size)
         beta, (weight, bias) = _second_pointwise(block, folds)
         self.beta = None if beta is None else nn.Parameter(beta)
         self.scale = _layer_scale(block, folds)
@@ -62,7 +71,9 @@ class TokenBlock(nn.Module):
         """Apply the block; see the class for shapes."""
         images, size = images.to(self.stream_type), images.shape[2:]
         # Permuted before it is flattened: the other way round TensorRT copies the tensor twice at batch 8.
-        tokens = self.dwconv(images.to(type_of(self.dwconv))).permute(0, 2, 3, 1).flatten(1, 2)  # (N, HW, C)
+        tokens = self.dwconv(images.to(type_of(self.dwconv))).permute(0, 2, 3, 1)
+        if not self.open_size:
+            tokens = tokens.flatten(1, 2)  # (N, HW, C)
         hidden = self.act(self.pwconv1(self.norm(tokens).to(type_of(self.pwconv1))))  # (N, HW, 4C)
         gain = None if self.grn is None else self.grn(hidden)  # (N, 1, 4C)
         return (images + _scaled_branch(self._branch(hidden, gain, size), self.scale)).to(self.stream_type)
@@ -73,7 +84,9 @@ class TokenBlock(nn.Module):
             return _images_from_tokens(self.pwconv2(hidden, gain), size)
         if isinstance(self.pwconv2, nn.Conv2d):
             # Unflattened before it is scaled: the other way round TensorRT stores the squares at batch 1.
-            scaled = self._scaled(hidden.reshape(-1, *size, hidden.shape[-1]), None if gain is None else gain[:, None])
+            if not self.open_size:
+                hidden, gain = hidden.reshape(-1, *size, hidden.shape[-1]), None if gain is None else gain[:, None]
+            scaled = self._scaled(hidden, gain)
             branch: Tensor = self.pwconv2(scaled.to(type_of(self.pwconv2)).permute(0, 3, 1, 2))
             return branch
         scaled = self._scaled(hidden, gain)
@@ -88,9 +101,9 @@ class TokenBlock(nn.Module):
 class ChannelsFirstBlock(nn.Module):
     """The block with pointwise layers as 1×1 convolutions. (N, C, H, W) -> (N, C, H, W)."""
 
-    def __init__(self, block: Block, *, folds: Set[str], stream_type: torch.dtype) -> None:
+    def __init__(self, block: Block, *, folds: Set[str], stream_type: torch.dtype, open_size: bool = False) -> None:
         super().__init__()
-        self.stream_type = stream_type
+        self.stream_type, self.open_size = stream_type, open_size
         self.dwconv = depthwise(*doubles(block.dwconv))
         affine, (weight, bias) = _first_pointwise(block, folds)
         self.norm = ChannelsFirstNorm(False, *affine)
@@ -99,7 +112,10 @@ class ChannelsFirstBlock(nn.Module):
         gamma = _grn_gamma(block)
         self.grn: PooledResponseGain | ResponseGain | None = None
         if gamma is not None:
-            self.grn = PooledResponseGain(gamma) if "blocked" in folds else ResponseGain(gamma, channel_axis=1)
+            is_pooled = "blocked" in folds and not open_size  # a pool of the whole map has a size
+            self.grn = (
+                PooledResponseGain(gamma) if is_pooled else ResponseGain(gamma, channel_axis=1, open_size=open_size)
+            )
         beta, (weight, bias) = _second_pointwise(block, folds)
         self.beta = None if beta is None else nn.Parameter(beta[:, None, None])
         self.pwconv2 = convolution(weight[:, :, None, None], bias)
@@ -117,7 +133,7 @@ class ChannelsFirstBlock(nn.Module):
     def _scaled(self, hidden: Tensor) -> Tensor:
         if self.grn is None:
             return hidden
-        if isinstance(self.grn, PooledResponseGain):
+        if isinstance(self.grn, PooledResponseGain) or self.open_size:
             scaled: Tensor = hidden * self.grn(hidden)
         else:
             scaled = hidden * self.grn(hidden.flatten(2))[..., None]
@@ -146,6 +162,8 @@ def _second_pointwise(block: Block, folds: Set[str]) -> tuple[Tensor | None, tup
 
 def _images_from_tokens(tokens: Tensor, size: torch.Size) -> Tensor:
     """(N, HW, C) -> (N, C, H, W). Unflattened before it is permuted: the other way round costs TensorRT a kernel."""
+    if tokens.ndim == 4:
+        return tokens.permute(0, 3, 1, 2)
     return tokens.reshape(-1, *size, tokens.shape[-1]).permute(0, 3, 1, 2)
 
 

@@ -75,20 +75,24 @@ class ChannelsFirstNorm(nn.Module):
 class ResponseGain(nn.Module):
     """GRN's gain 1 + gamma·n, one number a sample and hidden channel; statistics in FP32.
 
-    Shape: hidden (N, HW, 4C) -> (N, 1, 4C), or with `channel_axis` 1 (N, 4C, HW) -> (N, 4C, 1); gamma (4C,).
+    Shape: hidden (N, HW, 4C) -> (N, 1, 4C), or with `channel_axis` 1 (N, 4C, HW) -> (N, 4C, 1); gamma (4C,). With
+    `open_size` hidden has two axes of positions, (N, H, W, 4C) or (N, 4C, H, W), and so has the gain.
     n = √(q / m²) with q the sum of squares and m = mean √q + eps, which is √q / m: written so, TensorRT stores q
     alone; written as a norm divided by its mean, it stores the norm as well.
     """
 
-    def __init__(self, gamma: Tensor, channel_axis: int = 2) -> None:
+    def __init__(self, gamma: Tensor, channel_axis: int = 2, *, open_size: bool = False) -> None:
         super().__init__()
-        self.channel_axis, self.position_axis = channel_axis, 3 - channel_axis
-        self.gamma = nn.Parameter(gamma.unsqueeze(self.position_axis - 1))
+        self.position_axes: tuple[int, ...] = (3 - channel_axis,)
+        self.channel_axis = channel_axis
+        if open_size:
+            self.channel_axis, self.position_axes = (1, (2, 3)) if channel_axis == 1 else (3, (1, 2))
+        self.gamma = nn.Parameter(gamma[(..., *[None] * len(self.position_axes)) if channel_axis == 1 else ...])
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden tensor -> gain, in gamma's type."""
         wide = widen(hidden)
-        squares = (wide * wide).sum(dim=self.position_axis, keepdim=True)
+        squares = (wide * wide).sum(dim=self.position_axes, keepdim=True)
         inverse_mean = 1.0 / (torch.sqrt(squares).mean(dim=self.channel_axis, keepdim=True) + EPS)  # (N, 1, 1)
         share = torch.sqrt(squares * (inverse_mean * inverse_mean))
         gain: Tensor = 1.0 + widen(self.gamma) * share
@@ -118,7 +122,7 @@ class PooledResponseGain(nn.Module):
 class GainedLinear(nn.Module):
     """Linear layer whose input channels are scaled by a gain a sample, applied to the weight.
 
-    Shape: tokens (N, HW, I), gain (N, 1, I) -> (N, HW, O).
+    Shape: tokens (N, HW, I), gain (N, 1, I) -> (N, HW, O); or (N, H, W, I), (N, 1, 1, I) -> (N, H, W, O).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
@@ -128,7 +132,8 @@ class GainedLinear(nn.Module):
 
     def forward(self, tokens: Tensor, gain: Tensor) -> Tensor:
         """Apply; see the class for shapes."""
-        weight = (gain.permute(0, 2, 1) * self.weight).to(self.weight.dtype)
+        turned = gain.permute(0, 2, 1) if gain.ndim == 3 else gain.permute(0, 1, 3, 2)
+        weight = (turned * self.weight).to(self.weight.dtype)
         return torch.matmul(tokens.to(self.weight.dtype), weight) + self.bias
 
 

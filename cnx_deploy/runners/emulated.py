@@ -70,7 +70,8 @@ def _input_spec(graph: Graph) -> InputSpec:
         smallest = largest = batch
     else:
         smallest, _, largest = (int(part) for part in graph.metadata.get("cnx_deploy.batch", "1:1:4096").split(":"))
-    return InputSpec.in_graph(kind, list(shape), smallest, largest) or InputSpec(kind, 0, smallest, largest)
+    sizes = graph.metadata.get("cnx_deploy.image_size")
+    return InputSpec.in_graph(kind, list(shape), smallest, largest, sizes) or InputSpec(kind, 0, smallest, largest)
 
 
 def _reason(emulated: torch.dtype, artifact: Artifact, machine: Machine) -> CnxDeployError | None:

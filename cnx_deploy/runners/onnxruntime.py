@@ -56,12 +56,12 @@ class OrtRunner:
     ) -> None:
         self._threads = threads = threads or cpu_count()
         self._session = open_session(path, device=device, threads=threads, spin=spin, optimise=optimise)
-        source, targets = ends_of(self._session, path)
+        source, spec, targets = ends_of(self._session, path)
         self._input_name = source.name
         self._output_sizes: dict[str, tuple[int, ...]] = {target.name: tuple(target.shape[1:]) for target in targets}
         self._path = path
         described: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
-        self.input_spec = _input_spec(source, described.get("cnx_deploy.batch"), path)
+        self.input_spec = _input_spec(spec, source.shape[0], described.get("cnx_deploy.batch"), path)
         self.device = torch.device(device)
         self._held = ExitStack()
         self._image_session = self._pool = None
@@ -131,12 +131,9 @@ class OrtRunner:
             ) from error
 
 
-def _input_spec(source: Any, batch_range: str | None, path: Path) -> InputSpec:
+def _input_spec(found: InputSpec, batch: int | str, batch_range: str | None, path: Path) -> InputSpec:
     """What the graph takes; a dynamic batch only within the range it was exported for, where the file names one."""
-    kind = "uint8" if source.type == "tensor(uint8)" else "float"
-    found = InputSpec.in_graph(kind, source.shape)
-    assert found is not None  # `ends_of` has looked
-    if isinstance(batch := source.shape[0], int):
+    if isinstance(batch, int):
         return replace(found, min_batch=batch, max_batch=batch)
     if batch_range is None:
         return found

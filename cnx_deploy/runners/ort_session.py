@@ -75,8 +75,8 @@ def open_session(
     return session
 
 
-def ends_of(session: Any, path: Path) -> tuple[Any, list[Any]]:
-    """The one input and the outputs. Raises InputError unless they are a batch of images and float tensors of it."""
+def ends_of(session: Any, path: Path) -> tuple[Any, InputSpec, list[Any]]:
+    """The one input, what it takes, and the outputs; InputError unless those are images and float tensors of them."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) == 1 and outputs:
         (source,) = inputs
@@ -85,8 +85,13 @@ def ends_of(session: Any, path: Path) -> tuple[Any, list[Any]]:
             target.type == "tensor(float)" and target.shape and all(isinstance(side, int) for side in target.shape[1:])
             for target in outputs
         ]
-        if all(gives) and kind is not None and InputSpec.in_graph(kind, source.shape) is not None:
-            return source, outputs
+        sizes = session.get_modelmeta().custom_metadata_map.get("cnx_deploy.image_size")
+        if (
+            all(gives)
+            and kind is not None
+            and (spec := InputSpec.in_graph(kind, source.shape, sizes=sizes)) is not None
+        ):
+            return source, spec, outputs
     declared = [", ".join(f"{each.name} {each.type} {each.shape}" for each in ends) for ends in (inputs, outputs)]
     raise InputError(
         f"{path} takes {declared[0] or 'nothing'} and gives {declared[1]}; expected one batch of images, float "
@@ -119,8 +124,8 @@ def trial_run_task(path: str) -> None:
     """`trial_run` for the child. Too little memory is the file's doing: the child holds nothing else."""
     try:
         session = open_session(Path(path))
-        source, _ = ends_of(session, Path(path))
-        shape = (source.shape[0] if isinstance(source.shape[0], int) else 1, *source.shape[1:])
+        source, spec, _ = ends_of(session, Path(path))
+        shape = spec.shape(source.shape[0] if isinstance(source.shape[0], int) else 1)
         session.run(None, {source.name: np.zeros(shape, np.uint8 if source.type == "tensor(uint8)" else np.float32)})
     except OutOfMemoryError as error:
         raise RefusedArtifactError(f"{path} is refused: {error}") from error

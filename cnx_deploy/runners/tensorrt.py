@@ -250,11 +250,11 @@ class TensorRTRunner:
         return buffers.host_outputs, PhaseTimes(h2d, compute, d2h, enqueue_ms)
 
     def _buffers_for(self, images: Tensor) -> _Buffers:
-        """The buffers of this batch size, made at its first call.
+        """The buffers of this shape, made at its first call.
 
-        One size at a time: a graph is only good while the context it was captured from is not changed.
+        One shape at a time: a graph is only good while the context it was captured from is not changed.
         """
-        if self._buffers is None or len(self._buffers.images) != len(images):
+        if self._buffers is None or self._buffers.images.shape != images.shape:
             self._stream.synchronize()  # the older buffers may be in use
             self._buffers = None
             inputs = torch.zeros(tuple(images.shape), dtype=images.dtype, device=self.device)

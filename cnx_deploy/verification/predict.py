@@ -13,7 +13,7 @@ from cnx_deploy.core.artifacts import refused_engine
 from cnx_deploy.core.class_names import check_class_count
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import CheckFailedError, CorruptArtifactError, InputError, MissingRequirementError
-from cnx_deploy.core.image_size import size_text
+from cnx_deploy.core.image_size import ImageSize, size_text
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.preprocessing import ASSUMED, Preprocessing
 from cnx_deploy.core.strict_json import strict_json, typed
@@ -95,6 +95,7 @@ def open_predictor(
     device: str = "cpu",
     class_names: Sequence[str] | None = None,
     white_level: float | None = None,
+    image_size: ImageSize | None = None,
     ema: bool | None = None,
     entry: str | None = None,
 ) -> Model:
@@ -105,19 +106,30 @@ def open_predictor(
     InputError for other files and for an ONNX file that does not say what images it takes, MissingRequirementError for
     a device or engine that this machine lacks.
     `many`: whole batches will come, so ONNX Runtime's threads get images of their own (`OrtRunner`). `class_names`,
-    one for each output, and `white_level` (`core.preprocessing`) take the place of what the artifact records. `ema` and
-    `entry` choose among several networks of a checkpoint (`model.weight_files`).
+    one for each output, and `white_level` (`core.preprocessing`) take the place of what the artifact records, and so
+    does `image_size` for a checkpoint and for a file of open sizes. `ema` and `entry` choose among several networks of
+    a checkpoint (`model.weight_files`).
     """
-    model = _opened(path, many, device, ema, entry)
+    model = _opened(path, many, device, ema, entry, image_size)
     if class_names is not None:
         check_class_count(class_names, model.num_classes or len(class_names), str(path))
         model = replace(model, class_names=tuple(class_names))
     if white_level is not None:
         model = replace(model, preprocessing=replace(model.preprocessing, white_level=white_level))
+    if image_size is not None:
+        if not model.runner.input_spec.takes_size(image_size):
+            limits = model.runner.input_spec.size_range or (model.preprocessing.image_size,)
+            raise InputError(
+                f"{path} takes images of {' to '.join(map(size_text, limits))} pixels, not {size_text(image_size)}. "
+                "Export it with a range, such as --image-size 224:448:640, or leave --image-size (image_size) out."
+            )
+        model = replace(model, preprocessing=replace(model.preprocessing, image_size=image_size))
     return model
 
 
-def _opened(path: Path, many: bool, device: str, ema: bool | None, entry: str | None) -> Model:
+def _opened(
+    path: Path, many: bool, device: str, ema: bool | None, entry: str | None, image_size: ImageSize | None
+) -> Model:
     path = weights_in(path) if path.is_dir() else path
     kind = kind_of_file(path)
     artifact = recorded_artifact(path)
@@ -133,7 +145,7 @@ def _opened(path: Path, many: bool, device: str, ema: bool | None, entry: str | 
         raise InputError(
             f"{path} is neither a checkpoint, nor an ONNX file, nor an engine by its content; only these can predict."
         )
-    return _checkpoint_model(path, device, ema, entry)
+    return _checkpoint_model(path, device, ema, entry, image_size)
 
 
 def find_image_files(paths: Sequence[Path]) -> ImageFiles:
@@ -226,11 +238,15 @@ def _unrecorded_onnx(path: Path, many: bool, device: str) -> Model:
     return Model(runner, task, preprocessing, names or None, tuple(notes), num_classes)
 
 
-def _checkpoint_model(path: Path, device: str, ema: bool | None, entry: str | None) -> Model:
+def _checkpoint_model(
+    path: Path, device: str, ema: bool | None, entry: str | None, image_size: ImageSize | None
+) -> Model:
     if device == "cuda" and not torch.cuda.is_available():
         raise MissingRequirementError("PyTorch finds no GPU here, so the device cuda cannot be used. Use --device cpu.")
     loaded = load_checkpoint(path, ema=ema, entry=entry)
     preprocessing = loaded.preprocessing
+    if image_size is not None:
+        preprocessing = replace(preprocessing, image_size=image_size)
     spec = DeploySpec(image_size=preprocessing.image_size, mean=preprocessing.mean, std=preprocessing.std)
     return Model(
         reference_runner(loaded.model.to(device), spec),

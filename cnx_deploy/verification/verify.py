@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from cnx_deploy.core.artifacts import is_onnx, open_artifact
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import GraphCheckError, InputError, MissingRequirementError, ParityError
 from cnx_deploy.core.gates import GATES, Gate, OutputSpec, ParityResult
+from cnx_deploy.core.image_size import size_text
 from cnx_deploy.core.manifest import Artifact, OnnxManifest, TensorSpec
 from cnx_deploy.core.preprocessing import BrokenImage, Preprocessing
 from cnx_deploy.data import ImageBatch, ImageLike, ImageSource, InputSpec, evenly, image_source
@@ -39,6 +40,8 @@ from cnx_deploy.verification.saved_results import SavedResults
 
 __all__ = ["TORCH_REFERENCE", "Candidate", "Reference", "verify_artifact", "verify_export"]
 
+END_IMAGES = 10
+"""Images of the smallest and of the largest size each, where sizes are open."""
 EMULATED_IMAGES = 10
 """Unless it is asked for by name: the emulator takes seconds an image for the large variants."""
 SAMPLES = 64
@@ -67,8 +70,16 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """Backend and precision."""
-        return f"{self.runner.info.backend} {self.runner.info.precision}"
+        """Backend and precision, and of images of another size than the typical one that too."""
+        size = self.spec.image_size
+        other = f" at {size_text(size)} px" if size != self.artifact.manifest.deploy.image_size else ""
+        return f"{self.runner.info.backend} {self.runner.info.precision}{other}"
+
+    def at_ends(self) -> Iterator[Self]:
+        """The same for the smallest and the largest images, where sizes are open: a few of them."""
+        for size in self.artifact.manifest.deploy.checked_sizes[1:]:
+            few = min(self.limit or END_IMAGES, END_IMAGES)
+            yield replace(self, spec=replace(self.spec, image_size=size), limit=few)
 
 
 class _OutputsFile:
@@ -201,7 +212,7 @@ class Reference:
         names, runner, done = (candidate.name, TORCH_REFERENCE), candidate.runner, 0
         comparison = RunningComparison(self.specs, self.class_names, self.task.class_output)
         run = None if saved is None else saved.new_run(candidate.artifact, runner.info, names, self.specs)
-        deploy = candidate.artifact.manifest.deploy
+        deploy = replace(candidate.artifact.manifest.deploy, image_size=candidate.spec.image_size)
         for batch, expected in self.batches(deploy, candidate.spec, candidate.limit, progress):
             given = runner.run(batch.images.to(runner.device))
             outputs = {name: output[: len(batch)].float().cpu().clone() for name, output in given.items()}
@@ -278,6 +289,8 @@ def verify_artifact(
         with engine:
             candidate = Candidate(artifact, engine, engine.input_spec, recorded_gate(artifact))
             judged = reference.judge(candidate, progress, saved)
+            for end in candidate.at_ends():
+                judged += reference.judge(end, progress)
             return Verification(artifact.path.name, "engine", judged, notes=reference.notes)
     _check_promised(artifact, check_graph(artifact.path, artifact.file_names))
     smallest, _, largest = artifact.manifest.batch
@@ -288,14 +301,17 @@ def verify_artifact(
             few = find_runner(name).is_slow and not runners
             limit = max(EMULATED_IMAGES, reference.samples or 0) if few else None
             spec = replace(runner.input_spec, min_batch=smallest, max_batch=largest)
-            results.extend(reference.judge(Candidate(artifact, runner, spec, gate, limit), progress, saved))
+            candidate = Candidate(artifact, runner, spec, gate, limit)
+            results.extend(reference.judge(candidate, progress, saved))
+            for end in candidate.at_ends():
+                results.extend(reference.judge(end, progress))
     widens = row.dtype == "float16" and any(find_runner(name).widens_half for name in runners or row.proven_by)
     notes = (HIDES_OVERFLOW,) if widens else ()
     return Verification(artifact.path.name, "onnx", tuple(results), notes=(*notes, *reference.notes))
 
 
 def verify_export(artifact: Artifact[OnnxManifest], model: ConvNeXtV2) -> tuple[ParityResult, ...]:
-    """Compare a file with PyTorch before an export puts it into place, on batches of 1 and 2.
+    """Compare a file with PyTorch before an export puts it into place, on batches of 1 and 2 and each end of sizes.
 
     The deploy form of a half-precision file is judged first with every part in FP32, since rounding would hide a small
     mistake. The file itself is run by ONNX Runtime where that can, and by the emulator, which alone sees FP16 overflow.
@@ -305,7 +321,13 @@ def verify_export(artifact: Artifact[OnnxManifest], model: ConvNeXtV2) -> tuple[
 
     Raises ParityError, which names what differs.
     """
-    path, deploy, (smallest, _, largest) = artifact.path, artifact.manifest.deploy, artifact.manifest.batch
+    deploy = artifact.manifest.deploy
+    results = [_verified_at(replace(deploy, image_size=size), artifact, model) for size in deploy.checked_sizes]
+    return results[0]
+
+
+def _verified_at(deploy: DeploySpec, artifact: Artifact[OnnxManifest], model: ConvNeXtV2) -> tuple[ParityResult, ...]:
+    path, (smallest, _, largest) = artifact.path, artifact.manifest.batch
     sizes = [size for size in (1, 2) if smallest <= size <= largest] or [smallest]
     spec = InputSpec.of(deploy, smallest, largest)
     source = ImageLike(sum(sizes)).batches(
@@ -324,6 +346,7 @@ def verify_export(artifact: Artifact[OnnxManifest], model: ConvNeXtV2) -> tuple[
         judged.insert(
             0, (f"The form of {path.name}", task.gate(GATES["fp32"]), partial(deployed_runner, model, single))
         )
+    at = f" at {size_text(deploy.image_size)} px" if deploy.size_range is not None else ""
     remedy = " `cnx-deploy diagnose bisect` names what has to stay in FP32 (--keep-fp32)." if deploy.is_half else ""
     for what, gate, make in judged:
         with make() as runner:  # one after the other: each holds the weights of huge once more
@@ -333,8 +356,8 @@ def verify_export(artifact: Artifact[OnnxManifest], model: ConvNeXtV2) -> tuple[
                 continue
             where = f" in {result.output}" if len(results) > 1 else ""
             raise ParityError(
-                f"{what} ({result.candidate}) differs from PyTorch{where}: {'; '.join(result.failures)}. Nothing was "
-                f"written. Use --no-verify to keep the file for inspection.{remedy}"
+                f"{what} ({result.candidate}) differs from PyTorch{where}{at}: {'; '.join(result.failures)}. Nothing "
+                f"was written. Use --no-verify to keep the file for inspection.{remedy}"
             )
     return results
 

@@ -230,7 +230,7 @@ LIES: list[tuple[str, str, Any, str]] = [
     ("onnx", "model.num_classes", 0, "model.num_classes: Expected int >= 1"),
     ("onnx", "model.class_names", ["cat"], "1 class names for 1000 classes"),
     ("onnx", "model.preprocessing", [], "model.preprocessing: Expected object, got array"),
-    ("onnx", "model.preprocessing.mean", [1, 2], "preprocessing.mean: Expected array of length 3"),
+    ("onnx", "model.preprocessing.mean", [1, 2], "mean and std have a number for each channel"),
     ("onnx", "model.weights.origin", "stolen", "model.weights.origin: Invalid enum value 'stolen'"),
     ("onnx", "model.weights.licence", MISSING, "model.weights: Object missing required field licence"),
     *(("onnx", "model.weights.reference", text, "reference is no seed") for text in ("1e3", "", "0x1", "9" * 5000)),

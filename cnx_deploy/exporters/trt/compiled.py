@@ -22,8 +22,9 @@ def measure_compiled(
 ) -> Compiled:
     """Compile `onnx_path` for a fixed batch and read the compiler's list of kernels.
 
-    Raises InputError for a graph whose input has another batch or another open size; BuildError when it cannot be
-    compiled or when the log is not in the format known here.
+    Open sides of images get their typical size. Raises InputError for a graph whose input has another batch;
+    BuildError when it cannot be compiled, when it leaves sizes open without a range, or when the log is not in the
+    format known here.
     """
     build = NetworkBuild(backend, onnx_path)
     _check_batch(build, batch)
@@ -43,14 +44,9 @@ def _check_batch(build: NetworkBuild, batch: int) -> None:
     name = build.onnx_path.name
     for index in range(build.network.num_inputs):
         tensor = build.network.get_input(index)
-        first, *others = tuple(tensor.shape)
+        first, *_ = tuple(tensor.shape)
         if first not in (-1, batch):
             raise InputError(f"{name} takes a batch of {first} only, not {batch}. Use --batch {first}.")
-        if -1 in others:
-            raise InputError(
-                f"{name} leaves more of its input {tensor.name!r} open than the batch, so what it moves is open too. "
-                "Export it with a fixed image size."
-            )
 
 
 def _row(kernel: CompiledKernel, file_name: str) -> Kernel:

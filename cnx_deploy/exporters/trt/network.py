@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cnx_deploy.core.errors import BuildError
+import onnx
+
+from cnx_deploy.core.errors import BuildError, InputError
+from cnx_deploy.core.image_size import parse_image_size, sides
 from cnx_deploy.core.manifest import TypeCensus
 from cnx_deploy.exporters.trt.backend import Backend
 
@@ -45,10 +48,31 @@ class NetworkBuild:
             raise self.error(f"cannot read it: {reasons or 'no reason given'}")
 
     def fix_batch(self, batch: int) -> None:
-        """Make the batch axis of every input concrete, so that every size in the compiler's log is."""
+        """Make every open axis concrete, so that every size in the compiler's log is; images get their typical size."""
         for index in range(self.network.num_inputs):
             tensor = self.network.get_input(index)
-            tensor.shape = tuple(batch if size < 0 else size for size in tensor.shape)
+            _, tensor.shape, _ = self._shapes(tensor.shape, (batch, batch, batch))
+
+    def _shapes(self, shape: Any, batches: tuple[int, int, int]) -> list[tuple[int, ...]]:
+        """The smallest, typical and largest shape of an input; BuildError for an open axis without a known range."""
+        first, *others = tuple(shape)
+        ranges = iter(self._open_sides() if -1 in others else ())
+        axes = [batches if first < 0 else (first,) * 3, *(next(ranges) if size < 0 else (size,) * 3 for size in others)]
+        return [tuple(axis[at] for axis in axes) for at in range(3)]
+
+    def _open_sides(self) -> list[tuple[int, int, int]]:
+        """Smallest, typical and largest of each open side, height before width, as the file's metadata has them."""
+        entries = onnx.load(self.onnx_path, load_external_data=False).metadata_props
+        try:
+            sizes = {entry.key: entry.value for entry in entries}["cnx_deploy.image_size"]
+            smallest, typical, largest = map(parse_image_size, sizes.split(":"))
+        except (KeyError, ValueError, InputError) as error:
+            raise BuildError(
+                f"{self.onnx_path.name} leaves more of its input open than the batch and does not say from where to "
+                "where. Export it with cnx-deploy export, or with a fixed image size."
+            ) from error
+        both = zip(*map(sides, (smallest, typical, largest)), strict=True)
+        return [(low, side, high) for low, side, high in both if low != high]
 
     def config(self, target: str, *, allow_tf32: bool, batches: Sequence[tuple[int, int, int]] = ()) -> Any:
         """A builder configuration: target, explicit TF32, full layer information, one profile a batch range."""
@@ -62,8 +86,7 @@ class NetworkBuild:
             profile = self.builder.create_optimization_profile()
             for index in range(self.network.num_inputs):
                 tensor = self.network.get_input(index)
-                shapes = [tuple(size if axis < 0 else axis for axis in tensor.shape) for size in sizes]
-                profile.set_shape(tensor.name, *shapes)
+                profile.set_shape(tensor.name, *self._shapes(tensor.shape, sizes))
             if config.add_optimization_profile(profile) < 0:
                 raise self.error(f"refused the batch range {':'.join(map(str, sizes))}")
         return config
