@@ -62,7 +62,8 @@ def picture_of(given: Any, white_level: float | None = None, in_chans: int = 3) 
     """What a caller or a file has -> an upright picture of 8 bits with `in_chans` channels.
 
     Takes a path; a PIL image; an array (H, W), (H, W, C) or (C, H, W), or a tensor (C, H, W), of integers or floats.
-    uint8 stays; other types are brought to 8 bits by `white_level`, see `decoding`. Raises InputError for anything
+    uint8 stays; other types are brought to 8 bits by `white_level`, see `decoding`, without which integers other than
+    uint16 are refused. Raises InputError for anything
     else, and for another number of channels than the network's.
     """
     if isinstance(given, str | Path):
@@ -76,7 +77,7 @@ def picture_of(given: Any, white_level: float | None = None, in_chans: int = 3) 
     if isinstance(given, Image.Image):
         return upright(given, white_level, in_chans)
     if isinstance(given, torch.Tensor):
-        if given.ndim != 3 or given.shape[0] not in (1, in_chans):
+        if given.ndim != 3 or given.shape[0] != in_chans:
             raise InputError(f"A tensor must be an image of shape ({in_chans}, H, W), got {tuple(given.shape)}.")
         numbers = given.float() if given.dtype == torch.bfloat16 else given
         return _of_array(numbers.detach().permute(1, 2, 0).cpu().numpy(), white_level, in_chans, "The tensor")
@@ -104,6 +105,11 @@ def _of_array(
         )
     values = np.moveaxis(values, axes[0], 2)
     info: dict[Any, Any] = {}
+    if values.dtype.kind in "iu" and values.dtype not in (np.uint8, np.uint16) and white_level is None:
+        raise InputError(
+            f"{name} is {values.dtype} {shape}, a type of which no value is white by itself: expected uint8, uint16 or "
+            "floats, or the value that is white, --white-level N (white_level)."
+        )
     if values.dtype != np.uint8:
         values, info = eight_bits(values, white_level, name)
     planes = [Image.fromarray(np.ascontiguousarray(values[..., at])) for at in range(values.shape[2])]

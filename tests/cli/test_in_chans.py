@@ -40,7 +40,7 @@ def test_four_channels_are_exported_and_predict_takes_pictures_with_alpha_and_ar
     first, second = ({**row, "path": ""} for row in json.loads(out)["predictions"])
     assert first == second
     code, out, told = cnx("predict", file, bands(tmp_path / "five", 1) / "val" / "dry" / "0.npy")
-    assert code == 1
+    assert code == 2
     assert "takes 4 channels" in out + told
 
 

@@ -148,7 +148,7 @@ def test_deep_bands_come_to_eight_bits_by_the_rule_of_grey_files(tmp_path, dtype
     expected = np.rint(twelve * 255.0 / level).astype(np.uint8)
     assert int(np.abs(files.pixels(0, five).numpy().astype(int) - expected).max()) == 0
     whole = Preprocessing((40, 50), 1.0).for_channels(5)
-    if np.dtype(dtype).kind == "f":
+    if dtype != np.uint16:
         with pytest.raises(InputError, match="white-level"):
             files.pixels(0, whole)
     else:
