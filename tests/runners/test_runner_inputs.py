@@ -166,7 +166,7 @@ def test_wrong_input_name_is_no_matter_of_a_runner_which_takes_one_batch(tmp_pat
     [
         ({"images": IMAGES, "extra": IMAGES}, r"images tensor\(float\) .*, extra tensor\(float\) "),
         ({"tokens": ("batch", 3072)}, r"tokens tensor\(float\) \['batch', 3072\]"),
-        ({"images": ("batch", 1, 32, 96)}, r"images tensor\(float\) \['batch', 1, 32, 96\]"),
+        ({"images": ("batch", 17, 32, 96)}, r"images tensor\(float\) \['batch', 17, 32, 96\]"),
         ({"images": ("batch", 3, "height", 32)}, r"images tensor\(float\) \['batch', 3, 'height', 32\]"),
         ({"images": IMAGES, "kind": TensorProto.DOUBLE}, r"images tensor\(double\)"),
     ],
