@@ -83,11 +83,12 @@ class ResponseGain(nn.Module):
 
     def __init__(self, gamma: Tensor, channel_axis: int = 2, *, open_size: bool = False) -> None:
         super().__init__()
-        self.position_axes: tuple[int, ...] = (3 - channel_axis,)
-        self.channel_axis = channel_axis
-        if open_size:
-            self.channel_axis, self.position_axes = (1, (2, 3)) if channel_axis == 1 else (3, (1, 2))
-        self.gamma = nn.Parameter(gamma[(..., *[None] * len(self.position_axes)) if channel_axis == 1 else ...])
+        self.channel_axis = 3 if open_size and channel_axis == 2 else channel_axis
+        axes = range(1, 4 if open_size else 3)
+        self.position_axes = tuple(axis for axis in axes if axis != self.channel_axis)
+        for axis in self.position_axes:
+            gamma = gamma.unsqueeze(axis - 1)
+        self.gamma = nn.Parameter(gamma)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden tensor -> gain, in gamma's type."""

@@ -244,3 +244,19 @@ def test_batch_invariance_in_fp32_and_not_of_a_network_that_sums_over_the_batch(
     real = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *more: real(x + 1e-3 * x.mean(0, keepdim=True), *more))
     assert largest_difference() > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_recorded_atto_is_what_is_exported_today_to_the_byte(tmp_path: Path, precision: str) -> None:
+    recorded = json.loads(
+        (Path(__file__).parents[2] / "export" / f"atto-224-{precision}.json").read_text(encoding="utf-8")
+    )
+    (made,) = run_exports(
+        ExportRequest(variant="atto", precisions=(precision,), output_dir=tmp_path, no_verify=True), lambda text: None
+    )
+    if any(made.manifest.tools[name] != recorded["tools"][name] for name in ("torch", "onnx", "onnxscript")):
+        pytest.skip("the recorded file was written by other releases")
+    assert [(file.name, file.sha256) for file in made.manifest.files] == [
+        (file["name"], file["sha256"]) for file in recorded["files"]
+    ]
