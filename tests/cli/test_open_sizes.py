@@ -161,7 +161,6 @@ def test_a_file_of_open_sizes_goes_through_every_command(cnx, tmp_path):
         ("diagnose", "chain", *folders),
         ("inspect", half),
         ("inspect", half, "--compile", "--batch", "2"),
-        ("report", *folders),
     ):
         code, out, told = cnx(*command)
         assert code == 0, (command, out, told)
