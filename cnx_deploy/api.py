@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from cnx_deploy.core.artifacts import find_artifacts, open_artifact, select_artifacts
 from cnx_deploy.core.class_names import ClassNames, names_of
-from cnx_deploy.core.deploy_spec import DeploySpec, InputKind, Layout
+from cnx_deploy.core.deploy_spec import DeploySpec, InputKind, Layout, TestTimeAugmentation
 from cnx_deploy.core.errors import InputError, MissingRequirementError
 from cnx_deploy.core.image_size import ImageSize
 from cnx_deploy.core.manifest import Artifact, EngineManifest, OnnxManifest
@@ -42,18 +42,19 @@ if TYPE_CHECKING:
     from cnx_deploy.diagnosis.headroom import Headroom
     from cnx_deploy.training import TrainingResult
     from cnx_deploy.verification.inspect import Inspection
+    from cnx_deploy.verification.temperature import TemperatureFit
 
 __all__ = [
     "BuildRequest", "ExportRequest", "Model", "VerifyReport", "VerifyRequest", "benchmark", "build_engine", "evaluate",
-    "export", "headroom", "inspect", "load", "predict", "run_builds", "run_exports", "run_verifications", "train",
-    "verify",
+    "export", "fit_temperature", "headroom", "inspect", "load", "predict", "run_builds", "run_exports",
+    "run_verifications", "train", "verify",
 ]  # fmt: skip
 
 Note = Callable[[str], None]
 Source = Artifact | Path | str
 """An artifact, or the path of one."""
 Request = TypeVar("Request")
-START = ("checkpoint", "init", "pretrained", "reset_head", "ema", "entry")
+START = ("checkpoint", "init", "soup", "pretrained", "reset_head", "ema", "entry")
 """What `train` takes of weights to start from."""
 Images = Any
 """A path, a PIL image, an array or a tensor; or a list of them. See `Model.predict`."""
@@ -76,8 +77,8 @@ def export(
         variant: one of `cnx-deploy variants`, for example "atto".
         precision: "fp32", "fp16" or "bf16", or several of them for several files from one load of the weights.
         note: is told what was chosen or assumed, a line at a time; `print` shows it.
-        **options: fields of `ExportRequest`: checkpoint, ema, entry, pretrained, image_size, batch, keep_fp32,
-            output_dir, force …
+        **options: fields of `ExportRequest`: checkpoint, soup, ema, entry, pretrained, image_size, batch, keep_fp32,
+            tta, temperature, output_dir, force …
 
     Returns:
         The artifact, or a list of them where several precisions were asked for.
@@ -171,6 +172,9 @@ def load(
     image_size: ImageSize | None = None,
     ema: bool | None = None,
     entry: str | None = None,
+    soup: Sequence[Path | str] = (),
+    tta: TestTimeAugmentation | None = None,
+    temperature: float = 1.0,
 ) -> Model:
     """Open a checkpoint, an ONNX file or an engine to predict with; use the model as a context manager.
 
@@ -182,13 +186,17 @@ def load(
         image_size: side of a square in pixels, or (height, width), for a checkpoint or a file of open sizes.
         ema: True takes the averaged weights of a checkpoint, False its plain ones.
         entry: which of several networks of a checkpoint, such as "teacher".
+        soup: checkpoints whose mean with this one the weights are.
+        tta: "flip" answers the mean over an image and its left-right mirror; a file keeps what it was exported with.
+        temperature: what the logits of a checkpoint are divided by, see `fit_temperature`.
 
     Raises:
         CorruptArtifactError: the file is not what its manifest says.
         RefusedArtifactError: an engine without a manifest, which could run anything.
     """
     words: dict[str, Any] = {"class_names": names_of(class_names), "white_level": white_level, "image_size": image_size}
-    return open_predictor(_path_of(model), many=True, device=device, ema=ema, entry=entry, **words)
+    words |= {"ema": ema, "entry": entry, "soup": tuple(soup), "tta": tta, "temperature": temperature}
+    return open_predictor(_path_of(model), many=True, device=device, **words)
 
 
 def predict(model: Source, images: Images, *, top: int = 5, **options: Any) -> Any:
@@ -214,19 +222,32 @@ def evaluate(
         image_folder: where a CSV file's relative paths and ids begin; None: at the file's own folder.
         batch_size: images run at once.
         note: is told how the data were understood and what was assumed, a sentence each; the result's `notes`.
-        **options: device, class_names, white_level, image_size, ema and entry, see `load`.
+        **options: device, class_names, white_level, image_size, ema, entry, soup, tta and temperature, see `load`.
 
     Returns:
         What the model's task counts: `model.tasks.classification_metrics.Evaluation` of a classifier.
     """
-    from cnx_deploy.verification.evaluation import evaluate as evaluate_runner
+    words: dict[str, Any] = {"image_folder": image_folder, "batch_size": batch_size, "note": note, **options}
+    return _evaluated(model, data, **words)[0]
 
-    with load(model, **options) as opened:
-        images = image_source(data, None if image_folder is None else Path(image_folder))
-        return evaluate_runner(
-            opened.runner, images, opened.preprocessing, batch_size=batch_size, task=opened.task,
-            class_names=opened.class_names, note=note,
-        )  # fmt: skip
+
+def fit_temperature(model: Source, data: Path | str | ImageSource, **options: Any) -> "TemperatureFit":
+    """Find the number to divide a classifier's logits by, as `cnx-deploy eval --fit-temperature` does.
+
+    Args:
+        model: an artifact or a path of a checkpoint, an ONNX file or an engine.
+        data: labelled images that the network was not trained on.
+        **options: as for `evaluate`.
+
+    Returns:
+        The fit: its `temperature` is for `export(..., temperature=...)`.
+
+    Raises:
+        InputError: no temperature from 0.01 to 100 fits best, or the task has no logits of classes.
+    """
+    fit = _evaluated(model, data, fits_temperature=True, **options)[1]
+    assert fit is not None
+    return fit
 
 
 def train(
@@ -299,6 +320,23 @@ class VerifyReport:
         return "\n".join(table_of(self.results))
 
 
+def _evaluated(
+    model: Source,
+    data: Path | str | ImageSource,
+    *,
+    image_folder: Path | str | None = None,
+    batch_size: int = 32,
+    note: Note = _silent,
+    fits_temperature: bool = False,
+    **options: Any,
+) -> tuple[Any, "TemperatureFit | None"]:
+    from cnx_deploy.verification.temperature import evaluate_model
+
+    images = image_source(data, None if image_folder is None else Path(image_folder))
+    with load(model, **options) as opened:
+        return evaluate_model(opened, images, batch_size=batch_size, note=note, fits_temperature=fits_temperature)
+
+
 def _path_of(source: Source) -> Path:
     return source.path if isinstance(source, Artifact) else Path(source)
 
@@ -309,7 +347,9 @@ def _with_paths(options: dict[str, Any]) -> dict[str, Any]:
         "checkpoint", "init", "output_dir", "export_dir", "engines_dir", "save_inputs", "save_outputs", "data",
         "image_folder",
     )  # fmt: skip
-    return {name: Path(value) if name in names and isinstance(value, str) else value for name, value in options.items()}
+    more: dict[str, Any] = {"soup": tuple(map(Path, options["soup"]))} if "soup" in options else {}
+    more |= {name: Path(value) for name, value in options.items() if name in names and isinstance(value, str)}
+    return {**options, **more}
 
 
 def _request(kind: type[Request], options: dict[str, Any], **known: Any) -> Request:
@@ -344,6 +384,8 @@ class ExportRequest(ModelRequest):
     optimize_for: Layout | None = None
     leave_out: tuple[str, ...] = ()
     keep_fp32: tuple[str, ...] = ()
+    tta: TestTimeAugmentation | None = None
+    temperature: float = 1.0
     output_dir: Path = Path("export")
     name: str | None = None
     no_verify: bool = False
@@ -416,6 +458,8 @@ def run_exports(request: ExportRequest, note: Note) -> list[Artifact[OnnxManifes
             mean=preprocessing.mean,
             std=preprocessing.std,
             size_range=size_range,
+            tta=request.tta,
+            temperature=request.temperature,
         )
         spec = ExportSpec(deploy=deploy, batch=request.batch, name=request.name)
         record = model_record(loaded, preprocessing, request.output_dir)

@@ -138,14 +138,16 @@ class Work:
         return self.gemm_macs + self.depthwise_macs
 
 
-def work_of(variant: str, image_size: ImageSize, precision: str, num_classes: int = 1000, in_chans: int = 3) -> Work:
-    """Count the work of one image of a size in pixels.
+def work_of(
+    variant: str, image_size: ImageSize, precision: str, num_classes: int = 1000, in_chans: int = 3, passes: int = 1
+) -> Work:
+    """Count the work of one image of a size in pixels; `passes`: how often it goes through the network, mirrored too.
 
     Raises:
         InputError: The variant or precision is unknown, or the size is too small.
     """
     size = find_variant(variant)
-    macs = size.mac_count(image_size, num_classes, in_chans)
+    macs = size.mac_count(image_size, num_classes, in_chans) * passes
     element = find_precision(precision).storage_bytes
     # Elements of one C × H × W map in each stage, stage 1 first.
     maps = tuple(width * math.prod(stage_sides(image_size, stage)) for stage, width in enumerate(size.dims))
@@ -157,14 +159,14 @@ def work_of(variant: str, image_size: ImageSize, precision: str, num_classes: in
         variant=variant,
         image_size=image_size,
         precision=precision,
-        gemm_macs=macs - 49 * blocks,
-        depthwise_macs=49 * blocks,
+        gemm_macs=macs - 49 * blocks * passes,
+        depthwise_macs=49 * blocks * passes,
         # The stem or downsampling of each stage, and in a block depthwise C, first pointwise layer 4·C, second C.
-        activations=num_classes + sum(maps) + 6 * blocks,
+        activations=(num_classes + sum(maps) + 6 * blocks) * passes,
         parameters=parameters,
         weight_bytes=parameters * element,
-        fused_bytes=(ends + FUSED_BLOCK_MAPS[size.version] * blocks) * element,
-        working_set_bytes=WORKING_MAPS * maps[0] * element,
+        fused_bytes=(ends + FUSED_BLOCK_MAPS[size.version] * blocks) * element * passes,
+        working_set_bytes=WORKING_MAPS * maps[0] * element * passes,
     )
 
 

@@ -164,9 +164,11 @@ def plan_benchmark(spec: BenchSpec, note: Note) -> Plan:
     # The driver's tool gives a part of a divided GPU the name of the whole one.
     whole = [gpu.name for gpu in conditions.gpus if gpu.mig != "Enabled"]
     own = [device for name in whole if (device := find_device(name)) is not None]
-    models = [group[0].manifest.model for group in groups]
-    shapes = dict.fromkeys((model.variant, model.image_size, model.preprocessing.in_chans) for model in models)
-    works = [work_of(name, size, "fp16", in_chans=channels) for name, size, channels in shapes]
+    firsts = [group[0].manifest for group in groups]
+    shapes = dict.fromkeys(
+        (first.model.variant, first.model.image_size, first.deploy.in_chans, first.deploy.passes) for first in firsts
+    )
+    works = [work_of(name, size, "fp16", 1000, channels, passes) for name, size, channels, passes in shapes]
     return Plan(
         environment=conditions,
         networks={_network_name(group[0]): _network_facts(group) for group in groups},
@@ -178,38 +180,44 @@ def plan_benchmark(spec: BenchSpec, note: Note) -> Plan:
 
 
 def _networks_of(artifacts: Sequence[Artifact]) -> Iterator[list[Artifact]]:
-    """Artifacts that hold the same weights for the same input, together; in the order they come in."""
+    """Artifacts that hold the same weights for the same input and answer, together; in the order they come in."""
     groups: dict[tuple[Any, ...], list[Artifact]] = {}
     for artifact in artifacts:
         model, deploy = artifact.manifest.model, artifact.manifest.deploy
-        key = (model.weights.sha256, model.image_size, deploy.input_kind, deploy.mean, deploy.std)
+        answer = tuple(deploy.answer.items())
+        key = (model.weights.sha256, model.image_size, deploy.input_kind, deploy.mean, deploy.std, answer)
         groups.setdefault(key, []).append(artifact)
     yield from groups.values()
 
 
 def _network_name(artifact: Artifact) -> str:
-    """`atto-224-1a2b3c4d`: variant, image size, the first digits of the weights' hash; `-uint8` for that input."""
-    model, kind = artifact.manifest.model, artifact.manifest.deploy.input_kind
-    name = f"{model.variant}-{size_text(model.image_size)}-{model.weights.sha256[:8]}"
-    return name if kind == "float" else f"{name}-{kind}"
+    """`atto-224-1a2b3c4d`: variant, image size, the first digits of the weights' hash; then what is not the default.
+
+    As in `atto-224-1a2b3c4d-uint8-flip-1.5`: input, test-time augmentation, temperature.
+    """
+    model, deploy = artifact.manifest.model, artifact.manifest.deploy
+    kinds = (deploy.input_kind,) if deploy.input_kind != "float" else ()
+    parts = (model.variant, size_text(model.image_size), model.weights.sha256[:8], *kinds, *deploy.answer.values())
+    return "-".join(map(str, parts))
 
 
 def _network_facts(artifacts: Sequence[Artifact]) -> NetworkFacts:
     """What the record says of one network, from the manifests of its artifacts."""
-    model, kind = artifacts[0].manifest.model, artifacts[0].manifest.deploy.input_kind
+    model, deploy = artifacts[0].manifest.model, artifacts[0].manifest.deploy
     channels = model.preprocessing.in_chans
-    work = work_of(model.variant, model.image_size, "fp32", model.num_classes, channels)
+    work = work_of(model.variant, model.image_size, "fp32", model.num_classes, channels, deploy.passes)
     return NetworkFacts(
         variant=model.variant,
         image_size=model.image_size,
         num_classes=model.num_classes,
-        input="uint8 NHWC" if kind == "uint8" else "float32 NCHW",
+        input="uint8 NHWC" if deploy.input_kind == "uint8" else "float32 NCHW",
         in_chans=channels,
         weights=WeightsFacts(model.weights.origin, model.weights.sha256),
         parameters=work.parameters,
         gmacs=round(work.macs / 1e9, 3),
         macts=round(work.activations / 1e6, 2),
         files={artifact.path.name: _file_facts(artifact) for artifact in artifacts},
+        passes=deploy.passes,
     )
 
 
@@ -321,7 +329,9 @@ def bound_of_row(row: Timing, network: NetworkFacts) -> Bound | None:
     device, precision = find_device(row.device), names.get(row.arithmetic)
     if device is None or precision is None or device.peak_tflops(precision) is None:
         return None
-    work = work_of(network.variant, network.image_size, precision, network.num_classes, network.in_chans)
+    work = work_of(
+        network.variant, network.image_size, precision, network.num_classes, network.in_chans, network.passes
+    )
     compiled = network.files[row.name].compiled if row.name in network.files else CompiledFacts()
     known = compiled.megabytes_per_image if compiled.batch == row.batch else None
     moved = known * 1e6 if known else None

@@ -1,8 +1,9 @@
 """What our files are measured against: the same weights in PyTorch, compiled PyTorch, and timm's model on ONNX Runtime.
 
 On a CPU a peer computes in FP32, as ONNX Runtime does there even with FP16 files. On a GPU PyTorch's peers compute as
-our files do: FP16 files against FP16 under autocast, for FP32 would flatter them. Each peer is prepared first
-(exported, where that is needed) and then made, so that what making it takes is comparable.
+our files do: FP16 files against FP16 under autocast, for FP32 would flatter them. Beside a file that averages an
+image and its mirror, or that divides by a temperature, every peer does so too, in two passes. Each peer is prepared
+first (exported, where that is needed) and then made, so that what making it takes is comparable.
 """
 
 import importlib.util
@@ -30,7 +31,7 @@ from cnx_deploy.model.layouts import official_state
 from cnx_deploy.model.tasks.base import Outputs
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.onnxruntime import OrtRunner
-from cnx_deploy.runners.pytorch import TorchRunner, reference_runner
+from cnx_deploy.runners.pytorch import AnsweringModel, TorchRunner, reference_runner
 from cnx_deploy.runners.registry import RunnerOptions
 
 __all__ = ["PEERS", "CompiledRunner", "HalfAutocast", "Peer", "PeerSetup", "place_of_peers", "timm_twin"]
@@ -186,7 +187,8 @@ def _timm(setup: PeerSetup, opset: int = OPSET, *, in_whole_batches: bool = Fals
     if setup.model.task.name != "classification":
         raise MissingRequirementError(f"timm's model classifies: it has no counterpart of {setup.model.task.name}.")
     path = setup.folder / "timm.onnx"
-    twin = timm_twin(setup.model.cpu())
+    # It answers as our files do: a mean over two passes against one pass would compare different work.
+    twin = AnsweringModel(timm_twin(setup.model.cpu()), setup.deploy, setup.model.task).eval()
     example = torch.zeros(2, setup.deploy.in_chans, *sides(setup.deploy.image_size))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's notes to its own developers

@@ -205,6 +205,7 @@ class NetworkFacts:
     """One network: its size, its cost an image, its weights, its input and its channels, and its files by name.
 
     `gmacs` counts 1e9 multiply-accumulates an image, `macts` 1e6 outputs of convolutions and linear layers.
+    `passes`: how often an image goes through the network, 2 where its mirror does too.
     """
 
     variant: str
@@ -217,6 +218,7 @@ class NetworkFacts:
     macts: Finite
     files: Mapping[str, FileFacts]
     in_chans: Positive = 3
+    passes: Positive = 1
 
 
 @dataclass(frozen=True, slots=True)

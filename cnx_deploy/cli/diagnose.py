@@ -114,6 +114,9 @@ def bisect(file: Path, as_json: bool, **arguments: Any) -> None:
 @options.reset_head
 @options.ema
 @options.entry
+@options.soup
+@options.tta
+@options.temperature
 @DATA
 @options.image_size
 @options.preprocessing

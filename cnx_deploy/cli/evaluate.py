@@ -23,13 +23,17 @@ from cnx_deploy.cli import options
 @options.other_size
 @options.ema
 @options.entry
+@options.soup
+@options.tta
+@options.temperature
+@click.option("--fit-temperature", is_flag=True, help="Find the number to divide the logits by, for export.")
 @click.option("--plot", type=options.FILE, help="Draw confusion and reliability into an SVG file.")
 @click.option("--save-predictions", type=options.FILE, help="Write a CSV file with every image's five best classes.")
 @options.as_json
 def evaluate_command(
     artifact: Path, data: Path, batch_size: int, device: str, image_folder: Path | None, class_names: Path | None,
-    white_level: float | None, image_size: Any, ema: bool | None, entry: str | None, plot: Path | None,
-    save_predictions: Path | None, as_json: bool,
+    white_level: float | None, image_size: Any, plot: Path | None, save_predictions: Path | None,
+    fit_temperature: bool, as_json: bool, **checkpoint: Any,
 ) -> None:  # fmt: skip
     """Accuracy, confusion and calibration of ARTIFACT (a checkpoint, an ONNX file or an engine) on DATA.
 
@@ -41,26 +45,24 @@ def evaluate_command(
     from cnx_deploy.core.plotting import check_plot
     from cnx_deploy.data import image_source
     from cnx_deploy.model.tasks.classification_metrics import PredictionWriter
-    from cnx_deploy.verification.evaluation import evaluate
     from cnx_deploy.verification.evaluation_plot import write_plot
     from cnx_deploy.verification.predict import open_predictor
+    from cnx_deploy.verification.temperature import evaluate_model
 
     if plot is not None:
         check_plot(plot)
     # Made before the artifact is opened: a name that cannot be used ends the command at once.
     writer = PredictionWriter(save_predictions, data) if save_predictions is not None else None
     names = read_class_names(class_names) if class_names is not None else None
-    words: dict[str, Any] = {
-        "class_names": names, "white_level": white_level, "image_size": image_size, "ema": ema, "entry": entry,
-    }  # fmt: skip
+    words: dict[str, Any] = {"class_names": names, "white_level": white_level, "image_size": image_size, **checkpoint}
     opened = open_predictor(artifact, many=True, device=device, **words)
     with opened as model, contextlib.ExitStack() as held:
         progress = held.enter_context(options.reporter("Evaluating"))
         for text in model.notes:
             options.note(f"Note: {text}")
-        found = evaluate(
-            model.runner, image_source(data, image_folder), model.preprocessing, batch_size=batch_size, task=model.task,
-            class_names=model.class_names, note=lambda text: options.note(f"Note: {text}"),
+        found, fit = evaluate_model(
+            model, image_source(data, image_folder), fits_temperature=fit_temperature, batch_size=batch_size,
+            note=lambda text: options.note(f"Note: {text}"),
             progress=lambda done, total: progress(f"{done} of {total}", done / total),
             each=held.enter_context(writer).add if writer is not None else None,
         )  # fmt: skip
@@ -72,8 +74,11 @@ def evaluate_command(
     if as_json:
         backend = {"backend": info.backend, "version": info.version, "device": info.device}
         document = {"artifact": str(artifact), "data": str(data), **backend, **found.to_dict()}
+        document |= {"temperature": fit.to_dict()} if fit is not None else {}
         assumed = [text for text in opened.notes if text.startswith("Assumed")]
         options.echo_json({**document, "notes": [*assumed, *document["notes"]]})
         return
     options.echo(f"{artifact} on {found.count} images of {data}, {info.backend} {info.version} on {info.device}")
     options.echo("\n".join(found.lines()))
+    if fit is not None:
+        options.echo(fit)

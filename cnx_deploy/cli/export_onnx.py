@@ -8,11 +8,12 @@ from cnx_deploy.cli import options
 from cnx_deploy.core.precision import exportable_precisions
 
 SECTIONS = {
-    "Weights": ("variant", "checkpoint", "pretrained", "seed", "num_classes", "reset_head", "ema", "entry"),
+    "Weights": ("variant", "checkpoint", "pretrained", "seed", "num_classes", "reset_head", "ema", "entry", "soup"),
     "Images": (
         "image_size", "in_chans", "mean", "std", "crop_ratio", "crop_mode", "interpolation", "class_names",
         "input_kind",
     ),
+    "Answer": ("tta", "temperature"),
     "Graph": ("precisions", "batch", "optimize_for", "keep_fp32", "leave_out"),
     "Files": ("output_dir", "name", "no_verify", "force"),
 }  # fmt: skip
@@ -27,12 +28,15 @@ SECTIONS = {
 @options.reset_head
 @options.ema
 @options.entry
+@options.soup
 @options.image_sizes
 @options.preprocessing
 @click.option(
     "--precision", "precisions", type=click.Choice(exportable_precisions()), multiple=True, default=("fp32", "fp16"),
     show_default=True, help="Precision of the file; repeat for several.",
 )  # fmt: skip
+@options.tta
+@options.temperature
 @click.option("--batch", type=options.BATCH_RANGE, default=(1, 8, 64), help="Batch range [default: 1:8:64].")
 @click.option(
     "--input", "input_kind", type=click.Choice(["float", "uint8"]), default="float", show_default=True,

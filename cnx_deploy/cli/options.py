@@ -23,7 +23,7 @@ __all__ = [
     "DefaultGroup", "SectionedCommand", "as_json", "checkpoint", "class_names", "echo", "echo_artifacts", "echo_json",
     "engines_dir", "export_dir", "fail", "files", "force", "image_folder", "image_size", "image_sizes", "in_chans",
     "note", "num_classes", "other_size", "output_dir", "pixels", "preprocessing", "pretrained", "reporter",
-    "reset_head", "seed", "variant", "white_level",
+    "reset_head", "seed", "soup", "temperature", "tta", "variant", "white_level",
 ]  # fmt: skip
 
 
@@ -118,6 +118,17 @@ ema = click.option(
     "--ema/--no-ema", default=None, help="Take a checkpoint's averaged or its plain weights [default: plain]."
 )
 entry = click.option("--entry", metavar="NAME", help="Which of several networks of a checkpoint, such as teacher.")
+soup = click.option(
+    "--soup", type=click.Path(exists=True, path_type=Path), multiple=True,
+    help="Take the mean of the checkpoint's weights and this one's (repeat for more).",
+)  # fmt: skip
+tta = click.option(
+    "--tta", type=click.Choice(["flip"]), help="Answer the mean over an image and its left-right mirror."
+)
+temperature = click.option(
+    "--temperature", type=float, default=1.0, show_default=True,
+    help="Divide the logits by a number that eval --fit-temperature found.",
+)  # fmt: skip
 image_size = click.option(
     "--image-size", type=IMAGE_SIZE, metavar="SIDE|HxW", help="Side of a square in pixels, or height x width: 256x512."
 )

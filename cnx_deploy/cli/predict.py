@@ -20,10 +20,13 @@ from cnx_deploy.core.errors import InputError
 @options.other_size
 @options.ema
 @options.entry
+@options.soup
+@options.tta
+@options.temperature
 @options.as_json
 def predict(
     artifact: Path, images: tuple[Path, ...], top: int, batch_size: int, class_names: Path | None,
-    white_level: float | None, image_size: Any, ema: bool | None, entry: str | None, as_json: bool,
+    white_level: float | None, image_size: Any, as_json: bool, **checkpoint: Any,
 ) -> None:  # fmt: skip
     """Predict for IMAGES (files, or folders of them) with ARTIFACT: a checkpoint, an ONNX file or an engine.
 
@@ -35,9 +38,7 @@ def predict(
     names = read_class_names(class_names) if class_names is not None else None
     files = find_image_files(images)
     rows = []
-    words: dict[str, Any] = {
-        "class_names": names, "white_level": white_level, "image_size": image_size, "ema": ema, "entry": entry,
-    }  # fmt: skip
+    words: dict[str, Any] = {"class_names": names, "white_level": white_level, "image_size": image_size, **checkpoint}
     with open_predictor(artifact, many=len(files) > 1, **words) as model:
         for text in (*model.notes, *files.notes):
             options.note(f"Note: {text}")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--reset-head", is_flag=True, help="Draw a new head for --checkpoint or --pretrained.")
 @options.ema
 @options.entry
+@options.soup
 @click.option(
     "--init",
     type=click.Path(exists=True, path_type=Path),
@@ -43,8 +44,8 @@ if TYPE_CHECKING:
 @run_options("<variant>")
 def train(
     checkpoint: Path | None, pretrained: str | None, reset_head: bool, ema: bool | None, entry: str | None,
-    init: Path | None, show_config: bool, no_image_check: bool, as_json: bool, data: Path, variant: str,
-    recipe: str, **request: Any,
+    soup: tuple[Path, ...], init: Path | None, show_config: bool, no_image_check: bool, as_json: bool, data: Path,
+    variant: str, recipe: str, **request: Any,
 ) -> None:  # fmt: skip
     """Train a variant on DATA: train/ and val/ folders of classes, one folder of classes to split, or a CSV file.
 
@@ -66,7 +67,7 @@ def train(
         return
     dataset = _dataset(spec, check=not no_image_check)
     words: dict[str, Any] = {"pretrained": pretrained, "reset_head": reset_head, "ema": ema, "entry": entry}
-    loaded = training.initial_model(spec, checkpoint=checkpoint, init=init, **words)
+    loaded = training.initial_model(spec, checkpoint=checkpoint, init=init, soup=soup, **words)
     for text in loaded.notes if loaded is not None else ():
         options.note(f"Note: {text}")
     with TerminalProgress() as progress:

@@ -1,7 +1,8 @@
 """How a model is deployed: precision, layout, input and folds, as a record without torch; `model.deploy` obeys it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.image_size import ImageSize, SizeRange, canonical_size, check_size_range, size_text
@@ -11,10 +12,16 @@ from cnx_deploy.core.preprocessing import IMAGENET_MEAN, IMAGENET_STD, PerChanne
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FOLDS", "DeploySpec", "InputKind", "Layout"]
+__all__ = ["ANSWER_DEFAULTS", "FOLDS", "TEMPERATURES", "DeploySpec", "InputKind", "Layout", "TestTimeAugmentation"]
 
 Layout = Literal["gpu", "cpu"]
 InputKind = Literal["float", "uint8"]
+TestTimeAugmentation = Literal["flip"]
+
+TEMPERATURES = (1e-2, 1e2)
+"""The smallest and largest temperature: beyond, weights of the head above 655 would leave the FP16 range."""
+ANSWER_DEFAULTS: Mapping[str, Any] = {"tta": None, "temperature": 1.0}
+"""Fields that earlier files do not have, and what they stand at there: written only where they differ."""
 
 FOLDS = {
     "input-normalisation": "mean and std of the preprocessing into the stem's convolution",
@@ -44,6 +51,8 @@ class DeploySpec:
     `precision` names a row of `precision.PRECISIONS`. `layout` None means tokens ("gpu") for a precision with FP32
     islands and channels-first ("cpu") otherwise. `leave_out` names folds (`FOLDS`) that are not to be made; the
     function stays. `keep_fp32` names modules (`model.deploy.parts_of`) that stay in FP32 in half precision.
+    `tta` "flip" answers the mean of the outputs for an image and its left-right mirror. The class scores are divided
+    by `temperature`. A task may refuse either (`model.tasks`).
     """
 
     precision: str = "fp32"
@@ -55,6 +64,8 @@ class DeploySpec:
     leave_out: tuple[str, ...] = ()
     keep_fp32: tuple[str, ...] = ()
     size_range: SizeRange | None = None
+    tta: TestTimeAugmentation | None = None
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", canonical_size(self.image_size))
@@ -78,6 +89,13 @@ class DeploySpec:
             )
         if len(self.mean) != len(self.std):
             raise InputError(f"mean and std have a number for each channel; got {self.mean} and {self.std}.")
+        if self.tta is not None:
+            _check_choice("test-time augmentation", self.tta, get_args(TestTimeAugmentation))
+        if not TEMPERATURES[0] <= self.temperature <= TEMPERATURES[1]:  # NaN is refused too
+            raise InputError(
+                f"A temperature is a number from {TEMPERATURES[0]} to {TEMPERATURES[1]:g} that class scores are "
+                f"divided by, not {self.temperature}. `cnx-deploy eval --fit-temperature` finds one."
+            )
         if any(value <= 0.0 for value in self.std):
             raise InputError(f"Every std of the normalisation must be positive, got {self.std}.")
 
@@ -127,6 +145,21 @@ class DeploySpec:
         normalisation, which is folded and so comes later, would magnify it on images of low contrast.
         """
         return self.is_half and self.input_kind == "float"
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """How the outputs differ from those of the network itself, by field; empty where they do not."""
+        return {name: value for name, off in ANSWER_DEFAULTS.items() if (value := getattr(self, name)) != off}
+
+    @property
+    def passes(self) -> int:
+        """How often an image goes through the network: its mirror does too where a flip is averaged."""
+        return 1 if self.tta is None else 2
+
+    @property
+    def width_axis(self) -> int:
+        """The axis of the images' width where they enter the network."""
+        return 2 if self.input_kind == "uint8" else 3
 
     @property
     def folds(self) -> frozenset[str]:

@@ -8,7 +8,7 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Generic, Literal, Self
 import msgspec
 from typing_extensions import TypeVar
 
-from cnx_deploy.core.deploy_spec import DeploySpec
+from cnx_deploy.core.deploy_spec import ANSWER_DEFAULTS, DeploySpec
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.gates import Gate, ParityResult
 from cnx_deploy.core.image_size import ImageSize, canonical_size
@@ -28,8 +28,8 @@ from cnx_deploy.core.system import tool_versions
 __all__ = [
     "MAX_MANIFEST_BYTES", "SCHEMA_VERSION", "SUFFIXES", "Artifact", "ArtifactKind", "Batches", "Compiled",
     "Count", "EngineFacts", "EngineManifest", "EngineRequest", "FileRecord", "Grouping", "Kernel", "KernelTotal",
-    "Manifest", "ModelRecord", "OnnxFacts", "OnnxManifest", "OnnxRequest", "Positive", "Sha256", "TensorSpec",
-    "Timestamp", "TypeCensus", "WeightsRecord", "json_schema", "manifest_from_json", "relative_reference",
+    "Manifest", "ModelRecord", "OnnxFacts", "OnnxManifest", "OnnxRequest", "Positive", "Sha256", "SoupFile",
+    "TensorSpec", "Timestamp", "TypeCensus", "WeightsRecord", "json_schema", "manifest_from_json", "relative_reference",
 ]  # fmt: skip
 
 SCHEMA_VERSION: Literal[2] = 2
@@ -61,12 +61,22 @@ class FileRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class SoupFile:
+    """A checkpoint of one or more: its path, the hash over its tensors, and `entry` as in `WeightsRecord`."""
+
+    reference: str
+    sha256: Sha256
+    entry: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class WeightsRecord:
     """Where weights come from and what may be done with them.
 
     `reference` is the seed ("0"), the checkpoint's path relative to the manifest's folder, or the timm tag.
     `sha256` is over the tensors (`model.checkpoint.hash_weights`), so it survives a change of file format.
     `entry`: which network of a checkpoint it was, where one was chosen of several; written only there.
+    `soup`: every checkpoint whose mean the weights are, `reference` first; written only where there are several.
     """
 
     origin: Literal["random", "checkpoint", "pretrained"]
@@ -74,10 +84,32 @@ class WeightsRecord:
     sha256: Sha256
     licence: str
     entry: str | None = None
+    soup: tuple[SoupFile, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.soup and (self.origin != "checkpoint" or self.soup[0].reference != self.reference):
+            raise ValueError("a soup is of checkpoints, and its first is the reference")
         if self.origin == "random" and not re.fullmatch(r"-?[0-9]{1,20}", self.reference):
             raise ValueError(f"reference is no seed: {self.reference[:40]!r}")
+
+    @property
+    def files(self) -> tuple[SoupFile, ...]:
+        """The checkpoints that the weights were read from: one or those of a soup; none of other origins."""
+        if self.origin != "checkpoint":
+            return ()
+        return self.soup or (SoupFile(self.reference, self.sha256, self.entry),)
+
+    @property
+    def source(self) -> str:
+        """Where they come from on one line: "random:0", "checkpoint:best.safetensors (mean of 3 files)"."""
+        return f"{self.origin}:{self.reference}{f' (mean of {len(self.soup)} files)' if self.soup else ''}"
+
+    def with_paths(self, moved: Callable[[str], str]) -> Self:
+        """The same with the path of each checkpoint as `moved` gives it."""
+        if self.origin != "checkpoint":
+            return self
+        soup = tuple(replace(file, reference=moved(file.reference)) for file in self.soup)
+        return replace(self, reference=moved(self.reference), soup=soup)
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,24 +346,23 @@ class Manifest:
 
     def model_seen_from(self, folder: Path, own_folder: Path) -> ModelRecord:
         """The model record for a manifest in `folder`: a checkpoint's path is relative to the manifest's folder."""
-        weights = self.model.weights
-        if weights.origin != "checkpoint":
-            return self.model
-        moved = relative_reference(own_folder / weights.reference, folder)
-        return replace(self.model, weights=replace(weights, reference=moved))
+        weights = self.model.weights.with_paths(lambda path: relative_reference(own_folder / path, folder))
+        return replace(self.model, weights=weights)
 
     def to_json(self) -> str:
         """Serialise with sorted keys and a closing newline."""
         plain = msgspec.to_builtins(self)
         plain["model"]["preprocessing"] = self.model.preprocessing.to_dict()
-        if self.model.weights.entry is None:
-            del plain["model"]["weights"]["entry"]
-        if not self.model.origins:
-            del plain["model"]["origins"]
-        request = plain["request"]
-        deploy = request["onnx"]["deploy"] if "onnx" in request else request["deploy"]
-        if deploy["size_range"] is None:
-            del deploy["size_range"]
+        # Fields that were added since version 2 are written where they are not the default: earlier bytes stay.
+        weights, deploy = plain["model"]["weights"], plain["request"].get("onnx", plain["request"])["deploy"]
+        later: list[tuple[dict[str, Any], Mapping[str, Any]]] = [
+            (plain["model"], {"origins": {}}),
+            *((record, {"entry": None, "soup": ()}) for record in (weights, *weights["soup"])),
+            (deploy, {"size_range": None, **ANSWER_DEFAULTS}),
+        ]
+        for record, defaults in later:
+            for name in [name for name, default in defaults.items() if name in record and record[name] == default]:
+                del record[name]
         return json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
     def _check_files(self, suffix: str) -> None:

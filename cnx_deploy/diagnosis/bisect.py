@@ -258,6 +258,7 @@ def export_command(artifact: Artifact[OnnxManifest], kept: Sequence[str], final:
     words += ["--input", deploy.input_kind] if deploy.input_kind != "float" else []
     words += ["--optimize-for", str(deploy.layout)] if deploy.layout != "gpu" else []
     words += [word for fold in deploy.leave_out for word in ("--without-fold", fold)]
+    words += [word for name, value in deploy.answer.items() for word in (f"--{name}", str(value))]
     words += ["--name", name] if name != manifest.model.variant else []
     words += ["--output-dir", os.path.normpath(artifact.path.parent)]
     words += [word for part in kept for word in ("--keep-fp32", part)]
@@ -289,7 +290,8 @@ def _weights_options(artifact: Artifact) -> list[str]:
     if weights.origin == "pretrained":
         return ["--pretrained", weights.reference, *new_head]
     entry = [] if weights.entry is None else ["--entry", weights.entry]
-    return ["--checkpoint", os.path.normpath(artifact.path.parent / weights.reference), *entry, *new_head]
+    first, *soup = (os.path.normpath(artifact.path.parent / file.reference) for file in weights.files)
+    return ["--checkpoint", first, *(word for path in soup for word in ("--soup", path)), *entry, *new_head]
 
 
 def _confirmed(result: Bisection, kept: tuple[str, ...], case: Case, note: Note) -> Bisection:

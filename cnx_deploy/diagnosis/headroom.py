@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from cnx_deploy.core.artifacts import open_artifact
+from cnx_deploy.core.deploy_spec import ANSWER_DEFAULTS, DeploySpec, TestTimeAugmentation
 from cnx_deploy.core.errors import CheckFailedError, InputError
 from cnx_deploy.core.image_size import STRIDE, ImageSize, size_text
 from cnx_deploy.core.preprocessing import Preprocessing
@@ -55,13 +56,16 @@ class HeadroomRequest(ModelRequest):
 
     `data` None means seeded image-like batches; else a folder of images, of which at most `samples` are taken.
     `white_level`: as in `core.preprocessing`, in place of the recorded one. `margin` is a factor of at least 1: on a
-    stored tensor's largest absolute value, and on the naive form's sums of squares and squares.
+    stored tensor's largest absolute value, and on the naive form's sums of squares and squares. `tta` and
+    `temperature`: those of the file, as in `core.deploy_spec`.
     """
 
     data: Path | None = None
     samples: int = 16
     margin: float = 4.0
     white_level: float | None = None
+    tta: TestTimeAugmentation | None = None
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -234,7 +238,7 @@ def run_headroom(
     `request.checkpoint` may be a recorded ONNX file or engine: the weights are those that its manifest names.
     """
     recorded = _recorded(request, note)
-    loaded, preprocessing = recorded or request.load(note)
+    loaded, preprocessing, deploy = recorded or (*request.load(note), request)
     if request.white_level is not None:
         preprocessing = replace(preprocessing, white_level=request.white_level)
     images: ImageSource = ImageLike(request.samples) if request.data is None else find_images(request.data)
@@ -249,13 +253,17 @@ def run_headroom(
         source="seeded image-like" if request.data is None else request.data.as_posix(),
         margin=request.margin,
         progress=progress,
+        tta=deploy.tta,
+        temperature=deploy.temperature,
     )
     for text in images.observed():
         note(text)
     return measured
 
 
-def _recorded(request: HeadroomRequest, note: Callable[[str], None]) -> tuple[LoadedModel, Preprocessing] | None:
+def _recorded(
+    request: HeadroomRequest, note: Callable[[str], None]
+) -> tuple[LoadedModel, Preprocessing, DeploySpec] | None:
     """The network that a manifest records, where `checkpoint` is an ONNX file or an engine; None for weights.
 
     Raises InputError for a file without a manifest, and for options that the manifest has decided already.
@@ -276,12 +284,12 @@ def _recorded(request: HeadroomRequest, note: Callable[[str], None]) -> tuple[Lo
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise InputError(f"The manifest of {artifact.path.name} says which weights it has. Leave out {options}.")
-    record = artifact.manifest.model
+    record, deploy = artifact.manifest.model, artifact.manifest.deploy
     note(f"Weights behind {artifact.path.name}: {record.weights.origin} {record.weights.reference}")
     loaded = recorded_model(artifact)
     if assumption := record.preprocessing.assumption(record.origins):
         note(assumption)
-    return loaded, replace(record.preprocessing, image_size=artifact.manifest.deploy.image_size)
+    return loaded, replace(record.preprocessing, image_size=deploy.image_size), deploy
 
 
 def measure_headroom(
@@ -292,12 +300,14 @@ def measure_headroom(
     source: str,
     margin: float = 4.0,
     progress: Callable[[int], None] | None = None,
+    tta: TestTimeAugmentation | None = None,
+    temperature: float = 1.0,
 ) -> Headroom:
     """Run the deploy form over (N, S, S, C) uint8 batches in FP32 and record what an FP16 file would store.
 
-    Raises InputError when there is no image.
+    Raises InputError when there is no image, or where the task does not allow `tta` or `temperature`.
     """
-    form = recorded_form(loaded.model, preprocessing)
+    form = recorded_form(loaded.model, preprocessing, tta=tta, temperature=temperature)
     recorder = Recorder(form, loaded.model, preprocessing)
     recorder.run(batches, progress)
     weights = loaded.weights
@@ -306,6 +316,8 @@ def measure_headroom(
             "variant": loaded.model.variant.name,
             "num_classes": loaded.model.num_classes,
             "weights": {"origin": weights.origin, "reference": weights.reference, "sha256": weights.sha256},
+            **({"soup": [file.reference for file in weights.soup]} if weights.soup else {}),
+            **form.spec.answer,
         },
         source=source,
         images=recorder.images,
@@ -322,7 +334,9 @@ def report_lines(headroom: Headroom, *, lists_all: bool = False) -> Iterator[str
     """Yield the report for a terminal: stages, tensors (the largest, or all in order of depth), weights, verdicts."""
     weights = headroom.network["weights"]
     images = f"{headroom.counted_images} of {size_text(headroom.image_size)} px ({headroom.source})"
-    yield f"{headroom.network['variant']}, weights {weights['origin']} {weights['reference']}, {images}"
+    soup = f" (mean of {len(headroom.network['soup'])} files)" if "soup" in headroom.network else ""
+    answer = "".join(f", {name} {headroom.network[name]}" for name in ANSWER_DEFAULTS if name in headroom.network)
+    yield f"{headroom.network['variant']}{answer}, weights {weights['origin']} {weights['reference']}{soup}, {images}"
     limit = f"FP16 holds at most {HALF_MAX:.0f}; margin {headroom.margin:g}"
     yield f"{limit}. Measured in FP32 on a CPU; on a GPU: not run."
     yield ""

@@ -186,8 +186,8 @@ def unit_of(module: str) -> str:
     return "head" if depth is None else ".".join(words[:depth])
 
 
-def recorded_form(model: ConvNeXtV2, preprocessing: Preprocessing) -> DeployedConvNeXtV2:
-    """Make the deploy form of a default FP16 export in FP32; its input is (N, S, S, C) uint8.
+def recorded_form(model: ConvNeXtV2, preprocessing: Preprocessing, **answer: Any) -> DeployedConvNeXtV2:
+    """Make the deploy form of an FP16 export in FP32; its input is (N, S, S, C) uint8. `answer`: tta, temperature.
 
     FP16 files bring their input to [0, 255], so their stem has the weights of the byte input.
     """
@@ -198,6 +198,7 @@ def recorded_form(model: ConvNeXtV2, preprocessing: Preprocessing) -> DeployedCo
         layout="gpu",
         mean=preprocessing.mean,
         std=preprocessing.std,
+        **answer,
     )
     return deploy_form(model, spec)
 

@@ -80,7 +80,8 @@ class GraphFacts:
     """What a graph consists of. `types` counts node outputs by element type, `operators` nodes by operator.
 
     `epsilons` are those of its norms: LayerNormalization's attribute, and any constant below 1e-3 that is added.
-    `outside_files` are the paths of the files that hold weights outside the graph's own.
+    `outside_files` are the paths of the files that hold weights outside the graph's own. `mirrored_axes` are the axes
+    along which a Slice reads a tensor backwards, one entry a Slice.
     """
 
     opset: int
@@ -92,6 +93,7 @@ class GraphFacts:
     epsilons: tuple[float, ...]
     gelu_forms: frozenset[str]
     outside_files: tuple[str, ...] = ()
+    mirrored_axes: tuple[int, ...] = ()
 
     @property
     def half_share(self) -> float:
@@ -195,6 +197,7 @@ def check_export(
     leave_out: Collection[str] = (),
     norm_on_patches: bool = False,
     open_size: bool = False,
+    mirrored_axes: tuple[int, ...] = (),
 ) -> GraphFacts:
     """Check a file that `exporters.onnx` wrote, on top of `check_graph`.
 
@@ -213,6 +216,7 @@ def check_export(
         leave_out: folds that the export was to leave out.
         norm_on_patches: whether the stem's norm is a sum over the patches' channels.
         open_size: whether height and width are open: GRN's statistic is then a sum in either layout.
+        mirrored_axes: the images' width where the export averages over the mirrored images, else nothing.
 
     Raises:
         GraphCheckError: the graph is another one; the message lists every difference.
@@ -233,6 +237,8 @@ def check_export(
         if facts.operators.get(operator, 0) != count
     ]
     problems.extend(_wrong_constants(facts, norms=responses + token_norms + 4))
+    if facts.mirrored_axes != mirrored_axes:
+        problems.append(f"mirrored axes {list(mirrored_axes)} expected, {list(facts.mirrored_axes)} found")
     if facts.opset != opset:
         problems.append(f"opset {opset} expected, {facts.opset} written")
     batch_axis = "batch" if batch[0] != batch[2] else batch[0]
@@ -371,7 +377,18 @@ def _facts(model: onnx.ModelProto, outside_files: tuple[str, ...]) -> GraphFacts
             if node.op_type == "Gelu"
         ),
         outside_files=outside_files,
+        mirrored_axes=tuple(_mirrored_axes(model)),
     )
+
+
+def _mirrored_axes(model: onnx.ModelProto) -> Iterator[int]:
+    """The axes whose step is below zero in a Slice with constant axes and steps."""
+    inside = (each for each in model.graph.initializer if each.data_location != onnx.TensorProto.EXTERNAL)
+    constants = {tensor.name: tensor for tensor in inside}
+    for node in model.graph.node:
+        if node.op_type == "Slice" and len(node.input) == 5 and set(node.input[3:]) <= constants.keys():
+            axes, steps = (onnx.numpy_helper.to_array(constants[name]).flatten() for name in node.input[3:])
+            yield from (int(axis) for axis, step in zip(axes, steps, strict=False) if step < 0)
 
 
 def _epsilons(model: onnx.ModelProto) -> Iterator[float]:

@@ -91,9 +91,8 @@ def export_onnx(
     stem = artifact_stem(spec.name or record.variant, spec.deploy.size_text, spec.deploy.precision)
     with stage_artifact(output_dir, stem) as staging:
         made = reusable_artifact(output_dir, stem, spec.request, record.weights.sha256, force=force)
-        source_name = f"{record.weights.origin}:{record.weights.reference}"
         if made is not None and is_onnx(made) and _describes(made, record, spec):
-            return staging.restate(made, replace(made.manifest, model=record, source_name=source_name))
+            return staging.restate(made, replace(made.manifest, model=record, source_name=record.weights.source))
         path = staging.folder / f"{stem}.onnx"
         deployed = deploy_form(model, spec.deploy)
         norm_on_patches, outputs = deployed.norm_on_patches, deployed.output_specs
@@ -110,6 +109,7 @@ def export_onnx(
             leave_out=spec.deploy.leave_out,
             open_size=spec.deploy.size_range is not None,
             norm_on_patches=norm_on_patches,
+            mirrored_axes=() if spec.deploy.tta is None else (spec.deploy.width_axis,),
             outputs=outputs,
             head_operators=model.task.operators,
         )
@@ -118,7 +118,7 @@ def export_onnx(
             files=staging.record(*sorted(file.name for file in staging.folder.iterdir())),
             model=record,
             request=spec.request,
-            source_name=source_name,
+            source_name=record.weights.source,
             source_sha256=record.weights.sha256,
             facts=_facts_record(facts),
         )
@@ -231,9 +231,13 @@ def _metadata(record: ModelRecord, spec: ExportSpec) -> dict[str, str]:
         "weights_origin": record.weights.origin,
         "licence": record.weights.licence,
     }
+    # Without what is not the default the files of before keep their bytes.
     if spec.deploy.in_chans != 3:
         entries["in_chans"] = str(spec.deploy.in_chans)
-    if record.task != "classification":  # without it the files of classifiers keep their bytes
+    entries |= {name: str(value) for name, value in spec.deploy.answer.items()}
+    if record.weights.soup:
+        entries["soup"] = ",".join(file.sha256 for file in record.weights.soup)
+    if record.task != "classification":
         entries["task"] = record.task
     if assumed := [name for name, origin in record.origins.items() if origin == ASSUMED]:
         entries["assumed"] = ",".join(assumed)

@@ -7,7 +7,7 @@ done with the weights, and their hash.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from cnx_deploy.core.class_names import ClassNames, check_class_count, names_of
 from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, DiskFullError, InputError
 from cnx_deploy.core.files import whole_file
 from cnx_deploy.core.image_size import ImageSize
-from cnx_deploy.core.manifest import WeightsRecord
+from cnx_deploy.core.manifest import SoupFile, WeightsRecord
 from cnx_deploy.core.preprocessing import ASSUMED, MAX_CHANNELS, PerChannel, Preprocessing, given_per_channel
+from cnx_deploy.core.strict_json import shortened
 from cnx_deploy.core.variants import ALL_VARIANTS, VARIANTS, Variant, find_variant
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model, random_model
 from cnx_deploy.model.layouts import (
@@ -40,7 +41,8 @@ from cnx_deploy.model.tasks.base import Task, find_task
 from cnx_deploy.model.weight_files import METADATA_KEY, WeightFile, read_weight_file
 
 __all__ = [
-    "LoadedModel", "ModelRequest", "adapt_stem", "hash_weights", "load_checkpoint", "load_pretrained", "resolve_model",
+    "LoadedModel", "ModelRequest", "adapt_stem", "hash_weights", "load_checkpoint", "load_pretrained", "mean_of",
+    "resolve_model",
     "save_checkpoint",
 ]  # fmt: skip
 
@@ -105,6 +107,7 @@ def load_checkpoint(
     entry: str | None = None,
     task: str | None = None,
     in_chans: int | None = None,
+    soup: Sequence[Path | str] = (),
 ) -> LoadedModel:
     """Read a checkpoint in any layout of `model.layouts`, under any wrapping, into a model.
 
@@ -112,9 +115,68 @@ def load_checkpoint(
     `path` may be a folder that timm or transformers wrote: see `model.source_config` for what is read beside weights.
     `reset_head` draws a new head (truncated normal 0.02, fixed seed). `task` None takes the header's, else
     classification. `in_chans` other than the file's adapts a stem of 3 channels as timm does, see `adapt_stem`.
-    `ema` and `entry` choose among several networks, see `weight_files.read_weight_file`, also for
-    what a file can have wrong. Raises CheckpointError when the weights do not fit the model exactly.
+    `ema` and `entry` choose among several networks, see `weight_files.read_weight_file`, also for what a file can have
+    wrong. `soup` names more checkpoints, read alike: the weights are the mean of all (`mean_of`).
+    Raises CheckpointError when the weights do not fit the model exactly.
     """
+    words: dict[str, Any] = {"num_classes": num_classes, "reset_head": reset_head, "ema": ema, "entry": entry}
+    words |= {"task": task, "in_chans": in_chans}
+
+    def loaded() -> Iterator[LoadedModel]:
+        yield _load_file(path, variant, **words)
+        for other in soup:
+            try:
+                yield _load_file(other, variant, **words)
+            except CheckpointError as error:
+                raise CheckpointError(f"{other} cannot be averaged with {path}. {error}") from error
+
+    return mean_of(loaded())
+
+
+def mean_of(models: Iterable[LoadedModel]) -> LoadedModel:
+    """Average the weights of several checkpoints of one network in float64; the first model is changed and returned.
+
+    Source: Wortsman et al., "Model soups", arXiv:2203.05482, the uniform soup: networks fine-tuned from one start.
+    Raises CheckpointError, which names both files and the tensor or field, where they are not of one network.
+    """
+    rest = iter(models)
+    first = next(rest)
+    own, sums = first.model.state_dict(), dict[str, Tensor]()
+    files, notes, problem = [first.weights], list(first.notes), first.problem
+    for other in rest:
+        _check_same_network(first, other)
+        # Sums of float32 are exact in float64 for as many equal files as anybody has: their mean is the file.
+        sums = sums or {name: tensor.double() for name, tensor in own.items() if tensor.is_floating_point()}
+        theirs = other.model.state_dict()
+        for name, total in sums.items():
+            total += theirs[name]
+        files.append(other.weights)
+        notes += [f"{other.weights.reference}: {note}" for note in other.notes if note not in first.notes]
+        problem = problem or other.problem
+    if len(files) == 1:
+        return first
+    first.model.load_state_dict({**own, **{name: total / len(files) for name, total in sums.items()}})
+    record = replace(
+        first.weights,
+        sha256=hash_weights(first.model),
+        licence="; ".join(dict.fromkeys(file.licence for file in files)),
+        soup=tuple(SoupFile(file.reference, file.sha256, file.entry) for file in files),
+    )
+    notes.insert(0, f"the mean of {len(files)} checkpoints: {', '.join(file.reference for file in files)}")
+    return replace(first, weights=record, notes=tuple(notes), problem=problem)
+
+
+def _load_file(
+    path: Path | str,
+    variant: Variant | str | None,
+    *,
+    num_classes: int | None,
+    reset_head: bool,
+    ema: bool | None,
+    entry: str | None,
+    task: str | None,
+    in_chans: int | None,
+) -> LoadedModel:
     path, wanted = Path(path), find_variant(variant) if isinstance(variant, str) else variant
     path = weights_in(path) if path.is_dir() else path
     file = read_weight_file(path, ema=ema, entry=entry, modules=_head_modules(find_task(task or "classification")))
@@ -187,20 +249,25 @@ def resolve_model(
     entry: str | None = None,
     task: str | None = None,
     in_chans: int | None = None,
+    soup: Sequence[Path | str] = (),
 ) -> LoadedModel:
     """Load a checkpoint or published weights, or, given neither, draw weights at random from `seed`.
 
-    `ema` and `entry` choose among several networks of a checkpoint. `task` None is the checkpoint's own, else
-    classification. `in_chans` None is the checkpoint's, else 3. Raises InputError when both are given, when a tag is
-    of another variant, when random weights get no variant, or when there is a choice and no checkpoint.
+    `ema` and `entry` choose among several networks of a checkpoint, which is averaged with those of `soup`. `task` None
+    is the checkpoint's own, else classification. `in_chans` None is the checkpoint's, else 3. Raises InputError when
+    both are given, when a tag is of another variant, when random weights get no variant, or when there is a choice or a
+    soup and no checkpoint.
     """
     if checkpoint is not None and pretrained is not None:
         raise InputError("Both a checkpoint and pretrained weights were given, expected one source. Leave one out.")
     words: dict[str, Any] = {"num_classes": num_classes, "reset_head": reset_head, "task": task, "in_chans": in_chans}
     if checkpoint is not None:
-        return load_checkpoint(checkpoint, variant, ema=ema, entry=entry, **words)
-    if ema is not None or entry is not None:
-        raise InputError("--ema, --no-ema (ema) and --entry (entry) choose among the weights of a checkpoint: add one.")
+        return load_checkpoint(checkpoint, variant, ema=ema, entry=entry, soup=soup, **words)
+    if ema is not None or entry is not None or soup:
+        raise InputError(
+            "--ema, --no-ema (ema) and --entry (entry) choose among the weights of a checkpoint, and --soup (soup) "
+            "averages with it: add one with --checkpoint."
+        )
     name = variant.name if isinstance(variant, Variant) else variant
     if pretrained is not None:
         if name not in (None, variant_name_of_tag(pretrained)):
@@ -221,8 +288,8 @@ def resolve_model(
 class ModelRequest:
     """Which weights a command takes, and how images are made: a checkpoint, published ones, or random ones by `seed`.
 
-    See `resolve_model`, also for `ema` and `entry`. Class names and fields of `Preprocessing` take the place of what
-    lies beside the weights; None leaves that as it is.
+    See `resolve_model`, also for `ema`, `entry` and `soup`. Class names and fields of `Preprocessing` take the place of
+    what lies beside the weights; None leaves that as it is.
     """
 
     variant: str | None = None
@@ -234,6 +301,7 @@ class ModelRequest:
     reset_head: bool = False
     ema: bool | None = None
     entry: str | None = None
+    soup: tuple[Path, ...] = ()
     image_size: ImageSize | None = None
     crop_ratio: float | None = None
     crop_mode: str | None = None
@@ -248,7 +316,7 @@ class ModelRequest:
         loaded = resolve_model(
             self.variant, checkpoint=self.checkpoint, pretrained=self.pretrained, seed=self.seed,
             num_classes=self.num_classes, reset_head=self.reset_head, ema=self.ema, entry=self.entry, task=self.task,
-            in_chans=self.in_chans,
+            in_chans=self.in_chans, soup=self.soup,
         )  # fmt: skip
         for text in loaded.notes:
             note(f"Note: {text}")
@@ -379,6 +447,35 @@ def _write_whole(path: Path, state: dict[str, Tensor], metadata: dict[str, str])
             f"Cannot write {path} ({error}): expected room for {size / 1e6:,.1f} MB. Free some, or choose another "
             "place."
         ) from error
+
+
+def _check_same_network(one: LoadedModel, other: LoadedModel) -> None:
+    """Raise CheckpointError with the first field or tensor in which two models differ, and the files of both."""
+    own, theirs = one.model.state_dict(), other.model.state_dict()
+    mine, others = one.preprocessing, other.preprocessing
+    pairs: list[tuple[str, Any, Any]] = [
+        ("variant", one.model.variant.name, other.model.variant.name),
+        ("task", one.model.task.name, other.model.task.name),
+        ("class_names", one.class_names, other.class_names),
+        *((each.name, getattr(mine, each.name), getattr(others, each.name)) for each in fields(Preprocessing)),
+        *(
+            (entry.name, format_shape(entry.in_model), format_shape(entry.in_file))
+            for entry in shape_differences(theirs, own)
+        ),
+    ]
+    for name, here, there in pairs:
+        if here != there:
+            raise CheckpointError(
+                f"{one.weights.reference} and {other.weights.reference} are not of one network: {name} is "
+                f"{shortened(here)} in the first and {shortened(there)} in the second. A soup averages copies of one "
+                "network that were trained further; leave the other file out."
+            )
+    for name, tensor in own.items():
+        if not tensor.is_floating_point() and not torch.equal(tensor, theirs[name]):
+            raise CheckpointError(
+                f"{one.weights.reference} and {other.weights.reference} differ in {name}, which holds no fractions "
+                "and has no mean. Leave one of them out."
+            )
 
 
 def _head_modules(task: Task) -> tuple[str, ...]:

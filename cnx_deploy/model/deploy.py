@@ -26,6 +26,7 @@ from cnx_deploy.model.deploy_blocks import ChannelsFirstBlock, TokenBlock
 from cnx_deploy.model.deploy_layers import (
     ChannelsFirstNorm,
     InputNormalisation,
+    MirrorMean,
     NormedPatchConvolution,
     PatchConvolution,
     convolution,
@@ -72,6 +73,8 @@ class DeployedConvNeXtV2(nn.Module):
         self.task = model.task
         self.output_specs = model.task.outputs(model.num_classes)
         check_parts(spec.keep_fp32, model.variant)
+        model.task.check_allowed(spec)
+        self.flip_mean = MirrorMean() if spec.tta == "flip" else None
         self.normalise = None if "input-normalisation" in spec.folds else _input_normalisation(spec)
         # Each part is rounded as it is made: float64 copies of huge take 5 GB.
         self.downsample_layers = nn.ModuleList(
@@ -95,6 +98,9 @@ class DeployedConvNeXtV2(nn.Module):
             images = images * 255.0
         hidden = images if self.normalise is None else self.normalise(images)
         hidden = hidden.to(type_of(self.downsample_layers[0]))
+        if self.flip_mean is not None:
+            # In the same batch every kernel runs once: atto has 99 on sm89, with a pass of their own 195.
+            hidden = torch.cat([hidden, hidden.flip(self.spec.width_axis)])
         if self.spec.input_kind == "uint8" and not self.spec.reads_patches:
             hidden = hidden.permute(0, 3, 1, 2)  # after the cast: TensorRT's Transpose takes no uint8
         maps: dict[int, Tensor] = {}
@@ -102,7 +108,10 @@ class DeployedConvNeXtV2(nn.Module):
             hidden = stage(downsample(hidden.to(type_of(downsample))))
             if level in self.task.levels:
                 maps[level] = hidden
-        return sole_or_named(self.task.deployed_forward(self, maps))
+        outputs = self.task.deployed_forward(self, maps)
+        if self.flip_mean is not None:
+            outputs = {name: self.flip_mean(output) for name, output in outputs.items()}
+        return sole_or_named(outputs)
 
 
 def deploy_form(model: ConvNeXtV2, spec: DeploySpec) -> DeployedConvNeXtV2:

@@ -15,6 +15,7 @@ __all__ = [
     "ChannelsFirstNorm",
     "GainedLinear",
     "InputNormalisation",
+    "MirrorMean",
     "NormedPatchConvolution",
     "PatchConvolution",
     "PooledResponseGain",
@@ -223,6 +224,14 @@ class InputNormalisation(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Normalise; see the class for shapes."""
         return images.to(self.gain.dtype) * self.gain + self.shift
+
+
+class MirrorMean(nn.Module):
+    """The mean of an output over each image and its mirror, which follow all images: (2N, …) -> (N, …)."""
+
+    def forward(self, output: Tensor) -> Tensor:
+        """Average in the output's own type, which is FP32 at least."""
+        return output.reshape(2, -1, *output.shape[1:]).mean(dim=0)
 
 
 def widen(tensor: Tensor) -> Tensor:

@@ -1,16 +1,15 @@
 """The network that a manifest records: the record that an export writes, its task, and the weights it leads back to."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cnx_deploy.core.errors import CorruptArtifactError, InputError
 from cnx_deploy.core.gates import Gate, OutputSpec
-from cnx_deploy.core.manifest import Artifact, ModelRecord, relative_reference
+from cnx_deploy.core.manifest import Artifact, ModelRecord, SoupFile, relative_reference
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import find_variant
-from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, load_checkpoint, load_pretrained
+from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, load_checkpoint, load_pretrained, mean_of
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.model.tasks.base import find_task
 
@@ -19,9 +18,7 @@ __all__ = ["model_record", "recorded_gate", "recorded_model", "recorded_outputs"
 
 def model_record(loaded: LoadedModel, preprocessing: Preprocessing, manifest_dir: Path) -> ModelRecord:
     """What a manifest in `manifest_dir` says of a loaded model."""
-    weights = loaded.weights
-    if weights.origin == "checkpoint":
-        weights = replace(weights, reference=relative_reference(Path(weights.reference), manifest_dir))
+    weights = loaded.weights.with_paths(lambda path: relative_reference(Path(path), manifest_dir))
     return ModelRecord(
         variant=loaded.model.variant.name,
         num_classes=loaded.model.num_classes,
@@ -61,18 +58,26 @@ def recorded_model(artifact: Artifact) -> LoadedModel:
         model = random_model(variant, record.num_classes, seed=seed, task=record.task, in_chans=how["in_chans"])
         loaded = LoadedModel(model, weights, record.class_names, record.preprocessing, record.origins)
     elif weights.origin == "checkpoint":
-        path = artifact.path.parent / weights.reference
-        if not os.path.isfile(path):  # noqa: PTH113 - Path's own raises for a name that no system takes
-            raise InputError(
-                f"{artifact.path.name} was made from {path}, which is not there. Put it back or export again."
-            )
-        loaded = load_checkpoint(path, record.variant, entry=weights.entry, **how)
+        loaded = mean_of(_recorded_file(artifact, file, **how) for file in weights.files)
     else:
         loaded = load_pretrained(weights.reference, **how)
-    digest = hash_weights(loaded.model)
-    if digest != weights.sha256:
-        raise CorruptArtifactError(
-            f"The weights behind {artifact.path.name} ({weights.origin} {weights.reference}) have changed: "
-            f"hash {digest[:12]}…, the manifest says {weights.sha256[:12]}…. Export again with --force."
-        )
+    _check_hash(artifact, f"{weights.origin} {weights.reference}", hash_weights(loaded.model), weights.sha256)
     return loaded
+
+
+def _recorded_file(artifact: Artifact, file: SoupFile, **how: Any) -> LoadedModel:
+    """Load one checkpoint and check that its weights are the recorded ones."""
+    path = artifact.path.parent / file.reference
+    if not os.path.isfile(path):  # noqa: PTH113 - Path's own raises for a name that no system takes
+        raise InputError(f"{artifact.path.name} was made from {path}, which is not there. Put it back or export again.")
+    loaded = load_checkpoint(path, artifact.manifest.model.variant, entry=file.entry, **how)
+    _check_hash(artifact, f"checkpoint {file.reference}", loaded.weights.sha256, file.sha256)
+    return loaded
+
+
+def _check_hash(artifact: Artifact, source: str, found: str, recorded: str) -> None:
+    if found != recorded:
+        raise CorruptArtifactError(
+            f"The weights behind {artifact.path.name} ({source}) have changed: hash {found[:12]}…, the manifest says "
+            f"{recorded[:12]}…. Export again with --force."
+        )

@@ -136,7 +136,7 @@ def _index_row(artifact: Artifact) -> dict[str, Any]:
         "image_size": size_text(manifest.model.image_size),
         "precision": manifest.precision.name,
         "input": manifest.deploy.input_kind,
-        "weights": f"{manifest.model.weights.origin}:{manifest.model.weights.reference}",
+        "weights": manifest.model.weights.source,
         "target": manifest.request.target if isinstance(manifest, EngineManifest) else "",
         "runtime_version": getattr(facts, "runtime_version", ""),
         "size_bytes": artifact.size_bytes,

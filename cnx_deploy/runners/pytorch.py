@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.gates import OutputSpec
@@ -12,10 +13,10 @@ from cnx_deploy.core.system import cpu_name
 from cnx_deploy.data.input_spec import InputSpec, check_input
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import deploy_form
-from cnx_deploy.model.tasks.base import Outputs, named_outputs
+from cnx_deploy.model.tasks.base import Outputs, Task, named_outputs, sole_or_named
 from cnx_deploy.runners.base import HoldsNothing, RunnerInfo
 
-__all__ = ["TorchRunner", "deployed_runner", "reference_runner"]
+__all__ = ["AnsweringModel", "TorchRunner", "deployed_runner", "reference_runner"]
 
 
 class TorchRunner(HoldsNothing):
@@ -43,6 +44,29 @@ class TorchRunner(HoldsNothing):
         return named_outputs(value, self.outputs)
 
 
+class AnsweringModel(nn.Module):
+    """A network on normalised images, its answer changed as `DeploySpec` says: written plainly, as a reference.
+
+    Shape: (N, 3, H, W) -> what the network gives. A flip takes two passes, one of them on mirrored images.
+    """
+
+    def __init__(self, model: nn.Module, spec: DeploySpec, task: Task) -> None:
+        super().__init__()
+        task.check_allowed(spec)
+        self.model = model
+        self.tta, self.temperature, self.scores = spec.tta, spec.temperature, str(task.class_output)
+
+    def forward(self, images: Tensor) -> Any:
+        """Run the network; see the class for shapes."""
+        given = self.model(images)
+        if self.tta == "flip":
+            given = tree_map(lambda one, other: (one + other) / 2.0, given, self.model(images.flip(-1)))
+        if self.temperature == 1.0:
+            return given
+        outputs = {self.scores: given} if isinstance(given, Tensor) else given
+        return sole_or_named({**outputs, self.scores: outputs[self.scores] / self.temperature})
+
+
 class _NormalisedModel(nn.Module):
     """The training form behind the input of the deploy form: raw images in, normalised by subtraction and division."""
 
@@ -50,7 +74,7 @@ class _NormalisedModel(nn.Module):
         super().__init__()
         self.mean: Tensor
         self.std: Tensor
-        self.model = model
+        self.model = AnsweringModel(model, spec, model.task) if spec.answer else model
         self.input_kind = spec.input_kind
         own = next(model.parameters())
         self.register_buffer("mean", own.new_tensor(spec.mean).view(-1, 1, 1))
@@ -64,7 +88,7 @@ class _NormalisedModel(nn.Module):
 
 
 def reference_runner(model: ConvNeXtV2, spec: DeploySpec) -> TorchRunner:
-    """The training form, in the dtype and on the device it is in, taking the raw images of a deployment `spec`.
+    """The training form, in the dtype and on the device it is in, with raw images and answer of a deployment `spec`.
 
     TF32 is turned off for the process: a reference in TF32 is none.
     """

@@ -7,7 +7,7 @@ A run is a folder: `run.json` (what was asked for), `metrics.csv` (one line an e
 
 import copy
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -105,6 +105,7 @@ def initial_model(
     init: Path | None = None,
     ema: bool | None = None,
     entry: str | None = None,
+    soup: Sequence[Path] = (),
 ) -> LoadedModel | None:
     """Load the weights to start from; None when no source is given and the paper's initialisation is meant.
 
@@ -118,6 +119,7 @@ def initial_model(
         init: File whose head is kept where it is of the data's classes and drawn anew where it is not.
         ema: Take the averaged weights of a file, or its plain ones; see `model.weight_files`.
         entry: Which of several networks of a file.
+        soup: Checkpoints whose mean with the file the weights are.
 
     Raises:
         CheckpointError: The weights do not fit.
@@ -129,15 +131,15 @@ def initial_model(
             "the others out."
         )
     if init is None and checkpoint is None and pretrained is None:
-        if reset_head or ema is not None or entry is not None:
+        if reset_head or ema is not None or entry is not None or soup:
             raise InputError(
-                "A fresh model has no head to reset and no weights to choose from. Add --checkpoint or --pretrained, "
-                "or leave --reset-head, --ema and --entry out."
+                "A fresh model has no head to reset and no weights to choose from or to average. Add --checkpoint or "
+                "--pretrained, or leave --reset-head, --ema, --entry and --soup out."
             )
         return None
     names = find_dataset(spec.data, seed=spec.seed, image_folder=spec.image_folder).class_names
     if init is not None:
-        loaded = _with_fitting_head(init, spec, names, ema=ema, entry=entry)
+        loaded = _with_fitting_head(init, spec, names, ema=ema, entry=entry, soup=soup)
     else:
         loaded = resolve_model(
             spec.network,
@@ -147,6 +149,7 @@ def initial_model(
             reset_head=reset_head,
             ema=ema,
             entry=entry,
+            soup=soup,
             task="classification",
             in_chans=spec.in_chans,
         )

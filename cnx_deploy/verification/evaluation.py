@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cnx_deploy.core.class_names import check_class_count
 from cnx_deploy.core.errors import CheckFailedError, InputError
@@ -29,6 +30,7 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
     each: Callable[[Any], None] | None = None,
+    scores: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Any:
     """Run labelled images and count.
 
@@ -44,6 +46,7 @@ def evaluate(
         progress: told images done and their total.
         note: told how the data were understood, what is left out and what is assumed, a sentence each.
         each: told every image's outcome, in order.
+        scores: told every batch's class scores (n, classes) and labels (n,), of a task that has such scores.
 
     Returns:
         What the task's metrics give: for classification, `model.tasks.classification_metrics.Evaluation`. Images that
@@ -84,6 +87,8 @@ def evaluate(
                 f"The model gave outputs that are not finite on {images.description}. Check it with cnx-deploy verify."
             )
         metrics.add(outputs, targets[batch.labels], batch.names)
+        if scores is not None and task.class_output is not None:
+            scores(outputs[task.class_output], targets[batch.labels])
         if progress is not None:
             progress(metrics.count + len(batches.broken), len(chosen))
     broken = list(batches.broken.values())

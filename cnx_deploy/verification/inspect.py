@@ -283,7 +283,7 @@ def _told(names: tuple[str, ...] | None, preprocessing: Preprocessing, origins: 
 def _manifest_facts(artifact: Artifact) -> dict[str, Any]:
     """What every manifest says; the hashes have been checked by then."""
     manifest, model = artifact.manifest, artifact.manifest.model
-    count = len(manifest.files)
+    count, soup = len(manifest.files), model.weights.soup
     return {
         "variant": model.variant,
         "task": model.task,
@@ -291,7 +291,9 @@ def _manifest_facts(artifact: Artifact) -> dict[str, Any]:
         "image_size": model.image_size if isinstance(model.image_size, int) else size_text(model.image_size),
         **_told(model.class_names, model.preprocessing, model.origins),
         "precision": manifest.precision.name,
+        **manifest.deploy.answer,
         "weights": {name: getattr(model.weights, name) for name in ("origin", "reference", "sha256")},
+        **({"soup": [{"reference": file.reference, "sha256": file.sha256} for file in soup]} if soup else {}),
         "licence": model.weights.licence,
         "hashes": f"match the manifest ({count} of {count} files)",
         "created": manifest.created,

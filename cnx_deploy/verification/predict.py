@@ -11,7 +11,7 @@ import torch
 
 from cnx_deploy.core.artifacts import refused_engine
 from cnx_deploy.core.class_names import check_class_count
-from cnx_deploy.core.deploy_spec import DeploySpec
+from cnx_deploy.core.deploy_spec import ANSWER_DEFAULTS, DeploySpec
 from cnx_deploy.core.errors import CheckFailedError, CorruptArtifactError, InputError, MissingRequirementError
 from cnx_deploy.core.image_size import ImageSize, size_text
 from cnx_deploy.core.manifest import Artifact
@@ -41,6 +41,7 @@ class Model:
 
     Use it as a context manager. `class_names` None: the artifact names none, so classes go by their index. `notes` say
     what was assumed of it, for example that its weights are random. `num_classes` None: not known before it runs.
+    `temperature`: what its class scores were divided by.
     """
 
     runner: Runner
@@ -49,6 +50,7 @@ class Model:
     class_names: tuple[str, ...] | None
     notes: tuple[str, ...] = ()
     num_classes: int | None = None
+    temperature: float = 1.0
 
     def __enter__(self) -> Self:
         self.runner.__enter__()
@@ -96,8 +98,7 @@ def open_predictor(
     class_names: Sequence[str] | None = None,
     white_level: float | None = None,
     image_size: ImageSize | None = None,
-    ema: bool | None = None,
-    entry: str | None = None,
+    **checkpoint: Any,
 ) -> Model:
     """Open a checkpoint, an ONNX file or an engine, told by its content, on `device` (cpu or cuda) or the engine's GPU.
 
@@ -107,10 +108,15 @@ def open_predictor(
     a device or engine that this machine lacks.
     `many`: whole batches will come, so ONNX Runtime's threads get images of their own (`OrtRunner`). `class_names`,
     one for each output, and `white_level` (`core.preprocessing`) take the place of what the artifact records, and so
-    does `image_size` for a checkpoint and for a file of open sizes. `ema` and `entry` choose among several networks of
-    a checkpoint (`model.weight_files`).
+    does `image_size` for a checkpoint and for a file of open sizes. `checkpoint` is of a checkpoint alone: `ema`,
+    `entry` and `soup` as in `model.checkpoint`, `tta` and `temperature` as in `core.deploy_spec`.
     """
-    model = _opened(path, many, device, ema, entry, image_size)
+    given = {
+        name: value
+        for name, value in checkpoint.items()
+        if value not in (None, ()) and value != ANSWER_DEFAULTS.get(name)
+    }
+    model = _opened(path, many, device, given, image_size)
     if class_names is not None:
         check_class_count(class_names, model.num_classes or len(class_names), str(path))
         model = replace(model, class_names=tuple(class_names))
@@ -127,14 +133,13 @@ def open_predictor(
     return model
 
 
-def _opened(
-    path: Path, many: bool, device: str, ema: bool | None, entry: str | None, image_size: ImageSize | None
-) -> Model:
+def _opened(path: Path, many: bool, device: str, checkpoint: dict[str, Any], image_size: ImageSize | None) -> Model:
     path = weights_in(path) if path.is_dir() else path
     kind = kind_of_file(path)
     artifact = recorded_artifact(path)
-    if kind in ("onnx", "engine") and (ema is not None or entry is not None):
-        raise InputError(f"{path} is no checkpoint, so --ema and --entry have nothing to choose from. Leave them out.")
+    if kind in ("onnx", "engine") and checkpoint:
+        named = " and ".join(f"--{name} ({name})" for name in checkpoint)
+        raise InputError(f"{path} is no checkpoint, so {named} has nothing to choose from. Leave it out.")
     if artifact is not None:
         return _recorded_model(artifact, many, device)
     if kind == "engine":
@@ -145,7 +150,7 @@ def _opened(
         raise InputError(
             f"{path} is neither a checkpoint, nor an ONNX file, nor an engine by its content; only these can predict."
         )
-    return _checkpoint_model(path, device, ema, entry, image_size)
+    return _checkpoint_model(path, device, checkpoint, image_size)
 
 
 def find_image_files(paths: Sequence[Path]) -> ImageFiles:
@@ -198,7 +203,9 @@ def _recorded_model(artifact: Artifact, many: bool, device: str) -> Model:
     notes: tuple[str, ...] = (seed,) if model.weights.origin == "random" else ()
     notes += tuple(filter(None, (model.preprocessing.assumption(model.origins),)))
     runner = open_runner(artifact, options=RunnerOptions(device=device, thread_per_image=many, hashes_hold=True))
-    return Model(runner, find_task(model.task), model.preprocessing, model.class_names, notes, model.num_classes)
+    temperature = artifact.manifest.deploy.temperature
+    task, classes = find_task(model.task), model.num_classes
+    return Model(runner, task, model.preprocessing, model.class_names, notes, classes, temperature)
 
 
 def _unrecorded_onnx(path: Path, many: bool, device: str) -> Model:
@@ -217,6 +224,7 @@ def _unrecorded_onnx(path: Path, many: bool, device: str) -> Model:
         recorded = typed(strict_json(metadata["cnx_deploy.preprocessing"].encode()), dict[str, Any])
         written = strict_json(metadata.get("cnx_deploy.class_names", "null").encode())
         names = None if written is None else typed(written, tuple[str, ...])
+        temperature = typed(strict_json(metadata.get("cnx_deploy.temperature", "1").encode()), float)
     except ValueError as error:
         raise CorruptArtifactError(f"{path} has metadata that is not JSON ({error}). Export it again.") from error
     preprocessing = Preprocessing.from_dict(recorded)
@@ -235,19 +243,18 @@ def _unrecorded_onnx(path: Path, many: bool, device: str) -> Model:
     runner = OrtRunner(path, device=device, thread_per_image=many)
     _, scores = admission.facts.outputs.get(task.class_output or "", ("", ()))
     num_classes = scores[-1] if scores and isinstance(scores[-1], int) else None
-    return Model(runner, task, preprocessing, names or None, tuple(notes), num_classes)
+    return Model(runner, task, preprocessing, names or None, tuple(notes), num_classes, temperature)
 
 
-def _checkpoint_model(
-    path: Path, device: str, ema: bool | None, entry: str | None, image_size: ImageSize | None
-) -> Model:
+def _checkpoint_model(path: Path, device: str, checkpoint: dict[str, Any], image_size: ImageSize | None) -> Model:
     if device == "cuda" and not torch.cuda.is_available():
         raise MissingRequirementError("PyTorch finds no GPU here, so the device cuda cannot be used. Use --device cpu.")
-    loaded = load_checkpoint(path, ema=ema, entry=entry)
+    answer = {name: checkpoint.pop(name) for name in ANSWER_DEFAULTS if name in checkpoint}
+    loaded = load_checkpoint(path, **checkpoint)
     preprocessing = loaded.preprocessing
     if image_size is not None:
         preprocessing = replace(preprocessing, image_size=image_size)
-    spec = DeploySpec(image_size=preprocessing.image_size, mean=preprocessing.mean, std=preprocessing.std)
+    spec = DeploySpec(image_size=preprocessing.image_size, mean=preprocessing.mean, std=preprocessing.std, **answer)
     return Model(
         reference_runner(loaded.model.to(device), spec),
         loaded.model.task,
@@ -255,6 +262,7 @@ def _checkpoint_model(
         loaded.class_names,
         (*loaded.told_of_images(), *loaded.notes),
         loaded.model.num_classes,
+        spec.temperature,
     )
 
 

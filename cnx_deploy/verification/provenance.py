@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from cnx_deploy.core.artifacts import check_file, find_artifacts, is_engine, read_artifact
 from cnx_deploy.core.errors import CnxDeployError, CorruptArtifactError
-from cnx_deploy.core.manifest import Artifact, EngineManifest
+from cnx_deploy.core.manifest import Artifact, EngineManifest, SoupFile
 from cnx_deploy.core.system import find_gpus, tool_versions
 from cnx_deploy.exporters.untrusted import check_recorded
 
@@ -108,18 +108,39 @@ def _source_findings(artifact: Artifact, sources: dict[str, Artifact]) -> Iterat
         yield _engine_source(artifact, sources.get(artifact.manifest.source_name))
         yield from (("note", reason) for reason in _reasons_not_to_run(artifact))
     else:
-        yield _weights_source(artifact)
+        yield from _weights_source(artifact)
 
 
-def _weights_source(artifact: Artifact) -> tuple[Verdict, str]:
-    """Compare the weights' hash in the manifest with the checkpoint where there is one."""
+def _weights_source(artifact: Artifact) -> Iterator[tuple[Verdict, str]]:
+    """Compare the weights' hash in the manifest with the checkpoint, or with each of a soup and with their mean."""
     weights, made_from = artifact.manifest.model.weights, artifact.manifest.source_sha256
     shown = f"weights {weights.sha256[:12]}…"
     if weights.sha256 != made_from:
-        return "fault", f"its manifest names {shown} and was made from {made_from[:12]}…"
+        yield "fault", f"its manifest names {shown} and was made from {made_from[:12]}…"
+        return
     if weights.origin != "checkpoint":
-        return "ok", f"{shown}, {weights.origin} ({weights.reference}), {weights.licence}"
-    path = artifact.path.parent / weights.reference
+        yield "ok", f"{shown}, {weights.origin} ({weights.reference}), {weights.licence}"
+        return
+    findings = [_checkpoint_source(artifact, file) for file in weights.files]
+    yield from findings
+    if not weights.soup or any(verdict != "ok" for verdict, _ in findings):
+        return
+    from cnx_deploy.model.recorded import recorded_model
+
+    try:
+        licence = recorded_model(artifact).weights.licence  # it checks the hash of the mean
+    except CnxDeployError as error:
+        yield "fault", str(error)
+        return
+    if licence != weights.licence:
+        yield "fault", f"its checkpoints are under {licence!r}, its manifest says {weights.licence!r}"
+    else:
+        yield "ok", f"{shown}, the mean of {len(weights.soup)} checkpoints, {licence}"
+
+
+def _checkpoint_source(artifact: Artifact, file: SoupFile) -> tuple[Verdict, str]:
+    """Compare the hash of one checkpoint, and its licence unless it is one of several, with the manifest."""
+    weights, path = artifact.manifest.model.weights, artifact.path.parent / file.reference
     if not os.path.isfile(path):  # noqa: PTH113 - Path's own raises for a name that no system takes
         return "note", f"its checkpoint {path} is not here"
     if path.suffix != ".safetensors":
@@ -128,14 +149,14 @@ def _weights_source(artifact: Artifact) -> tuple[Verdict, str]:
 
     try:
         model = artifact.manifest.model
-        loaded = load_checkpoint(path, model.variant, task=model.task, entry=weights.entry).weights
+        loaded = load_checkpoint(path, model.variant, task=model.task, entry=file.entry).weights
     except CnxDeployError as error:
         return "fault", str(error)
-    if loaded.sha256 != weights.sha256:
-        return "fault", f"{path} holds weights {loaded.sha256[:12]}…, its manifest says {weights.sha256[:12]}…"
-    if loaded.licence != weights.licence:
+    if loaded.sha256 != file.sha256:
+        return "fault", f"{path} holds weights {loaded.sha256[:12]}…, its manifest says {file.sha256[:12]}…"
+    if not weights.soup and loaded.licence != weights.licence:
         return "fault", f"{path} is under {loaded.licence!r}, its manifest says {weights.licence!r}"
-    return "ok", f"{shown} of {path}, {weights.licence}"
+    return "ok", f"weights {file.sha256[:12]}… of {path}, {loaded.licence}"
 
 
 def _engine_source(engine: Artifact, source: Artifact | None) -> tuple[Verdict, str]:

@@ -390,4 +390,4 @@ def _check_promised(artifact: Artifact[OnnxManifest], graph: GraphFacts) -> None
 
 def _input_of(deploy: DeploySpec) -> tuple[Any, ...]:
     """What PyTorch's outputs depend on beside the weights."""
-    return deploy.input_kind, deploy.image_size, deploy.mean, deploy.std
+    return deploy.input_kind, deploy.image_size, deploy.mean, deploy.std, deploy.tta, deploy.temperature

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -34,11 +35,14 @@ def made(word: str, model: ConvNeXtV2, folder: Path, spec: DeploySpec = SPEC) ->
 
 
 @pytest.mark.parametrize("kind", ["float", pytest.param("uint8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("answer", [{}, {"tta": "flip", "temperature": 2.5}], ids=["plain", "flip"])
 @pytest.mark.parametrize(
     "word", ["torch", *(pytest.param(word, marks=pytest.mark.slow) for word in ("timm", "timm-18"))]
 )
-def test_a_peer_gives_the_logits_of_the_reference(tiny_model: ConvNeXtV2, tmp_path: Path, word: str, kind: str) -> None:
-    spec = DeploySpec(image_size=32, input_kind=kind)
+def test_a_peer_gives_the_logits_of_the_reference(
+    tiny_model: ConvNeXtV2, tmp_path: Path, word: str, kind: str, answer: dict[str, Any]
+) -> None:
+    spec = DeploySpec(image_size=32, input_kind=kind, **answer)
     expected = reference_runner(tiny_model, spec).run(runner_input(PIXELS, kind))["logits"].clone()
     runner, logits = made(word, tiny_model, tmp_path, spec)
     assert not GATES["fp32"].failures(differences(logits, expected))

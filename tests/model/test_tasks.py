@@ -27,6 +27,7 @@ from cnx_deploy.model.deploy_layers import TokenNorm, doubles, linear, widen
 from cnx_deploy.model.layers import EPS
 from cnx_deploy.model.tasks import base
 from cnx_deploy.model.tasks.base import Outputs, Prediction, Task, find_task, register_task
+from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.verification.saved_results import judge_saved
 
 PICTURE = torch.rand(3, 40, 48, generator=torch.Generator().manual_seed(0))
@@ -232,6 +233,44 @@ def test_labels_of_classes_are_refused_where_a_task_has_no_metrics(files: list[c
         (tmp_path / name / "0.png").write_bytes(_png())
     with pytest.raises(InputError, match="multi-label has no metrics"):
         cnx.evaluate(files[0], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"), [({"tta": "flip"}, "tta flip"), ({"temperature": 2.0}, r"temperature 2\.0")]
+)
+def test_an_answer_that_a_task_does_not_allow_is_refused_by_name(
+    task: MultiLabel, tiny_variant: Variant, tmp_path: Path, words: dict[str, Any], named: str
+) -> None:
+    checkpoint = save_checkpoint(tmp_path / "own.safetensors", random_model(tiny_variant, 10, task=task))
+    options: dict[str, Any] = {"image_size": 32, "checkpoint": checkpoint, "output_dir": tmp_path / "export", **words}
+    for refuse in (
+        lambda: cnx.export("tiny-test", **options),
+        lambda: cnx.load(checkpoint, **words),
+        lambda: cnx.headroom(checkpoint, samples=1, **words),
+    ):
+        with pytest.raises(InputError, match=f"The task multi-label does not allow {named}"):
+            refuse()
+    assert not list((tmp_path / "export").glob("*.onnx"))
+    for folder in ("a", "b"):
+        (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / folder / "0.png").write_bytes(_png())
+    with pytest.raises(InputError, match="multi-label has no logits of classes"):
+        cnx.fit_temperature(checkpoint, tmp_path / "data")
+
+
+def test_a_flip_averages_every_output_of_a_task_that_allows_it(
+    task: MultiLabel, tiny_variant: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MultiLabel, "allows_flip", True)
+    model, spec = random_model(tiny_variant, 10, task=task).double(), DeploySpec("fp64", (37, 45), tta="flip")
+    images = torch.rand(2, 3, 37, 45, dtype=torch.float64)
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (spec.mean, spec.std))
+    with torch.inference_mode():
+        one, other = (model((each - mean) / std) for each in (images, images[..., range(45)[::-1]]))
+        deployed, reference = deploy_form(model, spec)(images), reference_runner(model, spec).module(images)
+    for name in ("labels", "embedding"):
+        for found in (deployed, reference):
+            torch.testing.assert_close(found[name], (one[name] + other[name]) / 2, rtol=1e-12, atol=1e-12)
 
 
 def test_an_unknown_task_is_an_error_that_lists_the_known_ones() -> None:

@@ -370,7 +370,7 @@ def test_inspect_and_predict_say_what_they_chose_and_predict_takes_the_other(cnx
 
 def test_an_onnx_file_has_no_weights_to_choose_from(cnx, tiny_onnx_fp32):
     code, _, told = cnx("eval", tiny_onnx_fp32.path, "images", "--ema")
-    assert (code, "is no checkpoint, so --ema and --entry have nothing to choose from" in told) == (2, True)
+    assert (code, "is no checkpoint, so --ema (ema) has nothing to choose from" in told) == (2, True)
 
 
 # --- files that lie ---------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ CASES = {
     "Squeeze": ([half(2, 1, 3, 1), ints(1, -1)], {}),
     "Expand": ([half(2, 1, 3), ints(4, 1, 5, 1)], {}),
     "Gather": ([half(4, 5), ints(-1, 2)], {"axis": 1}),
-    "Slice": ([half(4, 7), ints(1, -6), ints(3, 100), ints(0, 1), ints(1, 2)], {}),
+    "Slice": ([half(4, 7, 5), ints(1, -6, -1), ints(3, 100, -100), ints(0, 1, 2), ints(1, 2, -1)], {}),
     "Shape": ([half(4, 5)], {}),
     "Identity": ([half(4, 5)], {}),
 }

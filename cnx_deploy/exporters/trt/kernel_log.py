@@ -41,6 +41,7 @@ LAYOUT = "cast/layout"
 # Node -> operation, the first that fits. The order is the network's, and names are joined in it.
 OPERATIONS = (
     (r"(model/Mul|normalise/\w+)", "input scale"),
+    (r"model/Slice", "flip"),
     (r"downsample_layers\.0\.0/Conv", "stem conv"),
     (r"downsample_layers\.0\.\d+/\w+", "stem norm"),
     (r"stages\.\d+\.\d+\.dwconv/Conv", "dwconv"),
@@ -58,13 +59,14 @@ OPERATIONS = (
     (r"model/ReduceMean", "pool"),
     (r"norm/\w+", "head norm"),
     (r"head(\.[\w.]+)?/\w+", "head"),
+    (r"flip_mean/\w+", "flip mean"),
 )
 ORDER = tuple(operation for _, operation in OPERATIONS)
 BIAS = " bias"
 
 STEM = "downsample_layers.0"
 BLOCK = re.compile(r"(downsample_layers\.\d+|stages\.\d+\.\d+)\b")
-HEAD = re.compile(r"norm/.+|head(\.[\w.]+)?/.+|model/ReduceMean")
+HEAD = re.compile(r"norm/.+|head(\.[\w.]+)?/.+|model/ReduceMean|flip_mean/.+")
 MOVES = re.compile(r".+/(Cast|Transpose|Reshape|Squeeze|Unsqueeze|Flatten|Concat|Pad)")
 NUMBER = re.compile(r"_\d+$")
 
@@ -277,6 +279,6 @@ def _operation(node: str) -> str:
 
 def _block(node: str) -> str:
     match = BLOCK.match(node)
-    if match:
-        return "stem" if match[0] == STEM else match[0]
+    if match or node == "model/Slice":
+        return match[0] if match and match[0] != STEM else "stem"
     return "head" if HEAD.fullmatch(node) else UNKNOWN

@@ -75,6 +75,8 @@ class Task(ABC):
         operators: how many operators of the counted kinds (Gelu, LayerNormalization, ReduceSum, AveragePool) the head
             adds to the exported graph.
         class_output: the output of class scores (N, num_classes), which labels are compared with; None without any.
+        allows_flip: an image and its left-right mirror have the same answer, so that their outputs can be averaged.
+        allows_temperature: the class scores are logits, and `deployed_modules` folds a temperature into them.
         prediction: the type of an answer, made with `path` and `error` for an image that cannot be read.
     """
 
@@ -82,6 +84,8 @@ class Task(ABC):
     levels: tuple[int, ...] = (3,)
     operators: Mapping[str, int] = MappingProxyType({})
     class_output: str | None = None
+    allows_flip: bool = False
+    allows_temperature: bool = False
     prediction: type[Prediction] = Prediction
 
     @abstractmethod
@@ -109,6 +113,15 @@ class Task(ABC):
         self, outputs: Mapping[str, Tensor], paths: Sequence[str], class_names: Sequence[str] | None, *, top: int
     ) -> list[Prediction]:
         """Turn finite outputs (N, ...) into an answer for each image; `top` limits how much of it is told."""
+
+    def check_allowed(self, spec: "DeploySpec") -> None:
+        """Raise InputError where a deployment asks for an answer that the task does not give."""
+        allowed = {"tta": self.allows_flip, "temperature": self.allows_temperature}
+        if refused := [f"{name} {value}" for name, value in spec.answer.items() if not allowed[name]]:
+            raise InputError(
+                f"The task {self.name} does not allow {' and '.join(refused)}: its outputs would mean something else. "
+                "Leave the option out."
+            )
 
     def gate(self, gate: Gate) -> Gate:
         """Return what the outputs are judged by, from the gate of their precision: by default that one."""

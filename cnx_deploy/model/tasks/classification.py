@@ -55,6 +55,8 @@ class Classification(Task):
     name = "classification"
     operators = MappingProxyType({"LayerNormalization": 1})
     class_output = "logits"
+    allows_flip = True
+    allows_temperature = True
     prediction = ClassPrediction
 
     def outputs(self, num_classes: int) -> tuple[OutputSpec, ...]:
@@ -71,8 +73,9 @@ class Classification(Task):
         return {"logits": network.head(network.norm(maps[3].mean(dim=(-2, -1))))}
 
     def deployed_modules(self, model: "ConvNeXtV2", spec: "DeploySpec") -> dict[str, nn.Module]:
-        """The norm's gain and shift are folded into the linear layer."""
-        dense, affine = doubles(model.head), doubles(model.norm)
+        """The norm's gain and shift are folded into the linear layer, and so is 1 / temperature."""
+        weight, bias = doubles(model.head)
+        dense, affine = (weight / spec.temperature, bias / spec.temperature), doubles(model.norm)
         if "head-affine" in spec.folds:
             return {"norm": TokenNorm(), "head": linear(*fold_affine_into_linear(*dense, *affine))}
         return {"norm": TokenNorm(*affine), "head": linear(*dense)}

@@ -163,7 +163,7 @@ class Network:
         """Where the weights are from: "random, seed 0"."""
         weights = self.model.weights
         label = {"random": "random, seed", "pretrained": "published,"}.get(weights.origin, weights.origin)
-        return f"{label} {weights.reference}"
+        return f"{label} {weights.reference}{f' (mean of {len(weights.soup)} files)' if weights.soup else ''}"
 
     def of_kind(self, kind: str) -> tuple[Entry, ...]:
         """Return the entries of one kind."""

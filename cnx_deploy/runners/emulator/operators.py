@@ -205,11 +205,11 @@ def _slice(inputs: Sequence[Tensor | None], _: Attributes) -> Tensor:
     axes = _ints(given) if given is not None else list(range(len(starts)))
     strides = _ints(steps) if steps is not None else [1] * len(axes)
     for axis, start, end, step in zip(axes, starts, ends, strides, strict=True):
-        if step < 1:
-            raise InputError(
-                f"A Slice with step {step} cannot be emulated; only positive steps can. Run it in ONNX Runtime."
-            )
-        tensor = tensor.movedim(axis, 0)[start:end:step].movedim(0, axis)
+        if not step:
+            raise InputError("A Slice with step 0 cannot be emulated; its step says how far to go. Export again.")
+        # Python's ranges clamp start and end as ONNX does, and torch's own slices take no negative step.
+        positions = torch.tensor(range(tensor.shape[axis])[start:end:step], dtype=torch.int64)
+        tensor = tensor.index_select(axis, positions)
     return tensor
 
 
