@@ -1,8 +1,9 @@
-"""Two ways of training compared under equal settings, over several seeds: mean, spread and every single result.
+"""Ways of training compared under equal settings, over several seeds: mean, spread and every single result.
 
 `compare.py v1-v2 DATA` trains ConvNeXt V1 and V2 of one size from scratch. `compare.py pretraining DATA` trains from
-scratch and from a masked pre-training on all training images, with a few labels a class. Runs that are finished are
-kept, so an interrupted comparison goes on where it was. Needs the extra `demo`, whose scikit-learn brings SciPy.
+scratch and from a masked pre-training on all training images, with a few labels a class. `compare.py uneven DATA` thins
+out every other class and trains with what `train` has for it. Runs that are finished are kept, so an interrupted
+comparison goes on where it was. Needs the extra `demo`, whose scikit-learn brings SciPy.
 """
 
 import json
@@ -26,12 +27,19 @@ from cnx_deploy.training.metrics import read_table
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 Sides = dict[str, list[list[float]]]
-"""The two ways of training: for each seed, the top-1 in percent of every epoch."""
+"""The ways of training, first what the others are compared with: for each seed, a figure in percent of every epoch."""
+UNEVEN: dict[str, dict[str, Any]] = {
+    "as they are": {},
+    "class weights": {"class_weights": "balanced"},
+    "balanced sampling": {"sampling": "balanced"},
+    "focal loss": {"loss": "focal"},
+}
+"""What `uneven` compares, as options of a request."""
 
 
 @click.group()
 def main() -> None:
-    """Compare two ways of training."""
+    """Compare ways of training."""
 
 
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,6 +103,30 @@ def pretraining(
     conclude(title, sides, settings, output_dir / "pretraining.json")
 
 
+@main.command()
+@shared_options
+@click.option("--variant", default="atto", show_default=True)
+@click.option("--rare", type=click.IntRange(min=1), default=5, show_default=True, help="Images of every other class.")
+@click.option("--common", type=click.IntRange(min=1), help="Images of the classes between [default: all].")
+@click.option("--epochs", type=int, default=30, show_default=True)
+def uneven(
+    data: Path, variant: str, seeds: int, rare: int, common: int | None, output_dir: Path, **settings: Any
+) -> None:
+    """Train with few images of every other class: as they are, weighed, drawn equally often, with the focal loss."""
+    dataset = find_dataset(data)
+    sides: Sides = {name: [] for name in UNEVEN}
+    for seed in range(seeds):
+        kept, few = dataset.train, few_labels(dataset, rare, seed=seed).train
+        many = kept if common is None else few_labels(dataset, common, seed=seed).train
+        chosen = {*few.paths, *(path for path, label in zip(many.paths, many.labels, strict=True) if label % 2 == 0)}
+        thinned = replace(dataset, train=kept.subset([at for at, path in enumerate(kept.paths) if path in chosen]))
+        for name, change in UNEVEN.items():
+            run_dir = output_dir / f"{name.replace(' ', '-')}-seed-{seed}"
+            sides[name].append(trained(spec_of(data, variant, seed, run_dir, **settings, **change), None, thinned))
+    title = f"{variant} on {data.name} with {rare} images of every other class"
+    conclude(title, sides, {**settings, "rare": rare, "common": common}, output_dir / "uneven.json")
+
+
 def spec_of(data: Path, variant: str, seed: int, run_dir: Path, **settings: Any) -> TrainingSpec:
     """The same request for both sides but for the network and the seed."""
     return spec_from_recipe(data, variant, label_smoothing=0.0, crop_ratio=1.0, seed=seed, run_dir=run_dir, **settings)
@@ -104,8 +136,7 @@ def trained(spec: TrainingSpec, init: Path | None = None, dataset: Any = None) -
     """Train, from weights or from scratch; gives the validation top-1 in percent of each epoch."""
 
     def run(spec: TrainingSpec, progress: TerminalProgress) -> Any:
-        loaded = None if init is None else initial_model(spec, init=init)
-        return train(spec, None if loaded is None else loaded.model, progress, dataset=dataset)
+        return train(spec, None if init is None else initial_model(spec, init=init), progress, dataset=dataset)
 
     table = finished(spec, run)
     top1 = read_table(table).get("val_top1_percent", [math.nan])
@@ -128,25 +159,30 @@ def finished(spec: Any, run: Callable[..., Any]) -> Path:
 
 
 def conclude(title: str, sides: Sides, settings: dict[str, Any], path: Path) -> None:
-    """Print every result, means and the paired difference with its 95 % interval; write them as JSON."""
-    (before, first), (after, second) = ((name, [run[-1] for run in runs]) for name, runs in sides.items())
-    each = [later - earlier for earlier, later in zip(first, second, strict=True)]
-    mean, student = statistics.mean(each), float(stats.t.ppf(0.975, len(each) - 1))
-    half = student * statistics.stdev(each) / math.sqrt(len(each))
+    """Print every result, means and the paired differences from the first with their 95 % intervals; write JSON."""
+    last = {name: [run[-1] for run in runs] for name, runs in sides.items()}
+    (before, first), *others = last.items()
     click.echo(f"{title}; top-1 % after the last epoch, {len(first)} seeds")
-    for name, last in ((before, first), (after, second)):
-        shown = ", ".join(f"{value:.2f}" for value in last)
-        click.echo(f"  {name:13} {statistics.mean(last):6.2f} ± {statistics.stdev(last):.2f}  ({shown})")
-    told = f"{after if mean > 0 else before} is better" if abs(mean) > half else "no difference shown"
-    click.echo(f"  difference    {mean:+6.2f} ± {half:.2f} (95 % of the mean, paired by seed): {told}")
+    width = max(13, *map(len, last))
+    for name, values in last.items():
+        shown = ", ".join(f"{value:.2f}" for value in values)
+        click.echo(f"  {name:{width}} {statistics.mean(values):6.2f} ± {statistics.stdev(values):.2f}  ({shown})")
+    differences = []
+    for after, values in others:
+        each = [later - earlier for earlier, later in zip(first, values, strict=True)]
+        mean, student = statistics.mean(each), float(stats.t.ppf(0.975, len(each) - 1))
+        half = student * statistics.stdev(each) / math.sqrt(len(each))
+        differences.append({"mean": mean, "half_width_95": half, "each": each})
+        told = f"{after if mean > 0 else before} is better" if abs(mean) > half else "no difference shown"
+        of = "difference" if len(others) == 1 else after
+        click.echo(f"  {of:{width}} {mean:+6.2f} ± {half:.2f} (95 % of the mean, paired by seed): {told}")
     document = {
         "title": title,
         "settings": settings,
         "sides": [
-            {"name": name, "last": [run[-1] for run in runs], "best": [max(run) for run in runs]}
-            for name, runs in sides.items()
+            {"name": name, "last": last[name], "best": [max(run) for run in runs]} for name, runs in sides.items()
         ],
-        "difference": {"mean": mean, "half_width_95": half, "each": each},
+        **({"difference": differences[0]} if len(others) == 1 else {"differences": differences}),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=2) + "\n")

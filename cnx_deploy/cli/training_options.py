@@ -19,8 +19,8 @@ SECTIONS = {
         "clip_norm",
     ),
     "Images": (
-        "image_size", "mean", "std", "crop_ratio", "crop_mode", "interpolation", "white_level", "image_folder",
-        "no_image_check",
+        "image_size", "in_chans", "mean", "std", "crop_ratio", "crop_mode", "interpolation", "white_level",
+        "image_folder", "no_image_check",
     ),
     "Augmentation and regularisation": (
         "min_crop_area", "flip", "randaugment_magnitude", "erasing_probability", "mixup_alpha", "cutmix_alpha",

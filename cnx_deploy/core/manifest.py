@@ -29,7 +29,8 @@ __all__ = [
     "MAX_MANIFEST_BYTES", "SCHEMA_VERSION", "SUFFIXES", "Artifact", "ArtifactKind", "Batches", "Compiled",
     "Count", "EngineFacts", "EngineManifest", "EngineRequest", "FileRecord", "Grouping", "Kernel", "KernelTotal",
     "Manifest", "ModelRecord", "OnnxFacts", "OnnxManifest", "OnnxRequest", "Positive", "Sha256", "SoupFile",
-    "TensorSpec", "Timestamp", "TypeCensus", "WeightsRecord", "json_schema", "manifest_from_json", "relative_reference",
+    "TensorSpec", "Timestamp", "TrainingOptions", "TypeCensus", "WeightsRecord", "json_schema", "manifest_from_json",
+    "relative_reference",
 ]  # fmt: skip
 
 SCHEMA_VERSION: Literal[2] = 2
@@ -49,6 +50,8 @@ Target = Annotated[str, msgspec.Meta(pattern="^(current|sm[0-9]{2,3})$(?!\\n)")]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 BatchSize = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 Batches = tuple[BatchSize, BatchSize, BatchSize]
+TrainingOptions = dict[str, str | float | dict[str, float]]
+"""Options of `training.spec.TrainingSpec` by name; weights of classes by the name of the class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,7 @@ class ModelRecord:
     `head_is_new`: the head was drawn at random when the weights were loaded, because the classes differed.
     `task`: what the network is for, a word of `model.tasks`. `origins`: where class names and fields of the
     preprocessing of trained weights were read, by name: a file, an entry of the checkpoint, "option" or "assumed".
+    `training`: class weights, sampling and loss that the weights were trained with, where they are not the usual ones.
     """
 
     variant: str
@@ -130,6 +134,7 @@ class ModelRecord:
     head_is_new: bool = False
     task: PlainName = "classification"
     origins: dict[str, str] = field(default_factory=dict)
+    training: TrainingOptions = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", canonical_size(self.image_size))
@@ -356,7 +361,7 @@ class Manifest:
         # Fields that were added since version 2 are written where they are not the default: earlier bytes stay.
         weights, deploy = plain["model"]["weights"], plain["request"].get("onnx", plain["request"])["deploy"]
         later: list[tuple[dict[str, Any], Mapping[str, Any]]] = [
-            (plain["model"], {"origins": {}}),
+            (plain["model"], {"origins": {}, "training": {}}),
             *((record, {"entry": None, "soup": ()}) for record in (weights, *weights["soup"])),
             (deploy, {"size_range": None, **ANSWER_DEFAULTS}),
         ]

@@ -21,9 +21,9 @@ from cnx_deploy.core.class_names import ClassNames, check_class_count, names_of
 from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, DiskFullError, InputError
 from cnx_deploy.core.files import whole_file
 from cnx_deploy.core.image_size import ImageSize
-from cnx_deploy.core.manifest import SoupFile, WeightsRecord
+from cnx_deploy.core.manifest import SoupFile, TrainingOptions, WeightsRecord
 from cnx_deploy.core.preprocessing import ASSUMED, MAX_CHANNELS, PerChannel, Preprocessing, given_per_channel
-from cnx_deploy.core.strict_json import shortened
+from cnx_deploy.core.strict_json import shortened, typed
 from cnx_deploy.core.variants import ALL_VARIANTS, VARIANTS, Variant, find_variant
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model, random_model
 from cnx_deploy.model.layouts import (
@@ -79,7 +79,7 @@ class LoadedModel:
     head_is_new: bool = False
     notes: tuple[str, ...] = ()
     problem: str | None = None
-    training: Mapping[str, Any] = field(default_factory=dict)
+    training: TrainingOptions = field(default_factory=dict)
 
     def told_of_images(self) -> tuple[str, ...]:
         """Say where class names and preprocessing were read, and what is assumed; InputError for a `problem`."""
@@ -514,13 +514,21 @@ def _check_header_types(header: Mapping[str, Any], path: Path) -> None:
         "licence": (isinstance(licence, str), "a text"),
         "task": (isinstance(header.get("task", ""), str), "a text"),
         "preprocessing": (preprocessing is None or isinstance(preprocessing, dict), "an object"),
-        "training": (isinstance(header.get("training", {}), dict), "an object"),
+        "training": (_fits(header.get("training", {}), TrainingOptions), "words, numbers and weights by class"),
     }
     for name, (holds, what) in expected.items():
         if not holds:
             raise CorruptArtifactError(
                 f"{path} has {header.get(name)!r:.80} as {name} in its header, expected {what}. Write it again."
             )
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    try:
+        typed(value, kind)
+    except ValueError:
+        return False
+    return True
 
 
 def _config_of(file: WeightFile, path: Path) -> tuple[SourceConfig, str | None]:

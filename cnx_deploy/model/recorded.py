@@ -29,6 +29,7 @@ def model_record(loaded: LoadedModel, preprocessing: Preprocessing, manifest_dir
         head_is_new=loaded.head_is_new,
         task=loaded.model.task.name,
         origins=dict(loaded.origins),
+        training=dict(loaded.training),
     )
 
 

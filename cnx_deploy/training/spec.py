@@ -191,8 +191,9 @@ class TrainingSpec(RunSpec):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_weights", named_weights(self.class_weights))
-        for name in ("mean", "std"):  # a list is the same request
-            object.__setattr__(self, name, getattr(self, name) and tuple(getattr(self, name)))
+        for name in ("mean", "std"):
+            if isinstance(value := getattr(self, name), list):  # is the same request, and a tuple can be hashed
+                object.__setattr__(self, name, tuple(value))
         _ = self.preprocessing, self.network  # their own checks
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:

@@ -290,6 +290,7 @@ def _manifest_facts(artifact: Artifact) -> dict[str, Any]:
         "classes": model.num_classes,
         "image_size": model.image_size if isinstance(model.image_size, int) else size_text(model.image_size),
         **_told(model.class_names, model.preprocessing, model.origins),
+        **({"training": dict(model.training)} if model.training else {}),
         "precision": manifest.precision.name,
         **manifest.deploy.answer,
         "weights": {name: getattr(model.weights, name) for name in ("origin", "reference", "sha256")},

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,3 +99,28 @@ def test_few_labels_from_scratch_and_from_pre_training_see_the_same_images(compa
     assert [(seed, started) for seed, _, started in seen] == [(0, False), (0, True), (1, False), (1, True)]
     assert seen[0][1] == seen[1][1] != seen[2][1]
     assert len(seen[0][1]) == 4
+
+
+@pytest.mark.slow
+def test_every_other_class_is_thinned_out_alike_for_each_way_of_training(compare, tmp_path, monkeypatch):
+    data, seen = write_colours(tmp_path / "colours", train=5), []
+    trained = compare.train
+
+    def noted(spec, initial, progress, dataset):
+        seen.append((spec, Counter(dataset.train.labels), dataset.train.paths))
+        return trained(spec, initial, progress, dataset=dataset)
+
+    monkeypatch.setattr(compare, "train", noted)
+    words = ["uneven", str(data), "--seeds", "2", "--rare", "2", "--epochs", "1", "--image-size", "32"]
+    done = CliRunner().invoke(
+        compare.main, [*words, "--output-dir", str(tmp_path / "compared")], catch_exceptions=False
+    )
+    assert done.exit_code == 0
+    assert {tuple(sorted(counts.items())) for _, counts, _ in seen} == {((0, 5), (1, 2))}
+    first, second = seen[: len(compare.UNEVEN)], seen[len(compare.UNEVEN) :]
+    assert [spec.balancing for spec, *_ in first] == [spec.balancing for spec, *_ in second]
+    assert len({paths for *_, paths in first}) == len({paths for *_, paths in second}) == 1
+    assert first[0][2] != second[0][2]
+    found = json.loads((tmp_path / "compared" / "uneven.json").read_text())
+    assert [side["name"] for side in found["sides"]] == list(compare.UNEVEN)
+    assert len(found["differences"]) == len(compare.UNEVEN) - 1

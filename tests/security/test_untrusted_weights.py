@@ -223,7 +223,16 @@ def test_fuzz_our_entry_of_a_header_is_read_or_corrupt(tmp_path: Path, own: str)
     result_or_error(lambda: read_weight_file(path), CheckpointError if own == "{}" else CorruptArtifactError)
 
 
-@pytest.mark.parametrize(("name", "value"), [("class_names", [1] * 10), ("licence", None), ("preprocessing", "none")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("class_names", [1] * 10),
+        ("licence", None),
+        ("preprocessing", "none"),
+        ("training", []),
+        ("training", {"loss": []}),
+    ],
+)
 def test_an_entry_of_ours_with_another_type_is_corrupt(tiny_model, tmp_path, name, value):
     path = save_checkpoint(tmp_path / "ours.safetensors", tiny_model, class_names=[f"c{at}" for at in range(10)])
     own = json.dumps({**read_weight_file(path).metadata, name: value})

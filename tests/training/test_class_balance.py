@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.utils.class_weight import compute_class_weight
 
+import cnx_deploy as cnx
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.manifest import manifest_from_json
 from cnx_deploy.data import find_dataset
 from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.model.checkpoint import load_checkpoint
@@ -309,6 +311,12 @@ def test_records_have_the_options_off_their_default_alone(spec, plain):
     assert after["weight_by_class"]["light"] == pytest.approx(8 * after["weight_by_class"]["dark"])
     assert load_checkpoint(plain.best).training == {}
     assert load_checkpoint(result.best).training == {**given, "focal_gamma": 2.0}
+    for run, expected in ((plain, {}), (result, {**given, "focal_gamma": 2.0})):
+        words = {"checkpoint": run.best, "image_size": 32, "precision": "fp32", "no_verify": True}
+        manifest = cnx.export("tiny-test", output_dir=run.run_dir / "export", **words).manifest
+        assert manifest.model.training == expected
+        assert ("training" in json.loads(manifest.to_json())["model"]) is bool(expected)
+        assert manifest_from_json(manifest.to_json().encode()).model == manifest.model
 
 
 def test_what_weights_and_sampling_come_to_is_said(shades, tiny_variant):

@@ -107,22 +107,9 @@ def test_train_takes_uneven_classes_and_says_what_it_does_and_what_weights_bring
     weights = save_checkpoint(
         tmp_path / "half.safetensors", random_model("atto", 2), preprocessing=Preprocessing(32, std=(0.5, 0.5, 0.5))
     )
-    words = (
-        "--epochs",
-        1,
-        "--loss",
-        "focal",
-        "--init",
-        weights,
-        "--mean",
-        0.4,
-        0.5,
-        0.6,
-        "--run-dir",
-        tmp_path / "run",
-    )
+    words = ("--epochs", 1, "--loss", "focal", "--init", weights, "--mean", "0.4,0.5,0.6")
     (tmp_path / "weights.txt").write_text("red=6\nblue=1\n")
-    done = invoke(train, uneven, *words, "--class-weights", tmp_path / "weights.txt")
+    done = invoke(train, uneven, *words, "--class-weights", tmp_path / "weights.txt", "--run-dir", tmp_path / "run")
     assert "Class weights: from 0.722 (blue) to 4.33 (red)" in done.stderr
     assert "Note: pixels have std (0.5, 0.5, 0.5) as the weights do (header); --std would say otherwise" in done.stderr
     assert "Warning" not in done.stderr

@@ -211,9 +211,12 @@ spec = replace(spec, launch=launch, batch_size=spec.batch_size // launch.process
 (train if isinstance(spec, TrainingSpec) else pretrain)(spec, progress=Tell())
 """
 DETERMINED = {
-    train: {"optimizer": "sgd", "learning_rate": 0.05, "ema_decay": 0.9, "drop_path_rate": 0.0, "mixup_alpha": 0.0},
+    train: {
+        "optimizer": "sgd", "learning_rate": 0.05, "ema_decay": 0.9, "drop_path_rate": 0.0, "mixup_alpha": 0.0,
+        "class_weights": {"blue": 1.0, "red": 3.0}, "sampling": "balanced", "loss": "focal",
+    },
     pretrain: {"learning_rate": 1e-3},
-}
+}  # fmt: skip
 """What makes an epoch the same for one process and two: nothing is drawn by each process for itself."""
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import cnx_deploy as cnx
 from cnx_deploy.core.errors import CheckpointError, InputError
 from cnx_deploy.core.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from cnx_deploy.core.system import cpu_count
@@ -337,12 +338,23 @@ def test_weights_of_imagenets_mean_leave_the_records_as_they_are(spec, tmp_path)
         assert (started.run_dir / name).read_bytes() == (given.run_dir / name).read_bytes()
 
 
-def test_the_licence_of_loaded_weights_is_kept(spec, tmp_path):
-    path = save_checkpoint(tmp_path / "a.safetensors", random_model(spec.network, 2), licence="CC-BY-NC-4.0")
-    assert load_checkpoint(train(spec, initial_model(spec, init=path)).last).weights.licence == "CC-BY-NC-4.0"
+def test_the_python_api_starts_from_weights_keeps_their_licence_and_tells_what_they_bring(spec, tmp_path):
+    path, told = tmp_path / "a.safetensors", []
+    save_checkpoint(
+        path, random_model(spec.network, 2), preprocessing=Preprocessing(64, std=HALF), licence="CC-BY-NC-4.0"
+    )
+    words = {"epochs": 1, "image_size": 32, "learning_rate": 1e-12, "output_dir": str(tmp_path / "runs")}
+    result = cnx.train(str(spec.data), "tiny-test", init=str(path), class_weights="balanced", note=told.append, **words)
+    loaded = load_checkpoint(result.last)
+    assert (loaded.weights.licence, loaded.preprocessing.std) == ("CC-BY-NC-4.0", HALF)
+    assert difference(result.last, path) < 1e-6
+    assert any("std (0.5, 0.5, 0.5) as the weights do" in text for text in told)
+    assert any("Class weights: from 1 (" in text for text in told)
 
 
 def test_how_evaluation_images_are_made_is_recorded_with_the_weights(spec):
+    for mean in (0.5, [0.5, 0.5, 0.5], HALF):
+        assert dataclasses.replace(spec, mean=mean).preprocessing.mean == HALF
     given = {"mean": HALF, "std": HALF, "interpolation": "bilinear", "crop_mode": "border"}
     result = train(dataclasses.replace(spec, **given))
     assert load_checkpoint(result.best).preprocessing == Preprocessing(32, **given)
