@@ -72,6 +72,12 @@ def parse_image_sizes(text: str) -> ImageSize | ImageSizes:
 
 def check_size_range(limits: SizeRange, typical: ImageSize) -> None:
     """Raise InputError unless both sides of `typical` lie between those of the smallest and the largest size."""
+    pairs = zip(*map(sides, limits), strict=True)
+    if any(low != high <= 2 * STRIDE for low, high in pairs):
+        raise InputError(
+            f"The largest image size is {size_text(limits[1])}: an open side needs more than {2 * STRIDE} pixels there. "
+            "Leave more open, or export for one size."
+        )
     if not in_range(typical, limits) or sides(limits[0]) == sides(limits[1]):
         raise InputError(
             f"The image sizes {size_text(limits[0])}, {size_text(typical)} and {size_text(limits[1])} do not rise: "

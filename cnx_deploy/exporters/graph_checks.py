@@ -198,6 +198,7 @@ def check_export(
     norm_on_patches: bool = False,
     open_size: bool = False,
     mirrored_axes: tuple[int, ...] = (),
+    image_shape: tuple[int | str, ...] | None = None,
 ) -> GraphFacts:
     """Check a file that `exporters.onnx` wrote, on top of `check_graph`.
 
@@ -215,6 +216,7 @@ def check_export(
         head_operators: the counted operators that the task's head adds, as `model.tasks.base.Task` describes.
         leave_out: folds that the export was to leave out.
         norm_on_patches: whether the stem's norm is a sum over the patches' channels.
+        image_shape: the axes of the input after the batch, open ones by name; None: not checked.
         open_size: whether height and width are open: GRN's statistic is then a sum in either layout.
         mirrored_axes: the images' width where the export averages over the mirrored images, else nothing.
 
@@ -244,6 +246,9 @@ def check_export(
     batch_axis = "batch" if batch[0] != batch[2] else batch[0]
     if list(facts.inputs) != ["images"]:
         problems.append(f"one input 'images' expected, found {list(facts.inputs)}")
+    for name, (_, shape) in facts.inputs.items():
+        if image_shape is not None and tuple(shape[1:]) != image_shape:
+            problems.append(f"images of {image_shape} expected, {name} takes {tuple(shape[1:])}")
     promised = {spec.name: ("FLOAT", (batch_axis, *spec.shape)) for spec in outputs}
     if list(facts.outputs.items()) != list(promised.items()):
         problems.append(f"outputs {promised} expected, found {dict(facts.outputs)}")

@@ -20,7 +20,7 @@ from cnx_deploy.core.artifacts import artifact_stem, is_onnx, reusable_artifact,
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import ExportError, InputError, OutputExistsError
 from cnx_deploy.core.gates import ParityResult
-from cnx_deploy.core.image_size import sides
+from cnx_deploy.core.image_size import STRIDE, sides
 from cnx_deploy.core.manifest import Artifact, ModelRecord, OnnxFacts, OnnxManifest, OnnxRequest, TensorSpec
 from cnx_deploy.core.precision import exportable_precisions
 from cnx_deploy.core.preprocessing import ASSUMED
@@ -108,6 +108,7 @@ def export_onnx(
             opset=spec.opset,
             leave_out=spec.deploy.leave_out,
             open_size=spec.deploy.size_range is not None,
+            image_shape=_image_shape(spec.deploy),
             norm_on_patches=norm_on_patches,
             mirrored_axes=() if spec.deploy.tta is None else (spec.deploy.width_axis,),
             outputs=outputs,
@@ -150,7 +151,7 @@ def _graph_from_module(module: DeployedConvNeXtV2, spec: ExportSpec) -> ir.Model
     # torch specialises an example batch of 1 on some versions; 2 stays symbolic on all.
     example_batch = max(smallest, 2) if dynamic else smallest
     inputs = InputSpec.of(spec.deploy)
-    example = torch.zeros(inputs.shape(example_batch), dtype=inputs.dtype)
+    size = spec.deploy.image_size
     axes: dict[int, torch.export.Dim] = {}
     if dynamic:
         axes[0] = torch.export.Dim("batch", min=smallest, max=largest)
@@ -159,6 +160,11 @@ def _graph_from_module(module: DeployedConvNeXtV2, spec: ExportSpec) -> ir.Model
         for axis, name, low, high in zip((0, 1), ("height", "width"), *map(sides, spec.deploy.size_range), strict=True):
             if low != high:
                 axes[first + axis] = torch.export.Dim(name, min=low, max=high)
+        # torch takes a side of one position in the last stage for a constant: the example has two.
+        both = zip(sides(size), *map(sides, spec.deploy.size_range), strict=True)
+        height, width = (side if low == high else max(2 * STRIDE, side) for side, low, high in both)
+        size = (height, width)
+    example = torch.zeros(inputs.shape(example_batch, size), dtype=inputs.dtype)
     try:
         with _quiet_exporter():
             program = torch.onnx.export(
@@ -179,6 +185,18 @@ def _graph_from_module(module: DeployedConvNeXtV2, spec: ExportSpec) -> ir.Model
             "constraints.txt."
         )
     return program.model
+
+
+def _image_shape(deploy: DeploySpec) -> tuple[int | str, ...]:
+    """The input's axes after the batch: open sides by name."""
+    shape: list[int | str] = list(InputSpec.of(deploy).shape(1)[1:])
+    first = 0 if deploy.input_kind == "uint8" else 1
+    for axis, name, low, high in zip(
+        (0, 1), ("height", "width"), *map(sides, deploy.size_range or (32, 32)), strict=True
+    ):
+        if low != high:
+            shape[first + axis] = name
+    return tuple(shape)
 
 
 def _write(graph: ir.Model, record: ModelRecord, spec: ExportSpec, path: Path) -> None:

@@ -22,7 +22,7 @@ from cnx_deploy.model.checkpoint import save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.model.deploy import deploy_form
 
-RANGE = (40, 64, (96, 130))
+RANGE = (32, 40, (70, 65))
 
 
 @pytest.fixture(scope="module")
@@ -53,37 +53,37 @@ def test_the_form_is_exact_in_float64_at_every_size(tiny_v1_variant, version, in
 
 def test_a_file_of_open_sizes_computes_no_shapes_and_says_its_range(open_file):
     model = onnx.load(open_file.path)
-    assert open_file.path.name == "tiny-test-40-64-96x130-fp16.onnx"
+    assert open_file.path.name == "tiny-test-32-40-70x65-fp16.onnx"
     axes = model.graph.input[0].type.tensor_type.shape.dim
     assert [axis.dim_param or axis.dim_value for axis in axes] == ["batch", 3, "height", "width"]
     assert {node.op_type for node in model.graph.node}.isdisjoint({"Shape", "Reshape", "Slice", "Range", "Gather"})
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    assert metadata["cnx_deploy.image_size"] == "40:64:96x130"
+    assert metadata["cnx_deploy.image_size"] == "32:40:70x65"
     manifest = json.loads(open_file.path.with_suffix(".json").read_text())
-    assert manifest["request"]["deploy"]["size_range"] == [40, [96, 130]]
-    assert manifest["model"]["image_size"] == 64
+    assert manifest["request"]["deploy"]["size_range"] == [32, [70, 65]]
+    assert manifest["model"]["image_size"] == 40
 
 
 def test_verify_judges_the_ends_too(open_file):
     report = cnx_api.verify(open_file)
     assert report.passed
-    for end in ("emulator fp16 at 40 px", "emulator fp16 at 96x130 px"):
+    for end in ("emulator fp16 at 32 px", "emulator fp16 at 70x65 px"):
         assert end in str(report)
 
 
 def test_any_size_of_the_range_is_predicted_with_the_numbers_of_pytorch(open_file):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (150, 120, 3), dtype=np.uint8))
     model = random_model("tiny-test", 10, seed=0)
-    for size in (None, 40, (75, 101), (96, 130)):
+    for size in (None, 32, (37, 51), (70, 65)):
         with cnx_api.load(open_file, image_size=size) as opened:
             (batch,) = opened_batches(opened, picture)
             found = opened.runner.run(batch)["logits"]
         with torch.no_grad():
             expected = model(normalise(batch, Preprocessing()))
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-2)
-        assert list(batch.shape[2:]) == list((size, size) if isinstance(size, int) else size or (64, 64))
-    for size in (39, (40, 131), 224):
-        with pytest.raises(InputError, match="40 to 96x130"):
+        assert list(batch.shape[2:]) == list((size, size) if isinstance(size, int) else size or (40, 40))
+    for size in (71, (40, 66), 224):
+        with pytest.raises(InputError, match="32 to 70x65"):
             cnx_api.load(open_file, image_size=size)
 
 
@@ -113,7 +113,9 @@ def test_a_batch_is_checked_against_the_range():
         check_input(torch.zeros(5, 3, 64, 64), spec)
 
 
-@pytest.mark.parametrize("text", ["64:40:96", "64:64:64", "64:96", "1:2:3", "64:96:x", "40x90:64:96", "a:b:c"])
+@pytest.mark.parametrize(
+    "text", ["64:40:96", "64:64:64", "32:40:48", "64:96", "1:2:3", "64:96:x", "40x90:64:96", "a:b:c"]
+)
 def test_what_is_no_range_is_refused(text):
     with pytest.raises(InputError):
         parse_image_sizes(text)
@@ -131,9 +133,9 @@ def test_profiles_span_batches_and_sizes_and_a_file_without_a_range_is_refused(o
     build = NetworkBuild(backend, open_file.path)
     config = build.config("sm89", allow_tf32=False, batches=((1, 2, 4),))
     assert config.num_optimization_profiles == 1
-    assert build._shapes((-1, 3, -1, -1), (1, 2, 4)) == [(1, 3, 40, 40), (2, 3, 64, 64), (4, 3, 96, 130)]
+    assert build._shapes((-1, 3, -1, -1), (1, 2, 4)) == [(1, 3, 32, 32), (2, 3, 40, 40), (4, 3, 70, 65)]
     build.fix_batch(2)
-    assert tuple(build.network.get_input(0).shape) == (2, 3, 64, 64)
+    assert tuple(build.network.get_input(0).shape) == (2, 3, 40, 40)
     model = onnx.load(open_file.path)
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "bare.onnx")

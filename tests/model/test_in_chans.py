@@ -71,7 +71,7 @@ def test_three_are_three_and_other_counts_are_not_adapted(tmp_path, rgb):
             create_model("tiny-test", in_chans=count)
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("count", [1, 4, 16])
 @pytest.mark.parametrize("input_kind", ["float", "uint8"])
 @pytest.mark.parametrize("layout", ["gpu", "cpu"])
 def test_the_deploy_form_is_exact_in_float64(count, input_kind, layout):
