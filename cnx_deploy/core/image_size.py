@@ -75,7 +75,7 @@ def check_size_range(limits: SizeRange, typical: ImageSize) -> None:
     pairs = zip(*map(sides, limits), strict=True)
     if any(low != high <= 2 * STRIDE for low, high in pairs):
         raise InputError(
-            f"The largest image size is {size_text(limits[1])}: an open side needs more than {2 * STRIDE} pixels there. "
+            f"The largest image size is {size_text(limits[1])}: an open side needs more than {2 * STRIDE} there. "
             "Leave more open, or export for one size."
         )
     if not in_range(typical, limits) or sides(limits[0]) == sides(limits[1]):
