@@ -53,7 +53,7 @@ def test_an_export_takes_names_for_its_classes_from_a_list_or_a_file(tiny_model,
     weights = save_checkpoint(tmp_path / "tiny.safetensors", tiny_model, preprocessing=Preprocessing(32))
     names = tuple(f"class {index}" for index in range(10))
     (tmp_path / "names.json").write_text(json.dumps({"id2label": dict(enumerate(names))}))
-    words = {"checkpoint": weights, "precision": "fp32", "no_verify": True}
+    words = {"checkpoint": weights, "precision": "fp32", "batch": (1, 1, 1), "no_verify": True}
     made = cnx.export("tiny-test", output_dir=tmp_path / "file", class_names=str(tmp_path / "names.json"), **words)
     assert made.manifest.model.class_names == names
     with cnx.load(made) as model, cnx.load(weights, class_names=names) as checkpoint:

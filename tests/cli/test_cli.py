@@ -278,8 +278,11 @@ def test_engine_unsigned_or_unlisted_is_refused_by_predict(cnx, project):
 
 @pytest.mark.skipif(not package_version("tensorrt-rtx"), reason="tensorrt-rtx is not installed")
 @pytest.mark.skipif(bool(find_gpus()), reason="has a GPU, where an engine would run")
-def test_no_gpu_behaviour_is_exit_code_5_where_a_gpu_is_needed(cnx, project):
-    code, out, _ = cnx("build-trt", "--target", "sm89", "--runtime", "tensorrt-rtx")
+def test_no_gpu_behaviour_is_exit_code_5_where_a_gpu_is_needed(cnx, project, tiny_engine):
+    """The command finds the shared engine made: a build takes seconds."""
+    copy_artifact(tiny_engine, project / "engines")
+    words = ("--target", "rtx4090", "--runtime", "tensorrt-rtx", "--batch", "1", "--batch", "1:4:8")
+    code, out, _ = cnx("build-trt", "export/tiny-test-32-fp16.onnx", *words)
     assert (code, out) == (0, "engines/tiny-test-32-fp16-rtx-sm89.engine\n")
     for words in (("verify", out.strip()), ("predict", out.strip(), "images"), ("build-trt", "--target", "current")):
         code, printed, err = cnx(*words, "--json")

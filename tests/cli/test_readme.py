@@ -90,6 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.mark.usefixtures("quick_timing")
 @pytest.mark.parametrize("code", PYTHON_BLOCKS)
 def test_the_pages_python_runs_as_it_is_written(
     code: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

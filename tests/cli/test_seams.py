@@ -36,7 +36,7 @@ def half_opset_21(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cnx.Arti
     )
     register_precision(row)
     folder = tmp_path_factory.mktemp("precision")
-    words = {"image_size": 32, "num_classes": 10, "batch": (1, 2, 4)}
+    words = {"image_size": 32, "num_classes": 10, "batch": (1, 1, 1)}
     yield cnx.export("tiny-test", precision="half21", output_dir=folder, **words)
     del PRECISIONS["half21"]
 

@@ -121,7 +121,11 @@ def test_units_and_their_parts_are_all_that_can_be_kept_in_order_of_depth() -> N
 # On the form
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault",
+    [fault if fault in ("hidden", "head", "two", "run and block") else pytest.param(fault, marks=pytest.mark.slow)
+     for fault in FAULTS],
+)  # fmt: skip
 def test_a_planted_fault_is_found_by_name_and_nothing_of_it_can_be_spared(fault: str) -> None:
     _, expected, units = FAULTS[fault]
     tried = tried_on(case_with(faulty(fault)))

@@ -180,6 +180,46 @@ def test_an_export_of_another_request_is_refused(tiny_onnx_fp32, tiny_variant, l
         check_export(tiny_onnx_fp32.path, variant=tiny_variant, layout=layout, batch=batch, opset=opset, **HEAD)
 
 
+def planted(model, operator, attribute):
+    """Give the attribute of the first node of an operator another value."""
+    node = next(node for node in model.graph.node if node.op_type == operator)
+    kept = [each for each in node.attribute if each.name != attribute.name]
+    del node.attribute[:]
+    node.attribute.extend([*kept, attribute])
+
+
+@pytest.mark.parametrize(
+    ("plant", "problem"),
+    [
+        (
+            lambda model: planted(model, "LayerNormalization", helper.make_attribute("epsilon", 1e-5)),
+            "every epsilon is 1e-06, found 1e-05",
+        ),
+        (lambda model: planted(model, "Gelu", helper.make_attribute("approximate", "tanh")), "Gelu by erf expected"),
+    ],
+    ids=["epsilon", "GELU"],
+)
+def test_what_no_logits_show_is_read_from_the_graph(tmp_path, tiny_onnx_fp32, tiny_variant, plant, problem):
+    model = onnx.load(tiny_onnx_fp32.path)
+    plant(model)
+    onnx.save(model, tmp_path / "planted.onnx")
+    with pytest.raises(GraphCheckError, match=problem):
+        check_export(tmp_path / "planted.onnx", variant=tiny_variant, layout="cpu", batch=(1, 4, 8), opset=20, **HEAD)
+
+
+def test_an_islands_statistic_in_half_is_refused_by_the_name_of_its_module(tmp_path, tiny_onnx_fp16, tiny_variant):
+    """The cast that widens the hidden tensor of GRN is taken out."""
+    model = onnx.load(tiny_onnx_fp16.path)
+    grn = [node for node in model.graph.node if node.name.startswith("stages.0.0.grn/")]
+    for node in grn:
+        if node.op_type == "Cast":
+            node.attribute[0].i = TensorProto.FLOAT16
+    del model.graph.value_info[:]
+    onnx.save(model, tmp_path / "half.onnx")
+    with pytest.raises((GraphCheckError, CorruptArtifactError), match=r"stages\.0\.0\.grn/"):
+        check_export(tmp_path / "half.onnx", variant=tiny_variant, layout="gpu", batch=(1, 4, 8), opset=20, **HEAD)
+
+
 def test_a_fixed_batch_where_a_range_was_asked_for_is_named(tmp_path, tiny_variant):
     path = saved(tmp_path / "fixed.onnx", [helper.make_node("Relu", ["images"], ["logits"])], batch=4)
     with pytest.raises(GraphCheckError, match="first axis of images is 4, not 'batch'"):

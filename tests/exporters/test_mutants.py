@@ -129,14 +129,13 @@ MUTANTS: dict[str, tuple[Patch, str]] = {
 """The fault, and what the refusal says."""
 
 
-QUICK = ("eps 1e-5",)
-"""The rest take half a minute more. tests/model/test_tasks.py has a fault that the logits alone show."""
+# Each is an export. tests/model/test_tasks.py has one that is refused by its logits, test_graph_checks.py beside this
+# file the checks of written graphs.
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("precision", ["fp16", pytest.param("fp32", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in MUTANTS]
-)
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+@pytest.mark.parametrize("name", MUTANTS)
 def test_parity_detects_broken_grn_and_other_faults_at_export(
     tiny_variant, tmp_path, monkeypatch, name, precision
 ) -> None:
@@ -154,13 +153,11 @@ def test_parity_fp16_stress_no_overflow_an_island_removed_is_refused(tiny_varian
         export(tiny_variant, DeploySpec("fp16", SIZE), tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_without_a_fault_the_same_export_is_accepted(tiny_variant, tmp_path, precision) -> None:
     assert export(tiny_variant, DeploySpec(precision, SIZE), tmp_path).is_file()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("share_of", [no_gamma, norm_over_batch, mean_over_positions])
 def test_what_the_graph_check_sees_the_comparison_sees_too(tiny_variant, tmp_path, monkeypatch, share_of) -> None:
     """The operator counts of a mutant may give it away; the logits have to as well."""

@@ -51,7 +51,7 @@ def with_a_norm_in_half(artifact: Artifact, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("target", ["sm86", "sm120"])
+@pytest.mark.parametrize("target", [pytest.param("sm86", marks=pytest.mark.slow), "sm120"])
 def test_no_gpu_behaviour_builds_an_engine_for_each_target(
     tiny_onnx_fp16: Artifact, tmp_path: Path, target: str
 ) -> None:
@@ -266,10 +266,10 @@ def test_an_engine_is_not_built_from_an_engine(tiny_engine: Artifact, tmp_path: 
 def test_progress_is_told_while_the_compiler_works(tiny_onnx_fp16: Artifact) -> None:
     told: list[str] = []
     with network._ticking(lambda text, share: told.append(text), "file.onnx"):
-        time.sleep(1.2)
+        time.sleep(0.6)
     count = len(told)
     assert count >= 1
-    time.sleep(0.7)
+    time.sleep(0.6)
     assert len(told) == count, "the ticker has stopped"
 
 

@@ -30,7 +30,7 @@ SIZE = 32
 def exported(model: ConvNeXtV2, spec: DeploySpec, folder: Path) -> Artifact:
     weights = WeightsRecord("random", "0", "0" * 64, "none (random weights)")
     record = ModelRecord("tiny-test", model.num_classes, spec.image_size, weights, Preprocessing())
-    return export_onnx(model, record, ExportSpec(deploy=spec, batch=(1, 2, 4)), folder)
+    return export_onnx(model, record, ExportSpec(deploy=spec, batch=(2, 2, 2)), folder)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_a_bf16_engine_is_built_for_ampere_and_refused_for_turing(bf16, tmp_path
 
 
 def test_an_engine_of_a_file_with_kept_parts_is_built_and_one_that_hides_them_is_not(kept, tmp_path) -> None:
-    spec = BuildSpec("tensorrt-rtx", "sm89", ((1, 2, 4),), measure=False)
+    spec = BuildSpec("tensorrt-rtx", "sm89", ((2, 2, 2),), measure=False)
     engine = build_engine(kept, spec, tmp_path)
     assert 0.3 < engine.manifest.facts.half_share_of_products < 0.95
 

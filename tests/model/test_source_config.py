@@ -26,13 +26,20 @@ from cnx_deploy.data.preprocessing import normalise, to_pixels
 from cnx_deploy.model.checkpoint import ModelRequest, load_checkpoint
 from cnx_deploy.model.pretrained import PRETRAINED_TAGS
 from cnx_deploy.model.source_config import config_within, timm_config, transformers_processor
-from tests.support.foreign_models import randomise
+from tests.conftest import TINY_TEST
+from tests.support.foreign_models import randomise, timm_model
 from tests.support.pictures import smooth_pictures
 
 NAMES = ["tench", "great white shark", "Küche", "naïve café"]
 INDEX_OF_NAME = {name: NAMES.index(name) for name in sorted(NAMES)}
 SIZES = ((300, 200), (201, 301), (64, 64), (77, 130), (500, 120), (50, 41), (96, 95), (640, 427), (33, 333), (256, 341),
          (129, 131), (31, 29))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    """Of the smallest network, with four classes, as timm names them."""
+    return timm_model(TINY_TEST, 4).state_dict()
 
 
 @pytest.fixture(scope="module")
@@ -163,41 +170,36 @@ def test_a_folder_of_timm_gives_names_and_preprocessing(tmp_path):
     assert set(loaded.origins.values()) == {"config.json"}
 
 
-def test_a_foreign_file_alone_says_nothing_and_every_field_is_assumed(tmp_path):
-    model = timm.create_model("convnextv2_atto", num_classes=4)
-    torch.save(model.state_dict(), tmp_path / "model.pth")
+def test_a_foreign_file_alone_says_nothing_and_every_field_is_assumed(tmp_path, weights):
+    torch.save(weights, tmp_path / "model.pth")
     loaded = load_checkpoint(tmp_path / "model.pth")
     assert (loaded.preprocessing, loaded.class_names) == (Preprocessing(), None)
     assert set(loaded.origins.values()) == {"assumed"}
     assert "mean (0.485, 0.456, 0.406)" in (loaded.preprocessing.assumption(loaded.origins) or "")
 
 
-def test_a_configuration_of_another_network_is_not_read(tmp_path):
-    model = timm.create_model("convnextv2_atto", num_classes=4)
-    torch.save(model.state_dict(), tmp_path / "model.pth")
+def test_a_configuration_of_another_network_is_not_read(tmp_path, weights):
+    torch.save(weights, tmp_path / "model.pth")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "id2label": {"0": "a"}}))
     assert set(load_checkpoint(tmp_path / "model.pth").origins.values()) == {"assumed"}
 
 
 def test_names_for_another_number_of_classes_are_left_out_and_it_is_said(tmp_path):
-    model = timm.create_model("convnextv2_atto", num_classes=5)
-    torch.save({"state_dict": model.state_dict(), "classes": NAMES}, tmp_path / "model.pth")
+    torch.save({"state_dict": timm_model(TINY_TEST, 5).state_dict(), "classes": NAMES}, tmp_path / "model.pth")
     loaded = load_checkpoint(tmp_path / "model.pth")
     assert loaded.class_names is None
     assert any("4 class names are left out" in note for note in loaded.notes)
 
 
-def test_a_new_head_has_no_names_of_the_old_one(tmp_path):
-    model = timm.create_model("convnextv2_atto", num_classes=4)
-    torch.save({"state_dict": model.state_dict(), "classes": NAMES}, tmp_path / "model.pth")
+def test_a_new_head_has_no_names_of_the_old_one(tmp_path, weights):
+    torch.save({"state_dict": weights, "classes": NAMES}, tmp_path / "model.pth")
     assert load_checkpoint(tmp_path / "model.pth").class_names == tuple(NAMES)
     assert load_checkpoint(tmp_path / "model.pth", reset_head=True).class_names is None
 
 
-def test_what_cannot_be_followed_stops_who_makes_images_and_not_who_reads_weights(tmp_path):
+def test_what_cannot_be_followed_stops_who_makes_images_and_not_who_reads_weights(tmp_path, weights):
     args = argparse.Namespace(crop_pct=1.2, interpolation="random")
-    model = timm.create_model("convnextv2_atto", num_classes=4)
-    torch.save({"state_dict": model.state_dict(), "args": args}, tmp_path / "model.pth")
+    torch.save({"state_dict": weights, "args": args}, tmp_path / "model.pth")
     loaded = load_checkpoint(tmp_path / "model.pth")
     assert loaded.model.num_classes == 4
     with pytest.raises(InputError, match=r"crop_ratio must be in \(0, 1\], got 1\.2.*--crop-ratio"):
@@ -309,8 +311,8 @@ def test_classes_that_are_not_numbered_from_zero_are_refused():
         config_within({"class_to_idx": {"cat": 1, "dog": 2}}, "model.pth")
 
 
-def test_a_configuration_that_is_no_json_is_corrupt(tmp_path):
-    torch.save(timm.create_model("convnextv2_atto", num_classes=4).state_dict(), tmp_path / "model.pth")
+def test_a_configuration_that_is_no_json_is_corrupt(tmp_path, weights):
+    torch.save(weights, tmp_path / "model.pth")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CorruptArtifactError, match=r"config\.json"):
         load_checkpoint(tmp_path / "model.pth")

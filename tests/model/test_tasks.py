@@ -20,6 +20,7 @@ from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError, ParityError
 from cnx_deploy.core.gates import Gate, OutputSpec
 from cnx_deploy.core.variants import Variant
+from cnx_deploy.diagnosis import chain
 from cnx_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.model.deploy import deploy_form
@@ -166,7 +167,10 @@ def test_it_is_verified_timed_and_used(files: list[cnx.Artifact], tmp_path: Path
     assert (type(broken), broken.labels, "absent.png" in broken.error) == (Labels, (), True)
 
 
-def test_the_commands_show_it(files: list[cnx.Artifact], tmp_path: Path) -> None:
+def test_the_commands_show_it(files: list[cnx.Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chain's first step is the FP32 file that is there: tests/diagnosis/test_chain.py has one exported."""
+    monkeypatch.setattr(chain, "_export_fp32", lambda *_: files[0])
+
     def cnx_deploy(*words: object) -> str:
         result = CliRunner().invoke(cli, list(map(str, words)), catch_exceptions=False)
         assert result.exit_code == 0, result.output
@@ -199,7 +203,7 @@ def test_a_fault_in_one_output_alone_stops_the_export_and_is_named(
         return {**outputs, "embedding": outputs["embedding"] * 1.001}
 
     monkeypatch.setattr(MultiLabel, "deployed_forward", wrong)
-    options: dict[str, Any] = {"image_size": 32, "num_classes": 10, "output_dir": tmp_path}
+    options: dict[str, Any] = {"image_size": 32, "num_classes": 10, "batch": (1, 1, 1), "output_dir": tmp_path}
     with pytest.raises(ParityError, match="differs from PyTorch in embedding: relative L2"):
         cnx.export("tiny-test", task=task.name, precision="fp32", **options)
     assert list(tmp_path.iterdir()) == []

@@ -70,7 +70,7 @@ def exported(model: ConvNeXtV2, spec: DeploySpec, folder):
     weights = WeightsRecord("random", "0", "0" * 64, "none (random weights)")
     preprocessing = Preprocessing(image_size=spec.image_size)
     record = ModelRecord(model.variant.name, model.num_classes, spec.image_size, weights, preprocessing)
-    export_spec = ExportSpec(deploy=spec, batch=(1, 2, 4))
+    export_spec = ExportSpec(deploy=spec, batch=(3, 3, 3))
     return export_onnx(model, record, export_spec, folder, verify=partial(verify_export, model=model))
 
 
@@ -240,12 +240,12 @@ def test_an_export_whose_layer_scale_is_lost_is_refused(tiny_v1_model, tmp_path,
 def test_a_v1_file_is_not_taken_for_v2(tiny_v1_model, tiny_variant, tmp_path):
     path = exported(tiny_v1_model, DeploySpec("fp16", 32), tmp_path).path
     with pytest.raises(GraphCheckError, match=r"5 ReduceSum expected, 0 found"):
-        check_export(path, variant=tiny_variant, layout="gpu", batch=(1, 2, 4), opset=20, **HEAD)
+        check_export(path, variant=tiny_variant, layout="gpu", batch=(3, 3, 3), opset=20, **HEAD)
 
 
 @pytest.mark.slow
 def test_an_engine_is_built_from_it(tiny_v1_model, tmp_path):
     onnx = exported(tiny_v1_model, DeploySpec("fp16", 32), tmp_path)
-    engine = build_engine(onnx, BuildSpec(runtime="tensorrt-rtx", target="sm89", batches=((1, 2, 4),)), tmp_path)
+    engine = build_engine(onnx, BuildSpec(runtime="tensorrt-rtx", target="sm89", batches=((3, 3, 3),)), tmp_path)
     assert engine.manifest.model.variant == "tiny-v1-test"
     assert engine.manifest.facts.compiled.kernels > 0

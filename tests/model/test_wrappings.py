@@ -25,7 +25,7 @@ from cnx_deploy.model.tasks.classification import Classification
 from cnx_deploy.model.weight_files import read_weight_file
 from tests.conftest import TINY_TEST
 from tests.support.foreign_models import assert_same_weights, saved, timm_model
-from tests.support.lies import QUICK
+from tests.support.lies import FEW
 
 State = dict[str, Tensor]
 WORDS = ["state_dict", "model", "model_state_dict", "net", "module", "params", "network", "student", "backbone", "x1"]
@@ -76,7 +76,7 @@ def note_of(loaded, beginning: str) -> str:
 # --- any dictionary, any prefix ---------------------------------------------------------------------------------------
 
 
-@QUICK
+@FEW
 @given(
     entries=st.lists(st.sampled_from(WORDS), max_size=3),
     modules=st.lists(st.sampled_from([*WORDS, "encoder", "_orig_mod", "_forward_module", "0"]), max_size=3),
@@ -313,7 +313,7 @@ def test_asking_for_absent_ema_weights_is_an_error(plain, tmp_path, prefix):
 def test_export_takes_the_chosen_weights_says_so_and_finds_them_again(cnx, networks, tmp_path, words, index, entry):
     both = file_of_both("timm", *(network.state_dict() for network in networks[:2]))
     path = saved(both | {"optimizer": {"x": torch.ones(1)}}, tmp_path / "model_best.pth.tar")
-    fixed = ("--variant", "tiny-test", "--image-size", 32, "--precision", "fp32", "--no-verify")
+    fixed = ("--variant", "tiny-test", "--image-size", 32, "--precision", "fp32", "--batch", "1", "--no-verify")
     code, _, told = cnx("export", *fixed, "--checkpoint", path, "--output-dir", tmp_path / "export", *words)
     assert code == 0, told
     artifact = open_artifact(next((tmp_path / "export").glob("*.json")))

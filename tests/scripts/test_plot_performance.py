@@ -3,8 +3,10 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,26 +24,35 @@ HEAD = {"date": "2026-01-02", "command": "record it", "tools": {"tensorrt-rtx": 
 BASELINE, WHOLE = "timm.onnx fp32", "timm.onnx whole batch fp32"
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+@pytest.fixture(scope="module")
+def script() -> Iterator[ModuleType]:
     """scripts/plot_performance.py as a module."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    return importlib.import_module("plot_performance")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        yield importlib.import_module("plot_performance")
 
 
-@pytest.fixture
-def docs(tmp_path: Path) -> Path:
-    """A folder with the page and a small record of every kind."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "performance.md").write_bytes((ROOT / "docs" / "performance.md").read_bytes())
+@pytest.fixture(scope="module")
+def drawn(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the page and a small record of every kind, filled and drawn once."""
+    folder = tmp_path_factory.mktemp("performance")
+    (folder / "data").mkdir()
+    (folder / "performance.md").write_bytes((ROOT / "docs" / "performance.md").read_bytes())
     traffic = [*graphs("atto", timm=50.0, transformers=40.0, ours=30.0), *graphs("tiny", timm=150.0, ours=100.0)]
     cost = [grown("atto", 1_000_000), grown("pico", 4_000_000), {**grown("base", 9_000_000), "build_seconds": None}]
     facts = {"machine": "some CPU", "targets": ["sm89"], "help_seconds": 0.2}
-    record(tmp_path, "traffic", {**HEAD, "rows": traffic})
-    record(tmp_path, "traffic-targets", {**HEAD, "rows": [*traffic, *graphs("base", timm=100.0, ours=125.0)]})
-    record(tmp_path, "cpu", benchmark())
-    record(tmp_path, "cost", {**HEAD, **facts, "rows": cost})
-    return tmp_path
+    record(folder, "traffic", {**HEAD, "rows": traffic})
+    record(folder, "traffic-targets", {**HEAD, "rows": [*traffic, *graphs("base", timm=100.0, ours=125.0)]})
+    record(folder, "cpu", benchmark())
+    record(folder, "cost", {**HEAD, **facts, "rows": cost})
+    assert script.main(["--docs-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def docs(drawn: Path, tmp_path: Path) -> Path:
+    """A copy of that folder."""
+    return shutil.copytree(drawn, tmp_path / "docs")
 
 
 def record(docs: Path, name: str, content: dict[str, Any]) -> None:
@@ -81,25 +92,30 @@ def cells(docs: Path, name: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in lines[2:]]
 
 
-def test_another_process_draws_the_same_bytes_and_a_changed_figure_is_found(script: ModuleType, docs: Path) -> None:
-    assert script.main(["--docs-dir", str(docs)]) == 0
+def test_another_process_draws_the_same_bytes_and_a_changed_figure_is_found(
+    script: ModuleType, docs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert {path.stem for path in (docs / "plots").iterdir()} == {"traffic", "traffic-targets", "cpu", "cost"}
     command = [sys.executable, str(SCRIPT), "--check", "--docs-dir", str(docs)]
     seeded = {**os.environ, "PYTHONHASHSEED": "7"}
     done = subprocess.run(command, cwd=docs, env=seeded, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    for file, old, new in (("performance.md", "30.0", "29.0"), ("plots/traffic.svg", "30 MB", "29 MB"),
-                           ("data/traffic.json", ": 30.0", ": 29.0")):  # fmt: skip
+    stale = {
+        ("data/traffic.json", ": 30.0", ": 29.0"): ["plots/traffic.svg", "performance.md"],
+        ("plots/traffic.svg", "30 MB", "29 MB"): ["plots/traffic.svg"],
+    }
+    for (file, old, new), named in stale.items():
         text = (docs / file).read_text(encoding="utf-8")
         assert old in text
         (docs / file).write_text(text.replace(old, new), encoding="utf-8")
+        capsys.readouterr()
         assert script.main(["--check", "--docs-dir", str(docs)]) == 3
+        assert capsys.readouterr().out.splitlines() == [f"{docs / name} is not what docs/data says" for name in named]
         assert (docs / file).read_text(encoding="utf-8") == text.replace(old, new)
         (docs / file).write_text(text, encoding="utf-8")
 
 
 def test_a_section_without_data_says_so_and_loses_its_plot(script: ModuleType, docs: Path) -> None:
-    script.main(["--docs-dir", str(docs)])
     (docs / "data" / "cpu.json").unlink()
     assert script.main(["--docs-dir", str(docs)]) == 0
     assert part(docs, "cpu").splitlines()[1:] == ["Not recorded yet."]
@@ -107,8 +123,7 @@ def test_a_section_without_data_says_so_and_loses_its_plot(script: ModuleType, d
     assert (docs / "plots" / "cost.svg").exists()
 
 
-def test_tables_have_the_rows_of_the_data_and_say_what_is_missing(script: ModuleType, docs: Path) -> None:
-    script.main(["--docs-dir", str(docs)])
+def test_tables_have_the_rows_of_the_data_and_say_what_is_missing(docs: Path) -> None:
     work = work_of("atto", 224, "fp16")
     floor = f"{(work.fused_bytes + work.weight_bytes / 64) / 1e6:.1f}"
     atto, tiny = cells(docs, "traffic")

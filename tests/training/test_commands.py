@@ -26,7 +26,9 @@ COMMANDS = {
 
 
 def invoke(command, data, *more):
-    done = CliRunner().invoke(command, [str(word) for word in (data, "--variant", "atto", *COMMANDS[command], *more)])
+    done = CliRunner().invoke(
+        command, [str(word) for word in (data, "--variant", "tiny-test", *COMMANDS[command], *more)]
+    )
     assert done.exit_code in (0, 130), done.stderr
     return done
 
@@ -34,11 +36,11 @@ def invoke(command, data, *more):
 def test_train_prints_one_json_document_and_progress_apart(colours, tmp_path):
     done = invoke(train, colours, "--epochs", 1, "--json", "--output-dir", tmp_path)
     result = json.loads(done.stdout)
-    assert result["best"] == str(tmp_path / "atto-001" / "best.safetensors")
+    assert result["best"] == str(tmp_path / "tiny-test-001" / "best.safetensors")
     assert (result["epochs_run"], result["interrupted"]) == (1, False)
     assert len(done.stderr.splitlines()) == 5  # the classes, and one epoch
     assert "Epoch 1/1: loss" in done.stderr
-    assert (tmp_path / "atto-001" / "curves.svg").is_file()
+    assert (tmp_path / "tiny-test-001" / "curves.svg").is_file()
 
 
 @pytest.mark.slow
@@ -47,13 +49,13 @@ def test_pretrain_leaves_broken_images_out_and_train_takes_its_weights(colours, 
     (tmp_path / "images" / "train" / "red" / "broken.png").write_bytes(b"\x89PNG\r\n")
     done = invoke(pretrain, tmp_path / "images", "--epochs", 1, "--json", "--output-dir", tmp_path)
     result = json.loads(done.stdout)
-    assert result["best"] == str(tmp_path / "atto-fcmae-001" / "best.safetensors")
+    assert result["best"] == str(tmp_path / "tiny-test-fcmae-001" / "best.safetensors")
     assert "1 of 25 images cannot be read and are left out" in done.stderr
     assert "22 images to train on, 2 held out" in done.stderr
     assert "Epoch 1/1: loss" in done.stderr
     words = ("--epochs", 1, "--checkpoint", result["best"], "--reset-head", "--output-dir", tmp_path)
     assert "Note: new head for 2 classes" in invoke(train, colours, *words).stderr
-    assert (tmp_path / "atto-001" / "best.safetensors").is_file()
+    assert (tmp_path / "tiny-test-001" / "best.safetensors").is_file()
 
 
 @pytest.mark.parametrize("command", [train, pytest.param(pretrain, marks=pytest.mark.slow)])
@@ -105,7 +107,9 @@ def test_train_takes_uneven_classes_and_says_what_it_does_and_what_weights_bring
     for index in range(1, 12):
         (uneven / "train" / "red" / f"{index}.png").unlink()
     weights = save_checkpoint(
-        tmp_path / "half.safetensors", random_model("atto", 2), preprocessing=Preprocessing(32, std=(0.5, 0.5, 0.5))
+        tmp_path / "half.safetensors",
+        random_model("tiny-test", 2),
+        preprocessing=Preprocessing(32, std=(0.5, 0.5, 0.5)),
     )
     words = ("--epochs", 1, "--loss", "focal", "--init", weights, "--mean", "0.4,0.5,0.6")
     (tmp_path / "weights.txt").write_text("red=6\nblue=1\n")

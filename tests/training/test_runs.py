@@ -90,6 +90,9 @@ def test_a_run_leaves_its_files_and_nothing_else(task):
     assert (loaded.preprocessing, loaded.weights.licence) == (task.spec.preprocessing, "MIT")
 
 
+@pytest.mark.parametrize(
+    "shared_task", ["training", pytest.param("pretraining", marks=pytest.mark.slow)], indirect=True
+)
 def test_the_same_request_gives_the_same_weights_whatever_the_workers(task, spec):
     torch.manual_seed(11)
     expected = torch.rand(3)

@@ -287,12 +287,13 @@ def test_inspect_shows_stages_operations_and_kinds_of_an_engine(cnx, engine):
 
 
 @NEEDS_RTX
-def test_inspect_lists_every_kernel_the_largest_first(cnx, exported):
-    code, out, _ = cnx("inspect", str(exported.path), "--compile", "--batch", "4", "--kernels")
+def test_inspect_lists_every_kernel_the_largest_first(cnx, exported, engine):
+    """Those of the file compiled now and those recorded of its engine are the same."""
+    code, out, _ = cnx("inspect", str(exported.path), "--compile", "--batch", "8", "--kernels")
     lines = out.splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("kernel ")) + 1
     rows = [line.split() for line in lines[start:] if not line.startswith("Note")]
-    _, document, _ = cnx("inspect", str(exported.path), "--compile", "--batch", "4", "--json")
+    _, document, _ = cnx("inspect", str(engine.path), "--kernels", "--json")
     assert code == 0
     assert len(rows) == json.loads(document)[0]["compiled"]["kernels"]
     assert sorted(int(row[0]) for row in rows) == list(range(len(rows)))

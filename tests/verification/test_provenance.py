@@ -37,9 +37,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = save_checkpoint(root / "tiny.safetensors", random_model(variant, 2, seed=0), licence="CC-BY-NC-4.0")
     loaded = load_checkpoint(path, variant)
     record = model_record(loaded, Preprocessing(image_size=32), root / "export")
-    spec = ExportSpec(deploy=DeploySpec("fp16", 32), batch=(1, 2, 4), external_data_bytes=1000)
+    spec = ExportSpec(deploy=DeploySpec("fp16", 32), batch=(2, 2, 2), external_data_bytes=1000)
     exported = export_onnx(loaded.model, record, spec, root / "export")
-    build = BuildSpec(runtime="tensorrt-rtx", target="sm89", batches=((1, 2, 4),), measure=False)
+    build = BuildSpec(runtime="tensorrt-rtx", target="sm89", batches=((2, 2, 2),), measure=False)
     build_engine(exported, build, root / "engines")
     return root
 

@@ -1,6 +1,7 @@
 """The images of an artifact beside those of the library that its weights come from."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def transformers_onnx(tmp_path_factory) -> Path:
     )  # fmt: skip
     randomise(ConvNextV2ForImageClassification(config)).save_pretrained(folder)
     ConvNextImageProcessorPil(size={"shortest_edge": 64}, crop_pct=0.9, image_mean=[0.5] * 3).save_pretrained(folder)
-    return cnx.export("tiny-test", checkpoint=folder, precision="fp32", output_dir=folder / "export").path
+    words = {"precision": "fp32", "batch": (2, 2, 2), "output_dir": folder / "export"}
+    return cnx.export("tiny-test", checkpoint=folder, **words).path
 
 
 def changed(onnx: Path, **fields: object) -> Path:
@@ -40,8 +42,19 @@ def changed(onnx: Path, **fields: object) -> Path:
     return onnx
 
 
+def named(onnx: Path, folder: Path, stem: str) -> Path:
+    """A copy under another name, made from the same checkpoint."""
+    folder.mkdir(exist_ok=True)
+    made = open_artifact(onnx)
+    record = made.manifest.model_seen_from(folder, onnx.parent)
+    files = (replace(made.manifest.files[0], name=f"{stem}.onnx"),)
+    shutil.copy(onnx, folder / f"{stem}.onnx")
+    (folder / f"{stem}.json").write_text(replace(made.manifest, stem=stem, files=files, model=record).to_json())
+    return folder / f"{stem}.onnx"
+
+
 def test_verify_runs_the_processor_of_transformers_and_says_so(transformers_onnx):
-    report = cnx.verify(transformers_onnx)
+    report = cnx.verify(transformers_onnx, samples=2)
     assert report.passed
     assert "agrees with transformers' preprocessor_config.json" in str(report)
 
@@ -53,7 +66,7 @@ def test_verify_runs_the_processor_of_transformers_and_says_so(transformers_onnx
 def test_images_that_are_made_otherwise_fail(transformers_onnx, tmp_path, fields):
     before = transformers_onnx.with_suffix(".json").read_text()
     try:
-        report = cnx.verify(changed(transformers_onnx, **fields))
+        report = cnx.verify(changed(transformers_onnx, **fields), samples=2)
     finally:
         transformers_onnx.with_suffix(".json").write_text(before)
     assert not report.passed
@@ -65,7 +78,7 @@ def test_a_folder_of_timm_is_compared_with_timms_own_transform(tmp_path):
     images = {"crop_mode": "border", "input_size": [3, 64, 64], "mean": [0.3, 0.4, 0.5]}
     config = {"architecture": "convnextv2_atto", "label_names": NAMES, "pretrained_cfg": images}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    words = {"precision": "fp32", "no_verify": True, "output_dir": tmp_path / "export"}
+    words = {"precision": "fp32", "no_verify": True, "batch": (1, 1, 1), "output_dir": tmp_path / "export"}
     onnx = cnx.export("tiny-test", checkpoint=tmp_path, **words)
     assert onnx.manifest.model.class_names == tuple(NAMES)
     assert "agrees with timm's config.json" in str(compare_with_source(onnx))
@@ -103,11 +116,9 @@ def test_a_configuration_that_was_not_read_is_not_compared(transformers_onnx, tm
 
 
 def test_the_check_of_an_artifact_is_its_own_and_is_saved_with_its_outputs(transformers_onnx, tmp_path):
-    folder = transformers_onnx.parents[1]
-    words = {"checkpoint": folder, "precision": "fp32", "output_dir": tmp_path}
-    right = cnx.export("tiny-test", name="a-right", **words)
-    wrong = changed(cnx.export("tiny-test", name="z-wrong", **words).path, mean=[0.1, 0.2, 0.3])
-    report = cnx.verify([right, wrong], save_outputs=tmp_path / "saved")
+    right, wrong = (named(transformers_onnx, tmp_path / "copies", name) for name in ("a-right", "z-wrong"))
+    changed(wrong, mean=[0.1, 0.2, 0.3])
+    report = cnx.verify([right, wrong], samples=2, save_outputs=tmp_path / "saved")
     assert [entry.passed for entry in report.results] == [True, False]
     assert [entry.passed for entry in judge_saved(tmp_path / "saved")] == [True, False]
 
@@ -130,7 +141,7 @@ def test_an_export_prints_what_it_assumes_and_records_it(cnx, tmp_path, transfor
     (tmp_path / "model.safetensors").write_bytes((transformers_onnx.parents[1] / "model.safetensors").read_bytes())
     words = ("export", "--variant", "tiny-test", "--checkpoint", str(tmp_path / "model.safetensors"))
     code, _, told = cnx(*words, "--precision", "fp32", "--mean", "0.5", "--image-size", "64",
-                        "--output-dir", str(tmp_path / "export"))  # fmt: skip
+                        "--batch", "1", "--no-verify", "--output-dir", str(tmp_path / "export"))  # fmt: skip
     assert code == 0, told
     assert "Assumed" in told
     assert "std (0.229, 0.224, 0.225)" in told
