@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 
 import cnx_deploy as cnx
+from cnx_deploy.api import ExportRequest
 from cnx_deploy.bench.record import BenchmarkRecord
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.model.checkpoint import save_checkpoint
+from cnx_deploy.model.recorded import model_record
 from tests.support.artifacts import copy_artifact
 
 
@@ -50,16 +52,17 @@ def test_an_export_verifies_and_its_report_prints(onnx: cnx.Artifact) -> None:
 
 
 def test_an_export_takes_names_for_its_classes_from_a_list_or_a_file(tiny_model, tmp_path: Path) -> None:
+    """What is recorded of an export, which itself takes seconds."""
     weights = save_checkpoint(tmp_path / "tiny.safetensors", tiny_model, preprocessing=Preprocessing(32))
     names = tuple(f"class {index}" for index in range(10))
     (tmp_path / "names.json").write_text(json.dumps({"id2label": dict(enumerate(names))}))
-    words = {"checkpoint": weights, "precision": "fp32", "batch": (1, 1, 1), "no_verify": True}
-    made = cnx.export("tiny-test", output_dir=tmp_path / "file", class_names=str(tmp_path / "names.json"), **words)
-    assert made.manifest.model.class_names == names
-    with cnx.load(made) as model, cnx.load(weights, class_names=names) as checkpoint:
-        assert (model.class_names, checkpoint.class_names) == (names, names)
+    for given in (names, str(tmp_path / "names.json")):
+        loaded, preprocessing = ExportRequest(variant="tiny-test", checkpoint=weights, class_names=given).load(print)
+        assert model_record(loaded, preprocessing, tmp_path).class_names == names
+    with cnx.load(weights, class_names=names) as checkpoint:
+        assert checkpoint.class_names == names
     with pytest.raises(InputError, match=r"9 class names were given and .*tiny.safetensors has 10 classes"):
-        cnx.export("tiny-test", output_dir=tmp_path / "few", class_names=names[:9], **words)
+        cnx.export("tiny-test", output_dir=tmp_path / "few", class_names=names[:9], checkpoint=weights)
 
 
 def test_arrays_of_twelve_bits_are_warned_of_and_read_by_a_white_level(onnx: cnx.Artifact) -> None:

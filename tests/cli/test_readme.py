@@ -12,7 +12,9 @@ import pytest
 
 from cnx_deploy.cli import cli
 from cnx_deploy.cli.options import DefaultGroup
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.report.records import check_records
+from tests.support.artifacts import copy_artifact
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -81,11 +83,12 @@ def test_the_commands_for_a_folder_of_images_work_on_a_few_digits(tmp_path: Path
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder with a photo; what one block exports, the next one uses again."""
+def folder(tiny_onnx_fp16: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder with a photo, in which the smallest network has been exported before: that takes seconds."""
     from PIL import Image
 
     made = tmp_path_factory.mktemp("pages")
+    copy_artifact(tiny_onnx_fp16, made / "export")
     Image.new("RGB", (80, 60), "gray").save(made / "photo.jpg")
     return made
 
@@ -96,8 +99,8 @@ def test_the_pages_python_runs_as_it_is_written(
     code: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
-    # The smallest network at 32 px is exported and compared in seconds, atto at 224 px in half a minute.
-    exec(compile(code.replace('export("atto"', 'export("tiny-test", image_size=32'), "page", "exec"), {})
+    small = 'export("tiny-test", image_size=32, num_classes=10, batch=(1, 4, 8)'
+    exec(compile(re.sub(r'export\(\s*"atto"', small, code), "page", "exec"), {})
     assert "FAIL" not in capsys.readouterr().out
 
 

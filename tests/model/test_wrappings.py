@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -15,10 +16,10 @@ from torch.optim.swa_utils import AveragedModel
 from cnx_deploy import api
 from cnx_deploy.core.artifacts import open_artifact
 from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, InputError
-from cnx_deploy.core.manifest import manifest_from_json
+from cnx_deploy.core.manifest import Artifact, manifest_from_json
 from cnx_deploy.model.checkpoint import hash_weights, load_checkpoint, save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.model.recorded import recorded_model
+from cnx_deploy.model.recorded import model_record, recorded_model
 from cnx_deploy.model.tasks import base
 from cnx_deploy.model.tasks.base import register_task
 from cnx_deploy.model.tasks.classification import Classification
@@ -307,9 +308,8 @@ def test_asking_for_absent_ema_weights_is_an_error(plain, tmp_path, prefix):
 # --- what a command does with a choice --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("words", "index", "entry"), [pytest.param((), 0, None, marks=pytest.mark.slow), (("--ema",), 1, "state_dict_ema")]
-)
+@pytest.mark.parametrize(("words", "index", "entry"), [((), 0, None), (("--ema",), 1, "state_dict_ema")])
+@pytest.mark.slow
 def test_export_takes_the_chosen_weights_says_so_and_finds_them_again(cnx, networks, tmp_path, words, index, entry):
     both = file_of_both("timm", *(network.state_dict() for network in networks[:2]))
     path = saved(both | {"optimizer": {"x": torch.ones(1)}}, tmp_path / "model_best.pth.tar")
@@ -326,6 +326,24 @@ def test_export_takes_the_chosen_weights_says_so_and_finds_them_again(cnx, netwo
     assert f"Note: weights from the entry {entry or 'state_dict'!r}\n" in told
     assert "Note: set aside: optimizer.x\n" in told
     assert ("--ema (ema=True)" in told) == (words == ())
+
+
+@pytest.mark.parametrize(("ema", "index", "entry"), [(None, 0, None), (True, 1, "state_dict_ema")])
+def test_what_an_export_records_leads_back_to_the_chosen_weights(networks, tiny_onnx_fp32, tmp_path, ema, index, entry):
+    """The same without the file, which takes seconds."""
+    path = saved(file_of_both("timm", *(network.state_dict() for network in networks[:2])), tmp_path / "best.pth.tar")
+    told: list[str] = []
+    request = api.ExportRequest(variant="tiny-test", checkpoint=path, ema=ema)
+    record = model_record(*request.load(told.append), tmp_path / "export")
+    assert (record.weights.sha256, record.weights.entry) == (hash_weights(networks[index]), entry)
+    manifest = replace(tiny_onnx_fp32.manifest, model=record)
+    (tmp_path / "export").mkdir()
+    assert ("entry" in json.loads(manifest.to_json())["model"]["weights"]) == (entry is not None)
+    assert manifest_from_json(manifest.to_json().encode()) == manifest
+    made = Artifact(tmp_path / "export" / "best.onnx", manifest)
+    assert_same_weights(recorded_model(made).model, networks[index])
+    assert f"Note: weights from the entry {entry or 'state_dict'!r}" in told
+    assert any("--ema (ema=True)" in text for text in told) == (ema is None)
 
 
 @pytest.mark.parametrize(
