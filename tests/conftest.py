@@ -32,22 +32,30 @@ register_variant(TINY_TEST)  # so that commands and the Python API take it by na
 Command = Callable[..., tuple[int, str, str]]
 
 LONGEST_FIRST = (
-    "test_runs.py",
     "test_tasks.py",
-    "test_untrusted_onnx.py",
-    "test_chain.py",
-    "test_bisection_files.py",
-    "test_deploy_properties.py",
     "test_onnx_export.py",
+    "test_runs.py",
+    "test_chain.py",
     "test_fp16_safety.py",
+    "test_comparison.py",
+    "test_untrusted_onnx.py",
+    "test_trt_compiled.py",
+    "test_half_precision.py",
+    "test_provenance.py",
+    "test_peers.py",
     "test_plot_performance.py",
+    "test_deploy_properties.py",
 )
-"""Files are shared out whole: begun last, a long one would keep one process busy while the other has nothing to do."""
+"""Files are shared out whole: begun last, a long one would keep one process busy while the other has nothing to do.
+
+The first makes its own files and the second the shared ones, so that neither process waits for the other.
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest files; the order within a file stays."""
-    items.sort(key=lambda item: item.path.name not in LONGEST_FIRST)
+    """Begin with the longest files, in this order; the order within a file stays."""
+    place = {name: at for at, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 def pytest_collection_finish() -> None:
