@@ -471,6 +471,13 @@ class Artifact(Generic[M_co]):
     manifest: M_co
     reused: bool = field(default=False, compare=False)
 
+    def __str__(self) -> str:
+        model, manifest = self.manifest.model, self.manifest
+        return (
+            f"{self.path} ({manifest.kind}, {model.variant}, {manifest.deploy.size_text} px, "
+            f"{manifest.deploy.precision}, {self.size_bytes / 1e6:.1f} MB)"
+        )
+
     @property
     def sha256(self) -> str:
         """Hash of the main file."""

@@ -36,7 +36,7 @@ from cnx_deploy.model.layouts import (
     variant_with_structure,
 )
 from cnx_deploy.model.pretrained import PRETRAINED_LICENCE, fetch_pretrained, variant_name_of_tag
-from cnx_deploy.model.source_config import SourceConfig, config_beside, config_within, weights_in
+from cnx_deploy.model.source_config import SourceConfig, config_beside, config_within, licence_beside, weights_in
 from cnx_deploy.model.tasks.base import Task, find_task
 from cnx_deploy.model.weight_files import METADATA_KEY, WeightFile, read_weight_file
 
@@ -194,7 +194,10 @@ def _load_file(
         notes.append(f"new head for {classes} classes, drawn at random: train it before it is used")
     state, adapted = adapt_stem(state, in_chans, where=str(path))
     model = _filled_model(purpose, found, classes, state, where=str(path))
-    (config, problem), licence = _config_of(file, path), file.metadata.get("licence", FOREIGN_LICENCE)
+    (config, problem), licence = (
+        _config_of(file, path),
+        file.metadata.get("licence") or licence_beside(path) or FOREIGN_LICENCE,
+    )
     if config.class_names and (reset_head or len(config.class_names) != model.num_classes):
         reason = "the head is new" if reset_head else f"there are {model.num_classes} classes"
         notes.append(f"{len(config.class_names)} class names are left out, for {reason}")
@@ -578,8 +581,9 @@ def _class_count(
         )
     if num_classes not in (None, found):
         raise CheckpointError(
-            f"{where} has {found} classes and {num_classes} were asked for. Leave out --num-classes (num_classes), or "
-            "add --reset-head (reset_head) for a new head, which has to be trained; `train --init` does that by itself."
+            f"{where} has {found} classes, and {num_classes} were asked for or are in the data. Add --reset-head "
+            "(reset_head) for a new head, which has to be trained, as `train --init` does by itself; or leave out "
+            "--num-classes (num_classes)."
         )
     return found
 

@@ -33,6 +33,7 @@ __all__ = [
     "config_beside",
     "config_within",
     "json_object",
+    "licence_beside",
     "timm_config",
     "transformers_processor",
     "weights_in",
@@ -135,6 +136,17 @@ def config_beside(weights: Path) -> SourceConfig:
         fields = transformers_processor(processor, f"{weights.parent / PROCESSOR}")
         found |= SourceConfig(None, fields, dict.fromkeys(fields, PROCESSOR))
     return found
+
+
+def licence_beside(weights: Path) -> str | None:
+    """The `license` that timm's `config.json` beside `weights` states, and where it was read; None without one."""
+    try:
+        config = json_object(weights.parent / CONFIG) or {}
+    except (InputError, CorruptArtifactError):  # whoever reads the rest of it says so
+        return None
+    data = config.get("pretrained_cfg") or config
+    stated = data.get("license") if isinstance(data, Mapping) and "architecture" in config else None
+    return f"{stated} ({CONFIG})" if isinstance(stated, str) and stated else None
 
 
 def config_within(entries: Mapping[str, Any], where: str) -> SourceConfig:

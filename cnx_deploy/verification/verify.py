@@ -356,8 +356,8 @@ def _verified_at(deploy: DeploySpec, artifact: Artifact[OnnxManifest], model: Co
                 continue
             where = f" in {result.output}" if len(results) > 1 else ""
             raise ParityError(
-                f"{what} ({result.candidate}) differs from PyTorch{where}{at}: {'; '.join(result.failures)}. Nothing "
-                f"was written. Use --no-verify to keep the file for inspection.{remedy}"
+                f"{what} ({result.candidate}) differs from PyTorch{where}{at}: {'; '.join(result.failures)}. "
+                f"{path.name} was not written. Use --no-verify to keep the file for inspection.{remedy}"
             )
     return results
 

@@ -158,7 +158,7 @@ def test_a_long_difference_table_ends_in_a_count(tiny_model, tiny_variant, tmp_p
 
 def test_another_class_count_is_an_error_without_reset_head(tiny_model, tiny_variant, tmp_path):
     path = save_checkpoint(tmp_path / "own.safetensors", tiny_model)
-    with pytest.raises(CheckpointError, match="has 10 classes and 4 were asked for"):
+    with pytest.raises(CheckpointError, match="has 10 classes, and 4 were asked for"):
         load_checkpoint(path, tiny_variant, num_classes=4)
 
 

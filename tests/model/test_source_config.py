@@ -22,6 +22,7 @@ from transformers import (
 
 from cnx_deploy.core.errors import CorruptArtifactError, InputError
 from cnx_deploy.core.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from cnx_deploy.core.variants import find_variant
 from cnx_deploy.data.preprocessing import normalise, to_pixels
 from cnx_deploy.model.checkpoint import ModelRequest, load_checkpoint
 from cnx_deploy.model.pretrained import PRETRAINED_TAGS
@@ -316,3 +317,20 @@ def test_a_configuration_that_is_no_json_is_corrupt(tmp_path, weights):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CorruptArtifactError, match=r"config\.json"):
         load_checkpoint(tmp_path / "model.pth")
+
+
+def test_a_licence_is_read_where_timms_configuration_states_it(tmp_path):
+    torch.save(timm_model(find_variant("tiny-test")).state_dict(), tmp_path / "model.pth")
+    assert "unknown" in load_checkpoint(tmp_path / "model.pth", "tiny-test").weights.licence
+    for content, licence in (
+        (
+            {"architecture": "convnextv2_atto", "pretrained_cfg": {"license": "cc-by-nc-4.0"}},
+            "cc-by-nc-4.0 (config.json)",
+        ),
+        ({"architecture": "convnextv2_atto", "license": "mit"}, "mit (config.json)"),
+        ({"model_type": "bert", "license": "mit"}, None),
+        ({"architecture": "convnextv2_atto", "pretrained_cfg": {"license": 3}}, None),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        found = load_checkpoint(tmp_path / "model.pth", "tiny-test").weights.licence
+        assert found == licence if licence else "unknown" in found

@@ -216,7 +216,7 @@ def test_every_command_refuses_an_engine_without_a_gpu(tiny_engine: Artifact, tm
     command = [sys.executable, "-c", COMMANDS, str(tiny_engine.path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
     assert done.stdout == "5\n" * 4, done.stderr
-    assert done.stderr.count("Error: This needs an NVIDIA GPU") == 4, done.stderr
+    assert done.stderr.count("Error: Running an engine needs an NVIDIA GPU") == 4, done.stderr
 
 
 def test_a_provider_that_does_not_load_is_refused(tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:

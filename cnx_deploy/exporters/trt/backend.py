@@ -164,4 +164,6 @@ def require_gpu(find_library: Callable[[str], str | None] = ctypes.util.find_lib
     if find_gpus():
         return
     driver = "a driver is installed but no GPU answers" if find_library("cuda") else "no NVIDIA driver is installed"
-    raise MissingRequirementError(f"This needs an NVIDIA GPU, and {driver}.")
+    raise MissingRequirementError(
+        f"Running an engine needs an NVIDIA GPU, and {driver}. `cnx-deploy inspect` and `verify records` work here."
+    )
