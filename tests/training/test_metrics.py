@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from dataclasses import asdict
 
 import pytest
 from hypothesis import given
@@ -14,7 +13,7 @@ from tests.support.lies import QUICK, put, refused, result_or_error, spoilt
 from tests.support.training_data import rows
 
 EPOCHS = [TrainingRecord(at, 1.0 / at, 0.9 / at, 50.0, 100.0, None, None, 1e-3, 2.0, 3.0, 4.0) for at in (1, 2, 3)]
-TABLE = table_of([asdict(record) for record in EPOCHS])
+TABLE = table_of([record.row() for record in EPOCHS])
 
 
 def table(folder, content):
