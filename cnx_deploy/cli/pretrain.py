@@ -59,7 +59,8 @@ def pretrain(
     from cnx_deploy.cli.training_progress import TerminalProgress, tell
     from cnx_deploy.training import fcmae, launch_from_environment  # torch is loaded only when asked for
 
-    spec = fcmae.PretrainingSpec(**request, launch=launch_from_environment(os.environ))
+    given = {name: value for name, value in request.items() if value is not None}
+    spec = fcmae.PretrainingSpec(**given, launch=launch_from_environment(os.environ))
     if show_config:
         options.echo_json(spec.resolved())
         return
