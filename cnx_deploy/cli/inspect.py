@@ -9,7 +9,6 @@ import click
 from cnx_deploy.cli import options
 from cnx_deploy.cli.printable import one_line
 from cnx_deploy.core.errors import CnxDeployError, InputError
-from cnx_deploy.core.strict_json import shortened
 
 if TYPE_CHECKING:
     from cnx_deploy.core.manifest import Compiled, Grouping
@@ -143,6 +142,8 @@ def _lines(name: str, value: Any) -> Iterator[str]:
 
 
 def _text(value: Any) -> str:
+    from cnx_deploy.core.strict_json import shortened  # the help of a command takes click alone
+
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_text(entry)}" for key, entry in value.items() if entry is not None)
     if isinstance(value, list | tuple):

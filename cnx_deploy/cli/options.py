@@ -13,8 +13,7 @@ import click
 
 from cnx_deploy.cli.printable import printable, printable_json
 from cnx_deploy.core.errors import CnxDeployError
-from cnx_deploy.core.image_size import CROP_MODES, INTERPOLATIONS, parse_image_size, parse_image_sizes
-from cnx_deploy.core.preprocessing import MAX_CHANNELS
+from cnx_deploy.core.image_size import CROP_MODES, INTERPOLATIONS, MAX_CHANNELS, parse_image_size, parse_image_sizes
 from cnx_deploy.core.targets import find_target
 from cnx_deploy.core.variants import ALL_VARIANTS
 

@@ -8,7 +8,7 @@ import re
 from cnx_deploy.core.errors import InputError
 
 __all__ = [
-    "CROP_MODES", "INTERPOLATIONS", "STRIDE", "ImageSize", "ImageSizes", "SizeRange", "canonical_size",
+    "CROP_MODES", "INTERPOLATIONS", "MAX_CHANNELS", "STRIDE", "ImageSize", "ImageSizes", "SizeRange", "canonical_size",
     "check_image_size", "check_size_range", "in_range", "parse_image_size", "parse_image_sizes", "sides", "size_text",
     "stage_sides",
 ]  # fmt: skip
@@ -23,6 +23,8 @@ SizeRange = tuple[ImageSize, ImageSize]
 ImageSizes = tuple[ImageSize, ImageSize, ImageSize]
 """The smallest, the typical and the largest size."""
 MAX_SIDE = 1 << 16
+MAX_CHANNELS = 16
+"""The most channels of an image; Sentinel-2 has 13."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 CROP_MODES = ("center", "center-floor", "squash", "border")
 """See `core.preprocessing.Preprocessing`."""

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Self
 import msgspec
 
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.image_size import CROP_MODES, INTERPOLATIONS, ImageSize, canonical_size
+from cnx_deploy.core.image_size import CROP_MODES, INTERPOLATIONS, MAX_CHANNELS, ImageSize, canonical_size
 from cnx_deploy.core.strict_json import shortened, typed
 
 __all__ = [
-    "ASSUMED", "IMAGENET_MEAN", "IMAGENET_STD", "MAX_CHANNELS", "BrokenImage", "PerChannel", "Positive",
+    "ASSUMED", "IMAGENET_MEAN", "IMAGENET_STD", "BrokenImage", "PerChannel", "Positive",
     "Preprocessing", "given_per_channel", "per_channel",
 ]  # fmt: skip
 
@@ -26,8 +26,6 @@ LATER_FIELDS = {"crop_mode": "center", "white_level": None}
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 PerChannel = tuple[float, ...]
 """A number for each channel of an image."""
-MAX_CHANNELS = 16
-"""The most channels of an image; Sentinel-2 has 13."""
 
 
 def per_channel(values: PerChannel, count: int) -> PerChannel:

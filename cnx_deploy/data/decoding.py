@@ -19,7 +19,7 @@ import torch
 from PIL import ExifTags, Image
 
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.preprocessing import MAX_CHANNELS
+from cnx_deploy.core.image_size import MAX_CHANNELS
 
 __all__ = [
     "FORMATS", "MAX_PIXELS", "MODES", "SUFFIXES", "TURNS", "UNREADABLE", "Observations", "eight_bits", "is_image_file",

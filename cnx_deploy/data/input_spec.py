@@ -11,6 +11,7 @@ from torch import Tensor
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.image_size import (
+    MAX_CHANNELS,
     STRIDE,
     ImageSize,
     SizeRange,
@@ -20,7 +21,6 @@ from cnx_deploy.core.image_size import (
     sides,
     size_text,
 )
-from cnx_deploy.core.preprocessing import MAX_CHANNELS
 
 __all__ = ["InputSpec", "check_input"]
 

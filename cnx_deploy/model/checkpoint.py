@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from cnx_deploy.core.class_names import ClassNames, check_class_count, names_of
 from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, DiskFullError, InputError
 from cnx_deploy.core.files import whole_file
-from cnx_deploy.core.image_size import ImageSize
+from cnx_deploy.core.image_size import MAX_CHANNELS, ImageSize
 from cnx_deploy.core.manifest import SoupFile, TrainingOptions, WeightsRecord
-from cnx_deploy.core.preprocessing import ASSUMED, MAX_CHANNELS, PerChannel, Preprocessing, given_per_channel
+from cnx_deploy.core.preprocessing import ASSUMED, PerChannel, Preprocessing, given_per_channel
 from cnx_deploy.core.strict_json import shortened, typed
 from cnx_deploy.core.variants import ALL_VARIANTS, VARIANTS, Variant, find_variant
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model, random_model

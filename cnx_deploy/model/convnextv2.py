@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.image_size import check_image_size
-from cnx_deploy.core.preprocessing import MAX_CHANNELS
+from cnx_deploy.core.image_size import MAX_CHANNELS, check_image_size
 from cnx_deploy.core.variants import Variant, find_variant
 from cnx_deploy.model.layers import Block, LayerNormChannelsFirst
 from cnx_deploy.model.tasks.base import Outputs, Task, find_task, sole_or_named

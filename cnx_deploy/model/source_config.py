@@ -20,8 +20,8 @@ from typing import Any
 
 from cnx_deploy.core.class_names import ordered_names
 from cnx_deploy.core.errors import CorruptArtifactError, InputError
-from cnx_deploy.core.image_size import ImageSize, canonical_size, sides
-from cnx_deploy.core.preprocessing import IMAGENET_MEAN, IMAGENET_STD, MAX_CHANNELS
+from cnx_deploy.core.image_size import MAX_CHANNELS, ImageSize, canonical_size, sides
+from cnx_deploy.core.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from cnx_deploy.core.strict_json import bounded_content, shortened, strict_json
 
 __all__ = [

@@ -91,7 +91,7 @@ def test_no_gpu_behaviour_bench_says_that_an_engine_was_not_run(folder: Path, re
     assert (missing.kernels, missing.batch) == (compiled.kernels, compiled.batch)
     printed = "\n".join(record_lines(record))
     assert f"{compiled.kernels} kernels" in printed
-    assert "latency: not run: This needs an NVIDIA GPU" in printed
+    assert "latency: not run: Running an engine needs an NVIDIA GPU" in printed
 
 
 @pytest.mark.slow

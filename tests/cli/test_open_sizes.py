@@ -10,7 +10,7 @@ from PIL import Image
 
 import cnx_deploy as cnx_api
 from cnx_deploy.core.deploy_spec import DeploySpec
-from cnx_deploy.core.errors import BuildError, InputError
+from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.image_size import parse_image_sizes
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.data import GivenImages, InputSpec
@@ -139,7 +139,7 @@ def test_profiles_span_batches_and_sizes_and_a_file_without_a_range_is_refused(o
     model = onnx.load(open_file.path)
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "bare.onnx")
-    with pytest.raises(BuildError, match="does not say from where"):
+    with pytest.raises(InputError, match="does not say from where"):
         NetworkBuild(backend, tmp_path / "bare.onnx").config("sm89", allow_tf32=False, batches=((1, 2, 4),))
 
 

@@ -418,7 +418,7 @@ def test_commands_find_ids_in_the_image_folder(
     three = write(tmp_path, *rows, header="image_id,label,split")
     for words, message in (
         (("eval", weights, three), "fox"),
-        (("train", three, "--variant", "atto", "--no-image-check", "--checkpoint", weights), "2 classes and 3 were"),
+        (("train", three, "--variant", "atto", "--no-image-check", "--checkpoint", weights), "2 classes, and 3 were"),
         (("verify", tiny_onnx_fp16.path, "--data", three), "10"),
     ):
         code, _, err = cnx(*words)

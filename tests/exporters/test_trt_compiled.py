@@ -306,7 +306,7 @@ def test_a_batch_that_the_graph_does_not_take_is_refused(tmp_path: Path) -> None
 
 
 def test_a_graph_with_an_open_image_size_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="leaves more of its input 'images' open than the batch"):
+    with pytest.raises(InputError, match="leaves more of its input open than the batch"):
         measure_compiled(_foreign_graph(tmp_path, ("batch", 3, "side", 8)), batch=2, target="sm89", backend=RTX)
 
 

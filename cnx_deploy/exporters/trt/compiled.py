@@ -22,9 +22,9 @@ def measure_compiled(
 ) -> Compiled:
     """Compile `onnx_path` for a fixed batch and read the compiler's list of kernels.
 
-    Open sides of images get their typical size. Raises InputError for a graph whose input has another batch;
-    BuildError when it cannot be compiled, when it leaves sizes open without a range, or when the log is not in the
-    format known here.
+    Open sides of images get their typical size. Raises InputError for a graph whose input has another batch or
+    leaves sizes open without a range; BuildError when it cannot be compiled or when the log is not in the format known
+    here.
     """
     build = NetworkBuild(backend, onnx_path)
     _check_batch(build, batch)

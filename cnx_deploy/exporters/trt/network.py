@@ -54,7 +54,7 @@ class NetworkBuild:
             _, tensor.shape, _ = self._shapes(tensor.shape, (batch, batch, batch))
 
     def _shapes(self, shape: Any, batches: tuple[int, int, int]) -> list[tuple[int, ...]]:
-        """The smallest, typical and largest shape of an input; BuildError for an open axis without a known range."""
+        """The smallest, typical and largest shape of an input; InputError for an open axis without a known range."""
         first, *others = tuple(shape)
         ranges = iter(self._open_sides() if -1 in others else ())
         axes = [batches if first < 0 else (first,) * 3, *(next(ranges) if size < 0 else (size,) * 3 for size in others)]
@@ -67,8 +67,8 @@ class NetworkBuild:
             sizes = {entry.key: entry.value for entry in entries}["cnx_deploy.image_size"]
             smallest, typical, largest = map(parse_image_size, sizes.split(":"))
         except (KeyError, ValueError, InputError) as error:
-            raise BuildError(
-                f"{self.onnx_path.name} leaves more of its input open than the batch and does not say from where to "
+            raise InputError(
+                f"{self.onnx_path.name} leaves more of its input open than the batch, and does not say from where to "
                 "where. Export it with cnx-deploy export, or with a fixed image size."
             ) from error
         both = zip(*map(sides, (smallest, typical, largest)), strict=True)
