@@ -28,7 +28,13 @@ RANGE = (32, 40, (70, 65))
 @pytest.fixture(scope="module")
 def open_file(made_once):
     return cnx_api.export(
-        "tiny-test", precision="fp16", image_size=RANGE, num_classes=10, batch=(1, 2, 4), output_dir=made_once / "open"
+        "tiny-test",
+        precision="fp16",
+        image_size=RANGE,
+        num_classes=10,
+        batch=(1, 2, 4),
+        no_verify=True,
+        output_dir=made_once / "open",
     )
 
 
