@@ -6,6 +6,7 @@ network has channels, the last where two are. Bands are resized one by one; Pill
 resizes, as it does under timm.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,9 +176,7 @@ def _tiff_bands(path: Path, in_chans: int) -> tuple[np.ndarray, int | None] | No
 
 def _check_size(shape: tuple[int, ...], path: Path) -> None:
     """Raise InputError before anything is decoded that takes too much memory."""
-    count = 1
-    for side in shape:
-        count *= side
+    count = math.prod(shape)
     if count > 4 * MAX_PIXELS:
         raise InputError(
             f"{path} holds {count:,} numbers, over {4 * MAX_PIXELS // 1_000_000} million. Cut it into smaller images."

@@ -96,7 +96,9 @@ class Observations:
             first = min(self.animated)
             said.append(f"{len(self.animated)} files hold several frames or pages; the first one is taken ({first}).")
         if self.opaque:
-            said.append(f"{len(self.opaque)} pictures have no alpha: it is taken as opaque, 255 ({min(self.opaque)}).")
+            said.append(
+                f"Pictures without alpha are taken as opaque, 255: {len(self.opaque)}, the first {min(self.opaque)}."
+            )
         if self.brightest_of_dark is not None:
             _, value, white, name = self.brightest_of_dark
             which = "Images" if self.brightest == self.brightest_of_dark else "Some images"

@@ -62,7 +62,12 @@ class InputSpec:
         if len(shape) != 4:
             return None
         channels, height, width = shape[1:] if kind == "float" else (shape[3], *shape[1:3])
-        if isinstance(channels, int) and sizes and ":" in sizes and not isinstance(height, int | None):
+        if (
+            isinstance(channels, int)
+            and sizes
+            and ":" in sizes
+            and not all(isinstance(s, int) for s in (height, width))
+        ):
             found = parse_image_sizes(sizes)
             assert isinstance(found, tuple) and len(found) == 3  # noqa: PT018 - it has a colon
             smallest, typical, largest = found

@@ -100,6 +100,8 @@ def export_onnx(
         del deployed
         _write(graph, record, spec, path)
         del graph  # with it the folded weights, which are not needed while the file is checked
+        opened, closed = _open_sides(spec.deploy), InputSpec.of(spec.deploy).shape(1)
+        image_shape = tuple(opened[axis][0] if axis in opened else closed[axis] for axis in range(1, len(closed)))
         facts = check_export(
             path,
             variant=model.variant,
@@ -108,7 +110,7 @@ def export_onnx(
             opset=spec.opset,
             leave_out=spec.deploy.leave_out,
             open_size=spec.deploy.size_range is not None,
-            image_shape=_image_shape(spec.deploy),
+            image_shape=image_shape,
             norm_on_patches=norm_on_patches,
             mirrored_axes=() if spec.deploy.tta is None else (spec.deploy.width_axis,),
             outputs=outputs,
@@ -151,20 +153,13 @@ def _graph_from_module(module: DeployedConvNeXtV2, spec: ExportSpec) -> ir.Model
     # torch specialises an example batch of 1 on some versions; 2 stays symbolic on all.
     example_batch = max(smallest, 2) if dynamic else smallest
     inputs = InputSpec.of(spec.deploy)
-    size = spec.deploy.image_size
-    axes: dict[int, torch.export.Dim] = {}
+    opened, shape = _open_sides(spec.deploy), list(inputs.shape(example_batch))
+    axes = {axis: torch.export.Dim(name, min=low, max=high) for axis, (name, low, high) in opened.items()}
     if dynamic:
         axes[0] = torch.export.Dim("batch", min=smallest, max=largest)
-    if spec.deploy.size_range is not None:
-        first = 1 if spec.deploy.input_kind == "uint8" else 2
-        for axis, name, low, high in zip((0, 1), ("height", "width"), *map(sides, spec.deploy.size_range), strict=True):
-            if low != high:
-                axes[first + axis] = torch.export.Dim(name, min=low, max=high)
-        # torch takes a side of one position in the last stage for a constant: the example has two.
-        both = zip(sides(size), *map(sides, spec.deploy.size_range), strict=True)
-        height, width = (side if low == high else max(2 * STRIDE, side) for side, low, high in both)
-        size = (height, width)
-    example = torch.zeros(inputs.shape(example_batch, size), dtype=inputs.dtype)
+    for axis in opened:  # torch takes a side of one position in the last stage for a constant: the example has two
+        shape[axis] = max(2 * STRIDE, shape[axis])
+    example = torch.zeros(shape, dtype=inputs.dtype)
     try:
         with _quiet_exporter():
             program = torch.onnx.export(
@@ -187,16 +182,13 @@ def _graph_from_module(module: DeployedConvNeXtV2, spec: ExportSpec) -> ir.Model
     return program.model
 
 
-def _image_shape(deploy: DeploySpec) -> tuple[int | str, ...]:
-    """The input's axes after the batch: open sides by name."""
-    shape: list[int | str] = list(InputSpec.of(deploy).shape(1)[1:])
-    first = 0 if deploy.input_kind == "uint8" else 1
-    for axis, name, low, high in zip(
-        (0, 1), ("height", "width"), *map(sides, deploy.size_range or (32, 32)), strict=True
-    ):
-        if low != high:
-            shape[first + axis] = name
-    return tuple(shape)
+def _open_sides(deploy: DeploySpec) -> dict[int, tuple[str, int, int]]:
+    """The open axes of the input: name, smallest and largest size."""
+    if deploy.size_range is None:
+        return {}
+    first = 1 if deploy.input_kind == "uint8" else 2
+    ends = zip(("height", "width"), *map(sides, deploy.size_range), strict=True)
+    return {first + at: (name, low, high) for at, (name, low, high) in enumerate(ends) if low != high}
 
 
 def _write(graph: ir.Model, record: ModelRecord, spec: ExportSpec, path: Path) -> None:

@@ -119,6 +119,27 @@ def test_a_batch_is_checked_against_the_range():
         check_input(torch.zeros(5, 3, 64, 64), spec)
 
 
+def test_one_side_alone_can_be_open():
+    sizes = "64x40:64x80:64x130"
+    for kind, shape in (("float", ("batch", 3, 64, "width")), ("uint8", ("batch", 64, "width", 3))):
+        spec = InputSpec.in_graph(kind, shape, 1, 4, sizes)
+        assert (spec.image_size, spec.size_range) == ((64, 80), ((64, 40), (64, 130)))
+        assert InputSpec.in_graph(kind, shape, 1, 4) is None
+    with pytest.raises(InputError, match="height and width"):
+        check_input(torch.zeros(1, 65, 80, 3, dtype=torch.uint8), spec)
+
+
+@pytest.mark.slow
+def test_a_file_with_one_open_side_is_exported_and_verified(tmp_path):
+    made = cnx_api.export(
+        "tiny-test", precision="fp16", image_size=((64, 40), (64, 80), (64, 130)), num_classes=10, batch=(1, 2, 4),
+        output_dir=tmp_path,
+    )  # fmt: skip
+    axes = onnx.load(made.path).graph.input[0].type.tensor_type.shape.dim
+    assert [axis.dim_param or axis.dim_value for axis in axes] == ["batch", 3, 64, "width"]
+    assert cnx_api.verify(made).passed
+
+
 @pytest.mark.parametrize(
     "text", ["64:40:96", "64:64:64", "32:40:48", "64:96", "1:2:3", "64:96:x", "40x90:64:96", "a:b:c"]
 )

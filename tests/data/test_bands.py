@@ -77,7 +77,7 @@ def test_a_picture_without_alpha_is_opaque_and_that_is_noted(tmp_path):
     assert bool((pixels[..., 3] == 255).all())
     assert not bool((files.pixels(1, four)[..., 3] == 255).all())
     (note,) = files.observed()
-    assert "1 pictures have no alpha" in note
+    assert "without alpha are taken as opaque, 255: 1," in note
     assert "plain.png" in note
     files = ImageFiles((tmp_path / "plain.png", tmp_path / "clear.png"))
     files.pixels(0, Preprocessing(32))
