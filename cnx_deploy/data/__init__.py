@@ -15,6 +15,7 @@ from cnx_deploy.data.image_source import (
     image_like_batches,
 )  # fmt: skip
 from cnx_deploy.data.input_spec import InputSpec
+from cnx_deploy.data.multi_label import label_lines
 from cnx_deploy.data.preprocessing import normalise, runner_input, to_pixels
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "find_images",
     "image_like_batches",
     "image_source",
+    "label_lines",
     "load_image",
     "normalise",
     "picture_of",

@@ -1,7 +1,6 @@
 """What is wrong with a dataset before hours of work rest on it: files that cannot be read, classes that are uneven."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -84,7 +83,7 @@ class ClassBalance:
 
 def class_balance(dataset: Dataset) -> ClassBalance:
     """Count the images of each class."""
-    classes, (train, val) = range(len(dataset.class_names)), map(Counter, (dataset.train.labels, dataset.val.labels))
+    classes, train, val = range(len(dataset.class_names)), dataset.train.class_counts(), dataset.val.class_counts()
     return ClassBalance(dataset.class_names, tuple(train[at] for at in classes), tuple(val[at] for at in classes))
 
 
@@ -133,7 +132,7 @@ def without_broken(
         return dataset, report
     bad = {image.path for image in report.broken}
     train, val = _readable(dataset.train, bad, "training", most), _readable(dataset.val, bad, "validation", most)
-    lost = set(dataset.train.labels) - set(train.labels)
+    lost = dataset.train.class_counts().keys() - train.class_counts().keys()
     if lost:
         raise InputError(
             f"No training image of the class {dataset.class_names[min(lost)]} can be read: {report.broken[0].reason} "

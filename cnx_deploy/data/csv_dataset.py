@@ -2,7 +2,7 @@
 
 Where an image lies is told by its absolute path, or by one relative to the file's folder or another that is named,
 below which it stays; an id is the one file of that stem. Labels are text, or the one column of several that holds a 1.
-Other columns are ignored.
+Other columns are ignored. For several labels an image, `data.multi_label` says how one column holds them.
 """
 
 import csv
@@ -19,15 +19,18 @@ from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.strict_json import shortened
 from cnx_deploy.data.decoding import SUFFIXES
 from cnx_deploy.data.image_source import ImageFiles
+from cnx_deploy.data.label_sets import LabelCells
 
 __all__ = ["CsvDataset", "is_csv", "read_csv"]
 
 COLUMNS = {
-    "path": ("path", "filename", "file", "file_name", "image", "image_id", "image_path", "img"),
+    "path": ("path", "filename", "file", "file_name", "image", "image_id", "image_name", "image_path", "img", "fname"),
     "label": ("label", "class", "category", "target"),
     "split": ("split",),
 }
 """What a column may be called, in upper or lower case, and what it is read as."""
+SEVERAL_LABELS = (*COLUMNS["label"], "labels", "classes", "categories", "targets", "tag", "tags")
+"""What the column of labels may be called where an image may have several."""
 SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 """What the column `split` may say, in upper or lower case, and what it means."""
 DELIMITERS = {",": ",", ";": ";", "\t": "tab"}
@@ -66,6 +69,8 @@ class CsvDataset:
         if "train" not in self.splits:
             raise InputError(f"{self.path} has no rows with the split train. Add some, or leave the column out.")
         train = self.splits["train"]
+        if train.label_sets is not None:  # a rare label may lie elsewhere alone, and notes say so
+            return train
         unknown = {label for images in self.splits.values() for label in images.labels} - set(train.labels)
         if unknown:
             name = self.class_names[min(unknown)]
@@ -81,8 +86,10 @@ def is_csv(path: Path) -> bool:
     return path.suffix.lower() in (".csv", ".tsv") and not path.is_dir()
 
 
-def read_csv(path: Path, image_folder: Path | None = None) -> CsvDataset:
+def read_csv(path: Path, image_folder: Path | None = None, *, multi_label: bool = False) -> CsvDataset:
     """Read and check every row; relative paths begin at `image_folder`, by default the table's own.
+
+    With `multi_label` an image may have any number of labels, none included: the files have `label_sets`.
 
     Raises InputError, with the number of the line: no header, a column missing or there twice, a row too short or a
     line too long, a label that is empty, too long, several or holds a control character, an unknown split, a path that
@@ -91,12 +98,14 @@ def read_csv(path: Path, image_folder: Path | None = None) -> CsvDataset:
     lines: dict[str, int] = {}
     seen: dict[str, int] = {}
     rows: dict[str, list[tuple[Path, str]]] = {}
+    cells = LabelCells()
     if image_folder is not None and not image_folder.is_dir():
         raise InputError(f"{image_folder} is no folder: expected the one that the paths of {path} begin at. Check it.")
     folder, columns, count = path.parent if image_folder is None else image_folder, _Columns({}, {}, ""), 0
     file_of, absent = _file_finder(path, str(folder)), list[tuple[int, str]]()
-    for line, columns, values in _rows(path):
-        split, label, place = _split_label_and_path(path, line, columns, values)
+    for line, columns, values in _rows(path, multi_label):
+        split, place = _split_and_path(path, line, columns, values)
+        label = "" if multi_label else _label(path, line, columns, values)
         full, count = file_of(line, place), count + 1
         if full is None:
             absent.append((line, _printable(place)))
@@ -105,8 +114,13 @@ def read_csv(path: Path, image_folder: Path | None = None) -> CsvDataset:
         if key in seen:
             _refuse(path, line, f"{_printable(place)} is on line {seen[key]} already. An image has one row")
         seen[key] = line
-        lines.setdefault(label, line)
         rows.setdefault(split, []).append((Path(full), label))
+        if not multi_label:
+            lines.setdefault(label, line)
+        elif columns.classes:
+            cells.add_names(split, line, _ones(path, line, columns, values))
+        else:
+            cells.add_text(split, line, values[columns.places["label"]])
     if absent:
         (line, first), more = absent[0], ", ".join(f"{name} (line {line})" for line, name in absent[1:MOST_NAMED])
         others = f", and so are {len(absent) - 1:,} more of {count:,} rows: {more}" if more else ""
@@ -116,18 +130,23 @@ def read_csv(path: Path, image_folder: Path | None = None) -> CsvDataset:
             f"{first} is no file in {folder} and no stem of one{others}{more}. Paths are absolute, or relative to it"
         )
         _refuse(path, line, f"{reason}{option}")
-    if not lines:
+    if not rows:
         raise InputError(f"{path} has no rows below its header: expected one for each image. Add them.")
-    names = tuple(sorted({*lines, *columns.classes}))
+    sets: dict[str, tuple[tuple[int, ...], ...]] = {}
+    if multi_label:
+        names, sets = cells.resolved(columns.classes, lambda line, reason: _refuse(path, line, reason))
+    else:
+        names = tuple(sorted({*lines, *columns.classes}))
     index = {name: at for at, name in enumerate(names)}
     where = "" if image_folder is None else f", images in {image_folder}"
-    notes = (f"Read the table {path}: {columns.understood}{where}.",)
+    notes = (f"Read the table {path}: {columns.understood}{cells.understood}{where}.",)
     splits = {
         split: ImageFiles(
-            tuple(file for file, _ in images), tuple(index[label] for _, label in images), names, notes=notes
+            tuple(file for file, _ in images), () if sets else tuple(index[label] for _, label in images), names,
+            notes=notes, label_sets=sets.get(split),
         )
         for split, images in rows.items()
-    }
+    }  # fmt: skip
     return CsvDataset(path, names, splits, lines)
 
 
@@ -140,7 +159,7 @@ class _Columns:
     understood: str
 
 
-def _rows(path: Path) -> Iterator[tuple[int, _Columns, list[str]]]:
+def _rows(path: Path, multi_label: bool) -> Iterator[tuple[int, _Columns, list[str]]]:
     """The number of each line, the columns, and the line's values."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is a folder, a device or a pipe: expected a CSV file. Check the path.")
@@ -152,7 +171,7 @@ def _rows(path: Path) -> Iterator[tuple[int, _Columns, list[str]]]:
             header = next(lines, "")
             delimiter = max(DELIMITERS, key=re.sub('"[^"]*"', "", header).count)
             reader = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
-            columns = _columns(next(reader, []), delimiter, path)
+            columns = _columns(next(reader, []), delimiter, path, multi_label)
             last = max(*columns.places.values(), *columns.classes.values(), 0)
             for values in reader:
                 if not values:
@@ -178,10 +197,11 @@ def _bounded_lines(stream: TextIO) -> Iterator[str]:
         yield line
 
 
-def _columns(header: list[str], delimiter: str, path: Path) -> _Columns:
+def _columns(header: list[str], delimiter: str, path: Path, multi_label: bool) -> _Columns:
     names = [name.strip() for name in header]
     places: dict[str, int] = {}
-    for column, known in COLUMNS.items():
+    columns = {**COLUMNS, "label": SEVERAL_LABELS} if multi_label else COLUMNS
+    for column, known in columns.items():
         found = [at for at, name in enumerate(names) if name.lower() in known]
         if len(found) > 1:
             given = " and ".join(names[at] for at in found[:3])
@@ -193,7 +213,7 @@ def _columns(header: list[str], delimiter: str, path: Path) -> _Columns:
     is_one_hot = "label" not in places and len(others) == len(names) - len(places) > 1
     missing = [column for column in ("path", "label") if column not in places]
     if "path" in missing or (missing and not is_one_hot):
-        allowed = "; ".join(f"{column}: {', '.join(COLUMNS[column])}" for column in missing)
+        allowed = "; ".join(f"{column}: {', '.join(columns[column])}" for column in missing)
         given = shortened(", ".join(header)) or "nothing"
         _refuse(path, 1, f"the header has no column {' and '.join(missing)}, only {given}. Names are {allowed}")
     classes = others if is_one_hot else {}
@@ -205,17 +225,27 @@ def _columns(header: list[str], delimiter: str, path: Path) -> _Columns:
     return _Columns(places, classes, f"{', '.join(said)}, delimiter {DELIMITERS[delimiter]}")
 
 
-def _split_label_and_path(path: Path, line: int, columns: _Columns, values: list[str]) -> tuple[str, str, str]:
+def _split_and_path(path: Path, line: int, columns: _Columns, values: list[str]) -> tuple[str, str]:
     cells = {column: values[at].strip() for column, at in columns.places.items()}
     split = SPLITS.get(cells["split"].lower()) if "split" in cells else ""
     if split is None:
         _refuse(path, line, f"there is no split {shortened(repr(cells['split']))}. Write train, val or test")
-    label = _one_hot_label(path, line, columns, values) if columns.classes else cells["label"]
-    for name, value in (("path", cells["path"]), ("label", label)):
-        if not value:
-            _refuse(path, line, f"the {name} is empty")
+    if not cells["path"]:
+        _refuse(path, line, "the path is empty")
+    return split, cells["path"]
+
+
+def _label(path: Path, line: int, columns: _Columns, values: list[str]) -> str:
+    """The one class of an image."""
+    label = _one_hot_label(path, line, columns, values) if columns.classes else values[columns.places["label"]].strip()
+    if not label:
+        _refuse(path, line, "the label is empty")
     if SEVERAL in label:
-        _refuse(path, line, f"{shortened(repr(label))} are several labels, and a classifier has one class an image")
+        _refuse(
+            path, line,
+            f"{shortened(repr(label))} are several labels, and a classifier has one class an image; --task multi-label "
+            "takes several",
+        )  # fmt: skip
     if not is_class_name(label):
         _refuse(
             path,
@@ -223,12 +253,27 @@ def _split_label_and_path(path: Path, line: int, columns: _Columns, values: list
             f"the label {shortened(repr(label))} is no class's name: it is longer than {MAX_NAME} characters or holds "
             "a line's end or another control character",
         )
-    return split, label, cells["path"]
+    return label
 
 
 def _one_hot_label(path: Path, line: int, columns: _Columns, values: list[str]) -> str:
     """The name of the one column that holds a 1."""
-    held = []
+    held = _ones(path, line, columns, values)
+    if len(held) > 1:
+        _refuse(
+            path,
+            line,
+            f"{shortened(', '.join(held))} are all 1: this is a table of several labels, and a classifier has one "
+            "class an image; --task multi-label takes several",
+        )
+    if not held:
+        _refuse(path, line, "no class's column holds a 1")
+    return held[0]
+
+
+def _ones(path: Path, line: int, columns: _Columns, values: list[str]) -> list[str]:
+    """The names of the columns that hold a 1."""
+    held: list[str] = []
     for name, at in columns.classes.items():
         is_held = ONE_HOT.get(values[at].strip().lower())
         if is_held is None:
@@ -239,16 +284,7 @@ def _one_hot_label(path: Path, line: int, columns: _Columns, values: list[str]) 
                 f"{' or '.join(COLUMNS['label'])}, so that each other column is a class and holds 0 or 1",
             )
         held += [name] if is_held else []
-    if len(held) > 1:
-        _refuse(
-            path,
-            line,
-            f"{shortened(', '.join(held))} are all 1: this is a table of several labels, and a classifier has one "
-            "class an image",
-        )
-    if not held:
-        _refuse(path, line, "no class's column holds a 1")
-    return held[0]
+    return held
 
 
 def _file_finder(table: Path, folder: str) -> Callable[[int, str], str | None]:

@@ -13,8 +13,8 @@ from cnx_deploy.data.decoding import SUFFIXES, is_image_file
 from cnx_deploy.data.image_source import ImageFiles, ImageSource
 
 __all__ = [
-    "VALIDATION_NAMES", "Dataset", "LeftOut", "few_labels", "find_dataset", "find_images", "image_source",
-    "images_below", "notes_of", "training_folder",
+    "VALIDATION_NAMES", "Dataset", "LeftOut", "child_folder", "few_labels", "find_dataset", "find_images",
+    "image_source", "images_below", "notes_of", "training_folder",
 ]  # fmt: skip
 
 VALIDATION_NAMES = ("val", "validation", "valid", "test")
@@ -74,30 +74,38 @@ class LeftOut:
         return f"{self.where}: {self.count} of {self.count + self.taken} files left out: {kinds}."
 
 
-def image_source(data: Path | str | ImageSource, image_folder: Path | None = None) -> ImageSource:
+def image_source(
+    data: Path | str | ImageSource, image_folder: Path | None = None, *, multi_label: bool = False
+) -> ImageSource:
     """The images of a path, see `find_images`; a source is returned as it is."""
     if not isinstance(data, ImageSource):
-        return find_images(Path(data), image_folder)
+        return find_images(Path(data), image_folder, multi_label=multi_label)
     if image_folder is not None:
         raise InputError(f"{data.description} is no table, and image_folder is of a table. Leave it out.")
     return data
 
 
-def find_images(root: Path, image_folder: Path | None = None) -> ImageFiles:
+def find_images(root: Path, image_folder: Path | None = None, *, multi_label: bool = False) -> ImageFiles:
     """The images that a path means for anything but training.
 
     Of a folder: those of `val/`, else `validation/`, `valid/` or `test/`, else its own. A class has every image below
     its folder, however deep; images without class folders have no labels. Beside `train/` the classes are those of
     both, so that a class keeps its place where it has no images here. Of a CSV file: the rows of val, else of test,
     else all of a file without splits, with paths that begin at `image_folder`. What is left out is in `notes`.
+    `multi_label`: an image has any number of labels, see `data.multi_label`.
 
     Raises InputError when there is no such folder, nothing in it, nothing but `train/`, or a class whose name is not
     UTF-8; see also `csv_dataset.read_csv`.
     """
-    if _is_table(root, image_folder):
+    is_table = _is_table(root, image_folder)
+    if multi_label:
+        from cnx_deploy.data.multi_label import find_multi_label_images  # which reads folders by the functions here
+
+        return find_multi_label_images(root, image_folder)
+    if is_table:
         rows = read_csv(root, image_folder).validation()
         return replace(_with_missing_classes(rows, str(root)), description=str(root))
-    train_root, val_root = training_folder(root), _child(root, VALIDATION_NAMES)
+    train_root, val_root = training_folder(root), child_folder(root, VALIDATION_NAMES)
     files, notes = _files_by_class(val_root or root)
     if train_root is not None and val_root is None and set(files) == {train_root.name}:
         raise InputError(
@@ -110,17 +118,25 @@ def find_images(root: Path, image_folder: Path | None = None) -> ImageFiles:
     return replace(images, description=str(root))
 
 
-def find_dataset(root: Path, *, seed: int = 0, val_share: float = 0.2, image_folder: Path | None = None) -> Dataset:
+def find_dataset(
+    root: Path, *, seed: int = 0, val_share: float = 0.2, image_folder: Path | None = None, multi_label: bool = False
+) -> Dataset:
     """Read `train/` and `val/` (`validation/`, `valid/`, `test/`) of a folder, or the splits of a CSV file.
 
     One folder of classes, and a CSV file without splits, is divided by `seed`, each class by the same share. The class
     names are those of both sides. A class may lack validation images, which is in `notes`; a class of one image is
-    not divided. Paths in a CSV file begin at `image_folder`, by default at the file's own.
+    not divided. Paths in a CSV file begin at `image_folder`, by default at the file's own. `multi_label`: an image has
+    any number of labels, see `data.multi_label`.
 
     Raises InputError when fewer than two classes have training images, or one has none and is to be validated; see
     also `csv_dataset.read_csv`.
     """
-    if _is_table(root, image_folder):
+    is_table = _is_table(root, image_folder)
+    if multi_label:
+        from cnx_deploy.data.multi_label import find_multi_label_dataset  # which reads folders by the functions here
+
+        return find_multi_label_dataset(root, seed=seed, val_share=val_share, image_folder=image_folder)
+    if is_table:
         rows = read_csv(root, image_folder)
         whole = rows.splits.get("")
         return _checked(root, *((rows.training(), rows.validation()) if whole is None
@@ -131,7 +147,7 @@ def find_dataset(root: Path, *, seed: int = 0, val_share: float = 0.2, image_fol
         if files.keys() != {""} and all(name.lower() in SPLIT_NAMES for name in files):
             raise InputError(f"{root} has {', '.join(files)} but no folder train. Add it, or name a folder of classes.")
         return _checked(root, *split_by_class(_labelled(files, notes), seed, val_share))
-    val_root = _child(root, VALIDATION_NAMES)
+    val_root = child_folder(root, VALIDATION_NAMES)
     if val_root is None:
         others = "/, ".join(VALIDATION_NAMES[:-1])
         raise InputError(
@@ -194,7 +210,7 @@ def split_by_class(images: ImageFiles, seed: int, val_share: float) -> tuple[Ima
 
 def training_folder(root: Path) -> Path | None:
     """`root/train`, in upper or lower case; None where there is none."""
-    return _child(root, ("train",))
+    return child_folder(root, ("train",))
 
 
 def images_below(folder: Path, left_out: LeftOut, above: frozenset[str] = frozenset()) -> Iterator[Path]:
@@ -329,7 +345,7 @@ def _some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:MOST_NAMES])}{' …' if len(names) > MOST_NAMES else ''}"
 
 
-def _child(root: Path, names: Sequence[str]) -> Path | None:
+def child_folder(root: Path, names: Sequence[str]) -> Path | None:
     """The first folder of these names in `root`, in upper or lower case; lower case wins where a folder has both."""
     if not root.is_dir():
         return None

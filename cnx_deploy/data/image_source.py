@@ -5,7 +5,9 @@ consumer needs beyond that is written here once: batches of any runner's input, 
 that cannot be read, counted and named; an even choice of some images; the batch sizes at which kernels are checked.
 """
 
+import itertools
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -41,7 +43,8 @@ class ImageBatch:
     """Some images of a source as a runner takes them.
 
     `images` has the shape and dtype of the runner's `InputSpec`. Copies of the first image may follow the
-    `len(indices)` real ones, up to the runner's smallest batch. `labels` (n,) int64 has -1 where there is none.
+    `len(indices)` real ones, up to the runner's smallest batch. `labels` (n,) int64 has -1 where there is none; of
+    images with several labels it is (n, classes) float32, 1 for each that an image has.
     """
 
     images: Tensor
@@ -67,6 +70,8 @@ class ImageSource(ABC):
     """What the labels mean; empty where the images have none."""
     labels: Sequence[int] = ()
     """The class of each image; empty where they have none."""
+    label_sets: Sequence[Sequence[int]] | None = None
+    """The labels of each image in place of one class, any number of them, as indices of `class_names`."""
     description: str = "the image source"
     """What messages call the whole."""
     notes: Sequence[str] = ()
@@ -88,6 +93,16 @@ class ImageSource(ABC):
     def label(self, index: int) -> int:
         """The index of an image's class in `class_names`; -1 without labels."""
         return self.labels[index] if self.labels else -1
+
+    def target(self, index: int) -> Tensor:
+        """What an image is compared with: its class () int64, or with label sets (classes,) float32 of 0 and 1."""
+        if self.label_sets is None:
+            return torch.tensor(self.label(index))
+        return torch.zeros(len(self.class_names)).index_fill_(0, torch.tensor(self.label_sets[index]).long(), 1.0)
+
+    def class_counts(self) -> Counter[int]:
+        """The images of each class or label that has any."""
+        return Counter(self.labels if self.label_sets is None else itertools.chain.from_iterable(self.label_sets))
 
     def observed(self) -> tuple[str, ...]:
         """What the images that were read so far have shown, such as values far below white: a sentence each."""
@@ -185,7 +200,7 @@ class ImageBatches(Iterable[ImageBatch]):
         indices, pixels = zip(*images, strict=True)
         missing = max(0, self.spec.min_batch - len(pixels))
         stacked = torch.stack([*pixels, *[pixels[0]] * missing])
-        labels = torch.tensor([self.source.label(index) for index in indices])
+        labels = torch.stack([self.source.target(index) for index in indices])
         names = tuple(self.source.name(index) for index in indices)
         return ImageBatch(runner_input(stacked, self.spec.kind), indices, names, labels)
 
@@ -200,6 +215,7 @@ class ImageFiles(ImageSource):
     description: str = field(default="the image files", compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
     seen: Observations = field(default_factory=Observations, compare=False, repr=False)
+    label_sets: tuple[tuple[int, ...], ...] | None = None
     is_thread_safe = True
 
     def __len__(self) -> int:
@@ -226,7 +242,8 @@ class ImageFiles(ImageSource):
     def subset(self, indices: Sequence[int]) -> Self:
         """The images at `indices`, in their order."""
         labels = tuple(self.labels[at] for at in indices) if self.labels else ()
-        return replace(self, paths=tuple(self.paths[at] for at in indices), labels=labels)
+        sets = None if self.label_sets is None else tuple(self.label_sets[at] for at in indices)
+        return replace(self, paths=tuple(self.paths[at] for at in indices), labels=labels, label_sets=sets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +254,7 @@ class GivenImages(ImageSource):
     labels: Sequence[int] = ()
     class_names: tuple[str, ...] = ()
     seen: Observations = field(default_factory=Observations, compare=False, repr=False)
+    label_sets: Sequence[Sequence[int]] | None = None
     description = "the images"
     is_thread_safe = True
 

@@ -34,11 +34,11 @@ MAGNITUDE_STD = 0.5
 ERASED_AREA = (0.02, 1 / 3)
 ERASED_RATIO = (0.3, 3.3)
 
-Item = tuple[Tensor, int]
+Item = tuple[Tensor, Tensor]
 
 
 class TrainingImages(TorchDataset[Item]):
-    """Augmented images. [(index, seed)] -> (S, S, C) uint8 and the class index.
+    """Augmented images. [(index, seed)] -> (S, S, C) uint8 and the `ImageSource.target`.
 
     `augment`: (C, H, W) uint8 and a seed -> (C, S, S) uint8, see `ImageAugmentation`. `white_level`, `in_chans`: see
     `core.preprocessing`.
@@ -63,7 +63,7 @@ class TrainingImages(TorchDataset[Item]):
         index, seed = key
         pixels = self.cached[index] if self.cached else self._decode(self.split, index)
         image = self.augment(pixels.permute(2, 0, 1), seed)
-        return image.permute(1, 2, 0).contiguous(), self.split.label(index)
+        return image.permute(1, 2, 0).contiguous(), self.split.target(index)
 
     def _decode(self, split: ImageFiles, index: int) -> Tensor:
         """(H, W, C) uint8 at the file's own size."""
@@ -80,7 +80,7 @@ class TrainingImages(TorchDataset[Item]):
 
 
 class ValidationImages(TorchDataset[Item]):
-    """Images as `data.preprocessing.to_pixels` makes them. [index] -> (S, S, C) uint8 and the class index.
+    """Images as `data.preprocessing.to_pixels` makes them. [index] -> (S, S, C) uint8 and the `ImageSource.target`.
 
     Each of several processes takes its part, by turns.
     """
@@ -97,7 +97,7 @@ class ValidationImages(TorchDataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         pixels = self.cached[index] if self.cached else self._pixels(self.split, index)
-        return pixels, self.split.label(index)
+        return pixels, self.split.target(index)
 
     def _pixels(self, split: ImageFiles, index: int) -> Tensor:
         return split.pixels(index, self.preprocessing)
@@ -106,7 +106,7 @@ class ValidationImages(TorchDataset[Item]):
 def make_loader(
     images: TrainingImages | ValidationImages, batches: int | EpochBatches, spec: TrainingSpec
 ) -> DataLoader[Item]:
-    """Load batches of (N, S, S, C) uint8 and (N,) int64: by a sampler, or so many images each, in order.
+    """Load batches of (N, S, S, C) uint8 and targets (N, ...): by a sampler, or so many images each, in order.
 
     `spec.workers` None: no worker where the images are in memory and the processor trains, else one a processor, at
     most 8, divided among the processes of this machine.
@@ -155,6 +155,8 @@ class ImageAugmentation:
 
 class BatchMix:
     """Mixup or CutMix on a batch: (N, C, S, S) floats and (N,) classes -> the same and (N, classes) target shares.
+
+    Labels (N, classes) of 0 and 1 are mixed as they are.
 
     `mixup_alpha`, `cutmix_alpha`: parameter of the Beta distribution that the share is drawn from, one draw a batch; 0
     leaves that one out, and with both each batch takes one of them (Zhang et al., arXiv:1710.09412; Yun et al.,
