@@ -77,8 +77,8 @@ def export(
         variant: one of `cnx-deploy variants`, for example "atto".
         precision: "fp32", "fp16" or "bf16", or several of them for several files from one load of the weights.
         note: is told what was chosen or assumed, a line at a time; `print` shows it.
-        **options: fields of `ExportRequest`: checkpoint, soup, ema, entry, pretrained, image_size, batch, keep_fp32,
-            tta, temperature, output_dir, force …
+        **options: fields of `ExportRequest`: checkpoint, soup, ema, entry, pretrained, task, outputs, image_size,
+            batch, keep_fp32, tta, temperature, output_dir, force …
 
     Returns:
         The artifact, or a list of them where several precisions were asked for.
@@ -175,6 +175,8 @@ def load(
     soup: Sequence[Path | str] = (),
     tta: TestTimeAugmentation | None = None,
     temperature: float = 1.0,
+    task: str | None = None,
+    outputs: Sequence[str] = (),
 ) -> Model:
     """Open a checkpoint, an ONNX file or an engine to predict with; use the model as a context manager.
 
@@ -189,6 +191,8 @@ def load(
         soup: checkpoints whose mean with this one the weights are.
         tta: "flip" answers the mean over an image and its left-right mirror; a file keeps what it was exported with.
         temperature: what the logits of a checkpoint are divided by, see `fit_temperature`.
+        task: what a checkpoint is taken for: "features" leaves its head out. None takes what it records.
+        outputs: what a checkpoint gives, such as ("embedding", "maps"); a file keeps what it was exported with.
 
     Raises:
         CorruptArtifactError: the file is not what its manifest says.
@@ -196,6 +200,7 @@ def load(
     """
     words: dict[str, Any] = {"class_names": names_of(class_names), "white_level": white_level, "image_size": image_size}
     words |= {"ema": ema, "entry": entry, "soup": tuple(soup), "tta": tta, "temperature": temperature}
+    words |= {"task": task, "outputs": tuple(outputs)}
     return open_predictor(_path_of(model), many=True, device=device, **words)
 
 
@@ -373,8 +378,9 @@ def _paths_of(sources: Source | Sequence[Source]) -> tuple[Path, ...]:
 class ExportRequest(ModelRequest):
     """What `cnx-deploy export` takes; see `exporters.onnx.ExportSpec` and `core.deploy_spec.DeploySpec`.
 
-    `keep_fp32` is of the half-precision files alone. `image_size` of three, (smallest, typical, largest), leaves height
-    and width open between the first and the last.
+    `keep_fp32` is of the half-precision files alone. `task` "features" takes a classifier's weights without the head.
+    `outputs` are the task's words for what the file gives, such as ("logits", "embedding"). `image_size` of three,
+    (smallest, typical, largest), leaves height and width open between the first and the last.
     """
 
     precisions: tuple[str, ...] = ("fp32", "fp16")
@@ -386,6 +392,7 @@ class ExportRequest(ModelRequest):
     keep_fp32: tuple[str, ...] = ()
     tta: TestTimeAugmentation | None = None
     temperature: float = 1.0
+    outputs: tuple[str, ...] = ()
     output_dir: Path = Path("export")
     name: str | None = None
     no_verify: bool = False
@@ -446,6 +453,8 @@ def run_exports(request: ExportRequest, note: Note) -> list[Artifact[OnnxManifes
         size_range, request = (smallest, largest), replace(request, image_size=typical)
     loaded, preprocessing = request.load(note)
     check_parts(request.keep_fp32, loaded.model.variant)
+    task = loaded.model.task.name
+    name = request.name or (None if task == "classification" else f"{loaded.model.variant.name}-{task}")
     made = []
     for precision in request.precisions:
         deploy = DeploySpec(
@@ -460,8 +469,9 @@ def run_exports(request: ExportRequest, note: Note) -> list[Artifact[OnnxManifes
             size_range=size_range,
             tta=request.tta,
             temperature=request.temperature,
+            outputs=tuple(request.outputs),
         )
-        spec = ExportSpec(deploy=deploy, batch=request.batch, name=request.name)
+        spec = ExportSpec(deploy=deploy, batch=request.batch, name=name)
         record = model_record(loaded, preprocessing, request.output_dir)
         check = None if request.no_verify else partial(verify_export, model=loaded.model)
         artifact = export_onnx(loaded.model, record, spec, request.output_dir, force=request.force, verify=check)

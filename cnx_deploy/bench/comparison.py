@@ -184,7 +184,7 @@ def _networks_of(artifacts: Sequence[Artifact]) -> Iterator[list[Artifact]]:
     groups: dict[tuple[Any, ...], list[Artifact]] = {}
     for artifact in artifacts:
         model, deploy = artifact.manifest.model, artifact.manifest.deploy
-        answer = tuple(deploy.answer.items())
+        answer = (*deploy.answer.items(), deploy.outputs)
         key = (model.weights.sha256, model.image_size, deploy.input_kind, deploy.mean, deploy.std, answer)
         groups.setdefault(key, []).append(artifact)
     yield from groups.values()
@@ -197,7 +197,14 @@ def _network_name(artifact: Artifact) -> str:
     """
     model, deploy = artifact.manifest.model, artifact.manifest.deploy
     kinds = (deploy.input_kind,) if deploy.input_kind != "float" else ()
-    parts = (model.variant, size_text(model.image_size), model.weights.sha256[:8], *kinds, *deploy.answer.values())
+    parts = (
+        model.variant,
+        size_text(model.image_size),
+        model.weights.sha256[:8],
+        *kinds,
+        *deploy.answer.values(),
+        *deploy.outputs,
+    )
     return "-".join(map(str, parts))
 
 

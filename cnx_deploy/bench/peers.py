@@ -186,6 +186,8 @@ def _timm(setup: PeerSetup, opset: int = OPSET, *, in_whole_batches: bool = Fals
     """Export timm's model; run it as our files are, so that a ratio is the graph's alone, or by ONNX Runtime alone."""
     if setup.model.task.name != "classification":
         raise MissingRequirementError(f"timm's model classifies: it has no counterpart of {setup.model.task.name}.")
+    if setup.deploy.outputs not in ((), ("logits",)):
+        raise MissingRequirementError(f"timm's model gives logits: it has no {', '.join(setup.deploy.outputs)}.")
     path = setup.folder / "timm.onnx"
     # It answers as our files do: a mean over two passes against one pass would compare different work.
     twin = AnsweringModel(timm_twin(setup.model.cpu()), setup.deploy, setup.model.task).eval()

@@ -8,12 +8,14 @@ from cnx_deploy.cli import options
 from cnx_deploy.core.precision import exportable_precisions
 
 SECTIONS = {
-    "Weights": ("variant", "checkpoint", "pretrained", "seed", "num_classes", "reset_head", "ema", "entry", "soup"),
+    "Weights": (
+        "variant", "checkpoint", "pretrained", "task", "seed", "num_classes", "reset_head", "ema", "entry", "soup",
+    ),
     "Images": (
         "image_size", "in_chans", "mean", "std", "crop_ratio", "crop_mode", "interpolation", "class_names",
         "input_kind",
     ),
-    "Answer": ("tta", "temperature"),
+    "Answer": ("outputs", "tta", "temperature"),
     "Graph": ("precisions", "batch", "optimize_for", "keep_fp32", "leave_out"),
     "Files": ("output_dir", "name", "no_verify", "force"),
 }  # fmt: skip
@@ -23,6 +25,7 @@ SECTIONS = {
 @options.variant
 @options.checkpoint
 @options.pretrained
+@options.task
 @options.seed
 @options.num_classes
 @options.reset_head
@@ -35,6 +38,7 @@ SECTIONS = {
     "--precision", "precisions", type=click.Choice(exportable_precisions()), multiple=True, default=("fp32", "fp16"),
     show_default=True, help="Precision of the file; repeat for several.",
 )  # fmt: skip
+@options.outputs
 @options.tta
 @options.temperature
 @click.option("--batch", type=options.BATCH_RANGE, default=(1, 8, 64), help="Batch range [default: 1:8:64].")

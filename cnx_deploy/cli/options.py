@@ -21,8 +21,8 @@ __all__ = [
     "BATCH_RANGE", "CHANNELS", "EXISTING", "FILE", "FOLDER", "IMAGE_SIZE", "IMAGE_SIZES", "PATH", "TARGET", "VARIANT",
     "DefaultGroup", "SectionedCommand", "as_json", "checkpoint", "class_names", "echo", "echo_artifacts", "echo_json",
     "engines_dir", "export_dir", "fail", "files", "force", "image_folder", "image_size", "image_sizes", "in_chans",
-    "note", "num_classes", "other_size", "output_dir", "pixels", "preprocessing", "pretrained", "reporter",
-    "reset_head", "seed", "soup", "temperature", "tta", "variant", "white_level",
+    "note", "num_classes", "other_size", "output_dir", "outputs", "pixels", "preprocessing", "pretrained", "reporter",
+    "reset_head", "seed", "soup", "task", "temperature", "tta", "variant", "white_level",
 ]  # fmt: skip
 
 
@@ -120,6 +120,14 @@ entry = click.option("--entry", metavar="NAME", help="Which of several networks 
 soup = click.option(
     "--soup", type=click.Path(exists=True, path_type=Path), multiple=True,
     help="Take the mean of the checkpoint's weights and this one's (repeat for more).",
+)  # fmt: skip
+task = click.option(
+    "--task", metavar="TASK", help="classification, or features without the head [default: as recorded]."
+)
+outputs = click.option(
+    "--output", "outputs", metavar="NAME", multiple=True,
+    help="What to give, repeatable: logits, probabilities, top5, embedding, unit-embedding, maps, class-maps "
+    "[default: logits; features: embedding].",
 )  # fmt: skip
 tta = click.option(
     "--tta", type=click.Choice(["flip"]), help="Answer the mean over an image and its left-right mirror."

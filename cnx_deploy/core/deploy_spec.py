@@ -53,6 +53,7 @@ class DeploySpec:
     function stays. `keep_fp32` names modules (`model.deploy.parts_of`) that stay in FP32 in half precision.
     `tta` "flip" answers the mean of the outputs for an image and its left-right mirror. The class scores are divided
     by `temperature`. A task may refuse either (`model.tasks`).
+    `outputs` are words of the task for what the file gives, such as "embedding"; none is what the task gives by itself.
     """
 
     precision: str = "fp32"
@@ -66,8 +67,10 @@ class DeploySpec:
     size_range: SizeRange | None = None
     tta: TestTimeAugmentation | None = None
     temperature: float = 1.0
+    outputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "outputs", tuple(dict.fromkeys(self.outputs)))
         object.__setattr__(self, "image_size", canonical_size(self.image_size))
         if self.size_range is not None:
             smallest, largest = map(canonical_size, self.size_range)

@@ -13,16 +13,22 @@ __all__ = ["GATES", "Differences", "Gate", "OutputSpec", "ParityResult"]
 
 @dataclass(frozen=True, slots=True)
 class OutputSpec:
-    """One output of a network: its name in the graph and its sizes after the batch. Every output is float32.
+    """One output of a network: its name in the graph and its sizes after the batch.
 
-    `unit`: what a value is ("logit"). `activation`: what turns scores along the first axis into an answer, one class of
-    all (softmax) or each by itself (sigmoid); None where the values are no scores, so that no decision is compared.
+    `unit`: what a value is ("logit", "probability", "embedding", "feature"). `activation`: what scores along the first
+    axis mean, one class of all (softmax) or each by itself (sigmoid); None where the values are no scores, so that no
+    decision is compared. `dtype` is torch's name of the element type.
+    `indexes`: the values are places in that output, which the reference has; what is compared is its values there.
+    `is_ranked`: the values fall from first to last, so that the cosine of what they differ by says nothing.
     """
 
     name: str
     shape: tuple[int, ...]
     unit: str
     activation: Literal["softmax", "sigmoid"] | None = None
+    dtype: Literal["float32", "int64"] = "float32"
+    indexes: str | None = None
+    is_ranked: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,13 +120,14 @@ class ModelRecord:
     """The network inside an artifact.
 
     `head_is_new`: the head was drawn at random when the weights were loaded, because the classes differed.
-    `task`: what the network is for, a word of `model.tasks`. `origins`: where class names and fields of the
-    preprocessing of trained weights were read, by name: a file, an entry of the checkpoint, "option" or "assumed".
+    `task`: what the network is for, a word of `model.tasks`. `num_classes` 0: it has none. `origins`: where class
+    names and fields of the preprocessing of trained weights were read, by name: a file, an entry of the checkpoint,
+    "option" or "assumed".
     `training`: class weights, sampling and loss that the weights were trained with, where they are not the usual ones.
     """
 
     variant: str
-    num_classes: Positive
+    num_classes: Count
     image_size: ImageSize
     weights: WeightsRecord
     preprocessing: Preprocessing
@@ -363,7 +364,7 @@ class Manifest:
         later: list[tuple[dict[str, Any], Mapping[str, Any]]] = [
             (plain["model"], {"origins": {}, "training": {}}),
             *((record, {"entry": None, "soup": ()}) for record in (weights, *weights["soup"])),
-            (deploy, {"size_range": None, **ANSWER_DEFAULTS}),
+            (deploy, {"size_range": None, "outputs": (), **ANSWER_DEFAULTS}),
         ]
         for record, defaults in later:
             for name in [name for name, default in defaults.items() if name in record and record[name] == default]:

@@ -30,7 +30,7 @@ from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import deploy_form
-from cnx_deploy.model.tasks.base import Outputs, joined, named_outputs
+from cnx_deploy.model.tasks.base import Outputs, joined, named_outputs, network_outputs
 from cnx_deploy.runners.emulator.graph import Graph
 from cnx_deploy.runners.emulator.operators import OPERATORS
 from cnx_deploy.runners.pytorch import reference_runner
@@ -120,8 +120,8 @@ class Case:
 
     def judge(self, kept: Collection[str], outputs: Outputs, *, exported: bool) -> Probe:
         """Compare outputs (N, ...) with the reference."""
-        model = self.loaded.model
-        specs, names = model.task.outputs(model.num_classes), ("", "")
+        model, names = self.loaded.model, ("", "")
+        specs = network_outputs(model.task, model.variant, model.num_classes, self.spec.deploy)
         worst = worst_verdict(verdicts(outputs, self.expected, specs, self.gate, names, ()))
         return Probe(in_order(kept, self.units), worst.differences, worst.failures, exported)
 

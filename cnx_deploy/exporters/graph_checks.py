@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = [
+    "ELEMENTS",
     "Admission",
     "GraphFacts",
     "admission_task",
@@ -65,6 +66,8 @@ LARGEST_VALUE = 1 << 32
 """Elements of one value in the graph; huge at 512 px has 2.3e7 an image, or 1.5e9 with a fixed batch of 64."""
 
 LARGEST_EPSILON = 1e-3
+ELEMENTS = {"float32": "FLOAT", "int64": "INT64"}
+"""torch's name of an output's type -> ONNX's."""
 SUBGRAPHS = frozenset({onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS})
 HALVES = frozenset({onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
 FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, *HALVES})
@@ -238,7 +241,7 @@ def check_export(
         for operator, count in expected.items()
         if facts.operators.get(operator, 0) != count
     ]
-    problems.extend(_wrong_constants(facts, norms=responses + token_norms + 4))
+    problems.extend(_wrong_constants(facts, norms=responses + token_norms + 4 + head_operators.get("epsilon", 0)))
     if facts.mirrored_axes != mirrored_axes:
         problems.append(f"mirrored axes {list(mirrored_axes)} expected, {list(facts.mirrored_axes)} found")
     if facts.opset != opset:
@@ -249,7 +252,7 @@ def check_export(
     for name, (_, shape) in facts.inputs.items():
         if image_shape is not None and tuple(shape[1:]) != image_shape:
             problems.append(f"images of {image_shape} expected, {name} takes {tuple(shape[1:])}")
-    promised = {spec.name: ("FLOAT", (batch_axis, *spec.shape)) for spec in outputs}
+    promised = {spec.name: (ELEMENTS[spec.dtype], (batch_axis, *spec.shape)) for spec in outputs}
     if list(facts.outputs.items()) != list(promised.items()):
         problems.append(f"outputs {promised} expected, found {dict(facts.outputs)}")
     problems.extend(

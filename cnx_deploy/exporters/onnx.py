@@ -114,7 +114,7 @@ def export_onnx(
             norm_on_patches=norm_on_patches,
             mirrored_axes=() if spec.deploy.tta is None else (spec.deploy.width_axis,),
             outputs=outputs,
-            head_operators=model.task.operators,
+            head_operators=model.task.operators_of(spec.deploy.outputs),
         )
         manifest = OnnxManifest(
             stem=stem,
@@ -245,6 +245,8 @@ def _metadata(record: ModelRecord, spec: ExportSpec) -> dict[str, str]:
     if spec.deploy.in_chans != 3:
         entries["in_chans"] = str(spec.deploy.in_chans)
     entries |= {name: str(value) for name, value in spec.deploy.answer.items()}
+    if spec.deploy.outputs:
+        entries["outputs"] = ",".join(spec.deploy.outputs)
     if record.weights.soup:
         entries["soup"] = ",".join(file.sha256 for file in record.weights.soup)
     if record.task != "classification":

@@ -184,9 +184,10 @@ def _load_file(
     _check_own_metadata(file, state, path)
     purpose = find_task(task or file.metadata.get("task", "classification"))
     aside = "".join(f" ({note})" for note in file.notes if note.startswith("set aside"))
-    classes = _class_count(purpose, state, num_classes, reset_head=reset_head, where=str(path), aside=aside)
     found = _variant_of(state, wanted, where=str(path))
-    notes = [f"layout {layout}", *file.notes]
+    state, told = purpose.own_state(state, found)
+    classes = _class_count(purpose, state, num_classes, reset_head=reset_head, where=str(path), aside=aside)
+    notes = [f"layout {layout}", *file.notes, *told]
     if layout == "fcmae" and len(state) < len(file.tensors):
         notes.append("the decoder of the masked autoencoder is left out")
     if reset_head:
@@ -199,7 +200,7 @@ def _load_file(
         file.metadata.get("licence") or licence_beside(path) or FOREIGN_LICENCE,
     )
     if config.class_names and (reset_head or len(config.class_names) != model.num_classes):
-        reason = "the head is new" if reset_head else f"there are {model.num_classes} classes"
+        reason = "the head is new" if reset_head else f"there are {model.num_classes or 'no'} classes"
         notes.append(f"{len(config.class_names)} class names are left out, for {reason}")
         config = config.without_class_names()
     # Where a choice was made, the record leads back to the same network of the file.
@@ -227,12 +228,13 @@ def load_pretrained(
     `load_checkpoint` for what is raised.
     """
     files = fetch_pretrained(tag, cache_dir)
-    if files.num_classes is None and not (reset_head and num_classes):
+    needs_head = find_task(task or "classification").has_classes
+    if files.num_classes is None and needs_head and not (reset_head and num_classes):
         raise CheckpointError(
             f"{tag} was pre-trained without a head. Add --reset-head --num-classes N (reset_head and num_classes) for "
             "a new head, or use a fine-tuned tag (fcmae_ft_…)."
         )
-    expected = num_classes if num_classes is not None else files.num_classes
+    expected = num_classes if num_classes is not None or not needs_head else files.num_classes
     variant = variant_name_of_tag(tag)
     how: dict[str, Any] = {"reset_head": reset_head, "task": task, "in_chans": in_chans}
     loaded = load_checkpoint(files.weights, variant, num_classes=expected, **how)
@@ -570,6 +572,13 @@ def _class_count(
     task: Task, state: Mapping[str, Tensor], num_classes: int | None, *, reset_head: bool, where: str, aside: str
 ) -> int:
     found = task.num_classes_in(state)
+    if not task.has_classes:
+        if num_classes or reset_head:
+            raise InputError(
+                f"The task {task.name} has no classes. Leave --num-classes and --reset-head (num_classes, reset_head) "
+                "out."
+            )
+        return 0
     if num_classes is not None and num_classes < 1:
         raise InputError(f"num_classes is {num_classes}; a classifier needs at least 1.")
     if reset_head and (num_classes or found):

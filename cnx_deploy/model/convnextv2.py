@@ -6,6 +6,7 @@ Source: Woo et al., arXiv:2301.00808; reference code facebookresearch/ConvNeXt-V
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -49,15 +50,16 @@ class ConvNeXtV2(nn.Module):
     ) -> None:
         if not 1 <= in_chans <= MAX_CHANNELS:
             raise InputError(f"in_chans is {in_chans}; images have 1 to {MAX_CHANNELS} channels.")
-        if num_classes < 1:
+        task = find_task(task) if isinstance(task, str) else task
+        if num_classes < 1 and task.has_classes:
             raise InputError(f"num_classes is {num_classes}; a network needs at least 1.")
         if not 0.0 <= drop_path_rate < 1.0:
             raise InputError(f"drop_path_rate is {drop_path_rate}; a stochastic-depth rate is at least 0 and below 1.")
         super().__init__()
         self.variant = variant
-        self.num_classes = num_classes
+        self.task = task
+        self.num_classes = num_classes if task.has_classes else 0
         self.in_chans = in_chans
-        self.task = find_task(task) if isinstance(task, str) else task
         widths = variant.dims
         stem = nn.Sequential(nn.Conv2d(in_chans, widths[0], kernel_size=4, stride=4), LayerNormChannelsFirst(widths[0]))
         downsamplings = [
@@ -66,7 +68,7 @@ class ConvNeXtV2(nn.Module):
         ]
         self.downsample_layers = nn.ModuleList([stem, *downsamplings])
         self.stages = nn.ModuleList(_stages(variant, drop_path_rate))
-        for name, module in self.task.modules(variant, num_classes).items():
+        for name, module in task.modules(variant, num_classes).items():
             self.add_module(name, module)
         self.apply(_initialise)
         with torch.no_grad():
@@ -87,15 +89,18 @@ class ConvNeXtV2(nn.Module):
         """The blocks of each stage, stage 1 first."""
         return [cast(list[Block], list(cast(nn.Sequential, stage))) for stage in self.stages]
 
-    def forward_outputs(self, images: Tensor) -> Outputs:
-        """(N, C, H, W) -> the outputs of the task by name."""
+    def forward_outputs(self, images: Tensor, words: Sequence[str] = (), *, temperature: float = 1.0) -> Outputs:
+        """(N, C, H, W) -> the outputs of the task by name, or those that `words` of it choose.
+
+        `temperature` divides the logits of a task that allows it.
+        """
         check_image_size(images.shape[-2], images.shape[-1])
-        maps: dict[int, Tensor] = {}
+        maps, levels = dict[int, Tensor](), self.task.levels_of(words)
         for level, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             images = stage(downsample(images))
-            if level in self.task.levels:
+            if level in levels:
                 maps[level] = images
-        return self.task.forward(self, maps)
+        return self.task.forward(self, maps, words, temperature=temperature)
 
     def forward(self, images: Tensor) -> Any:
         """Return the logits of a classifier, or the one output of another task; several are a dict by name."""

@@ -41,7 +41,7 @@ from cnx_deploy.model.folds import (
     norm_moves_fewer_bytes_on_patches,
 )
 from cnx_deploy.model.layers import Block
-from cnx_deploy.model.tasks.base import sole_or_named
+from cnx_deploy.model.tasks.base import network_outputs, sole_or_named
 
 __all__ = [
     "BLOCK_PARTS",
@@ -71,9 +71,9 @@ class DeployedConvNeXtV2(nn.Module):
         super().__init__()
         self.spec = spec
         self.task = model.task
-        self.output_specs = model.task.outputs(model.num_classes)
         check_parts(spec.keep_fp32, model.variant)
         model.task.check_allowed(spec)
+        self.output_specs = network_outputs(model.task, model.variant, model.num_classes, spec)
         self.flip_mean = MirrorMean() if spec.tta == "flip" else None
         self.normalise = None if "input-normalisation" in spec.folds else _input_normalisation(spec)
         # Each part is rounded as it is made: float64 copies of huge take 5 GB.
@@ -103,12 +103,12 @@ class DeployedConvNeXtV2(nn.Module):
             hidden = torch.cat([hidden, hidden.flip(self.spec.width_axis)])
         if self.spec.input_kind == "uint8" and not self.spec.reads_patches:
             hidden = hidden.permute(0, 3, 1, 2)  # after the cast: TensorRT's Transpose takes no uint8
-        maps: dict[int, Tensor] = {}
+        maps, levels = dict[int, Tensor](), self.task.levels_of(self.spec.outputs)
         for level, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             hidden = stage(downsample(hidden.to(type_of(downsample))))
-            if level in self.task.levels:
+            if level in levels:
                 maps[level] = hidden
-        outputs = self.task.deployed_forward(self, maps)
+        outputs = self.task.deployed_forward(self, maps, self.spec.outputs)
         if self.flip_mean is not None:
             outputs = {name: self.flip_mean(output) for name, output in outputs.items()}
         return sole_or_named(outputs)

@@ -11,7 +11,7 @@ from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import find_variant
 from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, load_checkpoint, load_pretrained, mean_of
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.model.tasks.base import find_task
+from cnx_deploy.model.tasks.base import find_task, network_outputs
 
 __all__ = ["model_record", "recorded_gate", "recorded_model", "recorded_outputs"]
 
@@ -36,7 +36,8 @@ def model_record(loaded: LoadedModel, preprocessing: Preprocessing, manifest_dir
 def recorded_outputs(artifact: Artifact) -> tuple[OutputSpec, ...]:
     """What the network of an artifact gives, as its task declares it."""
     record = artifact.manifest.model
-    return find_task(record.task).outputs(record.num_classes)
+    task, variant = find_task(record.task), find_variant(record.variant)
+    return network_outputs(task, variant, record.num_classes, artifact.manifest.deploy)
 
 
 def recorded_gate(artifact: Artifact) -> Gate:

@@ -51,9 +51,10 @@ class EmulatedRunner(HoldsNothing):
         )
 
     def run(self, images: Tensor) -> Outputs:
-        """Raw images -> the graph's outputs in float32."""
+        """Raw images -> the graph's outputs in float32, indices as they are."""
         tensors = self.evaluate(images).tensors
-        return {name: tensors[name].float() for name in self.graph.outputs}
+        outputs = {name: tensors[name] for name in self.graph.outputs}
+        return {name: found.float() if found.is_floating_point() else found for name, found in outputs.items()}
 
     def evaluate(self, images: Tensor, keep: tuple[str, ...] = ()) -> Evaluation:
         """Raw images -> outputs and the tensors named in `keep`, in the types in which the graph stores them."""

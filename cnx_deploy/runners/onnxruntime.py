@@ -21,10 +21,12 @@ from cnx_deploy.data.input_spec import InputSpec, check_input
 from cnx_deploy.exporters.untrusted import check_recorded
 from cnx_deploy.model.tasks.base import Outputs
 from cnx_deploy.runners.base import RunnerInfo
-from cnx_deploy.runners.ort_session import LOAD_ERRORS, ends_of, open_session
+from cnx_deploy.runners.ort_session import LOAD_ERRORS, OUTPUT_TYPES, ends_of, open_session
 from cnx_deploy.runners.registry import RunnerEntry, RunnerOptions, register_runner
 
 __all__ = ["OrtRunner"]
+
+TORCH_TYPES = {np.float32: torch.float32, np.int64: torch.int64}
 
 
 class OrtRunner:
@@ -59,6 +61,7 @@ class OrtRunner:
         source, spec, targets = ends_of(self._session, path)
         self._input_name = source.name
         self._output_sizes: dict[str, tuple[int, ...]] = {target.name: tuple(target.shape[1:]) for target in targets}
+        self._output_types = {target.name: OUTPUT_TYPES[target.type] for target in targets}
         self._path = path
         described: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         self.input_spec = _input_spec(spec, source.shape[0], described.get("cnx_deploy.batch"), path)
@@ -93,11 +96,11 @@ class OrtRunner:
         self._held.close()
 
     def run(self, images: Tensor) -> Outputs:
-        """Raw images -> the graph's outputs, (N, ...) float32 each."""
+        """Raw images -> the graph's outputs, (N, ...) float32 each, indices int64."""
         check_input(images, self.input_spec)
         images = images.contiguous()
         outputs = {
-            name: torch.empty((len(images), *sizes), dtype=torch.float32, device=self.device)
+            name: torch.empty((len(images), *sizes), dtype=TORCH_TYPES[self._output_types[name]], device=self.device)
             for name, sizes in self._output_sizes.items()
         }
         alone = len(images) // self._threads * self._threads if self._pool is not None else 0
@@ -121,7 +124,7 @@ class OrtRunner:
         binding.bind_input(self._input_name, *place, kind, tuple(images.shape), images.data_ptr())
         for name, output in outputs.items():
             written = output[rows]
-            binding.bind_output(name, *place, np.float32, tuple(written.shape), written.data_ptr())
+            binding.bind_output(name, *place, self._output_types[name], tuple(written.shape), written.data_ptr())
         try:
             session.run_with_iobinding(binding)
         except (*LOAD_ERRORS, RuntimeError) as error:

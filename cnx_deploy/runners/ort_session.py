@@ -20,13 +20,16 @@ from cnx_deploy.core.errors import (
 from cnx_deploy.core.out_of_memory import out_of_memory_error
 from cnx_deploy.data.input_spec import InputSpec
 
-__all__ = ["LOAD_ERRORS", "ends_of", "open_session", "trial_run", "trial_run_task"]
+__all__ = ["LOAD_ERRORS", "OUTPUT_TYPES", "ends_of", "open_session", "trial_run", "trial_run_task"]
 
 PROVIDERS = {
     "cpu": ("CPUExecutionProvider", {}),
     # HEURISTIC: the default search can land in fallback kernels, 48 times slower (PaddlePaddle/PaddleOCR issue 17970).
     "cuda": ("CUDAExecutionProvider", {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}),
 }
+
+OUTPUT_TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+"""Types of outputs that are taken: values, and indices of classes."""
 
 STATE = onnxruntime.capi.onnxruntime_pybind11_state
 
@@ -82,7 +85,7 @@ def ends_of(session: Any, path: Path) -> tuple[Any, InputSpec, list[Any]]:
         (source,) = inputs
         kind = {"tensor(float)": "float", "tensor(uint8)": "uint8"}.get(source.type)
         gives = [
-            target.type == "tensor(float)" and target.shape and all(isinstance(side, int) for side in target.shape[1:])
+            target.type in OUTPUT_TYPES and target.shape and all(isinstance(side, int) for side in target.shape[1:])
             for target in outputs
         ]
         sizes = session.get_modelmeta().custom_metadata_map.get("cnx_deploy.image_size")

@@ -1,6 +1,7 @@
 """PyTorch runners: the training form as the reference, the deploy form as it is written."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from cnx_deploy.core.system import cpu_name
 from cnx_deploy.data.input_spec import InputSpec, check_input
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import deploy_form
-from cnx_deploy.model.tasks.base import Outputs, Task, named_outputs, sole_or_named
+from cnx_deploy.model.tasks.base import Outputs, Task, named_outputs, network_outputs, sole_or_named
 from cnx_deploy.runners.base import HoldsNothing, RunnerInfo
 
 __all__ = ["AnsweringModel", "TorchRunner", "deployed_runner", "reference_runner"]
@@ -47,24 +48,28 @@ class TorchRunner(HoldsNothing):
 class AnsweringModel(nn.Module):
     """A network on normalised images, its answer changed as `DeploySpec` says: written plainly, as a reference.
 
-    Shape: (N, 3, H, W) -> what the network gives. A flip takes two passes, one of them on mirrored images.
+    Shape: (N, 3, H, W) -> what the network gives. A flip takes two passes, one of them on mirrored images. A network of
+    another library gives logits alone.
     """
 
     def __init__(self, model: nn.Module, spec: DeploySpec, task: Task) -> None:
         super().__init__()
         task.check_allowed(spec)
-        self.model = model
-        self.tta, self.temperature, self.scores = spec.tta, spec.temperature, str(task.class_output)
+        self.model, self.spec = model, spec
 
     def forward(self, images: Tensor) -> Any:
         """Run the network; see the class for shapes."""
-        given = self.model(images)
-        if self.tta == "flip":
-            given = tree_map(lambda one, other: (one + other) / 2.0, given, self.model(images.flip(-1)))
-        if self.temperature == 1.0:
-            return given
-        outputs = {self.scores: given} if isinstance(given, Tensor) else given
-        return sole_or_named({**outputs, self.scores: outputs[self.scores] / self.temperature})
+        given = self._given(images)
+        if self.spec.tta == "flip":
+            given = tree_map(lambda one, other: (one + other) / 2.0, given, self._given(images.flip(-1)))
+        return given
+
+    def _given(self, images: Tensor) -> Any:
+        if isinstance(self.model, ConvNeXtV2):
+            words = self.spec.outputs
+            return sole_or_named(self.model.forward_outputs(images, words, temperature=self.spec.temperature))
+        logits = self.model(images)
+        return logits if self.spec.temperature == 1.0 else logits / self.spec.temperature
 
 
 class _NormalisedModel(nn.Module):
@@ -74,7 +79,7 @@ class _NormalisedModel(nn.Module):
         super().__init__()
         self.mean: Tensor
         self.std: Tensor
-        self.model = AnsweringModel(model, spec, model.task) if spec.answer else model
+        self.model = AnsweringModel(model, spec, model.task) if spec.answer or spec.outputs else model
         self.input_kind = spec.input_kind
         own = next(model.parameters())
         self.register_buffer("mean", own.new_tensor(spec.mean).view(-1, 1, 1))
@@ -90,12 +95,17 @@ class _NormalisedModel(nn.Module):
 def reference_runner(model: ConvNeXtV2, spec: DeploySpec) -> TorchRunner:
     """The training form, in the dtype and on the device it is in, with raw images and answer of a deployment `spec`.
 
-    TF32 is turned off for the process: a reference in TF32 is none.
+    TF32 is turned off for the process: a reference in TF32 is none. Beside the outputs of `spec` it gives those that
+    places in them point to (`OutputSpec.indexes`).
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    module, outputs = _NormalisedModel(model, spec), model.task.outputs(model.num_classes)
+    declared = network_outputs(model.task, model.variant, model.num_classes, spec)
+    if pointed_to := {output.indexes for output in declared if output.indexes} - {each.name for each in declared}:
+        spec = replace(spec, outputs=(*spec.outputs, *sorted(pointed_to)))
+    module = _NormalisedModel(model, spec)
+    outputs = network_outputs(model.task, model.variant, model.num_classes, spec)
     return TorchRunner(module, InputSpec.of(spec), _info(module, "torch", dtype), outputs)
 
 

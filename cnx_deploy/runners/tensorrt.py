@@ -25,6 +25,7 @@ from cnx_deploy.core.errors import (
 from cnx_deploy.core.manifest import Artifact, EngineManifest
 from cnx_deploy.core.system import Machine
 from cnx_deploy.data.input_spec import InputSpec, check_input
+from cnx_deploy.exporters.graph_checks import ELEMENTS
 from cnx_deploy.exporters.trt.backend import Backend, load_backend, require_gpu
 from cnx_deploy.exporters.untrusted import describe_engine
 from cnx_deploy.model.recorded import recorded_outputs
@@ -160,7 +161,7 @@ class TensorRTRunner:
         self._session = EngineSession(backend, artifact.path.read_bytes(), artifact.path.name, device)
         _check_types(self._session, artifact)
         self._profiles = list(request.batches)
-        self._outputs = tuple(spec.name for spec in recorded_outputs(artifact))
+        self._outputs = {spec.name: getattr(torch, spec.dtype) for spec in recorded_outputs(artifact)}
         self._stream = self._session.stream
         self._cuda_graph = cuda_graph
         self._buffers: _Buffers | None = None
@@ -193,7 +194,7 @@ class TensorRTRunner:
         self._session.__exit__(kind, error, trace)
 
     def run(self, images: Tensor) -> Outputs:
-        """Raw images on the GPU -> float32 outputs on the GPU; blocks until they are there."""
+        """Raw images on the GPU -> outputs on the GPU, float32 or int64; blocks until they are there."""
         with self._one_call:
             outputs = self.enqueue(images)
             self._stream.synchronize()
@@ -279,7 +280,7 @@ class TensorRTRunner:
         self._select_profile(len(images))
         self._session.set_input_shape(images)
         if outputs is None:
-            outputs = {name: self._session.empty(name, torch.float32) for name in self._outputs}
+            outputs = {name: self._session.empty(name, dtype) for name, dtype in self._outputs.items()}
         self._session.bind(images=images, **outputs)
         return outputs
 
@@ -319,7 +320,7 @@ def _check_types(session: EngineSession, artifact: Artifact[EngineManifest]) -> 
     """TensorRT reads a buffer as the type it was built for, whatever is in it: wrong outputs, no error."""
     found = session.tensor_types()
     images = "UINT8" if artifact.manifest.deploy.input_kind == "uint8" else "FLOAT"
-    expected = {"images": images, **{spec.name: "FLOAT" for spec in recorded_outputs(artifact)}}
+    expected = {"images": images, **{spec.name: ELEMENTS[spec.dtype] for spec in recorded_outputs(artifact)}}
     if found != expected:
         raise CorruptArtifactError(
             f"{artifact.path.name} takes and gives {found}; its manifest promises {expected}. Build it again with "

@@ -13,6 +13,7 @@ from cnx_deploy.core.errors import CheckFailedError, InputError
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.data import ImageSource, evenly, image_source
 from cnx_deploy.model.tasks.base import Task, all_finite, find_task
+from cnx_deploy.model.tasks.classification_metrics import class_scores
 from cnx_deploy.runners.base import Runner
 
 __all__ = ["assumed_order", "class_positions", "evaluate"]
@@ -72,23 +73,23 @@ def evaluate(
     batches = images.batches(preprocessing, runner.input_spec, batch_size, chosen, leave_out_broken=True)
     task = task or find_task("classification")
     metrics = task.metrics(names, each)
-    promised = {spec.name: spec.shape for spec in task.outputs(len(names))}
     for batch in batches:
         found = runner.run(batch.images.to(runner.device))
         outputs = {name: tensor[: len(batch)].cpu().clone() for name, tensor in found.items()}
-        given = {name: tuple(tensor.shape[1:]) for name, tensor in outputs.items()}
-        if given != promised:
+        class_output = task.class_output_of(outputs)
+        if class_output is not None and tuple(outputs[class_output].shape[1:]) != (len(names),):
+            given = {name: tuple(tensor.shape[1:]) for name, tensor in outputs.items()}
             raise InputError(
                 f"The model gives {_sizes(given)}; the {len(names)} classes of {images.description} need "
-                f"{_sizes(promised)}. Evaluate on the classes it was trained for, or give their names."
+                f"{class_output} of {len(names)}. Evaluate on the classes it was trained for, or give their names."
             )
         if not bool(all_finite(outputs).all()):
             raise CheckFailedError(
                 f"The model gave outputs that are not finite on {images.description}. Check it with cnx-deploy verify."
             )
         metrics.add(outputs, targets[batch.labels], batch.names)
-        if scores is not None and task.class_output is not None:
-            scores(outputs[task.class_output], targets[batch.labels])
+        if scores is not None and (found_scores := class_scores(outputs)) is not None:
+            scores(found_scores, targets[batch.labels])
         if progress is not None:
             progress(metrics.count + len(batches.broken), len(chosen))
     broken = list(batches.broken.values())

@@ -20,7 +20,8 @@ from cnx_deploy.model.tasks.base import Outputs, joined
 from cnx_deploy.runners.base import Runner
 
 __all__ = [
-    "OutputComparison", "RunningDifferences", "compare", "differences", "outputs_of", "verdicts", "worst_verdict",
+    "OutputComparison", "RunningDifferences", "comparable", "compare", "differences", "outputs_of", "verdicts",
+    "worst_verdict",
 ]  # fmt: skip
 
 NOISE_MARGIN = 4.0
@@ -29,6 +30,9 @@ difference of two noisy logits has sqrt(2) of them, so 2.8 of its standard devia
 would excuse every flip, for two logits cannot change places without moving by the margin together."""
 
 TINY = torch.finfo(torch.float64).tiny
+LEAST_PROBABILITY = 2.0**-24
+"""Half the distance of FP32's numbers below one: a probability nearer to 0 or 1 counts as this far from it."""
+LOGITS = OutputSpec("logits", (), "logit", "softmax")
 
 
 Activation = Literal["softmax", "sigmoid"]
@@ -37,11 +41,12 @@ Activation = Literal["softmax", "sigmoid"]
 class RunningDifferences:
     """Differences of candidate and reference, batch by batch: a few numbers of a sample stay, and no outputs.
 
-    `activation`: see `OutputSpec`. Scores are (N, K); values without decisions (N, ...).
+    `spec`: what is compared. Scores are (N, K); values without decisions (N, ...). Decisions, their margins and the
+    noise of the run are those of logits; of probabilities they are those of the logits that these stand for.
     """
 
-    def __init__(self, activation: Activation | None = "softmax") -> None:
-        self._activation = activation
+    def __init__(self, spec: OutputSpec = LOGITS) -> None:
+        self._spec, self._activation = spec, spec.activation
         self._rows: list[Tensor] = []  # relative L2, centred cosine, KL, margin, largest error, both decisions
         self._nonfinite = self._values = 0
         self._squares = self._largest = self._mean = self._spread = 0.0
@@ -60,14 +65,16 @@ class RunningDifferences:
             )
         a, b = (side.detach().double().cpu().flatten(1) for side in (candidate, reference))
         error = a - b
+        given, expected = (_logits(side, self._spec) for side in (a, b))
+        cosine = F.cosine_similarity(a, b, dim=1) if self._spec.is_ranked else _centred_cosine(a, b)
         columns = (
             error.norm(dim=1) / b.norm(dim=1).clamp_min(TINY),
-            _centred_cosine(a, b),
-            *DECISIONS[self._activation](a, b, error.abs().amax(dim=1)),
+            cosine,
+            *DECISIONS[self._activation](given, expected, error.abs().amax(dim=1)),
         )
         self._rows.append(torch.stack(columns, dim=1))
         self._nonfinite += int((~torch.isfinite(a)).sum() + (~torch.isfinite(b)).sum())
-        self._squares += float(error.square().sum())
+        self._squares += float((given - expected).square().sum())
         self._largest = max(self._largest, float(error.abs().max()))
         # Sums of squares about the running mean, which lose no digits where the mean is large (Chan et al., 1979).
         shift, share = float(b.mean()) - self._mean, b.numel() / (self._values + b.numel())
@@ -77,7 +84,7 @@ class RunningDifferences:
 
     @property
     def rms_error(self) -> float:
-        """Root mean square of the differences of all values; NaN where one is not finite."""
+        """Root mean square of the differences of all values, of scores as logits; NaN where one is not finite."""
         return math.sqrt(self._squares / self._values) if math.isfinite(self._squares) else math.nan
 
     @property
@@ -122,10 +129,13 @@ class OutputComparison:
     """Every output of candidate and reference, batch by batch."""
 
     def __init__(self, specs: Sequence[OutputSpec]) -> None:
-        self.running = {spec.name: RunningDifferences(spec.activation) for spec in specs}
+        self.running = {spec.name: RunningDifferences(spec) for spec in specs}
 
     def add(self, candidate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
-        """All outputs of both sides for the same samples. Raises InputError when names or shapes differ."""
+        """All outputs of both sides for the same samples, as `comparable` gives them.
+
+        Raises InputError when names or shapes differ.
+        """
         for given in (candidate, reference):
             if given.keys() != self.running.keys():
                 raise InputError(
@@ -140,12 +150,36 @@ class OutputComparison:
         return {name: running.result() for name, running in self.running.items()}
 
 
-def differences(candidate: Tensor, reference: Tensor, activation: Activation | None = "softmax") -> Differences:
-    """Compare one output: logits (N, num_classes), or (N, ...) values without decisions where `activation` is None.
+def comparable(
+    candidate: Mapping[str, Tensor], reference: Mapping[str, Tensor], specs: Sequence[OutputSpec]
+) -> tuple[Outputs, Outputs]:
+    """Both sides as they are compared: of classes by their index the reference's scores of them, NaN outside.
+
+    Two classes of nearly one score may change places, which is then a small difference, and a wrong one is a large one.
+    The reference may have more outputs than `specs` declare, which are left out.
+    """
+    places = {spec.name: spec.indexes for spec in specs if spec.indexes is not None}
+
+    def values(side: Mapping[str, Tensor], name: str) -> Tensor:
+        if name not in places or name not in side:
+            return side[name]
+        scores, at = reference[places[name]], side[name].long()
+        inside = (at >= 0) & (at < scores.shape[1])
+        return torch.where(inside, scores.gather(1, at.clamp(0, scores.shape[1] - 1)), math.nan)
+
+    declared = {spec.name for spec in specs}
+    return (
+        {name: values(candidate, name) for name in candidate},
+        {name: values(reference, name) for name in reference if name in declared},
+    )
+
+
+def differences(candidate: Tensor, reference: Tensor, spec: OutputSpec = LOGITS) -> Differences:
+    """Compare one output: logits (N, num_classes), or what `spec` says.
 
     Raises InputError when the shapes differ or there is no sample.
     """
-    running = RunningDifferences(activation)
+    running = RunningDifferences(spec)
     running.add(candidate, reference)
     return running.result()
 
@@ -169,7 +203,7 @@ def verdicts(
 ) -> tuple[ParityResult, ...]:  # fmt: skip
     """Judge every output over all samples. `names`: of candidate and reference; `batches`: sizes that were run."""
     comparison, sizes = OutputComparison(specs), tuple(dict.fromkeys(batches))
-    comparison.add(candidate, reference)
+    comparison.add(*comparable(candidate, reference, specs))
     return tuple(
         ParityResult(*names, gate, sizes, output, measured, gate.failures(measured))
         for output, measured in comparison.results().items()
@@ -194,6 +228,15 @@ def compare(
     """Judge each output of `candidate` on `batches` against the reference's for the same images, in the same order."""
     names = (f"{candidate.info.backend} {candidate.info.precision}", reference_name)
     return verdicts(outputs_of(candidate, batches, progress), expected, specs, gate, names, map(len, batches))
+
+
+def _logits(scores: Tensor, spec: OutputSpec) -> Tensor:
+    """Scores (N, K) as logits: of probabilities their logarithms, or log-odds where each is by itself."""
+    if spec.unit != "probability" or spec.activation is None:
+        return scores
+    if spec.activation == "softmax":
+        return scores.clamp_min(LEAST_PROBABILITY).log()
+    return scores.clamp(LEAST_PROBABILITY, 1.0 - LEAST_PROBABILITY).logit()
 
 
 def _one_of_all(a: Tensor, b: Tensor, largest_error: Tensor) -> tuple[Tensor, ...]:

@@ -23,8 +23,9 @@ from cnx_deploy.data.decoding import FORMATS
 from cnx_deploy.exporters.graph_checks import admit_onnx
 from cnx_deploy.exporters.untrusted import limits_for
 from cnx_deploy.model.checkpoint import load_checkpoint
+from cnx_deploy.model.recorded import recorded_outputs
 from cnx_deploy.model.source_config import weights_in
-from cnx_deploy.model.tasks.base import Prediction, Task, all_finite, find_task
+from cnx_deploy.model.tasks.base import Outputs, Prediction, Task, all_finite, find_task, joined, network_outputs
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.ort_session import trial_run
@@ -41,7 +42,7 @@ class Model:
 
     Use it as a context manager. `class_names` None: the artifact names none, so classes go by their index. `notes` say
     what was assumed of it, for example that its weights are random. `num_classes` None: not known before it runs.
-    `temperature`: what its class scores were divided by.
+    `temperature`: what its class scores were divided by. `output_names`: what it gives, in order.
     """
 
     runner: Runner
@@ -51,6 +52,7 @@ class Model:
     notes: tuple[str, ...] = ()
     num_classes: int | None = None
     temperature: float = 1.0
+    output_names: tuple[str, ...] = ()
 
     def __enter__(self) -> Self:
         self.runner.__enter__()
@@ -83,11 +85,20 @@ class Model:
             probabilities in [0, 1]. For a file that cannot be read it has no answer and says why in `error`.
         """
         is_single = not isinstance(images, list | tuple | ImageSource)
-        source = images if isinstance(images, ImageSource) else GivenImages([images] if is_single else images)
+        source = images if isinstance(images, ImageSource) else GivenImages(_listed(images))
         predictions = list(predict_images(self, source, top=top, batch_size=batch_size))
         for text in (*source.notes, *source.observed()):
             note(text)
         return predictions[0] if is_single else predictions
+
+    def outputs(self, images: Any, *, batch_size: int = 8) -> Outputs:
+        """Run images as `predict` takes them, and return what the model gives for all: tensors (N, ...) by name.
+
+        Raises InputError, which names it, for an image that cannot be read.
+        """
+        source = images if isinstance(images, ImageSource) else GivenImages(_listed(images))
+        batches = source.batches(self.preprocessing, self.runner.input_spec, batch_size)
+        return joined([_outputs_of(self, batch) for batch in batches])
 
 
 def open_predictor(
@@ -109,7 +120,7 @@ def open_predictor(
     `many`: whole batches will come, so ONNX Runtime's threads get images of their own (`OrtRunner`). `class_names`,
     one for each output, and `white_level` (`core.preprocessing`) take the place of what the artifact records, and so
     does `image_size` for a checkpoint and for a file of open sizes. `checkpoint` is of a checkpoint alone: `ema`,
-    `entry` and `soup` as in `model.checkpoint`, `tta` and `temperature` as in `core.deploy_spec`.
+    `entry`, `soup` and `task` as in `model.checkpoint`, `tta`, `temperature` and `outputs` as in `core.deploy_spec`.
     """
     given = {
         name: value
@@ -174,11 +185,18 @@ def find_image_files(paths: Sequence[Path]) -> ImageFiles:
     return ImageFiles(tuple(found), notes=tuple(notes))
 
 
-def predict_images(predictor: Model, images: ImageSource, *, top: int = 5, batch_size: int = 8) -> Iterator[Prediction]:
+def predict_images(
+    predictor: Model,
+    images: ImageSource,
+    *,
+    top: int = 5,
+    batch_size: int = 8,
+    each: Callable[[ImageBatch, Outputs], None] | None = None,
+) -> Iterator[Prediction]:
     """Yield one prediction an image, in order; an image that cannot be read gives its reason and the rest go on.
 
-    `top` is cut to the number of classes, `batch_size` to the runner's range. Raises CheckFailedError, which names the
-    image, for outputs that are not finite.
+    `top` is cut to the number of classes, `batch_size` to the runner's range. `each` is given every batch and its
+    outputs (n, ...). Raises CheckFailedError, which names the image, for outputs that are not finite.
     """
     spec = predictor.runner.input_spec
     batches = images.batches(predictor.preprocessing, spec, batch_size, leave_out_broken=True)
@@ -188,7 +206,11 @@ def predict_images(predictor: Model, images: ImageSource, *, top: int = 5, batch
         return predictor.task.prediction(path=batches.broken[index].path, error=batches.broken[index].reason)
 
     for batch in batches:
-        rows = dict(zip(batch.indices, _predicted(predictor, batch, top), strict=True))
+        outputs = _outputs_of(predictor, batch)
+        if each is not None:
+            each(batch, outputs)
+        answers = predictor.task.predictions(outputs, batch.names, predictor.class_names, top=top)
+        rows = dict(zip(batch.indices, answers, strict=True))
         # Images that could not be read lie between those of the batch.
         for index in range(answered, batch.indices[-1] + 1):
             yield rows[index] if index in rows else unread(index)
@@ -203,9 +225,9 @@ def _recorded_model(artifact: Artifact, many: bool, device: str) -> Model:
     notes: tuple[str, ...] = (seed,) if model.weights.origin == "random" else ()
     notes += tuple(filter(None, (model.preprocessing.assumption(model.origins),)))
     runner = open_runner(artifact, options=RunnerOptions(device=device, thread_per_image=many, hashes_hold=True))
-    temperature = artifact.manifest.deploy.temperature
+    temperature, given = artifact.manifest.deploy.temperature, tuple(spec.name for spec in recorded_outputs(artifact))
     task, classes = find_task(model.task), model.num_classes
-    return Model(runner, task, model.preprocessing, model.class_names, notes, classes, temperature)
+    return Model(runner, task, model.preprocessing, model.class_names, notes, classes, temperature, given)
 
 
 def _unrecorded_onnx(path: Path, many: bool, device: str) -> Model:
@@ -241,46 +263,55 @@ def _unrecorded_onnx(path: Path, many: bool, device: str) -> Model:
     if assumed.keys() <= {each.name for each in fields(Preprocessing)}:
         notes += filter(None, (preprocessing.assumption(assumed),))
     runner = OrtRunner(path, device=device, thread_per_image=many)
-    _, scores = admission.facts.outputs.get(task.class_output or "", ("", ()))
+    _, scores = admission.facts.outputs.get(task.class_output_of(admission.facts.outputs) or "", ("", ()))
     num_classes = scores[-1] if scores and isinstance(scores[-1], int) else None
-    return Model(runner, task, preprocessing, names or None, tuple(notes), num_classes, temperature)
+    words = tuple(filter(None, metadata.get("cnx_deploy.outputs", "").split(",")))
+    given = tuple(spec.name for spec in task.outputs(1, words, [(1, 1, 1)] * 4))
+    return Model(runner, task, preprocessing, names or None, tuple(notes), num_classes, temperature, given)
 
 
 def _checkpoint_model(path: Path, device: str, checkpoint: dict[str, Any], image_size: ImageSize | None) -> Model:
     if device == "cuda" and not torch.cuda.is_available():
         raise MissingRequirementError("PyTorch finds no GPU here, so the device cuda cannot be used. Use --device cpu.")
-    answer = {name: checkpoint.pop(name) for name in ANSWER_DEFAULTS if name in checkpoint}
+    answer = {name: checkpoint.pop(name) for name in (*ANSWER_DEFAULTS, "outputs") if name in checkpoint}
     loaded = load_checkpoint(path, **checkpoint)
     preprocessing = loaded.preprocessing
     if image_size is not None:
         preprocessing = replace(preprocessing, image_size=image_size)
     spec = DeploySpec(image_size=preprocessing.image_size, mean=preprocessing.mean, std=preprocessing.std, **answer)
+    model = loaded.model.to(device)
     return Model(
-        reference_runner(loaded.model.to(device), spec),
-        loaded.model.task,
+        reference_runner(model, spec),
+        model.task,
         preprocessing,
         loaded.class_names,
         (*loaded.told_of_images(), *loaded.notes),
-        loaded.model.num_classes,
+        model.num_classes,
         spec.temperature,
+        tuple(output.name for output in network_outputs(model.task, model.variant, model.num_classes, spec)),
     )
 
 
-def _predicted(predictor: Model, batch: ImageBatch, top: int) -> list[Prediction]:
-    """The answer to each image of a batch."""
-    runner, task = predictor.runner, predictor.task
+def _listed(images: Any) -> Any:
+    return images if isinstance(images, list | tuple) else [images]
+
+
+def _outputs_of(predictor: Model, batch: ImageBatch) -> Outputs:
+    """What the model gives for the images of a batch: finite tensors (n, ...) in host memory."""
+    runner, expected = predictor.runner, predictor.output_names
     given = runner.run(batch.images.to(runner.device))
-    outputs = {name: output[: len(batch)].cpu() for name, output in given.items()}
-    expected = [spec.name for spec in task.outputs(1)]
-    if list(outputs) != expected:
+    outputs = {name: output[: len(batch)].cpu().clone() for name, output in given.items()}
+    if not outputs.keys() >= set(expected):
         raise InputError(
-            f"The model gives {', '.join(outputs)}; {task.name} needs {', '.join(expected)}. Export it with cnx-deploy "
-            "export."
+            f"The model gives {', '.join(outputs)}; {predictor.task.name} needs {', '.join(expected)}. Export it with "
+            "cnx-deploy export."
         )
+    if expected:  # a reference gives more where the file gives classes by their index
+        outputs = {name: outputs[name] for name in expected}
     finite = all_finite(outputs).tolist()
     if not all(finite):
         raise CheckFailedError(
             f"The model gave {' and '.join(outputs)} that are not finite for {batch.names[finite.index(False)]}, and "
             "numbers were expected. Check it with cnx-deploy verify."
         )
-    return task.predictions(outputs, batch.names, predictor.class_names, top=top)
+    return outputs

@@ -28,14 +28,14 @@ from cnx_deploy.data.image_source import checked_sizes
 from cnx_deploy.exporters.graph_checks import GraphFacts, check_graph
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import parts_of
-from cnx_deploy.model.recorded import recorded_gate, recorded_model
-from cnx_deploy.model.tasks.base import Outputs, find_task
+from cnx_deploy.model.recorded import recorded_gate, recorded_model, recorded_outputs
+from cnx_deploy.model.tasks.base import Outputs, find_task, network_outputs
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
 from cnx_deploy.runners.registry import RunnerOptions, find_runner, open_runner
 from cnx_deploy.verification.evaluation import assumed_order, class_positions
 from cnx_deploy.verification.metrics import RunningComparison, Verification
-from cnx_deploy.verification.parity import compare, outputs_of
+from cnx_deploy.verification.parity import comparable, compare, outputs_of
 from cnx_deploy.verification.saved_results import SavedResults
 
 __all__ = ["TORCH_REFERENCE", "Candidate", "Reference", "verify_artifact", "verify_export"]
@@ -83,7 +83,10 @@ class Candidate:
 
 
 class _OutputsFile:
-    """Float32 outputs by image, in a temporary file that vanishes with this object: one row holds all of an image's."""
+    """Outputs by image, in a temporary file that vanishes with this object: one row of float32 holds all of an image's.
+
+    Places of classes are exact in float32: there are far fewer than 2^24.
+    """
 
     def __init__(self, specs: Sequence[OutputSpec]) -> None:
         self._stream = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the object
@@ -144,11 +147,13 @@ class Reference:
         self.images = ImageLike() if data is None else image_source(data)
         self.samples = samples
         self.task = find_task(self.record.task)
-        self.specs = self.task.outputs(self.record.num_classes)
+        self.specs = recorded_outputs(artifact)
+        self.chosen = artifact.manifest.deploy.outputs
+        self.class_output = self.task.class_output_of([spec.name for spec in self.specs])
         self.class_names: tuple[str, ...] = ()
         self.assumed: tuple[str, ...] = ()
         self._white_level = self.record.preprocessing.white_level if white_level is None else white_level
-        if self.images.class_names and self.task.class_output is not None:
+        if self.images.class_names and self.class_output is not None:
             names = class_names or self.record.class_names
             self.assumed = (assumed_order(self.images),) if names is None else ()
             self._positions = class_positions(self.images, names, self.record.num_classes)
@@ -165,7 +170,9 @@ class Reference:
     def matches(self, artifact: Artifact) -> bool:
         """Whether `artifact` holds the same network for images that are made the same way, and for the same classes."""
         other, own = artifact.manifest.model, self.record
-        same_images = (other.image_size, other.preprocessing) == (own.image_size, own.preprocessing)
+        same_images = (other.image_size, other.preprocessing, artifact.manifest.deploy.outputs) == (
+            own.image_size, own.preprocessing, self.chosen
+        )  # fmt: skip
         return same_images and (other.weights.sha256, other.class_names) == (own.weights.sha256, own.class_names)
 
     def batches(
@@ -210,12 +217,13 @@ class Reference:
         `metrics.LabelledResult` for class scores where the images have labels.
         """
         names, runner, done = (candidate.name, TORCH_REFERENCE), candidate.runner, 0
-        comparison = RunningComparison(self.specs, self.class_names, self.task.class_output)
+        comparison = RunningComparison(self.specs, self.class_names, self.class_output)
         run = None if saved is None else saved.new_run(candidate.artifact, runner.info, names, self.specs)
         deploy = replace(candidate.artifact.manifest.deploy, image_size=candidate.spec.image_size)
         for batch, expected in self.batches(deploy, candidate.spec, candidate.limit, progress):
             given = runner.run(batch.images.to(runner.device))
             outputs = {name: output[: len(batch)].float().cpu().clone() for name, output in given.items()}
+            outputs, expected = comparable(outputs, expected, self.specs)
             labels = [self._positions[label] for label in batch.labels.tolist()] if self.class_names else []
             comparison.add(outputs, expected, batch.names, labels, size=len(batch.images))
             if run is not None:
@@ -226,7 +234,7 @@ class Reference:
         available, broken = len(self.images), tuple(self.broken[index] for index in sorted(self.broken))
         results = comparison.results(names, candidate.gate, available=available, broken=broken)
         if saved is not None and run is not None:
-            saved.keep(run.close(results[0], self.task.class_output, self.class_names, available, broken))
+            saved.keep(run.close(results[0], self.class_output, self.class_names, available, broken))
         return results
 
     def _chosen(self, spec: InputSpec, limit: int | None) -> list[int]:
@@ -239,11 +247,11 @@ class Reference:
 
     def _readable(self, deploy: DeploySpec, chosen: Sequence[int], progress: Progress | None) -> list[int]:
         """Compute the outputs that are not there yet; gives the images that can be read."""
-        outputs = self._outputs.setdefault(_input_of(deploy), _OutputsFile(self.specs))
-        missing, done = [index for index in chosen if index not in outputs], 0
         spec = InputSpec.of(deploy)
-        batches = self.images.batches(self._preprocessing(spec), spec, PIECE, missing, leave_out_broken=True)
         with reference_runner(self.loaded.model, deploy) as runner:
+            outputs = self._outputs.setdefault(_input_of(deploy), _OutputsFile(runner.outputs))
+            missing, done = [index for index in chosen if index not in outputs], 0
+            batches = self.images.batches(self._preprocessing(spec), spec, PIECE, missing, leave_out_broken=True)
             for batch in batches:
                 outputs.append(batch.indices, runner.run(batch.images))
                 done += len(batch)
@@ -336,7 +344,8 @@ def _verified_at(deploy: DeploySpec, artifact: Artifact[OnnxManifest], model: Co
     batches = [batch.images for batch in source]
     with reference_runner(model, deploy) as runner:
         expected = outputs_of(runner, batches)
-    checked, specs, task = RunnerOptions(hashes_hold=True), model.task.outputs(model.num_classes), model.task
+    checked, task = RunnerOptions(hashes_hold=True), model.task
+    specs = network_outputs(task, model.variant, model.num_classes, deploy)
     judged: list[tuple[str, Gate, Callable[[], Runner]]] = [
         (path.name, task.gate(deploy.row.gate), partial(open_runner, artifact, name, checked))
         for name in deploy.row.proven_by

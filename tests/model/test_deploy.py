@@ -25,7 +25,7 @@ from cnx_deploy.model.deploy_layers import (
     TokenNorm,
 )
 from cnx_deploy.model.folds import gain_moves_fewer_bytes_in_weight
-from cnx_deploy.model.tasks import classification
+from cnx_deploy.model.tasks import pooled
 from cnx_deploy.verification.parity import differences
 
 EXACT = 1e-12
@@ -238,7 +238,7 @@ BROKEN_FOLDS = {
     "GRN beta not folded": (deploy_blocks, "fold_grn_beta", without_beta),
     "block LayerNorm not folded": (deploy_blocks, "fold_affine_into_linear", without_fold),
     "block LayerNorm shift not folded": (deploy_blocks, "fold_affine_into_linear", without_shift),
-    "last LayerNorm not folded": (classification, "fold_affine_into_linear", without_fold),
+    "last LayerNorm not folded": (pooled, "fold_affine_into_linear", without_fold),
     "downsampling LayerNorm not folded": (deploy, "fold_affine_into_conv", without_fold),
     "mean subtracted twice": (deploy, "fold_input_normalisation", with_mean_twice),
     "levels taken for shares": (deploy, "fold_input_normalisation", with_the_wrong_full_scale),

@@ -55,15 +55,15 @@ class Labels(Prediction):
         return Prediction.__str__(self) if self.error else f"{', '.join(self.labels) or 'none'} ({self.length:.2f})"
 
 
-class MultiLabel(Task):
+class SeveralHeads(Task):
     """Several labels an image from the last stage, and an embedding of the one before: two outputs of two kinds."""
 
-    name = "multi-label"
+    name = "several-heads"
     levels = (2, 3)
     operators = MappingProxyType({"LayerNormalization": 1})
     prediction = Labels
 
-    def outputs(self, num_classes: int) -> tuple[OutputSpec, ...]:
+    def outputs(self, num_classes: int, words: Any = (), maps: Any = ()) -> tuple[OutputSpec, ...]:
         return OutputSpec("labels", (num_classes,), "logit", "sigmoid"), OutputSpec("embedding", (WIDTH,), "feature")
 
     def modules(self, variant: Variant, num_classes: int) -> dict[str, nn.Module]:
@@ -71,7 +71,9 @@ class MultiLabel(Task):
         head = TwoLayers(nn.Linear(last, num_classes), nn.Linear(before, WIDTH))
         return {"norm": nn.LayerNorm(last, eps=EPS), "head": head}
 
-    def forward(self, network: Any, maps: Mapping[int, Tensor]) -> Outputs:
+    def forward(
+        self, network: Any, maps: Mapping[int, Tensor], words: Any = (), *, temperature: float = 1.0
+    ) -> Outputs:
         pooled = {level: output.mean(dim=(-2, -1)) for level, output in maps.items()}
         return {
             "labels": network.head.labels(network.norm(pooled[3])),
@@ -83,7 +85,7 @@ class MultiLabel(Task):
         layers = TwoLayers(linear(*doubles(head.labels)), linear(*doubles(head.embedding)))  # type: ignore[arg-type]
         return {"norm": TokenNorm(*doubles(model.norm)), "head": layers}
 
-    def deployed_forward(self, network: Any, maps: Mapping[int, Tensor]) -> Outputs:
+    def deployed_forward(self, network: Any, maps: Mapping[int, Tensor], words: Any = ()) -> Outputs:
         kind = network.head.labels.weight.dtype
         pooled = {level: widen(output).mean(dim=(2, 3)) for level, output in maps.items()}
         return {
@@ -108,22 +110,22 @@ class MultiLabel(Task):
         return len(state["head.labels.weight"]) if "head.labels.weight" in state else None
 
     def gate(self, gate: Gate) -> Gate:
-        return replace(gate, name=f"{gate.name} multi-label")
+        return replace(gate, name=f"{gate.name} several-heads")
 
     def loss(self, outputs: Mapping[str, Tensor], targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
         return F.binary_cross_entropy_with_logits(outputs["labels"], targets, reduction="none").mean(dim=1)
 
 
 @pytest.fixture(scope="module")
-def task() -> Iterator[MultiLabel]:
-    task = MultiLabel()
+def task() -> Iterator[SeveralHeads]:
+    task = SeveralHeads()
     register_task(task)
     yield task
     del base._TASKS[task.name]
 
 
 @pytest.fixture(scope="module")
-def files(task: MultiLabel, tmp_path_factory: pytest.TempPathFactory) -> list[cnx.Artifact]:
+def files(task: SeveralHeads, tmp_path_factory: pytest.TempPathFactory) -> list[cnx.Artifact]:
     """Random weights of the smallest network with the head of the task, in FP32 and FP16."""
     folder = tmp_path_factory.mktemp("task")
     options: dict[str, Any] = {"image_size": 32, "num_classes": 10, "batch": (2, 2, 2), "output_dir": folder}
@@ -132,13 +134,13 @@ def files(task: MultiLabel, tmp_path_factory: pytest.TempPathFactory) -> list[cn
 
 def test_its_outputs_are_exported_and_each_is_judged_by_its_gate(files: list[cnx.Artifact]) -> None:
     for artifact in files:
-        assert artifact.manifest.model.task == "multi-label"
+        assert artifact.manifest.model.task == "several-heads"
         assert {name: spec.shape for name, spec in artifact.manifest.facts.outputs.items()} == {
             "labels": (2, 10), "embedding": (2, WIDTH),
         }  # fmt: skip
         found = {result.output: result for result in artifact.manifest.facts.parity}
         assert list(found) == ["labels", "embedding"]
-        assert {result.gate.name for result in found.values()} == {f"{artifact.manifest.precision.name} multi-label"}
+        assert {result.gate.name for result in found.values()} == {f"{artifact.manifest.precision.name} several-heads"}
         assert found["labels"].differences.top1_agreement == 1.0
         assert found["embedding"].differences.top1_agreement is None, "a feature is no decision"
 
@@ -147,7 +149,7 @@ def test_its_outputs_are_exported_and_each_is_judged_by_its_gate(files: list[cnx
 def test_it_is_verified_timed_and_used(files: list[cnx.Artifact], tmp_path: Path) -> None:
     report = cnx.verify(files, samples=2, save_outputs=str(tmp_path / "saved"))
     assert report.passed, str(report)
-    assert {row.gate.name for row in report.results[1].results} == {"fp16 multi-label"}
+    assert {row.gate.name for row in report.results[1].results} == {"fp16 several-heads"}
     again = [judged.to_dict()["results"] for judged in judge_saved(tmp_path / "saved")]
     assert again == [judged.to_dict()["results"] for judged in report.results], "saved outputs are judged the same"
     assert [(row.candidate, row.output) for row in report.results[1].results] == [
@@ -156,9 +158,9 @@ def test_it_is_verified_timed_and_used(files: list[cnx.Artifact], tmp_path: Path
     ]  # fmt: skip
     timed = cnx.benchmark(files[0], batch=2, compare=["torch", "timm"], duration_seconds=0.05, threads=1)
     assert {row.name: row.correctness.failures for row in timed.rows if row.correctness} == {
-        "torch eager fp32": (), "tiny-test-32-fp32.onnx": (),
+        "torch eager fp32": (), "tiny-test-several-heads-32-fp32.onnx": (),
     }  # fmt: skip
-    assert "no counterpart of multi-label" in timed.not_run[0].reason
+    assert "no counterpart of several-heads" in timed.not_run[0].reason
     with cnx.load(files[0]) as model:
         answer = model.predict(PICTURE)
         assert isinstance(answer, Labels)
@@ -180,36 +182,36 @@ def test_the_commands_show_it(files: list[cnx.Artifact], tmp_path: Path, monkeyp
     assert "labels" in cnx_deploy("verify", files[0].path, "--samples", 2)
     (row,) = json.loads(cnx_deploy("predict", files[0].path, tmp_path / "image.png", "--json"))["predictions"]
     assert row.keys() == {"path", "error", "labels", "length"}
-    assert "multi-label" in cnx_deploy("inspect", files[0].path)
+    assert "several-heads" in cnx_deploy("inspect", files[0].path)
     for command in ("layers", "chain"):
         cnx_deploy("diagnose", command, files[1].path)
 
 
 def test_an_engine_compiles_and_names_its_outputs(files: list[cnx.Artifact], tmp_path: Path) -> None:
     engine = cnx.build_engine(files[1], target="sm89", output_dir=tmp_path)
-    assert (engine.manifest.model.task, engine.manifest.facts.half_share_of_products) == ("multi-label", 1.0)
+    assert (engine.manifest.model.task, engine.manifest.facts.half_share_of_products) == ("several-heads", 1.0)
     compiled = engine.manifest.facts.compiled
     assert compiled is not None
     assert "other" not in {kernel.block for kernel in compiled.kernel_list}, "every kernel of the head is known as such"
 
 
 def test_a_fault_in_one_output_alone_stops_the_export_and_is_named(
-    task: MultiLabel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    task: SeveralHeads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = MultiLabel.deployed_forward
+    right = SeveralHeads.deployed_forward
 
-    def wrong(self: MultiLabel, network: Any, maps: Mapping[int, Tensor]) -> Outputs:
+    def wrong(self: SeveralHeads, network: Any, maps: Mapping[int, Tensor], words: Any = ()) -> Outputs:
         outputs = right(self, network, maps)
         return {**outputs, "embedding": outputs["embedding"] * 1.001}
 
-    monkeypatch.setattr(MultiLabel, "deployed_forward", wrong)
+    monkeypatch.setattr(SeveralHeads, "deployed_forward", wrong)
     options: dict[str, Any] = {"image_size": 32, "num_classes": 10, "batch": (1, 1, 1), "output_dir": tmp_path}
     with pytest.raises(ParityError, match="differs from PyTorch in embedding: relative L2"):
         cnx.export("tiny-test", task=task.name, precision="fp32", **options)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_its_deploy_form_is_exact_in_float64(task: MultiLabel, tiny_variant: Variant) -> None:
+def test_its_deploy_form_is_exact_in_float64(task: SeveralHeads, tiny_variant: Variant) -> None:
     model, spec = random_model(tiny_variant, 10, task=task).double(), DeploySpec("fp64", 32)
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
     mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (spec.mean, spec.std))
@@ -220,11 +222,11 @@ def test_its_deploy_form_is_exact_in_float64(task: MultiLabel, tiny_variant: Var
 
 
 def test_a_checkpoint_knows_its_task_and_a_new_head_is_of_the_task_asked_for(
-    task: MultiLabel, tiny_variant: Variant, tmp_path: Path
+    task: SeveralHeads, tiny_variant: Variant, tmp_path: Path
 ) -> None:
     path = save_checkpoint(tmp_path / "own.safetensors", random_model(tiny_variant, 10, task=task))
     loaded = load_checkpoint(path, tiny_variant)
-    assert (loaded.model.task.name, loaded.model.num_classes) == ("multi-label", 10)
+    assert (loaded.model.task.name, loaded.model.num_classes) == ("several-heads", 10)
     plain = save_checkpoint(tmp_path / "plain.safetensors", random_model(tiny_variant, 10))
     changed = load_checkpoint(plain, tiny_variant, task=task.name, num_classes=3, reset_head=True)
     assert changed.model(torch.rand(1, 3, 32, 32))["labels"].shape == (1, 3)
@@ -235,7 +237,7 @@ def test_labels_of_classes_are_refused_where_a_task_has_no_metrics(files: list[c
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.png").write_bytes(_png())
-    with pytest.raises(InputError, match="multi-label has no metrics"):
+    with pytest.raises(InputError, match="several-heads has no metrics"):
         cnx.evaluate(files[0], tmp_path)
 
 
@@ -243,7 +245,7 @@ def test_labels_of_classes_are_refused_where_a_task_has_no_metrics(files: list[c
     ("words", "named"), [({"tta": "flip"}, "tta flip"), ({"temperature": 2.0}, r"temperature 2\.0")]
 )
 def test_an_answer_that_a_task_does_not_allow_is_refused_by_name(
-    task: MultiLabel, tiny_variant: Variant, tmp_path: Path, words: dict[str, Any], named: str
+    task: SeveralHeads, tiny_variant: Variant, tmp_path: Path, words: dict[str, Any], named: str
 ) -> None:
     checkpoint = save_checkpoint(tmp_path / "own.safetensors", random_model(tiny_variant, 10, task=task))
     options: dict[str, Any] = {"image_size": 32, "checkpoint": checkpoint, "output_dir": tmp_path / "export", **words}
@@ -252,20 +254,20 @@ def test_an_answer_that_a_task_does_not_allow_is_refused_by_name(
         lambda: cnx.load(checkpoint, **words),
         lambda: cnx.headroom(checkpoint, samples=1, **words),
     ):
-        with pytest.raises(InputError, match=f"The task multi-label does not allow {named}"):
+        with pytest.raises(InputError, match=f"The task several-heads does not allow {named}"):
             refuse()
     assert not list((tmp_path / "export").glob("*.onnx"))
     for folder in ("a", "b"):
         (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / folder / "0.png").write_bytes(_png())
-    with pytest.raises(InputError, match="multi-label has no logits of classes"):
+    with pytest.raises(InputError, match="several-heads has no logits of classes"):
         cnx.fit_temperature(checkpoint, tmp_path / "data")
 
 
 def test_a_flip_averages_every_output_of_a_task_that_allows_it(
-    task: MultiLabel, tiny_variant: Variant, monkeypatch: pytest.MonkeyPatch
+    task: SeveralHeads, tiny_variant: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MultiLabel, "allows_flip", True)
+    monkeypatch.setattr(SeveralHeads, "allows_flip", True)
     model, spec = random_model(tiny_variant, 10, task=task).double(), DeploySpec("fp64", (37, 45), tta="flip")
     images = torch.rand(2, 3, 37, 45, dtype=torch.float64)
     mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (spec.mean, spec.std))
@@ -362,11 +364,11 @@ def test_smoothing_leaves_the_large_class_first_for_its_images_where_torchs_weig
     assert torchs < 0.2
 
 
-def test_an_option_that_a_tasks_loss_does_not_take_is_refused_by_name(task: MultiLabel) -> None:
+def test_an_option_that_a_tasks_loss_does_not_take_is_refused_by_name(task: SeveralHeads) -> None:
     task.check_loss_takes(["label_smoothing"])
     find_task("classification").check_loss_takes(["label_smoothing", "class_weights", "focal_gamma"])
     with pytest.raises(
-        InputError, match=r"multi-label does not take class_weights, focal_gamma\. Leave --class-weights"
+        InputError, match=r"several-heads does not take class_weights, focal_gamma\. Leave --class-weights"
     ):
         task.check_loss_takes(["label_smoothing", "class_weights", "focal_gamma"])
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.gates import GATES, Gate
+from cnx_deploy.core.gates import GATES, Gate, OutputSpec
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.layers import GlobalResponseNorm
@@ -18,6 +18,7 @@ from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.verification.parity import RunningDifferences, compare, differences, outputs_of
 
 SPEC = DeploySpec("fp32", 64)
+VALUES = OutputSpec("maps", (4, 5, 2), "feature")
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +271,7 @@ def test_scores_by_themselves_are_compared_as_torchs_bernoulli_and_by_their_sign
     reference = torch.randn(50, 6, generator=generator)
     candidate = reference + 0.05 * torch.randn(50, 6, generator=generator)
     candidate[3, 2], reference[3, 2] = -2.0, 2.0
-    found = differences(candidate, reference, "sigmoid")
+    found = differences(candidate, reference, OutputSpec("labels", (6,), "logit", "sigmoid"))
     pair = [torch.distributions.Bernoulli(logits=side.double()) for side in (reference, candidate)]
     assert found.mean_kl == pytest.approx(float(torch.distributions.kl_divergence(*pair).mean()), rel=1e-9)
     changed = ((candidate > 0) != (reference > 0)).any(dim=1)
@@ -280,10 +281,10 @@ def test_scores_by_themselves_are_compared_as_torchs_bernoulli_and_by_their_sign
 
 def test_values_without_decisions_are_of_any_shape_and_have_no_top1_and_no_kl():
     reference = torch.randn(3, 4, 5, 2, generator=torch.Generator().manual_seed(0))
-    found = differences(reference * 1.01, reference, None)
+    found = differences(reference * 1.01, reference, VALUES)
     assert (found.top1_agreement, found.mean_kl, found.flips) == (None, None, 0)
     assert found.relative_l2_max == pytest.approx(0.01, rel=1e-4)
     assert GATES["fp32"].failures(found) == ("relative L2 0.01, gate 1e-05",)
     spoilt = reference.clone()
     spoilt[0, 0, 0, 0] = math.nan
-    assert GATES["fp16"].failures(differences(spoilt, reference, None)) == ("1 values are NaN or infinite",)
+    assert GATES["fp16"].failures(differences(spoilt, reference, VALUES)) == ("1 values are NaN or infinite",)

@@ -7,7 +7,7 @@ read the table and know no task by name: a manifest and a checkpoint's header na
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.gates import Gate, OutputSpec
+from cnx_deploy.core.image_size import stage_sides
 from cnx_deploy.core.variants import Variant
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from cnx_deploy.model.convnextv2 import ConvNeXtV2
 
 __all__ = [
-    "Metrics", "Outputs", "Prediction", "Task", "all_finite", "find_task", "joined", "named_outputs", "register_task",
-    "sole_or_named", "task_names",
+    "Metrics", "Outputs", "Prediction", "Task", "all_finite", "find_task", "joined", "named_outputs", "network_outputs",
+    "register_task", "sole_or_named", "task_names",
 ]  # fmt: skip
 
 Outputs = dict[str, Tensor]
@@ -66,14 +67,17 @@ class Metrics(Protocol):
 class Task(ABC):
     """One task. A subclass sets the attributes and defines the abstract methods.
 
+    `words` of a method are those of `DeploySpec.outputs`, some of `answers`; none means what the task gives by itself.
     The head is made of modules under names of its own in the network, both in the training form and in the deploy form.
     One of them is called `head`: `--reset-head` draws it anew, and `keep_fp32` can name it.
 
     Attributes:
         name: the word in manifests and headers.
+        answers: the words of `--output`, of which a deployment chooses; none where there is nothing to choose.
         levels: stages whose outputs the head reads, 0 to 3.
         operators: how many operators of the counted kinds (Gelu, LayerNormalization, ReduceSum, AveragePool) the head
-            adds to the exported graph.
+            adds to the exported graph; "epsilon" counts those that are added outside of a LayerNormalization.
+        has_classes: there is a number of classes; without, it is 0.
         class_output: the output of class scores (N, num_classes), which labels are compared with; None without any.
         allows_flip: an image and its left-right mirror have the same answer, so that their outputs can be averaged.
         allows_temperature: the class scores are logits, and `deployed_modules` folds a temperature into them.
@@ -81,31 +85,40 @@ class Task(ABC):
     """
 
     name: str
+    answers: tuple[str, ...] = ()
     levels: tuple[int, ...] = (3,)
     operators: Mapping[str, int] = MappingProxyType({})
+    has_classes: bool = True
     class_output: str | None = None
     allows_flip: bool = False
     allows_temperature: bool = False
     prediction: type[Prediction] = Prediction
 
     @abstractmethod
-    def outputs(self, num_classes: int) -> tuple[OutputSpec, ...]:
-        """Declare the outputs, in their order in the graph."""
+    def outputs(
+        self, num_classes: int, words: Sequence[str] = (), maps: Sequence[tuple[int, int, int]] = ()
+    ) -> tuple[OutputSpec, ...]:
+        """Declare the outputs, in their order in the graph; `maps` are the shapes (C, H, W) of the stages' outputs."""
 
     @abstractmethod
     def modules(self, variant: Variant, num_classes: int) -> dict[str, nn.Module]:
         """Make the head of the training form: modules by the names that they have in a state dict."""
 
     @abstractmethod
-    def forward(self, network: Any, maps: Mapping[int, Tensor]) -> Outputs:
-        """Run the modules of the training form, which `network` holds, on outputs of stages (N, C, H, W) by level."""
+    def forward(
+        self, network: Any, maps: Mapping[int, Tensor], words: Sequence[str] = (), *, temperature: float = 1.0
+    ) -> Outputs:
+        """Run the modules of the training form, which `network` holds, on outputs of stages (N, C, H, W) by level.
+
+        `temperature` is 1 unless the task `allows_temperature`.
+        """
 
     @abstractmethod
     def deployed_modules(self, model: "ConvNeXtV2", spec: "DeploySpec") -> dict[str, nn.Module]:
         """Make the head of the deploy form in float64, with the folds that `spec` asks for; it is rounded later."""
 
     @abstractmethod
-    def deployed_forward(self, network: Any, maps: Mapping[int, Tensor]) -> Outputs:
+    def deployed_forward(self, network: Any, maps: Mapping[int, Tensor], words: Sequence[str] = ()) -> Outputs:
         """Run the modules of the deploy form. Reductions are done in FP32, and outputs leave in FP32."""
 
     @abstractmethod
@@ -116,12 +129,27 @@ class Task(ABC):
 
     def check_allowed(self, spec: "DeploySpec") -> None:
         """Raise InputError where a deployment asks for an answer that the task does not give."""
+        if unknown := [word for word in spec.outputs if word not in self.answers]:
+            known = f"expected {', '.join(self.answers)}" if self.answers else "there is nothing to choose"
+            raise InputError(f"The task {self.name} has no output {', '.join(unknown)}: {known}.")
         allowed = {"tta": self.allows_flip, "temperature": self.allows_temperature}
         if refused := [f"{name} {value}" for name, value in spec.answer.items() if not allowed[name]]:
             raise InputError(
                 f"The task {self.name} does not allow {' and '.join(refused)}: its outputs would mean something else. "
                 "Leave the option out."
             )
+
+    def levels_of(self, words: Sequence[str]) -> tuple[int, ...]:
+        """Stages whose outputs are read for these words."""
+        return self.levels
+
+    def operators_of(self, words: Sequence[str]) -> Mapping[str, int]:
+        """What the head adds to the graph for these words, as `operators` has it."""
+        return self.operators
+
+    def class_output_of(self, names: Collection[str]) -> str | None:
+        """Which of these outputs has class scores that labels are compared with; None without any."""
+        return self.class_output if self.class_output in names else None
 
     def gate(self, gate: Gate) -> Gate:
         """Return what the outputs are judged by, from the gate of their precision: by default that one."""
@@ -153,8 +181,15 @@ class Task(ABC):
         weight = state.get("head.weight")
         return weight.shape[0] if weight is not None and weight.ndim else None
 
+    def own_state(self, state: dict[str, Tensor], variant: Variant) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """What the task takes of a checkpoint under the reference code's names, and what is to be said of the rest."""
+        return state, ()
 
-BUILT_IN = {"classification": "cnx_deploy.model.tasks.classification"}
+
+BUILT_IN = {
+    "classification": "cnx_deploy.model.tasks.classification",
+    "features": "cnx_deploy.model.tasks.features",
+}
 """Task -> the module that registers it."""
 
 _TASKS: dict[str, Task] = {}
@@ -177,6 +212,12 @@ def find_task(name: str) -> Task:
 def task_names() -> tuple[str, ...]:
     """Every task, built-in ones first."""
     return tuple(dict.fromkeys((*BUILT_IN, *_TASKS)))
+
+
+def network_outputs(task: Task, variant: Variant, num_classes: int, spec: "DeploySpec") -> tuple[OutputSpec, ...]:
+    """What a network gives in a deployment, as its task declares it."""
+    maps = [(width, *stage_sides(spec.image_size, level)) for level, width in enumerate(variant.dims)]
+    return task.outputs(num_classes, spec.outputs, maps)
 
 
 def sole_or_named(outputs: Outputs) -> Tensor | Outputs:

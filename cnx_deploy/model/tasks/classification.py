@@ -2,25 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cnx_deploy.core.errors import CorruptArtifactError
-from cnx_deploy.core.gates import OutputSpec
-from cnx_deploy.core.variants import Variant
-from cnx_deploy.model.deploy_layers import TokenNorm, doubles, linear, widen
-from cnx_deploy.model.folds import fold_affine_into_linear
-from cnx_deploy.model.layers import EPS
-from cnx_deploy.model.tasks.base import Outputs, Prediction, Task, register_task
-from cnx_deploy.model.tasks.classification_metrics import Outcome, RunningMetrics
-
-if TYPE_CHECKING:
-    from cnx_deploy.core.deploy_spec import DeploySpec
-    from cnx_deploy.model.convnextv2 import ConvNeXtV2
+from cnx_deploy.model.tasks.base import Prediction, register_task
+from cnx_deploy.model.tasks.classification_metrics import Outcome, RunningMetrics, class_scores
+from cnx_deploy.model.tasks.pooled import PooledTask
 
 __all__ = ["ClassPrediction", "ClassScore", "Classification"]
 
@@ -43,67 +33,45 @@ class ClassPrediction(Prediction):
     def __str__(self) -> str:
         if self.error is not None:
             return Prediction.__str__(self)
-        return ", ".join(f"{score.name} {score.probability:.2%}" for score in self.scores)
+        named = ", ".join(f"{score.name} {score.probability:.2%}" for score in self.scores)
+        return named or "no class scores in this file: --save FILE.npz keeps what it gives"
 
 
-class Classification(Task):
-    """Global average pooling, LayerNorm and a linear layer, as in the papers.
-
-    Shape: the last stage's output (N, C, H, W) -> "logits" (N, num_classes).
-    """
+class Classification(PooledTask):
+    """One class of all: the papers' head. Shape: the last stage's output (N, C, H, W) -> "logits" (N, num_classes)."""
 
     name = "classification"
-    operators = MappingProxyType({"LayerNormalization": 1})
+    answers = ("logits", "probabilities", "top5", "embedding", "unit-embedding", "maps", "class-maps")
+    default = ("logits",)
+    activation = "softmax"
     class_output = "logits"
-    allows_flip = True
     allows_temperature = True
     prediction = ClassPrediction
-
-    def outputs(self, num_classes: int) -> tuple[OutputSpec, ...]:
-        """One logit a class."""
-        return (OutputSpec("logits", (num_classes,), "logit", "softmax"),)
-
-    def modules(self, variant: Variant, num_classes: int) -> dict[str, nn.Module]:
-        """The norm of the pooled output and the linear layer."""
-        width = variant.dims[-1]
-        return {"norm": nn.LayerNorm(width, eps=EPS), "head": nn.Linear(width, num_classes)}
-
-    def forward(self, network: Any, maps: Mapping[int, Tensor]) -> Outputs:
-        """Pool, normalise, classify."""
-        return {"logits": network.head(network.norm(maps[3].mean(dim=(-2, -1))))}
-
-    def deployed_modules(self, model: "ConvNeXtV2", spec: "DeploySpec") -> dict[str, nn.Module]:
-        """The norm's gain and shift are folded into the linear layer, and so is 1 / temperature."""
-        weight, bias = doubles(model.head)
-        dense, affine = (weight / spec.temperature, bias / spec.temperature), doubles(model.norm)
-        if "head-affine" in spec.folds:
-            return {"norm": TokenNorm(), "head": linear(*fold_affine_into_linear(*dense, *affine))}
-        return {"norm": TokenNorm(*affine), "head": linear(*dense)}
-
-    def deployed_forward(self, network: Any, maps: Mapping[int, Tensor]) -> Outputs:
-        """Pool and normalise in FP32, classify in the head's type."""
-        pooled = network.norm(widen(maps[3]).mean(dim=(2, 3))).to(network.head.weight.dtype)  # (N, C)
-        return {"logits": widen(network.head(pooled))}
 
     def predictions(
         self, outputs: Mapping[str, Tensor], paths: Sequence[str], class_names: Sequence[str] | None, *, top: int
     ) -> list[Prediction]:
         """The `top` best classes of each image, or all where there are fewer."""
-        logits = outputs["logits"]
-        if class_names and len(class_names) != logits.shape[1]:
-            raise CorruptArtifactError(
-                f"The model has {logits.shape[1]} classes and its record {len(class_names)} names. Export again."
-            )
-        best = torch.softmax(logits.double(), dim=1).topk(min(top, logits.shape[1]), dim=1)
+        if (scores := class_scores(outputs)) is not None:
+            if class_names and len(class_names) != scores.shape[1]:
+                raise CorruptArtifactError(
+                    f"The model has {scores.shape[1]} classes and its record {len(class_names)} names. Export again."
+                )
+            best = torch.softmax(scores, dim=1).topk(min(top, scores.shape[1]), dim=1)
+            values, indices = best.values, best.indices
+        elif "top5_classes" in outputs:
+            values, indices = (outputs[f"top5_{name}"][:, :top] for name in ("probabilities", "classes"))
+        else:  # a file of an embedding or of maps alone
+            values, indices = (torch.empty(len(paths), 0) for _ in range(2))
         return [
             ClassPrediction(
                 path,
                 scores=tuple(
                     ClassScore(index, class_names[index] if class_names else str(index), value)
-                    for value, index in zip(values, indices, strict=True)
+                    for value, index in zip(*row, strict=True)
                 ),
             )
-            for path, values, indices in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True)
+            for path, row in zip(paths, zip(values.tolist(), indices.tolist(), strict=True), strict=True)
         ]
 
     def loss(

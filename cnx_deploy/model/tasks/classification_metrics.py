@@ -22,7 +22,7 @@ from cnx_deploy.core.preprocessing import BrokenImage
 
 __all__ = [
     "Calibration", "CalibrationBin", "ClassResult", "ConfusionCell", "Evaluation", "Outcome", "PredictionWriter",
-    "RunningMetrics", "bins_of",
+    "RunningMetrics", "bins_of", "class_scores",
 ]  # fmt: skip
 
 BINS = 15
@@ -214,7 +214,12 @@ class RunningMetrics:
 
     def add(self, outputs: Mapping[str, Tensor], targets: Tensor, paths: Sequence[str]) -> None:
         """Count finite logits (N, classes), the index (N,) of each label among them, and the images' names."""
-        logits, labels = outputs["logits"], targets
+        logits, labels = class_scores(outputs), targets
+        if logits is None:
+            raise InputError(
+                f"The file gives {', '.join(outputs)}, and metrics need logits or probabilities of every class. Export "
+                "it with --output logits."
+            )
         own = logits.gather(1, labels[:, None])  # (N, 1)
         # Of equal logits the first class is the better one, here and in the stable sort below.
         earlier = torch.arange(logits.shape[1])[None, :] < labels[:, None]
@@ -281,6 +286,13 @@ class RunningMetrics:
             mean_confidence=float(confidences.sum() / counts.sum()),
             bins=tuple(CalibrationBin(*row) for row in zip(*columns, strict=True)),
         )
+
+
+def class_scores(outputs: Mapping[str, Tensor]) -> Tensor | None:
+    """Logits (N, K) in float64, or the logarithms of probabilities, which differ from them by a constant an image."""
+    if "logits" in outputs:
+        return outputs["logits"].double()
+    return outputs["probabilities"].double().clamp_min(1e-38).log() if "probabilities" in outputs else None
 
 
 def bins_of(confidences: Tensor) -> Tensor:

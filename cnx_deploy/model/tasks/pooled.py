@@ -1,0 +1,183 @@
+"""What tasks share whose head pools the last stage, normalises it and may classify: their outputs by choice.
+
+The words of `--output`, and the outputs they name: `logits` and `probabilities` (N, K); `top5`, two outputs, the five
+best classes of each image and their probabilities; `embedding` (N, C4), what the head's linear layer reads, and
+`unit-embedding`, divided by its length; `maps`, the stages' outputs `stage1` to `stage4` (N, C, H, W); `class-maps`
+(N, K, H, W), where in the last stage a class gets its logit from.
+
+A class map is the network's own arithmetic. The head is linear once the LayerNorm's mean and deviation are held, which
+are those of the pooled vector. So the same affine and the same linear layer, applied to each position of the last
+stage, give a map whose mean over the positions is the logit.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.gates import OutputSpec
+from cnx_deploy.core.variants import Variant
+from cnx_deploy.model.deploy_layers import TokenNorm, doubles, linear, widen
+from cnx_deploy.model.folds import fold_affine_into_linear
+from cnx_deploy.model.layers import EPS
+from cnx_deploy.model.tasks.base import Outputs, Task
+
+if TYPE_CHECKING:
+    from cnx_deploy.core.deploy_spec import DeploySpec
+    from cnx_deploy.model.convnextv2 import ConvNeXtV2
+
+__all__ = ["PooledTask"]
+
+TOP = 5
+"""Classes of the output `top5`, or all where there are fewer."""
+OF_EMBEDDING = frozenset({"embedding", "unit-embedding"})
+FLIPPED_ALIKE = frozenset({"logits", "probabilities", "embedding"})
+"""Words whose values for an image and its mirror can be averaged: no place in the image, no length, no ranking."""
+
+
+class PooledTask(Task):
+    """Global average pooling, LayerNorm and, where there are classes, a linear layer: modules `norm` and `head`.
+
+    Shape: the last stage's output (N, C4, H, W) -> what the words name.
+
+    Attributes:
+        default: the words that stand for what the task gives by itself.
+        activation: what makes probabilities of logits; None for a task without classes.
+    """
+
+    operators = MappingProxyType({"LayerNormalization": 1})
+    allows_flip = True
+    default: tuple[str, ...]
+    activation: Literal["softmax", "sigmoid"] | None = None
+
+    def outputs(
+        self, num_classes: int, words: Sequence[str] = (), maps: Sequence[tuple[int, int, int]] = ()
+    ) -> tuple[OutputSpec, ...]:
+        """Declare what each word names, in the order of the words."""
+        return tuple(spec for word in words or self.default for spec in self._declared(word, num_classes, maps))
+
+    def _declared(self, word: str, classes: int, maps: Sequence[tuple[int, int, int]]) -> tuple[OutputSpec, ...]:
+        best = (min(TOP, classes),)
+        if word == "top5":
+            return (
+                OutputSpec("top5_probabilities", best, "probability", is_ranked=True),
+                OutputSpec("top5_classes", best, "class", dtype="int64", indexes="probabilities", is_ranked=True),
+            )
+        if word == "maps":
+            return tuple(OutputSpec(f"stage{level}", shape, "feature") for level, shape in enumerate(maps, 1))
+        if word == "class-maps":
+            return (OutputSpec("class_maps", (classes, *maps[-1][1:]), "logit a position"),)
+        if word in OF_EMBEDDING:
+            return (OutputSpec(word.replace("-", "_"), (maps[-1][0],), "embedding"),)
+        unit = {"logits": "logit", "probabilities": "probability"}[word]
+        return (OutputSpec(word, (classes,), unit, self.activation),)
+
+    def modules(self, variant: Variant, num_classes: int) -> dict[str, nn.Module]:
+        """The norm of the pooled output and the linear layer, or an identity where there are no classes."""
+        width = variant.dims[-1]
+        head = nn.Linear(width, num_classes) if self.has_classes else nn.Identity()
+        return {"norm": nn.LayerNorm(width, eps=EPS), "head": head}
+
+    def forward(
+        self, network: Any, maps: Mapping[int, Tensor], words: Sequence[str] = (), *, temperature: float = 1.0
+    ) -> Outputs:
+        """Pool, normalise, classify; then what the words name."""
+        words, pooled = words or self.default, maps[3].mean(dim=(-2, -1))  # (N, C4)
+        embedding = network.norm(pooled)
+        logits = network.head(embedding)
+        class_maps = None
+        if "class-maps" in words:
+            mean, variance = pooled.mean(dim=1)[:, None, None, None], pooled.var(dim=1, correction=0)
+            normed = (maps[3] - mean) / torch.sqrt(variance + network.norm.eps)[:, None, None, None]
+            shaped = network.norm.weight[:, None, None] * normed + network.norm.bias[:, None, None]
+            class_maps = network.head(shaped.movedim(1, -1)).movedim(-1, 1) / temperature
+        if temperature != 1.0:
+            logits = logits / temperature
+        return self._named(words, maps, embedding, logits, class_maps)
+
+    def deployed_modules(self, model: "ConvNeXtV2", spec: "DeploySpec") -> dict[str, nn.Module]:
+        """The norm's gain and shift are folded into the linear layer, unless an embedding is given; so is 1 / T."""
+        affine = doubles(model.norm)
+        if not self.has_classes:
+            return {"norm": TokenNorm(*affine), "head": nn.Identity()}
+        weight, bias = doubles(model.head)
+        dense = (weight / spec.temperature, bias / spec.temperature)
+        if "head-affine" in spec.folds and not OF_EMBEDDING & set(spec.outputs):
+            return {"norm": TokenNorm(), "head": linear(*fold_affine_into_linear(*dense, *affine))}
+        return {"norm": TokenNorm(*affine), "head": linear(*dense)}
+
+    def deployed_forward(self, network: Any, maps: Mapping[int, Tensor], words: Sequence[str] = ()) -> Outputs:
+        """Pool and normalise in FP32, classify in the head's type; what follows is FP32 again."""
+        words = words or self.default
+        if set(words) == {"maps"}:
+            return self._named(words, maps, None, None, None)
+        pooled = widen(maps[3]).mean(dim=(2, 3))  # (N, C4)
+        embedding, logits, class_maps = network.norm(pooled), None, None
+        if self.has_classes and set(words) - {*OF_EMBEDDING, "maps", "class-maps"}:
+            logits = widen(network.head(embedding.to(network.head.weight.dtype)))
+        if "class-maps" in words:
+            # Divided before it is rounded: what a map holds at a position can leave FP16, what is left of it cannot.
+            centred = pooled - pooled.mean(dim=1, keepdim=True)
+            inverse = 1.0 / torch.sqrt((centred * centred).mean(dim=1, keepdim=True) + EPS)  # (N, 1)
+            normed = (widen(maps[3]) - pooled.mean(dim=1)[:, None, None, None]) * inverse[..., None, None]
+            if network.norm.gain is not None:
+                normed = normed * widen(network.norm.gain)[:, None, None] + widen(network.norm.shift)[:, None, None]
+            weight = network.head.weight
+            class_maps = widen(F.conv2d(normed.to(weight.dtype), weight[:, :, None, None], network.head.bias))
+        return self._named(words, maps, embedding, logits, class_maps)
+
+    def _named(
+        self, words: Sequence[str], maps: Mapping[int, Tensor], embedding: Any, logits: Any, class_maps: Any
+    ) -> Outputs:
+        """What the words name, from what the head computed: None of what no word needs."""
+        outputs: Outputs = {}
+        for word in words:
+            if word == "logits":
+                outputs[word] = logits
+            elif word in ("probabilities", "top5"):
+                probabilities = logits.softmax(dim=1) if self.activation == "softmax" else logits.sigmoid()
+                if word == "probabilities":
+                    outputs[word] = probabilities
+                else:
+                    best = probabilities.topk(min(TOP, probabilities.shape[1]), dim=1)
+                    outputs |= {"top5_probabilities": best.values, "top5_classes": best.indices}
+            elif word == "embedding":
+                outputs[word] = embedding
+            elif word == "unit-embedding":
+                outputs["unit_embedding"] = embedding / torch.linalg.vector_norm(embedding, dim=1, keepdim=True)
+            elif word == "maps":
+                outputs |= {f"stage{level + 1}": widen(output) for level, output in maps.items()}
+            else:
+                outputs["class_maps"] = class_maps
+        return outputs
+
+    def check_allowed(self, spec: "DeploySpec") -> None:
+        """Raise InputError for words that are not the task's, and for those that other options would make wrong."""
+        super().check_allowed(spec)
+        if spec.tta == "flip" and (odd := [word for word in spec.outputs if word not in FLIPPED_ALIKE]):
+            raise InputError(
+                f"--tta flip cannot average {', '.join(odd)} over an image and its mirror; it can "
+                f"{', '.join(sorted(FLIPPED_ALIKE & set(self.answers)))}. Leave one of them out."
+            )
+        if spec.size_range is not None and (of_size := {"maps", "class-maps"} & set(spec.outputs)):
+            raise InputError(
+                f"The output {' and '.join(sorted(of_size))} has a size that follows the image's, and sizes are open. "
+                "Export for one image size."
+            )
+
+    def levels_of(self, words: Sequence[str]) -> tuple[int, ...]:
+        """All four stages where their maps are given, else the last."""
+        return (0, 1, 2, 3) if "maps" in words else self.levels
+
+    def operators_of(self, words: Sequence[str]) -> Mapping[str, int]:
+        """One LayerNormalization, unless the maps are all that is given; class maps add an epsilon of their own."""
+        needs_norm = not words or bool(set(words) - {"maps", "class-maps"})
+        return {"LayerNormalization": int(needs_norm), "epsilon": int("class-maps" in words)}
+
+    def class_output_of(self, names: Collection[str]) -> str | None:
+        """The logits, or else the probabilities."""
+        return next((name for name in ("logits", "probabilities") if name in names), None)
