@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         inspect,
         load,
         predict,
+        rescue,
         train,
         verify,
     )
@@ -43,6 +44,7 @@ __all__ = [
     "inspect",
     "load",
     "predict",
+    "rescue",
     "train",
     "verify",
 ]

@@ -42,11 +42,12 @@ if TYPE_CHECKING:
     from cnx_deploy.diagnosis.headroom import Headroom
     from cnx_deploy.training import TrainingResult
     from cnx_deploy.verification.inspect import Inspection
+    from cnx_deploy.verification.rescue import Rescued
     from cnx_deploy.verification.temperature import TemperatureFit
 
 __all__ = [
     "BuildRequest", "ExportRequest", "Model", "VerifyReport", "VerifyRequest", "benchmark", "build_engine", "evaluate",
-    "export", "fit_temperature", "headroom", "inspect", "load", "predict", "run_builds", "run_exports",
+    "export", "fit_temperature", "headroom", "inspect", "load", "predict", "rescue", "run_builds", "run_exports",
     "run_verifications", "train", "verify",
 ]  # fmt: skip
 
@@ -299,6 +300,26 @@ def headroom(checkpoint: Path | str | None = None, *, note: Note = _silent, **op
     return run_headroom(_request(HeadroomRequest, options, checkpoint=path), note)
 
 
+def rescue(file: Path | str, *, note: Note = _silent, **options: Any) -> "Rescued":
+    """Write any ONNX file in FP16 with its GRN and LayerNorm in FP32, and prove it, as `cnx-deploy rescue` does.
+
+    Args:
+        file: an ONNX file of any exporter, in FP32 or in half, whose origin nobody has to know.
+        note: is told what is done, a line at a time.
+        **options: fields of `verification.rescue.RescueRequest`: output_dir, name, inputs, sizes, target, force …
+
+    Returns:
+        What was found, what was written and the proof; `print` shows it.
+
+    Raises:
+        CheckFailedError: the file holds no GRN and no LayerNorm.
+        ParityError: the result differs from the original; nothing is written.
+    """
+    from cnx_deploy.verification.rescue import RescueRequest, rescue_file
+
+    return rescue_file(_request(RescueRequest, options, file=Path(file)), note)
+
+
 def inspect(file: Source) -> "Inspection":
     """Say what a file is, from its content and its manifest, as `cnx-deploy inspect` does; nothing in it is run."""
     from cnx_deploy.verification.inspect import inspect_file
@@ -350,7 +371,7 @@ def _with_paths(options: dict[str, Any]) -> dict[str, Any]:
     """The same options with the path of a file or folder as one, where it is given as text."""
     names = (
         "checkpoint", "init", "output_dir", "export_dir", "engines_dir", "save_inputs", "save_outputs", "data",
-        "image_folder",
+        "image_folder", "inputs",
     )  # fmt: skip
     more: dict[str, Any] = {"soup": tuple(map(Path, options["soup"]))} if "soup" in options else {}
     more |= {name: Path(value) for name, value in options.items() if name in names and isinstance(value, str)}

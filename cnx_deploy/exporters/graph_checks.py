@@ -49,12 +49,12 @@ ReduceMean ReduceProd ReduceSum ReduceSumSquare Softmax
 REDUCTIONS = frozenset(REDUCING_OPERATORS.split())
 OTHER_OPERATORS = """
 Abs Add And ArgMax ArgMin BatchNormalization Cast CastLike Ceil Clip Concat Constant ConstantOfShape Conv ConvTranspose
-CumSum DepthToSpace DequantizeLinear Div Dropout DynamicQuantizeLinear Einsum Elu Equal Erf Exp Expand Flatten Floor
+Cos CumSum DepthToSpace DequantizeLinear Div Dropout DynamicQuantizeLinear Einsum Elu Equal Erf Exp Expand Flatten Floor
 Gather GatherElements GatherND Gelu Gemm GlobalMaxPool Greater GreaterOrEqual HardSigmoid HardSwish Identity LeakyRelu
 Less LessOrEqual Log MatMul MatMulInteger Max MaxPool Mean Min Mish Mod Mul Neg Not Or PRelu Pad Pow QLinearConv
 QLinearMatMul QuantizeLinear Range Reciprocal ReduceMax ReduceMin Relu Reshape Resize Round ScatterND Selu Shape Sigmoid
-Sign Size Slice Softplus SpaceToDepth Split Sqrt Squeeze Sub Sum Swish Tanh Tile TopK Transpose Trilu Unsqueeze Upsample
-Where Xor
+Sign Sin Size Slice Softplus SpaceToDepth Split Sqrt Squeeze Sub Sum Swish Tanh Tile TopK Transpose Trilu Unsqueeze
+Upsample Where Xor
 """
 OPERATORS = REDUCTIONS | frozenset(OTHER_OPERATORS.split())
 """Of tensors of numbers, without graphs of their own, text, pictures or chance: what exporters write of classifiers."""
@@ -76,6 +76,7 @@ LISTED_AT_MOST = 20
 
 CHECK_VERSIONS = "Use the versions that constraints.txt names; found were:"
 EXPORT_IT = "Export the network with cnx-deploy export, or write these otherwise:"
+RESCUE_IT = "Export the network with cnx-deploy export, or make FP32 islands of these with cnx-deploy rescue:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +126,15 @@ class Admission:
                 raise CorruptArtifactError(f"{name} was changed while {self.path.name} was checked. Try again.")
 
 
-def check_graph(path: Path, listed: Collection[str] | None = None) -> GraphFacts:
+def check_graph(
+    path: Path, listed: Collection[str] | None = None, *, allows_half_reductions: bool = False
+) -> GraphFacts:
     """Check any ONNX file and return what is in it.
 
     Args:
         path: the ONNX file. It is parsed in this process, so a file of unknown origin goes to `admit_onnx`.
         listed: names of the files that its manifest lists. The graph may read no other.
+        allows_half_reductions: for `rescue`, which is given such files to mend them.
 
     Raises:
         RefusedArtifactError: the file is beyond a limit, reads outside its folder, or holds other than standard
@@ -150,20 +154,21 @@ def check_graph(path: Path, listed: Collection[str] | None = None) -> GraphFacts
         raise CorruptArtifactError(f"{path} is not a valid ONNX file ({reason}). Export it again.") from error
     if problems := list(_large_values(model)):
         raise RefusedArtifactError(_listed(f"{path.name} is refused. {EXPORT_IT}", problems))
-    if problems := list(half_reductions(model)):
-        raise GraphCheckError(_listed(f"{path.name} breaks the rules for an engine. {EXPORT_IT}", problems))
+    if not allows_half_reductions and (problems := list(half_reductions(model))):
+        raise GraphCheckError(_listed(f"{path.name} breaks the rules for an engine. {RESCUE_IT}", problems))
     return _facts(model, tuple(map(str, file.outside)))
 
 
-def admit_onnx(path: Path, limits: Limits | None = None) -> Admission:
+def admit_onnx(path: Path, limits: Limits | None = None, *, allows_half_reductions: bool = False) -> Admission:
     """Check a file that no manifest names, in a child process with limits of time and memory.
 
-    Without `limits` they go by the file's size. Raises what `check_graph` raises, RefusedArtifactError where the child
-    is ended, and CorruptArtifactError where the file changes meanwhile.
+    Without `limits` they go by the file's size; `allows_half_reductions` is that of `check_graph`. Raises what
+    `check_graph` raises, RefusedArtifactError where the child is ended, and CorruptArtifactError where the file changes
+    meanwhile.
     """
     answer = run_isolated(
         "cnx_deploy.exporters.graph_checks:admission_task",
-        {"path": str(path.parent.resolve() / path.name)},
+        {"path": str(path.parent.resolve() / path.name), "allows_half_reductions": allows_half_reductions},
         limits or limits_for(path.stat().st_size if path.is_file() else 0),
         what=f"Checking {path.name}",
         failure=RefusedArtifactError,
@@ -180,10 +185,10 @@ def admit_onnx(path: Path, limits: Limits | None = None) -> Admission:
     return admission
 
 
-def admission_task(path: str) -> list[Any]:
+def admission_task(path: str, *, allows_half_reductions: bool = False) -> list[Any]:
     """`admit_onnx` for the child: the facts, and the identity of every file that the graph reads."""
     before = _identity(path)
-    facts = check_graph(Path(path))
+    facts = check_graph(Path(path), allows_half_reductions=allows_half_reductions)
     files = {path: before, **{name: _identity(name) for name in facts.outside_files}}
     return [msgspec.to_builtins(facts), files]
 

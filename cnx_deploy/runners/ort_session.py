@@ -3,8 +3,9 @@
 For the runner, and for children that must start at once.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
@@ -18,7 +19,9 @@ from cnx_deploy.core.errors import (
     RefusedArtifactError,
 )
 from cnx_deploy.core.out_of_memory import out_of_memory_error
-from cnx_deploy.data.input_spec import InputSpec
+
+if TYPE_CHECKING:
+    from cnx_deploy.data.input_spec import InputSpec
 
 __all__ = ["LOAD_ERRORS", "OUTPUT_TYPES", "ends_of", "open_session", "trial_run", "trial_run_task"]
 
@@ -78,8 +81,10 @@ def open_session(
     return session
 
 
-def ends_of(session: Any, path: Path) -> tuple[Any, InputSpec, list[Any]]:
+def ends_of(session: Any, path: Path) -> tuple[Any, "InputSpec", list[Any]]:
     """The one input, what it takes, and the outputs; InputError unless those are images and float tensors of them."""
+    from cnx_deploy.data.input_spec import InputSpec  # with it torch, which a child that is given its inputs spares
+
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) == 1 and outputs:
         (source,) = inputs
@@ -103,8 +108,10 @@ def ends_of(session: Any, path: Path) -> tuple[Any, InputSpec, list[Any]]:
     )
 
 
-def trial_run(path: Path, limits: Limits) -> None:
+def trial_run(path: Path, limits: Limits, inputs: Mapping[str, tuple[str, Sequence[int]]] | None = None) -> None:
     """Send one image of zeros through a foreign file in a child process, on the CPU.
+
+    `inputs`: zeros of these element types (as numpy calls them) and shapes instead, for a file of any inputs.
 
     A size that is computed on the way stands in no shape, so only a run sets off such a bomb. The file has passed
     `graph_checks.admit_onnx`, and is not BF16, which ONNX Runtime's CPU provider lacks.
@@ -116,20 +123,22 @@ def trial_run(path: Path, limits: Limits) -> None:
     """
     run_isolated(
         "cnx_deploy.runners.ort_session:trial_run_task",
-        {"path": str(path.parent.resolve() / path.name)},
+        {"path": str(path.parent.resolve() / path.name), "inputs": inputs and dict(inputs)},
         limits,
         what=f"A trial run of {path.name}",
         failure=RefusedArtifactError,
     )
 
 
-def trial_run_task(path: str) -> None:
+def trial_run_task(path: str, inputs: Mapping[str, tuple[str, Sequence[int]]] | None = None) -> None:
     """`trial_run` for the child. Too little memory is the file's doing: the child holds nothing else."""
     try:
         session = open_session(Path(path))
-        source, spec, _ = ends_of(session, Path(path))
-        shape = spec.shape(source.shape[0] if isinstance(source.shape[0], int) else 1)
-        session.run(None, {source.name: np.zeros(shape, np.uint8 if source.type == "tensor(uint8)" else np.float32)})
+        if inputs is None:
+            source, spec, _ = ends_of(session, Path(path))
+            shape = spec.shape(source.shape[0] if isinstance(source.shape[0], int) else 1)
+            inputs = {source.name: ("uint8" if source.type == "tensor(uint8)" else "float32", shape)}
+        session.run(None, {name: np.zeros(shape, kind) for name, (kind, shape) in inputs.items()})
     except OutOfMemoryError as error:
         raise RefusedArtifactError(f"{path} is refused: {error}") from error
     except (*LOAD_ERRORS, STATE.InvalidArgument) as error:

@@ -59,7 +59,7 @@ class MmNorm(nn.LayerNorm):
     """A norm over channels that come first."""
 
     def forward(self, maps: Tensor) -> Tensor:
-        return super().forward(maps.movedim(1, -1)).movedim(-1, 1)
+        return super().forward(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class MmResponse(nn.Module):
@@ -86,8 +86,8 @@ class MmBlock(nn.Module):
         self.gamma = nn.Parameter(torch.ones(width)) if version == 1 else None
 
     def forward(self, maps: Tensor) -> Tensor:
-        hidden = self.pointwise_conv1(self.norm(self.depthwise_conv(maps)).movedim(1, -1))
-        branch = self.pointwise_conv2(self.grn(nn.functional.gelu(hidden))).movedim(-1, 1)
+        hidden = self.pointwise_conv1(self.norm(self.depthwise_conv(maps)).permute(0, 2, 3, 1))
+        branch = self.pointwise_conv2(self.grn(nn.functional.gelu(hidden))).permute(0, 3, 1, 2)
         return maps + (branch if self.gamma is None else branch * self.gamma.view(1, -1, 1, 1))
 
 
