@@ -134,8 +134,9 @@ def half_tensors(path: Path) -> list[tuple[str, float]]:
     """Node and largest absolute value of every half tensor of an ONNX file, in order, but the images and copies."""
     graph = Graph(path)
     pixels = torch.cat(list(image_like_batches(IMAGES, 32, batch_size=1)))
-    found = graph.evaluate(runner_input(pixels, "float"), [step.output for step in graph.steps]).tensors
-    made = [(step.name, found[step.output]) for step in graph.steps]
+    names = [(step.name, name) for step in graph.steps for name in step.outputs]
+    found = graph.evaluate(runner_input(pixels, "float"), [name for _, name in names]).tensors
+    made = [(node, found[name]) for node, name in names]
     halves = [(name, float(tensor.abs().max())) for name, tensor in made if tensor.dtype == torch.float16]
     copies = ("Reshape", "Transpose", "Unsqueeze")
     return [each for each in halves if not each[0].partition("/")[2].startswith(copies) and each[0] != "model/Cast"]
