@@ -21,7 +21,7 @@ from cnx_deploy.core.manifest import Artifact, EngineManifest, OnnxManifest
 from cnx_deploy.core.precision import find_precision
 from cnx_deploy.core.system import this_machine
 from cnx_deploy.core.targets import find_target
-from cnx_deploy.data import ImageSource, find_dataset, image_source
+from cnx_deploy.data import ImageSource, image_source
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.backend import default_targets, load_backend, require_gpu
 from cnx_deploy.exporters.trt.builder import BuildSpec
@@ -276,7 +276,7 @@ def train(
 
     sources = {name: options.pop(name) for name in START if name in options}
     spec = training.spec_from_recipe(Path(data), variant, recipe, **_with_paths(options))
-    dataset = find_dataset(spec.data, seed=spec.seed, image_folder=spec.image_folder)
+    dataset = training.find_training_images(spec)
     loaded = training.initial_model(spec, **_with_paths(sources))
     for text in (*dataset.notes, *training.balance_lines(spec, dataset), *(loaded.notes if loaded is not None else ())):
         note(text)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 @click.command(cls=options.SectionedCommand, sections=SECTIONS)
 @click.argument("data", type=options.PATH)
 @options.image_folder
+@click.option(
+    "--task", type=click.Choice(["classification", "multi-label"]), default="classification", show_default=True,
+    help="One class an image, or several labels.",
+)  # fmt: skip
 @options.variant
 @click.option(
     "--checkpoint", type=click.Path(exists=True, path_type=Path), help="Weights to start from, any known layout."
@@ -48,6 +52,9 @@ def train(
     variant: str, recipe: str, **request: Any,
 ) -> None:  # fmt: skip
     """Train a variant on DATA: train/ and val/ folders of classes, one folder of classes to split, or a CSV file.
+
+    With --task multi-label a CSV file has a column of labels, or one of 0 and 1 for each; images have .txt files of
+    tags beside them; or an image lies in several class folders.
 
     Weights to start from bring the mean and deviation of their pixels along, where --mean and --std do not say others.
 
@@ -82,18 +89,22 @@ def train(
 def _dataset(spec: "TrainingSpec", *, check: bool) -> "Dataset":
     """The images to train on, those that cannot be read left out; says what there is."""
     from cnx_deploy.cli.training_progress import checked, note_once
-    from cnx_deploy.data import class_balance, find_dataset, without_broken
-    from cnx_deploy.training import balance_lines
+    from cnx_deploy.data import class_balance, label_lines, without_broken
+    from cnx_deploy.training import balance_lines, find_training_images
 
-    dataset = find_dataset(spec.data, seed=spec.seed, image_folder=spec.image_folder)
+    dataset = find_training_images(spec)
     lines: list[str] = []
     note_once((f"Note: {text}" for text in dataset.notes), spec.launch)
     if check:
         dataset, lines = checked(partial(without_broken, white_level=spec.white_level, in_chans=spec.in_chans), dataset)
-    balance = class_balance(dataset)
-    warning = [f"Warning: {balance.warning}"] if balance.warning and not spec.is_balanced else []
     observed = [f"Note: {text}" for text in dataset.observed()]
-    note_once((*lines, *observed, *balance.lines(), *warning, *balance_lines(spec, dataset)), spec.launch)
+    if dataset.train.label_sets is None:
+        balance = class_balance(dataset)
+        warning = [f"Warning: {balance.warning}"] if balance.warning and not spec.is_balanced else []
+        counts = [*balance.lines(), *warning]
+    else:
+        counts = list(label_lines(dataset))
+    note_once((*lines, *observed, *counts, *balance_lines(spec, dataset)), spec.launch)
     return dataset
 
 

@@ -11,7 +11,7 @@ __all__ = ["SECTIONS", "recipe_options", "run_options"]
 
 SECTIONS = {
     "Network": (
-        "variant", "checkpoint", "pretrained", "init", "reset_head", "ema", "entry", "soup", "freeze_backbone",
+        "task", "variant", "checkpoint", "pretrained", "init", "reset_head", "ema", "entry", "soup", "freeze_backbone",
     ),
     "Length and optimiser": (
         "recipe", "epochs", "batch_size", "accumulate", "optimizer", "schedule", "learning_rate", "base_learning_rate",
@@ -26,7 +26,9 @@ SECTIONS = {
         "min_crop_area", "flip", "randaugment_magnitude", "erasing_probability", "mixup_alpha", "cutmix_alpha",
         "label_smoothing", "drop_path_rate", "head_init_scale", "ema_decay",
     ),
-    "Loss and uneven classes": ("loss", "focal_gamma", "class_weights", "sampling"),
+    "Loss and uneven classes": (
+        "loss", "focal_gamma", "gamma_neg", "gamma_pos", "negative_clip", "class_weights", "sampling",
+    ),
     "Computation": ("seed", "workers", "precision", "deterministic", "channels_last", "compile"),
     "Run": ("output_dir", "run_dir", "resume", "tensorboard", "show_config"),
 }  # fmt: skip
@@ -76,15 +78,21 @@ def recipe_options(command: Command) -> Command:
         *options.pixels,
         click.option(
             "--class-weights", metavar="balanced|none|FILE",
-            help="What an image of each class weighs in the loss; balanced: all classes weigh the same. A file has "
-            "lines NAME=WEIGHT, .csv rows, or a JSON object [none].",
+            help="What an image of each class weighs in the loss; balanced: all classes weigh the same, of several "
+            "labels positives and negatives of each. A file has lines NAME=WEIGHT, .csv rows, or a JSON object [none].",
         ),
         click.option(
             "--sampling", type=click.Choice(["shuffle", "balanced"]),
             help="balanced: each class is drawn equally often, in an epoch of as many images [shuffle].",
         ),
-        click.option("--loss", type=click.Choice(["cross-entropy", "focal"]), help="[cross-entropy]"),
+        click.option(
+            "--loss", type=click.Choice(["cross-entropy", "focal", "bce", "asymmetric"]),
+            help="bce and asymmetric are of several labels [cross-entropy; multi-label: bce].",
+        ),
         click.option("--focal-gamma", type=float, help="Exponent of the focal loss [2]."),
+        click.option("--gamma-neg", type=float, help="Exponent of the asymmetric loss for negatives [4]."),
+        click.option("--gamma-pos", type=float, help="The same for positives [1]."),
+        click.option("--negative-clip", type=float, help="Probability below which a negative has no loss [0.05]."),
     )  # fmt: skip
 
 

@@ -183,6 +183,8 @@ def _load_file(
     layout, state = official_state(file.tensors, str(path))
     _check_own_metadata(file, state, path)
     purpose = find_task(task or file.metadata.get("task", "classification"))
+    if purpose.name == file.metadata.get("task") and not reset_head:
+        purpose = purpose.with_thresholds(file.metadata.get("thresholds"))
     aside = "".join(f" ({note})" for note in file.notes if note.startswith("set aside"))
     found = _variant_of(state, wanted, where=str(path))
     state, told = purpose.own_state(state, found)
@@ -395,11 +397,13 @@ def save_checkpoint(
     preprocessing: Preprocessing | None = None,
     licence: str = "MIT",
     extra: Mapping[str, Any] | None = None,
+    thresholds: Sequence[float] | None = None,
 ) -> Path:
     """Write a model as `.safetensors`, float32, whole or not at all; the same arguments give the same bytes.
 
-    `extra` goes into the header as it is. An existing file is replaced. Raises InputError when the path cannot be
-    written, has another suffix, or the class names are not one a class.
+    `extra` goes into the header as it is. `thresholds` None takes those of the model's task, where it has any. An
+    existing file is replaced. Raises InputError when the path cannot be written, has another suffix, or the class names
+    are not one a class.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -420,6 +424,8 @@ def save_checkpoint(
         "licence": licence,
         "weights_sha256": _hash_tensors(state),
     }
+    if (cuts := thresholds or model.task.thresholds) is not None:
+        known["thresholds"] = list(cuts)
     if clash := sorted(known.keys() & (extra or {}).keys()):
         raise InputError(f"The header already has {', '.join(clash)}: expected other names in extra. Rename them.")
     header = json.dumps({**known, **(extra or {})}, sort_keys=True, ensure_ascii=False, allow_nan=False)
@@ -502,6 +508,11 @@ def _check_own_metadata(file: WeightFile, state: Mapping[str, Tensor], path: Pat
     _check_header_types(file.metadata, path)
     if file.metadata.get("weights_sha256") != _hash_tensors(state):
         raise CorruptArtifactError(f"{path} was altered: its weights are not those its header names. Fetch it again.")
+    cuts = file.metadata.get("thresholds")
+    if cuts is not None and (head is None or len(cuts) != head.shape[0] or not all(0 < value < 1 for value in cuts)):
+        raise CorruptArtifactError(
+            f"{path} has {len(cuts)} thresholds that are not one probability a label. Write it again."
+        )
     if names is not None and (head is None or len(names) != head.shape[0]):
         raise CorruptArtifactError(
             f"{path} has {len(names)} class names, which is not its class count. Write it again."
@@ -520,6 +531,7 @@ def _check_header_types(header: Mapping[str, Any], path: Path) -> None:
         "task": (isinstance(header.get("task", ""), str), "a text"),
         "preprocessing": (preprocessing is None or isinstance(preprocessing, dict), "an object"),
         "training": (_fits(header.get("training", {}), TrainingOptions), "words, numbers and weights by class"),
+        "thresholds": (_fits(header.get("thresholds", []), list[float]), "a list of probabilities"),
     }
     for name, (holds, what) in expected.items():
         if not holds:

@@ -95,7 +95,8 @@ class ConvNeXtV2(nn.Module):
         `temperature` divides the logits of a task that allows it.
         """
         check_image_size(images.shape[-2], images.shape[-1])
-        maps, levels = dict[int, Tensor](), self.task.levels_of(words)
+        maps: dict[int, Tensor] = {}  # torch.compile breaks the graph at dict[int, Tensor]()
+        levels = self.task.levels_of(words)
         for level, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             images = stage(downsample(images))
             if level in levels:

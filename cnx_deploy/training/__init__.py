@@ -3,14 +3,23 @@
 from cnx_deploy.training.class_balance import balance_lines
 from cnx_deploy.training.distributed import Launch, launch_from_environment
 from cnx_deploy.training.recipes import RECIPES, recipe_options, spec_from_recipe
-from cnx_deploy.training.records import EpochRecord, Progress, RunResult, StepReport, TrainingRecord, TrainingResult
-from cnx_deploy.training.run import initial_model, started_from, train
+from cnx_deploy.training.records import (
+    EpochRecord,
+    MultiLabelRecord,
+    Progress,
+    RunResult,
+    StepReport,
+    TrainingRecord,
+    TrainingResult,
+)
+from cnx_deploy.training.run import find_training_images, initial_model, started_from, train
 from cnx_deploy.training.spec import RunSpec, TrainingSpec
 
 __all__ = [
     "RECIPES",
     "EpochRecord",
     "Launch",
+    "MultiLabelRecord",
     "Progress",
     "RunResult",
     "RunSpec",
@@ -19,6 +28,7 @@ __all__ = [
     "TrainingResult",
     "TrainingSpec",
     "balance_lines",
+    "find_training_images",
     "initial_model",
     "launch_from_environment",
     "recipe_options",

@@ -15,14 +15,16 @@ from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.strict_json import bounded_content, shortened, strict_json, typed
 
 if TYPE_CHECKING:
-    from cnx_deploy.data import Dataset
+    from cnx_deploy.data import Dataset, ImageSource
     from cnx_deploy.training.spec import TrainingSpec
 
-__all__ = ["WEIGHTINGS", "ClassWeights", "balance_lines", "class_weights", "named_weights"]
+__all__ = ["WEIGHTINGS", "ClassWeights", "balance_lines", "class_weights", "named_weights", "positive_weights"]
 
 ClassWeights = str | Path | Mapping[str, float]
 """One of `WEIGHTINGS`, weights by the names of classes, or a file of them."""
 WEIGHTINGS = ("none", "balanced")
+LARGEST_POSITIVE_WEIGHT = 100.0
+"""Of "balanced" weights of several labels: one image of a million would have the gradient of a whole epoch."""
 EXPECTED = "lines NAME=WEIGHT, in a .csv file rows NAME,WEIGHT, or a JSON object {NAME: WEIGHT}"
 
 
@@ -55,13 +57,7 @@ def class_weights(spec: "TrainingSpec", names: Sequence[str], labels: Sequence[i
         if spec.class_weights == "none":
             return None
         return tuple(len(labels) / (len(counts) * counts[at]) if at in counts else 0.0 for at in range(len(names)))
-    given: Mapping[str, float] = spec.class_weights  # type: ignore[assignment]  # a file was read by the spec
-    lists = {"lack": [name for name in names if name not in given], "also have": sorted(given.keys() - set(names))}
-    if told := [f"{what} {shortened(', '.join(some))}" for what, some in lists.items() if some]:
-        raise InputError(
-            f"class_weights must name every class of the data, {shortened(', '.join(names))}; they "
-            f"{' and '.join(told)}. Correct the names."
-        )
+    given = _complete(spec, names)
     drawn = dict.fromkeys(counts, 1) if spec.sampling == "balanced" else counts
     mean = sum(share * given[names[at]] for at, share in drawn.items()) / sum(drawn.values())
     if not mean:
@@ -69,8 +65,44 @@ def class_weights(spec: "TrainingSpec", names: Sequence[str], labels: Sequence[i
     return tuple(given[name] / mean for name in names)
 
 
+def positive_weights(spec: "TrainingSpec", images: "ImageSource") -> tuple[float, ...] | None:
+    """Give the factor on the loss of each label's positives, where an image has several labels; None without any.
+
+    "balanced" is the images without a label to those with it, at most `LARGEST_POSITIVE_WEIGHT`; 1 for a label that no
+    image has. Weights by name are taken as they are. Raises InputError where they are not those of the labels.
+    """
+    if spec.class_weights == "none":
+        return None
+    if isinstance(spec.class_weights, str):
+        count, counts = len(images), images.class_counts()
+        held = (counts[at] for at in range(len(images.class_names)))
+        ratios = ((count - some) / some if some else 1.0 for some in held)
+        return tuple(min(ratio, LARGEST_POSITIVE_WEIGHT) for ratio in ratios)
+    given = _complete(spec, images.class_names)
+    return tuple(given[name] for name in images.class_names)
+
+
+def _complete(spec: "TrainingSpec", names: Sequence[str]) -> Mapping[str, float]:
+    """The weights by name; InputError where they are not those of the names."""
+    given: Mapping[str, float] = spec.class_weights  # type: ignore[assignment]  # a file was read by the spec
+    lists = {"lack": [name for name in names if name not in given], "also have": sorted(given.keys() - set(names))}
+    if told := [f"{what} {shortened(', '.join(some))}" for what, some in lists.items() if some]:
+        raise InputError(
+            f"class_weights must name every class of the data, {shortened(', '.join(names))}; they "
+            f"{' and '.join(told)}. Correct the names."
+        )
+    return given
+
+
 def balance_lines(spec: "TrainingSpec", dataset: "Dataset") -> Iterator[str]:
     """Say what weights and sampling come to for a dataset; nothing where classes are taken as they are."""
+    if dataset.train.label_sets is not None:
+        weights = positive_weights(spec, dataset.train)
+        if weights is not None:
+            capped = sum(weight == LARGEST_POSITIVE_WEIGHT for weight in weights)
+            limit = f", the limit, for {capped} of {len(weights)} labels" if capped else ""
+            yield f"Weights of the positives of each label: from {min(weights):.3g} to {max(weights):.3g}{limit}."
+        return
     names, counts = dataset.class_names, Counter(dataset.train.labels)
     weights = class_weights(spec, names, dataset.train.labels)
     if weights is not None:

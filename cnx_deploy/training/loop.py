@@ -35,7 +35,7 @@ from cnx_deploy.training.spec import TrainingSpec
 __all__ = ["Batch", "EpochClock", "RunWriter", "TaskModule", "run_task"]
 
 Batch = tuple[Tensor, Tensor]
-"""(N, S, S, 3) uint8 pixels and (N,) int64 labels."""
+"""(N, S, S, 3) uint8 pixels and (N,) int64 labels, or (N, labels) float32 of 0 and 1."""
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 REPORT_EVERY_STEPS = 10
 """Reading the loss waits for the GPU, so it is not read every step."""
@@ -87,6 +87,10 @@ class TaskModule(lightning.LightningModule):
     def networks(self, records: list[EpochRecord]) -> Iterator[tuple[str, ConvNeXtV2, bool]]:
         """Networks to write after the newest of `records`: suffix of the files, network, whether it is its best."""
         raise NotImplementedError
+
+    def metadata_of(self, suffix: str) -> dict[str, Any]:
+        """Arguments of `model.checkpoint.save_checkpoint` for the network of a suffix: what the epoch found of it."""
+        return self.metadata
 
     def draw(self, run_dir: Path, epoch: int) -> None:
         """Write pictures of an epoch, where the task has any."""
@@ -215,7 +219,7 @@ class RunWriter(lightning.Callback):
         for suffix, network, is_best in self.module.networks(self.records):
             for name in ("last", "best") if is_best else ("last",):
                 path = self.run_dir / f"{name}{suffix}.safetensors"
-                save_checkpoint(path, network, **{**self.module.metadata, "extra": known})
+                save_checkpoint(path, network, **{**self.module.metadata_of(suffix), "extra": known})
         self.module.draw(self.run_dir, record.epoch)
         write_text(self.run_dir / TABLE, table_of([each.row() for each in self.records]))
         if self.events is not None:

@@ -28,9 +28,15 @@ PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
         (("val_top1_percent", "validation", BLUE), ("ema_val_top1_percent", "validation, average", RED),
          ("val_recall_percent", "mean recall of classes", GREEN)),
     ),
+    (
+        "mAP %", "linear",
+        (("val_map_percent", "validation", BLUE), ("ema_val_map_percent", "validation, average", RED),
+         ("val_f1_percent", "micro F1", GREEN)),
+    ),
     ("Learning rate", "log", (("learning_rate", "", GREEN),)),
 )  # fmt: skip
-"""Title, scale and lines of each panel; a line is a column, its label and its colour."""
+"""Title, scale and lines of each panel; a line is a column, its label and its colour. One without columns is not drawn.
+"""
 
 
 def table_of(rows: Sequence[Mapping[str, float | None]]) -> str:
@@ -81,7 +87,8 @@ def draw_curves(run_dir: Path) -> Path:
         figure.suptitle(run_dir.name)
         epochs = columns["epoch"]
         marker = "." if len(epochs) < 40 else ""
-        for axes, (title, scale, lines) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        panels = [panel for panel in PANELS if any(column in columns for column, _, _ in panel[2])]
+        for axes, (title, scale, lines) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             for column, label, colour in lines:
                 if any(map(math.isfinite, columns.get(column, ()))):
                     axes.plot(epochs, columns[column], color=colour, label=label, marker=marker)

@@ -12,6 +12,7 @@ from typing import Any
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.variants import VARIANTS, Variant, find_variant
+from cnx_deploy.model.tasks.base import find_task
 from cnx_deploy.training.spec import TrainingSpec
 
 __all__ = ["RECIPES", "recipe_options", "spec_from_recipe"]
@@ -90,12 +91,12 @@ def recipe_options(recipe: str, variant: Variant | str) -> dict[str, Any]:
 
 
 def spec_from_recipe(data: Path, variant: Variant | str, recipe: str = "plain", **given: Any) -> TrainingSpec:
-    """Make a recipe's spec with some fields given otherwise.
+    """Make a recipe's spec with some fields given otherwise; a task has values of its own in place of the recipe's.
 
     With other `epochs` a warm-up that is not given keeps its share of them; a given `learning_rate` takes the place of
     the recipe's `base_learning_rate`, and the other way round.
     """
-    options = recipe_options(recipe, variant)
+    options = {**recipe_options(recipe, variant), **find_task(given.get("task", "classification")).training_defaults}
     if "epochs" in given and options.get("warmup_epochs"):
         options["warmup_epochs"] *= given["epochs"] / options["epochs"]
     rates = ("learning_rate", "base_learning_rate")

@@ -4,7 +4,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-__all__ = ["CONDITIONS", "EpochRecord", "Progress", "RunResult", "StepReport", "TrainingRecord", "TrainingResult"]
+__all__ = [
+    "CONDITIONS", "EpochRecord", "MultiLabelRecord", "Progress", "RunResult", "StepReport", "TrainingRecord",
+    "TrainingResult",
+]  # fmt: skip
 
 CONDITIONS = ("seconds", "images_per_second", "data_wait_percent")
 """Fields that say how the work went, not what was learned: two equal runs differ in them."""
@@ -84,6 +87,12 @@ class TrainingRecord(EpochRecord):
         """That of the weights or of their average, whichever is better."""
         return max(self.weights_rank, self.ema_rank)
 
+    def best_figures(self, *, is_ema: bool) -> dict[str, float | None]:
+        """What a run's result says of the weights, or of their average."""
+        if is_ema:
+            return {"best_top1_percent": self.ema_val_top1_percent, "best_recall_percent": self.ema_val_recall_percent}
+        return {"best_top1_percent": self.val_top1_percent, "best_recall_percent": self.val_recall_percent}
+
     def summary(self, *, is_best: bool) -> str:
         """Losses, top-1 and pace."""
         ema = "" if self.ema_val_top1_percent is None else f" (average {self.ema_val_top1_percent:.2f} %)"
@@ -91,6 +100,62 @@ class TrainingRecord(EpochRecord):
         return (
             f"loss {self.train_loss:.4f}, validation loss {self.val_loss:.4f}, top-1 {self.val_top1_percent:.2f} %{ema}"
             f"{recall}{' (best)' if is_best else ''}, {self.seconds:.1f} s, {self.images_per_second:.0f} images/s"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MultiLabelRecord(EpochRecord):
+    """One epoch of several labels an image; see `TrainingRecord` for what both have. Losses are sums over labels.
+
+    `val_map_percent`: mean average precision over the labels that have validation images, None without any; it ranks
+    weights. `val_f1_percent`: micro F1 at the thresholds that were fitted on the same images.
+    """
+
+    train_loss: float
+    val_loss: float
+    val_map_percent: float | None
+    val_f1_percent: float | None
+    ema_val_loss: float | None
+    ema_val_map_percent: float | None
+    ema_val_f1_percent: float | None
+    learning_rate: float
+    seconds: float
+    images_per_second: float
+    data_wait_percent: float
+
+    @property
+    def losses(self) -> tuple[float, float]:
+        """Loss in training and in validation."""
+        return self.train_loss, self.val_loss
+
+    @property
+    def weights_rank(self) -> tuple[float, float]:
+        """Greater is better: mean average precision, then validation loss."""
+        return self.val_map_percent or 0.0, -self.val_loss
+
+    @property
+    def ema_rank(self) -> tuple[float, float]:
+        """The same of the moving average; the lowest without one."""
+        return (-1.0, 0.0) if self.ema_val_loss is None else (self.ema_val_map_percent or 0.0, -self.ema_val_loss)
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """That of the weights or of their average, whichever is better."""
+        return max(self.weights_rank, self.ema_rank)
+
+    def best_figures(self, *, is_ema: bool) -> dict[str, float | None]:
+        """What a run's result says of the weights, or of their average."""
+        return {"best_map_percent": self.ema_val_map_percent if is_ema else self.val_map_percent}
+
+    def summary(self, *, is_best: bool) -> str:
+        """Losses, mean average precision, F1 and pace."""
+        precision, f1 = (
+            "-" if value is None else f"{value:.2f} %" for value in (self.val_map_percent, self.val_f1_percent)
+        )
+        ema = "" if self.ema_val_map_percent is None else f" (average {self.ema_val_map_percent:.2f} %)"
+        return (
+            f"loss {self.train_loss:.4f}, validation loss {self.val_loss:.4f}, mAP {precision}{ema}, F1 {f1}"
+            f"{' (best)' if is_best else ''}, {self.seconds:.1f} s, {self.images_per_second:.0f} images/s"
         )
 
 
@@ -124,16 +189,21 @@ class RunResult:
 class TrainingResult(RunResult):
     """A training run. `best` is the better of the best weights and the best moving average, where there is one.
 
-    Both figures are of those weights; the mean recall of the classes is None where it does not rank them.
+    The figures are of those weights, and None where they do not rank them: top-1 and mean recall of a classifier, mean
+    average precision of several labels an image.
     """
 
-    best_top1_percent: float | None
+    best_top1_percent: float | None = None
     best_recall_percent: float | None = None
+    best_map_percent: float | None = None
 
     def summary(self) -> str:
         """The best weights and their figures."""
-        if self.best_top1_percent is None:
+        if self.best is None:
             return RunResult.summary(self)
+        if self.best_top1_percent is None:
+            precision = "not measured" if self.best_map_percent is None else f"{self.best_map_percent:.2f} %"
+            return f"{self.best}: mAP {precision} after {self.epochs_run} epochs"
         recall = "" if self.best_recall_percent is None else f"mean recall {self.best_recall_percent:.2f} %, "
         return f"{self.best}: {recall}top-1 {self.best_top1_percent:.2f} % after {self.epochs_run} epochs"
 

@@ -1,4 +1,4 @@
-"""Train or fine-tune a classifier on labelled images.
+"""Train or fine-tune a network on labelled images.
 
 A run is a folder: `run.json` (what was asked for), `metrics.csv` (one line an epoch), `best.safetensors` and
 `last.safetensors` (weights for every other command; `best-ema` and `last-ema` of their moving average), `last.ckpt` and
@@ -7,11 +7,11 @@ A run is a folder: `run.json` (what was asked for), `metrics.csv` (one line an e
 
 import copy
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -20,15 +20,21 @@ from cnx_deploy.core.preprocessing import ASSUMED, Preprocessing
 from cnx_deploy.data import Dataset, find_dataset
 from cnx_deploy.model.checkpoint import LoadedModel, load_checkpoint, resolve_model
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model
-from cnx_deploy.training.class_balance import class_weights
-from cnx_deploy.training.records import Progress, TrainingRecord, TrainingResult
+from cnx_deploy.model.tasks.base import find_task
+from cnx_deploy.training.class_balance import class_weights, positive_weights
+from cnx_deploy.training.records import Progress, TrainingResult
 from cnx_deploy.training.run_folder import open_run
 from cnx_deploy.training.spec import RunSpec, TrainingSpec
 
-__all__ = ["OWN_LICENCE", "check_machine", "initial_model", "started_from", "train"]
+__all__ = ["OWN_LICENCE", "check_machine", "find_training_images", "initial_model", "started_from", "train"]
 
 OWN_LICENCE = "MIT"
 """Of weights that were not started from anybody's."""
+MODULES = {
+    "classification": ("cnx_deploy.training.classifier", "ClassificationModule"),
+    "multi-label": ("cnx_deploy.training.multi_label", "MultiLabelModule"),
+}
+"""Task -> the module and the class that trains it; they take the `train` extra."""
 
 
 def train(
@@ -39,7 +45,7 @@ def train(
     licence: str | None = None,
     dataset: Dataset | None = None,
 ) -> TrainingResult:
-    """Train a classifier and return the run; on Ctrl-C the run so far.
+    """Train a network and return the run; on Ctrl-C the run so far.
 
     Args:
         spec: What to train.
@@ -58,23 +64,33 @@ def train(
     check_machine(spec)
     if isinstance(initial, LoadedModel):
         spec, licence, initial = started_from(spec, initial), licence or initial.weights.licence, initial.model
-    from cnx_deploy.training.classifier import ClassificationModule
-    from cnx_deploy.training.loop import run_task
+    from cnx_deploy.training.loop import TaskModule, run_task
 
-    dataset = dataset or find_dataset(spec.data, seed=spec.seed, image_folder=spec.image_folder)
+    if spec.task not in MODULES:
+        raise InputError(f"The task {spec.task} is not trained here. Choose one of: {', '.join(MODULES)}.")
+    dataset = dataset or find_training_images(spec)
     names, images, labels = dataset.class_names, len(dataset.train.paths), dataset.train.labels
     model = _model_to_train(spec, initial, len(names))
-    weights = class_weights(spec, names, labels)
+    several = dataset.train.label_sets is not None
+    weights = positive_weights(spec, dataset.train) if several else class_weights(spec, names, labels)
     known: dict[str, Any] = {"class_names": list(names), "train_images": images, "val_images": len(dataset.val.paths)}
     if weights is not None:
         known["weight_by_class"] = dict(zip(names, weights, strict=True))
     metadata = {"class_names": names, "preprocessing": spec.preprocessing, "licence": licence or OWN_LICENCE}
     if spec.balancing:
         metadata["extra"] = {"training": spec.balancing}
-    module = ClassificationModule(model, spec, images, metadata, labels=labels, weights=weights)
+    place, name = MODULES[spec.task]
+    make: Callable[..., TaskModule] = getattr(importlib.import_module(place), name)
+    module = make(model, spec, images, metadata, labels=labels, weights=weights)
     run_dir = open_run(spec, spec.network.name, **known)
     records, interrupted = run_task(module, run_dir, dataset, progress)
-    return _result(run_dir, cast(list[TrainingRecord], records), interrupted=interrupted)
+    return _result(run_dir, records, interrupted=interrupted)
+
+
+def find_training_images(spec: TrainingSpec) -> Dataset:
+    """Find the images that a run trains on and those it is validated on, with labels as its task takes them."""
+    several = find_task(spec.task).takes_label_sets
+    return find_dataset(spec.data, seed=spec.seed, image_folder=spec.image_folder, multi_label=several)
 
 
 def check_machine(spec: RunSpec) -> None:
@@ -137,7 +153,7 @@ def initial_model(
                 "--pretrained, or leave --reset-head, --ema, --entry and --soup out."
             )
         return None
-    names = find_dataset(spec.data, seed=spec.seed, image_folder=spec.image_folder).class_names
+    names = find_training_images(spec).class_names
     if init is not None:
         loaded = _with_fitting_head(init, spec, names, ema=ema, entry=entry, soup=soup)
     else:
@@ -150,7 +166,7 @@ def initial_model(
             ema=ema,
             entry=entry,
             soup=soup,
-            task="classification",
+            task=spec.task,
             in_chans=spec.in_chans,
         )
     if loaded.class_names not in (None, names):
@@ -191,25 +207,21 @@ def _notes_of_images(spec: TrainingSpec, loaded: LoadedModel) -> Iterator[str]:
         yield f"the weights were trained with {theirs}; this run uses {ours}"
 
 
-def _result(run_dir: Path, records: list[TrainingRecord], *, interrupted: bool) -> TrainingResult:
+def _result(run_dir: Path, records: Sequence[Any], *, interrupted: bool) -> TrainingResult:
     """The result with the figures of the better of the best weights and the best moving average."""
     if not records:
-        return TrainingResult.of(run_dir, 0, interrupted=interrupted, best_top1_percent=None)
+        return TrainingResult.of(run_dir, 0, interrupted=interrupted)
     plain, ema = (max(records, key=attrgetter(rank)) for rank in ("weights_rank", "ema_rank"))
     is_ema = ema.ema_rank > plain.weights_rank
     return TrainingResult.of(
-        run_dir,
-        len(records),
-        best="best-ema" if is_ema else "best",
-        interrupted=interrupted,
-        best_top1_percent=ema.ema_val_top1_percent if is_ema else plain.val_top1_percent,
-        best_recall_percent=ema.ema_val_recall_percent if is_ema else plain.val_recall_percent,
-    )
+        run_dir, len(records), best="best-ema" if is_ema else "best", interrupted=interrupted,
+        **(ema if is_ema else plain).best_figures(is_ema=is_ema),
+    )  # fmt: skip
 
 
 def _with_fitting_head(path: Path, spec: TrainingSpec, names: tuple[str, ...], **choice: Any) -> LoadedModel:
     words: dict[str, Any] = {
-        "num_classes": len(names), "task": "classification", "in_chans": spec.in_chans, **choice,
+        "num_classes": len(names), "task": spec.task, "in_chans": spec.in_chans, **choice,
     }  # fmt: skip
     try:
         loaded = load_checkpoint(path, spec.network, **words)
@@ -226,8 +238,13 @@ def _model_to_train(spec: TrainingSpec, initial: ConvNeXtV2 | None, num_classes:
         with torch.random.fork_rng():
             torch.manual_seed(spec.seed)
             model = create_model(
-                spec.network, num_classes, head_init_scale=spec.head_init_scale, in_chans=spec.in_chans
+                spec.network, num_classes, head_init_scale=spec.head_init_scale, task=spec.task, in_chans=spec.in_chans
             )
+    elif initial.task.name != spec.task:
+        raise CheckpointError(
+            f"The model to start from is of the task {initial.task.name}, and {spec.task} is to be trained. Load it "
+            f"with task={spec.task!r}."
+        )
     elif (initial.num_classes, initial.variant, initial.in_chans) == (num_classes, spec.network, spec.in_chans):
         model = copy.deepcopy(initial)
     else:

@@ -10,6 +10,8 @@ from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.image_size import ImageSize
 from cnx_deploy.core.preprocessing import PerChannel, Preprocessing, given_per_channel
 from cnx_deploy.core.variants import Variant, find_variant
+from cnx_deploy.model.tasks.base import find_task
+from cnx_deploy.model.tasks.multi_label import GAMMA_NEG, GAMMA_POS, NEGATIVE_CLIP
 from cnx_deploy.training.class_balance import ClassWeights, named_weights
 from cnx_deploy.training.distributed import ONE_PROCESS, Launch
 
@@ -18,7 +20,7 @@ __all__ = ["LATER_FIELDS", "RunSpec", "TrainingPrecision", "TrainingSpec"]
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["cosine", "constant"]
 LayerDecayGroups = Literal["single", "group"]
-Loss = Literal["cross-entropy", "focal"]
+Loss = Literal["cross-entropy", "focal", "bce", "asymmetric"]
 Sampling = Literal["shuffle", "balanced"]
 TrainingPrecision = Literal["fp32", "bf16", "fp16"]
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -40,10 +42,16 @@ FREE_FIELDS = frozenset(
 LATER_FIELDS: dict[str, Any] = {
     "class_weights": "none", "sampling": "shuffle", "loss": "cross-entropy", "focal_gamma": None,
     "mean": None, "std": None, "interpolation": None, "crop_mode": None, "in_chans": 3,
+    "task": "classification", "gamma_neg": None, "gamma_pos": None, "negative_clip": None,
 }  # fmt: skip
 """Fields that earlier records do not have, and what they stand at there: written only where they differ."""
 FOCAL_GAMMA = 2.0
 """Of Lin et al., arXiv:1708.02002, who found it best."""
+OPTIONS_OF_LOSSES: dict[str, dict[str, float]] = {
+    "focal": {"focal_gamma": FOCAL_GAMMA},
+    "asymmetric": {"gamma_neg": GAMMA_NEG, "gamma_pos": GAMMA_POS, "negative_clip": NEGATIVE_CLIP},
+}
+"""What a loss takes beside the targets, and what None stands for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +153,12 @@ class TrainingSpec(RunSpec):
         ema_decay: Moving average of the weights; None: none.
         freeze_backbone: The head alone learns.
         label_smoothing: Share of the target given to all classes.
-        loss, focal_gamma: Cross-entropy, or focal loss with the exponent gamma (None: 2).
-        class_weights: Of the loss: "none", "balanced", weights by class name or a file of them; see `class_balance`.
+        task: "classification", or "multi-label" for several labels an image.
+        loss, focal_gamma: Cross-entropy, or focal loss with the exponent gamma (None: 2); of several labels "bce" or
+            "asymmetric".
+        gamma_neg, gamma_pos, negative_clip: Of the asymmetric loss (None: 4, 1 and 0.05).
+        class_weights: Of the loss, of several labels on the positives of each: "none", "balanced", weights by class
+            name or a file of them; see `class_balance`.
         sampling: Every image once an epoch in shuffled order, or "balanced": each class equally often.
         crop_ratio, crop_mode, interpolation: Of validation images, see `core.preprocessing.Preprocessing`.
         mean, std: Of the pixels, one number or one a channel; None takes those of the weights started from, else
@@ -158,6 +170,7 @@ class TrainingSpec(RunSpec):
     """
 
     image_folder: Path | None = None
+    task: str = "classification"
     recipe: str = "plain"
     optimizer: Optimizer = "adamw"
     beta2: float = 0.999
@@ -173,6 +186,9 @@ class TrainingSpec(RunSpec):
     label_smoothing: float = 0.1
     loss: Loss = "cross-entropy"
     focal_gamma: float | None = None
+    gamma_neg: float | None = None
+    gamma_pos: float | None = None
+    negative_clip: float | None = None
     class_weights: ClassWeights = "none"
     sampling: Sampling = "shuffle"
     crop_ratio: float = 0.875
@@ -211,10 +227,23 @@ class TrainingSpec(RunSpec):
                 "class_weights and sampling are both balanced: either alone gives each class the same share of the "
                 "loss, and with both a small class would have more than a large one. Leave one out."
             )
-        if self.focal_gamma is not None and self.loss != "focal":
+        for loss, options in OPTIONS_OF_LOSSES.items():
+            for name in options:
+                if getattr(self, name) is not None and self.loss != loss:
+                    raise InputError(
+                        f"{name} is {getattr(self, name)} and the loss is {self.loss}, which has no such number. Add "
+                        f"--loss {loss}, or leave it out."
+                    )
+        task = find_task(self.task)
+        if task.losses and self.loss not in task.losses:
             raise InputError(
-                f"focal_gamma is {self.focal_gamma} and the loss is {self.loss}, which has no such exponent. Add "
-                "--loss focal, or leave it out."
+                f"The task {self.task} is trained with the loss {' or '.join(task.losses)}, not with {self.loss}. "
+                f"Take one of them (--loss, loss), or another task."
+            )
+        if task.takes_label_sets and self.sampling != "shuffle":
+            raise InputError(
+                f"sampling is {self.sampling} and an image of the task {self.task} has several labels, so that images "
+                "cannot be drawn by their class. Use --class-weights balanced, or leave --sampling out."
             )
 
     def _rules(self) -> Iterator[tuple[str, bool, str]]:
@@ -225,7 +254,9 @@ class TrainingSpec(RunSpec):
             yield name, getattr(self, name) >= 1, "at least 1"
         for name in ("weight_decay", "seed", "mixup_alpha", "cutmix_alpha"):
             yield name, getattr(self, name) >= 0, "at least 0"
-        yield "focal_gamma", self.resolved_focal_gamma >= 0, "at least 0"
+        for name, value in self.loss_options.items():
+            below = 1.0 if name == "negative_clip" else math.inf
+            yield name, 0 <= value < below, "at least 0" if below == math.inf else "in [0, 1)"
         for name in ("learning_rate", "base_learning_rate", "clip_norm"):
             yield name, getattr(self, name) is None or getattr(self, name) > 0, "above 0"
         for name in ("drop_path_rate", "label_smoothing", "beta2"):
@@ -265,9 +296,10 @@ class TrainingSpec(RunSpec):
         return self.epochs / 10 if self.schedule == "cosine" else 0.0
 
     @property
-    def resolved_focal_gamma(self) -> float:
-        """The exponent of the focal loss; 0, where it is cross-entropy, for any other."""
-        return 0.0 if self.loss != "focal" else FOCAL_GAMMA if self.focal_gamma is None else self.focal_gamma
+    def loss_options(self) -> dict[str, float]:
+        """What the loss takes beside the targets, by name, with the values that None stands for."""
+        own = OPTIONS_OF_LOSSES.get(self.loss, {})
+        return {name: usual if getattr(self, name) is None else getattr(self, name) for name, usual in own.items()}
 
     @property
     def is_balanced(self) -> bool:
@@ -277,7 +309,7 @@ class TrainingSpec(RunSpec):
     @property
     def balancing(self) -> dict[str, Any]:
         """What of loss and sampling is off its default, as weights record it: their scores are of other priors."""
-        names = ("class_weights", "sampling", "loss", "focal_gamma")
+        names = ("class_weights", "sampling", "loss", *(name for own in OPTIONS_OF_LOSSES.values() for name in own))
         return {name: value for name, value in self.resolved().items() if name in names}
 
     @property
@@ -302,7 +334,7 @@ class TrainingSpec(RunSpec):
         """Everything, with the values that None stands for, for people to read."""
         return {
             **self.to_dict(),
-            **({"focal_gamma": self.resolved_focal_gamma} if self.loss == "focal" else {}),
+            **self.loss_options,
             "learning_rate": self.resolved_learning_rate,
             "final_learning_rate": self.resolved_final_rate,
             "warmup_epochs": self.resolved_warmup_epochs,

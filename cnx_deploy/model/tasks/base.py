@@ -82,6 +82,10 @@ class Task(ABC):
         allows_flip: an image and its left-right mirror have the same answer, so that their outputs can be averaged.
         allows_temperature: the class scores are logits, and `deployed_modules` folds a temperature into them.
         prediction: the type of an answer, made with `path` and `error` for an image that cannot be read.
+        takes_label_sets: an image has any number of labels, and targets are (N, num_classes) of 0 and 1.
+        losses: words of `--loss` that the task is trained with; none where there is nothing to choose.
+        training_defaults: fields of a training request that stand otherwise than for a classifier.
+        thresholds: the probability from which each class is given, of a task that decides each by itself; None unset.
     """
 
     name: str
@@ -93,6 +97,10 @@ class Task(ABC):
     allows_flip: bool = False
     allows_temperature: bool = False
     prediction: type[Prediction] = Prediction
+    takes_label_sets: bool = False
+    losses: tuple[str, ...] = ()
+    training_defaults: Mapping[str, Any] = MappingProxyType({})
+    thresholds: tuple[float, ...] | None = None
 
     @abstractmethod
     def outputs(
@@ -176,6 +184,12 @@ class Task(ABC):
         """Begin to count labelled images; `each` is told every image's outcome. Raises InputError without metrics."""
         raise InputError(f"The task {self.name} has no metrics on images with class labels.")
 
+    def with_thresholds(self, thresholds: Sequence[float] | None) -> "Task":
+        """Return the task with a threshold for each class; itself for None. InputError where it has none."""
+        if thresholds is None:
+            return self
+        raise InputError(f"The task {self.name} has no thresholds. Leave --thresholds (thresholds) out.")
+
     def num_classes_in(self, state: Mapping[str, Tensor]) -> int | None:
         """Return the classes of the head in a state dict under the reference code's names; None without a head."""
         weight = state.get("head.weight")
@@ -189,6 +203,7 @@ class Task(ABC):
 BUILT_IN = {
     "classification": "cnx_deploy.model.tasks.classification",
     "features": "cnx_deploy.model.tasks.features",
+    "multi-label": "cnx_deploy.model.tasks.multi_label",
 }
 """Task -> the module that registers it."""
 

@@ -47,6 +47,7 @@ class Classification(PooledTask):
     class_output = "logits"
     allows_temperature = True
     prediction = ClassPrediction
+    losses = ("cross-entropy", "focal")
 
     def predictions(
         self, outputs: Mapping[str, Tensor], paths: Sequence[str], class_names: Sequence[str] | None, *, top: int

@@ -1,13 +1,106 @@
 """Multi-label classification: each of many labels by itself, from the pooled output of the last stage."""
 
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["GAMMA_NEG", "GAMMA_POS", "NEGATIVE_CLIP", "asymmetric_loss"]
+from cnx_deploy.core.errors import CorruptArtifactError, InputError
+from cnx_deploy.model.tasks.base import Prediction, register_task
+from cnx_deploy.model.tasks.classification import ClassScore
+from cnx_deploy.model.tasks.multi_label_metrics import DEFAULT_THRESHOLD, LabelOutcome, RunningLabels, probabilities_of
+from cnx_deploy.model.tasks.pooled import PooledTask
+
+__all__ = ["GAMMA_NEG", "GAMMA_POS", "NEGATIVE_CLIP", "LabelPrediction", "MultiLabel", "asymmetric_loss"]
 
 GAMMA_NEG, GAMMA_POS, NEGATIVE_CLIP = 4.0, 1.0, 0.05
 """Of the reference code's class; the paper's experiments on COCO take 0 for `gamma_pos`."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelPrediction(Prediction):
+    """The labels of one image at or above their thresholds, best first; `more` of them are not told."""
+
+    scores: tuple[ClassScore, ...] = ()
+    more: int = 0
+
+    def __str__(self) -> str:
+        if self.error is not None:
+            return Prediction.__str__(self)
+        named = ", ".join(f"{score.name} {score.probability:.2%}" for score in self.scores) or "no label"
+        return f"{named} and {self.more} more" if self.more else named
+
+
+class MultiLabel(PooledTask):
+    """Several labels an image. Shape: the last stage's output (N, C, H, W) -> "probabilities" (N, num_classes).
+
+    Probabilities are the logistic function of the logits in FP32, which thresholds are compared with.
+    """
+
+    name = "multi-label"
+    answers = ("logits", "probabilities", "top5", "embedding", "unit-embedding", "maps", "class-maps")
+    default = ("probabilities",)
+    activation = "sigmoid"
+    class_output = "probabilities"
+    prediction = LabelPrediction
+    takes_label_sets = True
+    losses = ("bce", "asymmetric")
+    # Smoothing would hold each of thousands of labels above half its share in every image.
+    training_defaults = MappingProxyType({"loss": "bce", "label_smoothing": 0.0})
+
+    def with_thresholds(self, thresholds: Sequence[float] | None) -> "MultiLabel":
+        """Return the task with these thresholds, probabilities between 0 and 1."""
+        if thresholds is None:
+            return self
+        if not all(0.0 < value < 1.0 for value in thresholds):
+            raise InputError(
+                f"Thresholds are probabilities between 0 and 1, and they are from {min(thresholds, default=0)} to "
+                f"{max(thresholds, default=0)}. Fit them with cnx-deploy eval --fit-thresholds."
+            )
+        changed = copy.copy(self)
+        changed.thresholds = tuple(map(float, thresholds))
+        return changed
+
+    def predictions(
+        self, outputs: Mapping[str, Tensor], paths: Sequence[str], class_names: Sequence[str] | None, *, top: int
+    ) -> list[Prediction]:
+        """The labels of each image at or above their thresholds, best first, `top` of them."""
+        scores = probabilities_of(outputs)
+        count = scores.shape[1]
+        if class_names and len(class_names) != count:
+            raise CorruptArtifactError(
+                f"The model has {count} labels and its record {len(class_names)} names. Export again."
+            )
+        cuts = torch.tensor(self.thresholds or [DEFAULT_THRESHOLD] * count, dtype=torch.float64)
+        answers: list[Prediction] = []
+        for path, row, given in zip(paths, scores, scores.double() >= cuts, strict=True):
+            labels = given.nonzero().flatten()
+            best = labels[row[labels].argsort(descending=True, stable=True)].tolist()
+            told = tuple(
+                ClassScore(at, class_names[at] if class_names else str(at), float(row[at])) for at in best[:top]
+            )
+            answers.append(LabelPrediction(path, scores=told, more=len(best) - len(told)))
+        return answers
+
+    def loss(
+        self, outputs: Mapping[str, Tensor], targets: Tensor, *, label_smoothing: float = 0.0,
+        class_weights: Tensor | None = None, gamma_neg: float = 0.0, gamma_pos: float = 0.0, negative_clip: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        """Binary cross-entropy, or with gammas and clip `asymmetric_loss`; `class_weights` are of the positives."""
+        return asymmetric_loss(
+            outputs["logits"], targets, gamma_neg=gamma_neg, gamma_pos=gamma_pos, negative_clip=negative_clip,
+            label_smoothing=label_smoothing, positive_weights=class_weights,
+        )  # fmt: skip
+
+    def metrics(  # type: ignore[override]
+        self, class_names: Sequence[str], each: Callable[[LabelOutcome], None] | None = None
+    ) -> RunningLabels:
+        """Mean average precision, and F1, precision and recall at the thresholds."""
+        return RunningLabels(class_names, self.thresholds, each)
 
 
 def asymmetric_loss(
@@ -46,3 +139,6 @@ def asymmetric_loss(
     if positive_weights is not None:
         positive = positive * positive_weights
     return (smoothed * positive + (1.0 - smoothed) * negative).sum(dim=1)
+
+
+register_task(MultiLabel())

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.preprocessing import BrokenImage
 
 __all__ = [
     "DEFAULT_THRESHOLD", "FEWEST_POSITIVES", "LabelOutcome", "LabelResult", "MultiLabelEvaluation", "RunningLabels",
-    "ScoreTable", "ThresholdFit", "average_precisions", "fit_thresholds",
+    "ScoreTable", "ThresholdFit", "average_precisions", "fit_thresholds", "measured", "probabilities_of",
 ]  # fmt: skip
 
 BLOCK_VALUES = 1 << 24
@@ -216,12 +217,15 @@ class ScoreTable:
         self._pairs.append(pairs)
         self.count += len(scores)
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Some labels at a time: which, their scores (N, some) float32, and (N, some) bool."""
+    def blocks(self, images: int | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Some labels at a time: which, their scores (N, some) float32, and (N, some) bool.
+
+        `images` in place of N decides how many labels that is.
+        """
         self._stream.flush()
         table = np.memmap(self._stream, np.float32, "r", shape=(self.count, self.labels))
         pairs = torch.cat(self._pairs).long()
-        width = max(1, BLOCK_VALUES // self.count)
+        width = max(1, BLOCK_VALUES // (images or self.count))
         for start in range(0, self.labels, width):
             some = slice(start, min(start + width, self.labels))
             inside = pairs[(pairs[:, 1] >= some.start) & (pairs[:, 1] < some.stop)]
@@ -256,7 +260,7 @@ class RunningLabels:
 
     def add(self, outputs: Mapping[str, Tensor], targets: Tensor, paths: Sequence[str]) -> None:
         """Count finite outputs "probabilities" or "logits" (N, labels), targets (N, labels) and the images' names."""
-        scores = outputs["probabilities"] if "probabilities" in outputs else outputs["logits"].float().sigmoid()
+        scores = probabilities_of(outputs)
         self.table.add(scores, targets)
         if self._each is None:
             return
@@ -272,22 +276,36 @@ class RunningLabels:
         self, classes: Sequence[str], broken: Sequence[BrokenImage] = (), notes: Sequence[str] = ()
     ) -> MultiLabelEvaluation:
         """The metrics over the data's `classes`."""
-        counts, correct, predicted, precisions = (torch.zeros(len(self._names), dtype=torch.float64) for _ in range(4))
-        for some, scores, held in self.table.blocks():
-            given = scores.double() >= self._thresholds[some]
-            counts[some], predicted[some] = held.sum(dim=0).double(), given.sum(dim=0).double()
-            correct[some] = (given & held).sum(dim=0).double()
-            precisions[some] = average_precisions(scores, held)
-        columns = (counts.int(), correct.int(), predicted.int(), self._thresholds, precisions)
-        rows = {
-            name: LabelResult(name, *row)
-            for name, *row in zip(self._names, *(column.tolist() for column in columns), strict=True)
-        }
+        whole = measured(self.table, self._thresholds.tolist(), self._names)
+        rows = {row.name: row for row in whole.per_label}
         judged = tuple(rows[name] for name in classes if name in rows)
         return MultiLabelEvaluation(
             count=self.count, per_label=judged, not_judged=len(self._names) - len(judged), broken=tuple(broken),
             notes=tuple(notes),
         )  # fmt: skip
+
+
+def measured(table: ScoreTable, thresholds: Sequence[float], names: Sequence[str]) -> MultiLabelEvaluation:
+    """The metrics of all labels of a table at these thresholds."""
+    columns = torch.zeros(4, table.labels, dtype=torch.float64)  # images, correct, predicted, average precision
+    cuts = torch.tensor(thresholds, dtype=torch.float64)
+    for some, scores, held in table.blocks():
+        given = scores.double() >= cuts[some]
+        columns[:, some] = torch.stack(
+            [held.sum(dim=0), (given & held).sum(dim=0), given.sum(dim=0), average_precisions(scores, held)]
+        )
+    counts, precisions = columns[:3].int().tolist(), columns[3].tolist()
+    rows = (LabelResult(*row) for row in zip(names, *counts, thresholds, precisions, strict=True))
+    return MultiLabelEvaluation(count=table.count, per_label=tuple(rows))
+
+
+def probabilities_of(outputs: Mapping[str, Tensor]) -> Tensor:
+    """The output "probabilities" (N, labels), or those of the logits in FP32. InputError where a file gives neither."""
+    if "probabilities" in outputs or "logits" in outputs:
+        return outputs["probabilities"] if "probabilities" in outputs else outputs["logits"].float().sigmoid()
+    raise InputError(
+        f"A file of {', '.join(outputs)} gives no probability of each label. Export it with --output probabilities."
+    )
 
 
 def average_precisions(scores: Tensor, held: Tensor) -> Tensor:
