@@ -23,29 +23,49 @@ from cnx_deploy.core.errors import InputError
 @options.soup
 @options.tta
 @options.temperature
+@options.task
+@options.outputs
+@click.option("--save", type=options.FILE, help="Write everything the model gives to a .npz file, with the paths.")
+@click.option("--explain", type=options.FOLDER, help="Draw class maps into a folder: where a score comes from.")
 @options.as_json
 def predict(
     artifact: Path, images: tuple[Path, ...], top: int, batch_size: int, class_names: Path | None,
-    white_level: float | None, image_size: Any, as_json: bool, **checkpoint: Any,
+    white_level: float | None, image_size: Any, save: Path | None, explain: Path | None, as_json: bool,
+    **checkpoint: Any,
 ) -> None:  # fmt: skip
     """Predict for IMAGES (files, or folders of them) with ARTIFACT: a checkpoint, an ONNX file or an engine.
 
-    A file that is no image gets a row that says so, and exit code 2 at the end.
+    A file that is no image gets a row that says so, and exit code 2 at the end. --task and --output choose what a
+    checkpoint gives; a file gives what it was exported with.
     """
     from cnx_deploy.core.class_names import read_class_names
-    from cnx_deploy.verification.predict import find_image_files, open_predictor, predict_images
+    from cnx_deploy.verification.predict import OutputsFile, find_image_files, open_predictor, predict_images
 
     names = read_class_names(class_names) if class_names is not None else None
     files = find_image_files(images)
-    rows = []
+    rows: list[Any] = []
+    consumers: list[Any] = []  # of the outputs of each batch
     words: dict[str, Any] = {"class_names": names, "white_level": white_level, "image_size": image_size, **checkpoint}
-    with open_predictor(artifact, many=len(files) > 1, **words) as model:
+    with open_predictor(artifact, many=len(files) > 1, explains=explain is not None, **words) as model:
         for text in (*model.notes, *files.notes):
             options.note(f"Note: {text}")
-        for row in predict_images(model, files, top=top, batch_size=batch_size):
+        if save is not None:
+            consumers.append(OutputsFile(save))
+        if explain is not None:
+            from cnx_deploy.verification.explain import Explanations
+
+            consumers.append(Explanations(model, explain))
+
+        def consume(batch: Any, outputs: Any) -> None:
+            for consumer in consumers:
+                consumer.add(batch, outputs)
+
+        for row in predict_images(model, files, top=top, batch_size=batch_size, each=consume):
             rows.append(row)
             if not as_json:
                 options.echo(one_line(f"{row.path}: {row}"))
+    for consumer in consumers:
+        options.note(consumer.finish())
     for text in files.observed():
         options.note(f"Note: {text}")
     if as_json:

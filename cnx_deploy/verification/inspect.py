@@ -293,7 +293,7 @@ def _manifest_facts(artifact: Artifact) -> dict[str, Any]:
         **({"training": dict(model.training)} if model.training else {}),
         "precision": manifest.precision.name,
         **manifest.deploy.answer,
-        **({"outputs": list(manifest.deploy.outputs)} if manifest.deploy.outputs else {}),
+        **({"chosen_outputs": list(manifest.deploy.outputs)} if manifest.deploy.outputs else {}),
         "weights": {name: getattr(model.weights, name) for name in ("origin", "reference", "sha256")},
         **({"soup": [{"reference": file.reference, "sha256": file.sha256} for file in soup]} if soup else {}),
         "licence": model.weights.licence,

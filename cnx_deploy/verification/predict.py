@@ -7,12 +7,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from cnx_deploy.core.artifacts import refused_engine
 from cnx_deploy.core.class_names import check_class_count
 from cnx_deploy.core.deploy_spec import ANSWER_DEFAULTS, DeploySpec
 from cnx_deploy.core.errors import CheckFailedError, CorruptArtifactError, InputError, MissingRequirementError
+from cnx_deploy.core.files import check_file, whole_file
 from cnx_deploy.core.image_size import ImageSize, size_text
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.preprocessing import ASSUMED, Preprocessing
@@ -33,7 +35,7 @@ from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.runners.registry import RunnerOptions, open_runner
 from cnx_deploy.verification.inspect import ONNX_CHECKS, kind_of_file, recorded_artifact
 
-__all__ = ["Model", "find_image_files", "open_predictor", "predict_images"]
+__all__ = ["Model", "OutputsFile", "find_image_files", "open_predictor", "predict_images"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,20 @@ class Model:
         batches = source.batches(self.preprocessing, self.runner.input_spec, batch_size)
         return joined([_outputs_of(self, batch) for batch in batches])
 
+    def explain(self, images: Any, folder: Path | str, *, top: int = 3, batch_size: int = 8) -> list[Path]:
+        """Draw, for images as `predict` takes them, where the `top` best classes get their scores from.
+
+        A checkpoint is opened with `load(path, outputs=("logits", "class-maps"))`, a file exported so. Returns the
+        paths of the pictures, one an image.
+        """
+        from cnx_deploy.verification.explain import Explanations
+
+        drawn = Explanations(self, Path(folder), top)
+        source = images if isinstance(images, ImageSource) else GivenImages(_listed(images))
+        for batch in source.batches(self.preprocessing, self.runner.input_spec, batch_size):
+            drawn.add(batch, _outputs_of(self, batch))
+        return drawn.written
+
 
 def open_predictor(
     path: Path,
@@ -109,6 +125,7 @@ def open_predictor(
     class_names: Sequence[str] | None = None,
     white_level: float | None = None,
     image_size: ImageSize | None = None,
+    explains: bool = False,
     **checkpoint: Any,
 ) -> Model:
     """Open a checkpoint, an ONNX file or an engine, told by its content, on `device` (cpu or cuda) or the engine's GPU.
@@ -121,12 +138,15 @@ def open_predictor(
     one for each output, and `white_level` (`core.preprocessing`) take the place of what the artifact records, and so
     does `image_size` for a checkpoint and for a file of open sizes. `checkpoint` is of a checkpoint alone: `ema`,
     `entry`, `soup` and `task` as in `model.checkpoint`, `tta`, `temperature` and `outputs` as in `core.deploy_spec`.
+    `explains`: a checkpoint gives class maps beside its logits.
     """
     given = {
         name: value
         for name, value in checkpoint.items()
         if value not in (None, ()) and value != ANSWER_DEFAULTS.get(name)
     }
+    if explains and kind_of_file(weights_in(path) if path.is_dir() else path) not in ("onnx", "engine"):
+        given["outputs"] = tuple(dict.fromkeys((*given.get("outputs", ()), "logits", "class-maps")))
     model = _opened(path, many, device, given, image_size)
     if class_names is not None:
         check_class_count(class_names, model.num_classes or len(class_names), str(path))
@@ -149,7 +169,8 @@ def _opened(path: Path, many: bool, device: str, checkpoint: dict[str, Any], ima
     kind = kind_of_file(path)
     artifact = recorded_artifact(path)
     if kind in ("onnx", "engine") and checkpoint:
-        named = " and ".join(f"--{name} ({name})" for name in checkpoint)
+        flags = {"outputs": "output"}
+        named = " and ".join(f"--{flags.get(name, name)} ({name})" for name in checkpoint)
         raise InputError(f"{path} is no checkpoint, so {named} has nothing to choose from. Leave it out.")
     if artifact is not None:
         return _recorded_model(artifact, many, device)
@@ -162,6 +183,34 @@ def _opened(path: Path, many: bool, device: str, checkpoint: dict[str, Any], ima
             f"{path} is neither a checkpoint, nor an ONNX file, nor an engine by its content; only these can predict."
         )
     return _checkpoint_model(path, device, checkpoint, image_size)
+
+
+class OutputsFile:
+    """An `.npz` file of everything a model gives for images, by name, with their paths; it is held until it is written.
+
+    Raises InputError, at once, for another suffix.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.suffix.lower() != ".npz":
+            raise InputError(f"{path} is no name for outputs: they are written as NumPy arrays. Use the suffix .npz.")
+        check_file(path)
+        self.path = path
+        self._names: list[str] = []
+        self._batches: list[Outputs] = []
+
+    def add(self, batch: ImageBatch, outputs: Outputs) -> None:
+        """Keep the outputs (n, ...) of a batch."""
+        self._names.extend(batch.names)
+        self._batches.append(outputs)
+
+    def finish(self) -> str:
+        """Write the file, whole or not at all, and say what is in it."""
+        arrays = {name: output.numpy() for name, output in joined(self._batches).items()} if self._batches else {}
+        with whole_file(self.path) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, paths=np.array(self._names, dtype=str), **arrays)  # type: ignore[arg-type]
+        shapes = ", ".join(f"{name} {'x'.join(map(str, array.shape))}" for name, array in arrays.items())
+        return f"{self.path}: {shapes or 'no image could be read'}"
 
 
 def find_image_files(paths: Sequence[Path]) -> ImageFiles:

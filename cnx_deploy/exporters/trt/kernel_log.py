@@ -59,6 +59,7 @@ OPERATIONS = (
     (r"model/ReduceMean", "pool"),
     (r"norm/\w+", "head norm"),
     (r"head(\.[\w.]+)?/\w+", "head"),
+    (r"answers/\w+", "outputs"),
     (r"flip_mean/\w+", "flip mean"),
 )
 ORDER = tuple(operation for _, operation in OPERATIONS)
@@ -66,7 +67,7 @@ BIAS = " bias"
 
 STEM = "downsample_layers.0"
 BLOCK = re.compile(r"(downsample_layers\.\d+|stages\.\d+\.\d+)\b")
-HEAD = re.compile(r"norm/.+|head(\.[\w.]+)?/.+|model/ReduceMean|flip_mean/.+")
+HEAD = re.compile(r"norm/.+|head(\.[\w.]+)?/.+|model/ReduceMean|answers/.+|flip_mean/.+")
 MOVES = re.compile(r".+/(Cast|Transpose|Reshape|Squeeze|Unsqueeze|Flatten|Concat|Pad)")
 NUMBER = re.compile(r"_\d+$")
 

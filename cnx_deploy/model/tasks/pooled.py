@@ -97,63 +97,42 @@ class PooledTask(Task):
             class_maps = network.head(shaped.movedim(1, -1)).movedim(-1, 1) / temperature
         if temperature != 1.0:
             logits = logits / temperature
-        return self._named(words, maps, embedding, logits, class_maps)
+        return dict(Answers(self.activation, words)(maps, embedding, logits, class_maps))
 
     def deployed_modules(self, model: "ConvNeXtV2", spec: "DeploySpec") -> dict[str, nn.Module]:
         """The norm's gain and shift are folded into the linear layer, unless an embedding is given; so is 1 / T."""
-        affine = doubles(model.norm)
-        if not self.has_classes:
-            return {"norm": TokenNorm(*affine), "head": nn.Identity()}
-        weight, bias = doubles(model.head)
-        dense = (weight / spec.temperature, bias / spec.temperature)
-        if "head-affine" in spec.folds and not OF_EMBEDDING & set(spec.outputs):
-            return {"norm": TokenNorm(), "head": linear(*fold_affine_into_linear(*dense, *affine))}
-        return {"norm": TokenNorm(*affine), "head": linear(*dense)}
+        affine, dense = doubles(model.norm), None
+        if self.has_classes:
+            weight, bias = doubles(model.head)
+            dense = (weight / spec.temperature, bias / spec.temperature)
+        if dense is not None and "head-affine" in spec.folds and not OF_EMBEDDING & set(spec.outputs):
+            modules = {"norm": TokenNorm(), "head": linear(*fold_affine_into_linear(*dense, *affine))}
+        else:
+            modules = {"norm": TokenNorm(*affine), "head": nn.Identity() if dense is None else linear(*dense)}
+        return (
+            modules
+            if self._is_plain(spec.outputs)
+            else {**modules, "answers": Answers(self.activation, spec.outputs or self.default)}
+        )
 
     def deployed_forward(self, network: Any, maps: Mapping[int, Tensor], words: Sequence[str] = ()) -> Outputs:
         """Pool and normalise in FP32, classify in the head's type; what follows is FP32 again."""
-        words = words or self.default
         if set(words) == {"maps"}:
-            return self._named(words, maps, None, None, None)
+            return dict(network.answers(maps, None, None, None))
         pooled = widen(maps[3]).mean(dim=(2, 3))  # (N, C4)
-        embedding, logits, class_maps = network.norm(pooled), None, None
-        if self.has_classes and set(words) - {*OF_EMBEDDING, "maps", "class-maps"}:
+        embedding, logits = network.norm(pooled), None
+        if self.has_classes and set(words or self.default) - {*OF_EMBEDDING, "maps", "class-maps"}:
             logits = widen(network.head(embedding.to(network.head.weight.dtype)))
+        if self._is_plain(words):
+            return {"embedding": embedding} if logits is None else {"logits": logits}
+        class_maps = None
         if "class-maps" in words:
-            # Divided before it is rounded: what a map holds at a position can leave FP16, what is left of it cannot.
-            centred = pooled - pooled.mean(dim=1, keepdim=True)
-            inverse = 1.0 / torch.sqrt((centred * centred).mean(dim=1, keepdim=True) + EPS)  # (N, 1)
-            normed = (widen(maps[3]) - pooled.mean(dim=1)[:, None, None, None]) * inverse[..., None, None]
-            if network.norm.gain is not None:
-                normed = normed * widen(network.norm.gain)[:, None, None] + widen(network.norm.shift)[:, None, None]
-            weight = network.head.weight
-            class_maps = widen(F.conv2d(normed.to(weight.dtype), weight[:, :, None, None], network.head.bias))
-        return self._named(words, maps, embedding, logits, class_maps)
+            class_maps = network.answers.class_maps(maps[3], pooled, network.norm, network.head)
+        return dict(network.answers(maps, embedding, logits, class_maps))
 
-    def _named(
-        self, words: Sequence[str], maps: Mapping[int, Tensor], embedding: Any, logits: Any, class_maps: Any
-    ) -> Outputs:
-        """What the words name, from what the head computed: None of what no word needs."""
-        outputs: Outputs = {}
-        for word in words:
-            if word == "logits":
-                outputs[word] = logits
-            elif word in ("probabilities", "top5"):
-                probabilities = logits.softmax(dim=1) if self.activation == "softmax" else logits.sigmoid()
-                if word == "probabilities":
-                    outputs[word] = probabilities
-                else:
-                    best = probabilities.topk(min(TOP, probabilities.shape[1]), dim=1)
-                    outputs |= {"top5_probabilities": best.values, "top5_classes": best.indices}
-            elif word == "embedding":
-                outputs[word] = embedding
-            elif word == "unit-embedding":
-                outputs["unit_embedding"] = embedding / torch.linalg.vector_norm(embedding, dim=1, keepdim=True)
-            elif word == "maps":
-                outputs |= {f"stage{level + 1}": widen(output) for level, output in maps.items()}
-            else:
-                outputs["class_maps"] = class_maps
-        return outputs
+    def _is_plain(self, words: Sequence[str]) -> bool:
+        """Whether nothing is computed behind the head."""
+        return tuple(words or self.default) in (("logits",), ("embedding",))
 
     def check_allowed(self, spec: "DeploySpec") -> None:
         """Raise InputError for words that are not the task's, and for those that other options would make wrong."""
@@ -181,3 +160,53 @@ class PooledTask(Task):
     def class_output_of(self, names: Collection[str]) -> str | None:
         """The logits, or else the probabilities."""
         return next((name for name in ("logits", "probabilities") if name in names), None)
+
+
+class Answers(nn.Module):
+    """What the words of a task name, from what its head computed: the same in the training and in the deploy form.
+
+    A module, so that the nodes of the exported graph are known by its name.
+    """
+
+    def __init__(self, activation: str | None, words: Sequence[str]) -> None:
+        super().__init__()
+        self.activation, self.words = activation, tuple(words)
+
+    def forward(
+        self, maps: Mapping[int, Tensor], embedding: Tensor | None, logits: Tensor | None, class_maps: Tensor | None
+    ) -> Outputs:
+        """Name them in the order of the words; what no word needs is None."""
+        outputs: Outputs = {}
+        for word in self.words:
+            if word in ("probabilities", "top5"):
+                assert logits is not None
+                probabilities = logits.softmax(dim=1) if self.activation == "softmax" else logits.sigmoid()
+                best = probabilities.topk(min(TOP, probabilities.shape[1]), dim=1) if word == "top5" else None
+                outputs |= (
+                    {word: probabilities}
+                    if best is None
+                    else {"top5_probabilities": best.values, "top5_classes": best.indices}
+                )
+            elif word == "unit-embedding":
+                assert embedding is not None
+                outputs["unit_embedding"] = embedding / torch.linalg.vector_norm(embedding, dim=1, keepdim=True)
+            elif word == "maps":
+                outputs |= {f"stage{level + 1}": widen(output) for level, output in maps.items()}
+            else:
+                given = {"logits": logits, "embedding": embedding, "class-maps": class_maps}[word]
+                assert given is not None
+                outputs[word.replace("-", "_")] = given
+        return outputs
+
+    def class_maps(self, last: Tensor, pooled: Tensor, norm: TokenNorm, head: nn.Linear) -> Tensor:
+        """Head of the deploy form at each position of the last stage (N, C4, H, W) -> (N, K, H, W); statistics in FP32.
+
+        What a map holds at a position can leave FP16; divided by the deviation, before it is rounded, it cannot.
+        """
+        mean = pooled.mean(dim=1, keepdim=True)
+        centred = pooled - mean
+        inverse = 1.0 / torch.sqrt((centred * centred).mean(dim=1, keepdim=True) + EPS)  # (N, 1)
+        normed = (widen(last) - mean[..., None, None]) * inverse[..., None, None]
+        if norm.gain is not None and norm.shift is not None:
+            normed = normed * widen(norm.gain)[:, None, None] + widen(norm.shift)[:, None, None]
+        return widen(F.conv2d(normed.to(head.weight.dtype), head.weight[:, :, None, None], head.bias))
