@@ -59,6 +59,7 @@ OPERATIONS = (
     (r"model/ReduceMean", "pool"),
     (r"norm/\w+", "head norm"),
     (r"head(\.[\w.]+)?/\w+", "head"),
+    (r"class_maps/\w+", "class maps"),
     (r"answers/\w+", "outputs"),
     (r"flip_mean/\w+", "flip mean"),
 )
@@ -67,7 +68,7 @@ BIAS = " bias"
 
 STEM = "downsample_layers.0"
 BLOCK = re.compile(r"(downsample_layers\.\d+|stages\.\d+\.\d+)\b")
-HEAD = re.compile(r"norm/.+|head(\.[\w.]+)?/.+|model/ReduceMean|answers/.+|flip_mean/.+")
+HEAD = re.compile(r"norm/.+|head(\.[\w.]+)?/.+|model/ReduceMean|(answers|class_maps)/.+|flip_mean/.+")
 MOVES = re.compile(r".+/(Cast|Transpose|Reshape|Squeeze|Unsqueeze|Flatten|Concat|Pad)")
 NUMBER = re.compile(r"_\d+$")
 

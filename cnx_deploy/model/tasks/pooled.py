@@ -106,14 +106,17 @@ class PooledTask(Task):
             weight, bias = doubles(model.head)
             dense = (weight / spec.temperature, bias / spec.temperature)
         if dense is not None and "head-affine" in spec.folds and not OF_EMBEDDING & set(spec.outputs):
-            modules = {"norm": TokenNorm(), "head": linear(*fold_affine_into_linear(*dense, *affine))}
+            modules: dict[str, nn.Module] = {
+                "norm": TokenNorm(),
+                "head": linear(*fold_affine_into_linear(*dense, *affine)),
+            }
         else:
             modules = {"norm": TokenNorm(*affine), "head": nn.Identity() if dense is None else linear(*dense)}
-        return (
-            modules
-            if self._is_plain(spec.outputs)
-            else {**modules, "answers": Answers(self.activation, spec.outputs or self.default)}
-        )
+        if "class-maps" in spec.outputs:
+            modules["class_maps"] = ClassMaps()
+        if not self._is_plain(spec.outputs):
+            modules["answers"] = Answers(self.activation, spec.outputs or self.default)
+        return modules
 
     def deployed_forward(self, network: Any, maps: Mapping[int, Tensor], words: Sequence[str] = ()) -> Outputs:
         """Pool and normalise in FP32, classify in the head's type; what follows is FP32 again."""
@@ -127,7 +130,7 @@ class PooledTask(Task):
             return {"embedding": embedding} if logits is None else {"logits": logits}
         class_maps = None
         if "class-maps" in words:
-            class_maps = network.answers.class_maps(maps[3], pooled, network.norm, network.head)
+            class_maps = network.class_maps(maps[3], pooled, network.norm, network.head)
         return dict(network.answers(maps, embedding, logits, class_maps))
 
     def _is_plain(self, words: Sequence[str]) -> bool:
@@ -198,11 +201,16 @@ class Answers(nn.Module):
                 outputs[word.replace("-", "_")] = given
         return outputs
 
-    def class_maps(self, last: Tensor, pooled: Tensor, norm: TokenNorm, head: nn.Linear) -> Tensor:
-        """Head of the deploy form at each position of the last stage (N, C4, H, W) -> (N, K, H, W); statistics in FP32.
 
-        What a map holds at a position can leave FP16; divided by the deviation, before it is rounded, it cannot.
-        """
+class ClassMaps(nn.Module):
+    """The head of the deploy form at each position, with the LayerNorm statistics of the pooled map.
+
+    Shape: the last stage (N, C4, H, W) and pooled (N, C4) -> (N, K, H, W). What a map holds at a position can leave
+    FP16; divided by the deviation in FP32, before it is rounded, it cannot.
+    """
+
+    def forward(self, last: Tensor, pooled: Tensor, norm: TokenNorm, head: nn.Linear) -> Tensor:
+        """Normalise by the pooled vector's mean and deviation, then classify; see the class for shapes."""
         mean = pooled.mean(dim=1, keepdim=True)
         centred = pooled - mean
         inverse = 1.0 / torch.sqrt((centred * centred).mean(dim=1, keepdim=True) + EPS)  # (N, 1)
