@@ -21,6 +21,7 @@ from cnx_deploy.core.manifest import Artifact, EngineManifest, OnnxManifest
 from cnx_deploy.core.precision import find_precision
 from cnx_deploy.core.system import this_machine
 from cnx_deploy.core.targets import find_target
+from cnx_deploy.core.thresholds import ASSUMED_THRESHOLD, Thresholds, thresholds_of
 from cnx_deploy.data import ImageSource, image_source
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.backend import default_targets, load_backend, require_gpu
@@ -29,17 +30,18 @@ from cnx_deploy.exporters.trt.builder import build_engine as build_one_engine
 from cnx_deploy.exporters.trt.compiling import limits_for
 from cnx_deploy.model.checkpoint import ModelRequest
 from cnx_deploy.model.deploy import check_parts
-from cnx_deploy.model.recorded import model_record
+from cnx_deploy.model.recorded import model_record, recorded_task
 from cnx_deploy.runners.registry import find_runner
 from cnx_deploy.verification.metrics import Verification, table_of
 from cnx_deploy.verification.predict import Model, open_predictor
 from cnx_deploy.verification.saved_results import SavedResults, save_for_polygraphy
 from cnx_deploy.verification.source_processor import compare_with_source
-from cnx_deploy.verification.verify import Progress, Reference, verify_artifact, verify_export
+from cnx_deploy.verification.verify import Progress, Reference, comparison_images, verify_artifact, verify_export
 
 if TYPE_CHECKING:
     from cnx_deploy.bench.record import BenchmarkRecord
     from cnx_deploy.diagnosis.headroom import Headroom
+    from cnx_deploy.model.tasks.multi_label_metrics import ThresholdFit
     from cnx_deploy.training import TrainingResult
     from cnx_deploy.verification.inspect import Inspection
     from cnx_deploy.verification.rescue import Rescued
@@ -47,8 +49,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BuildRequest", "ExportRequest", "Model", "VerifyReport", "VerifyRequest", "benchmark", "build_engine", "evaluate",
-    "export", "fit_temperature", "headroom", "inspect", "load", "predict", "rescue", "run_builds", "run_exports",
-    "run_verifications", "train", "verify",
+    "export", "fit_temperature", "fit_thresholds", "headroom", "inspect", "load", "predict", "rescue", "run_builds",
+    "run_exports", "run_verifications", "train", "verify",
 ]  # fmt: skip
 
 Note = Callable[[str], None]
@@ -178,6 +180,7 @@ def load(
     temperature: float = 1.0,
     task: str | None = None,
     outputs: Sequence[str] = (),
+    thresholds: Thresholds | None = None,
 ) -> Model:
     """Open a checkpoint, an ONNX file or an engine to predict with; use the model as a context manager.
 
@@ -194,6 +197,8 @@ def load(
         temperature: what the logits of a checkpoint are divided by, see `fit_temperature`.
         task: what a checkpoint is taken for: "features" leaves its head out. None takes what it records.
         outputs: what a checkpoint gives, such as ("embedding", "maps"); a file keeps what it was exported with.
+        thresholds: the probability from which each label is given: one number, one a label, or a file of them; None
+            takes what it records.
 
     Raises:
         CorruptArtifactError: the file is not what its manifest says.
@@ -201,11 +206,11 @@ def load(
     """
     words: dict[str, Any] = {"class_names": names_of(class_names), "white_level": white_level, "image_size": image_size}
     words |= {"ema": ema, "entry": entry, "soup": tuple(soup), "tta": tta, "temperature": temperature}
-    words |= {"task": task, "outputs": tuple(outputs)}
+    words |= {"task": task, "outputs": tuple(outputs), "thresholds": thresholds}
     return open_predictor(_path_of(model), many=True, device=device, **words)
 
 
-def predict(model: Source, images: Images, *, top: int = 5, **options: Any) -> Any:
+def predict(model: Source, images: Images, *, top: int | None = None, **options: Any) -> Any:
     """Answer for images with a checkpoint, an ONNX file or an engine; see `Model.predict`, and `load` for options."""
     with load(model, **options) as opened:
         return opened.predict(images, top=top)
@@ -220,7 +225,7 @@ def evaluate(
     note: Note = _silent,
     **options: Any,
 ) -> Any:
-    """Count accuracy and calibration on labelled images, as `cnx-deploy eval` does.
+    """Count what is right on labelled images, as `cnx-deploy eval` does.
 
     Args:
         model: an artifact or a path of a checkpoint, an ONNX file or an engine.
@@ -231,7 +236,8 @@ def evaluate(
         **options: device, class_names, white_level, image_size, ema, entry, soup, tta and temperature, see `load`.
 
     Returns:
-        What the model's task counts: `model.tasks.classification_metrics.Evaluation` of a classifier.
+        What the model's task counts: `model.tasks.classification_metrics.Evaluation` of a classifier,
+        `multi_label_metrics.MultiLabelEvaluation` of several labels an image.
     """
     words: dict[str, Any] = {"image_folder": image_folder, "batch_size": batch_size, "note": note, **options}
     return _evaluated(model, data, **words)[0]
@@ -251,8 +257,22 @@ def fit_temperature(model: Source, data: Path | str | ImageSource, **options: An
     Raises:
         InputError: no temperature from 0.01 to 100 fits best, or the task has no logits of classes.
     """
-    fit = _evaluated(model, data, fits_temperature=True, **options)[1]
-    assert fit is not None
+    fit: TemperatureFit = _evaluated(model, data, fits="temperature", **options)[1]
+    return fit
+
+
+def fit_thresholds(model: Source, data: Path | str | ImageSource, **options: Any) -> "ThresholdFit":
+    """Find the probability from which each label is given, as `cnx-deploy eval --fit-thresholds` does.
+
+    Args:
+        model: an artifact or a path of a network with several labels an image.
+        data: labelled images that the network was not trained on.
+        **options: as for `evaluate`.
+
+    Returns:
+        The fit: its `thresholds` are for `export(..., thresholds=...)`, and `save` writes them.
+    """
+    fit: ThresholdFit = _evaluated(model, data, fits="thresholds", **options)[1]
     return fit
 
 
@@ -353,14 +373,16 @@ def _evaluated(
     image_folder: Path | str | None = None,
     batch_size: int = 32,
     note: Note = _silent,
-    fits_temperature: bool = False,
+    fits: Literal["temperature", "thresholds"] | None = None,
     **options: Any,
-) -> tuple[Any, "TemperatureFit | None"]:
+) -> tuple[Any, Any]:
     from cnx_deploy.verification.temperature import evaluate_model
 
-    images = image_source(data, None if image_folder is None else Path(image_folder))
+    folder = None if image_folder is None else Path(image_folder)
     with load(model, **options) as opened:
-        return evaluate_model(opened, images, batch_size=batch_size, note=note, fits_temperature=fits_temperature)
+        images = image_source(data, folder, multi_label=opened.task.takes_label_sets)
+        words: dict[str, Any] = {} if fits is None else {f"fits_{fits}": True}
+        return evaluate_model(opened, images, batch_size=batch_size, note=note, **words)
 
 
 def _path_of(source: Source) -> Path:
@@ -371,7 +393,7 @@ def _with_paths(options: dict[str, Any]) -> dict[str, Any]:
     """The same options with the path of a file or folder as one, where it is given as text."""
     names = (
         "checkpoint", "init", "output_dir", "export_dir", "engines_dir", "save_inputs", "save_outputs", "data",
-        "image_folder", "inputs",
+        "image_folder", "inputs", "thresholds",
     )  # fmt: skip
     more: dict[str, Any] = {"soup": tuple(map(Path, options["soup"]))} if "soup" in options else {}
     more |= {name: Path(value) for name, value in options.items() if name in names and isinstance(value, str)}
@@ -414,6 +436,7 @@ class ExportRequest(ModelRequest):
     tta: TestTimeAugmentation | None = None
     temperature: float = 1.0
     outputs: tuple[str, ...] = ()
+    thresholds: Thresholds | None = None
     output_dir: Path = Path("export")
     name: str | None = None
     no_verify: bool = False
@@ -473,6 +496,13 @@ def run_exports(request: ExportRequest, note: Note) -> list[Artifact[OnnxManifes
         smallest, typical, largest = request.image_size
         size_range, request = (smallest, largest), replace(request, image_size=typical)
     loaded, preprocessing = request.load(note)
+    if request.thresholds is not None:
+        given = thresholds_of(request.thresholds, loaded.class_names, loaded.model.num_classes)
+        loaded.model.task = loaded.model.task.with_thresholds(given)
+    if loaded.model.task.takes_label_sets:
+        cuts = loaded.model.task.thresholds
+        told = f"Thresholds of {len(cuts)} labels: {min(cuts):.4g} to {max(cuts):.4g}." if cuts else ASSUMED_THRESHOLD
+        note(told)
     check_parts(request.keep_fp32, loaded.model.variant)
     task = loaded.model.task.name
     name = request.name or (None if task == "classification" else f"{loaded.model.variant.name}-{task}")
@@ -559,7 +589,8 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
         if request.files and artifact.manifest.kind == "engine":
             require_gpu()  # an engine that was named is asked for; before any weight is loaded
         if reference is None or not reference.matches(artifact):
-            images = None if request.data is None else image_source(request.data, request.image_folder)
+            task = recorded_task(artifact.manifest.model)
+            images = None if request.data is None else comparison_images(request.data, request.image_folder, task)
             reference, told = Reference(artifact, images, request.samples, **words), set()
             for text in (*reference.images.notes, *reference.assumed):
                 note(text)

@@ -26,22 +26,30 @@ from cnx_deploy.cli import options
 @options.soup
 @options.tta
 @options.temperature
+@options.thresholds
+@click.option("--fit-thresholds", type=options.FILE, help="Find thresholds of several labels and write them, as JSON.")
 @click.option("--fit-temperature", is_flag=True, help="Find the number to divide the logits by, for export.")
 @click.option("--plot", type=options.FILE, help="Draw confusion and reliability into an SVG file.")
-@click.option("--save-predictions", type=options.FILE, help="Write a CSV file with every image's five best classes.")
+@click.option(
+    "--save-predictions", type=options.FILE,
+    help="Write a CSV file with every image's five best classes, or its labels.",
+)  # fmt: skip
 @options.as_json
 def evaluate_command(
     artifact: Path, data: Path, batch_size: int, device: str, image_folder: Path | None, class_names: Path | None,
     white_level: float | None, image_size: Any, plot: Path | None, save_predictions: Path | None,
-    fit_temperature: bool, as_json: bool, **checkpoint: Any,
+    fit_temperature: bool, fit_thresholds: Path | None, as_json: bool, **checkpoint: Any,
 ) -> None:  # fmt: skip
-    """Accuracy, confusion and calibration of ARTIFACT (a checkpoint, an ONNX file or an engine) on DATA.
+    """Accuracy, confusion and calibration, or of several labels mAP and F1, of ARTIFACT on DATA.
+
+    ARTIFACT is a checkpoint, an ONNX file or an engine.
 
     DATA has a folder of images for each class, itself or in val/, validation/, valid/ or test/; or is a CSV file with
     the columns path and label, and split (train, val, test) where it holds more than the images to evaluate on. Its
     classes are found among the network's by name; a network without names takes them in sorted order, and says so.
     """
     from cnx_deploy.core.class_names import read_class_names
+    from cnx_deploy.core.errors import InputError
     from cnx_deploy.core.plotting import check_plot
     from cnx_deploy.data import image_source
     from cnx_deploy.model.tasks.classification_metrics import PredictionWriter
@@ -60,8 +68,12 @@ def evaluate_command(
         progress = held.enter_context(options.reporter("Evaluating"))
         for text in model.notes:
             options.note(f"Note: {text}")
+        if plot is not None and model.task.takes_label_sets:
+            raise InputError("Several labels an image have no confusion to draw. Leave --plot out.")
+        images = image_source(data, image_folder, multi_label=model.task.takes_label_sets)
         found, fit = evaluate_model(
-            model, image_source(data, image_folder), fits_temperature=fit_temperature, batch_size=batch_size,
+            model, images, fits_temperature=fit_temperature, fits_thresholds=fit_thresholds is not None,
+            batch_size=batch_size,
             note=lambda text: options.note(f"Note: {text}"),
             progress=lambda done, total: progress(f"{done} of {total}", done / total),
             each=held.enter_context(writer).add if writer is not None else None,
@@ -69,12 +81,15 @@ def evaluate_command(
         info = model.runner.info
     if writer is not None:
         options.note(f"{writer.path}")
+    if fit_thresholds is not None:
+        options.note(f"{fit.save(fit_thresholds)}")
     if plot is not None:
         options.note(f"{write_plot(found, plot, f'{artifact.name} on {found.count} images of {data.name}')}")
     if as_json:
         backend = {"backend": info.backend, "version": info.version, "device": info.device}
         document = {"artifact": str(artifact), "data": str(data), **backend, **found.to_dict()}
-        document |= {"temperature": fit.to_dict()} if fit is not None else {}
+        what = "thresholds" if fit_thresholds is not None else "temperature"
+        document |= {what: fit.to_dict()} if fit is not None else {}
         assumed = [text for text in opened.notes if text.startswith("Assumed")]
         options.echo_json({**document, "notes": [*assumed, *document["notes"]]})
         return

@@ -15,7 +15,7 @@ SECTIONS = {
         "image_size", "in_chans", "mean", "std", "crop_ratio", "crop_mode", "interpolation", "class_names",
         "input_kind",
     ),
-    "Answer": ("outputs", "tta", "temperature"),
+    "Answer": ("outputs", "thresholds", "tta", "temperature"),
     "Graph": ("precisions", "batch", "optimize_for", "keep_fp32", "leave_out"),
     "Files": ("output_dir", "name", "no_verify", "force"),
 }  # fmt: skip
@@ -39,6 +39,7 @@ SECTIONS = {
     show_default=True, help="Precision of the file; repeat for several.",
 )  # fmt: skip
 @options.outputs
+@options.thresholds
 @options.tta
 @options.temperature
 @click.option("--batch", type=options.BATCH_RANGE, default=(1, 8, 64), help="Batch range [default: 1:8:64].")

@@ -22,7 +22,7 @@ __all__ = [
     "DefaultGroup", "SectionedCommand", "as_json", "checkpoint", "class_names", "echo", "echo_artifacts", "echo_json",
     "engines_dir", "export_dir", "fail", "files", "force", "image_folder", "image_size", "image_sizes", "in_chans",
     "note", "num_classes", "other_size", "output_dir", "outputs", "pixels", "preprocessing", "pretrained", "reporter",
-    "reset_head", "seed", "soup", "task", "temperature", "tta", "variant", "white_level",
+    "reset_head", "seed", "soup", "task", "temperature", "thresholds", "tta", "variant", "white_level",
 ]  # fmt: skip
 
 
@@ -122,12 +122,18 @@ soup = click.option(
     help="Take the mean of the checkpoint's weights and this one's (repeat for more).",
 )  # fmt: skip
 task = click.option(
-    "--task", metavar="TASK", help="classification, or features without the head [default: as recorded]."
+    "--task",
+    metavar="TASK",
+    help="classification, multi-label, or features without the head [default: as recorded].",
 )
 outputs = click.option(
     "--output", "outputs", metavar="NAME", multiple=True,
     help="What to give, repeatable: logits, probabilities, top5, embedding, unit-embedding, maps, class-maps "
-    "[default: logits; features: embedding].",
+    "[default: logits; multi-label: probabilities; features: embedding].",
+)  # fmt: skip
+thresholds = click.option(
+    "--thresholds", type=EXISTING,
+    help="Probabilities from which labels are given, a JSON file that eval --fit-thresholds wrote.",
 )  # fmt: skip
 tta = click.option(
     "--tta", type=click.Choice(["flip"]), help="Answer the mean over an image and its left-right mirror."

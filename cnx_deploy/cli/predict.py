@@ -13,7 +13,10 @@ from cnx_deploy.core.errors import InputError
 @click.command()
 @click.argument("artifact", type=options.PATH)
 @click.argument("images", nargs=-1, required=True, type=options.PATH)
-@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes named for each image.")
+@click.option(
+    "--top", type=click.IntRange(min=1),
+    help="Classes named for each image [default: 5; of several labels all that reach their thresholds].",
+)  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images run at once.")
 @options.class_names
 @options.white_level
@@ -23,13 +26,14 @@ from cnx_deploy.core.errors import InputError
 @options.soup
 @options.tta
 @options.temperature
+@options.thresholds
 @options.task
 @options.outputs
 @click.option("--save", type=options.FILE, help="Write everything the model gives to a .npz file, with the paths.")
 @click.option("--explain", type=options.FOLDER, help="Draw class maps into a folder: where a score comes from.")
 @options.as_json
 def predict(
-    artifact: Path, images: tuple[Path, ...], top: int, batch_size: int, class_names: Path | None,
+    artifact: Path, images: tuple[Path, ...], top: int | None, batch_size: int, class_names: Path | None,
     white_level: float | None, image_size: Any, save: Path | None, explain: Path | None, as_json: bool,
     **checkpoint: Any,
 ) -> None:  # fmt: skip

@@ -1,5 +1,7 @@
-"""The names of a network's outputs, as people keep them: a line each, a JSON list, or a model hub's dictionary."""
+"""The names of a network's outputs, as people keep them: a line each, a table, a JSON list, or a hub's dictionary."""
 
+import csv
+import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +18,10 @@ ClassNames = Sequence[str] | Path | str
 """Names in the order of a network's outputs, or the file that holds them."""
 MAX_NAME = 255
 """Characters, as many as the name of a class's folder can have."""
-EXPECTED = 'one name a line, or JSON: a list of names, {"0": name, …} as id2label, or {name: 0, …}'
+EXPECTED = (
+    'one name a line, or JSON: a list of names, {"0": name, …} as id2label, or {name: 0, …}; or a .csv table with a '
+    "column called name"
+)
 _BRACKETED_NAME = re.compile(rb"""\s*(\[[^]["',{}\s][^]["',{}\n]*\]|\{[^{}"':,\s][^{}"':,\n]*\})""")
 """A line such as "[unknown]" or "{misc} goods": JSON and Python's literals have quotes, commas or colons there."""
 
@@ -56,6 +61,7 @@ def ordered_names(value: Any) -> tuple[str, ...]:
 def read_class_names(path: Path) -> tuple[str, ...]:
     """The names in a file, in the order of the network's outputs: text with a name a line, or JSON (`ordered_names`).
 
+    Of a .csv file whose first line has a comma, the column `name` is taken: taggers' tables have it beside others.
     A first line such as "[unknown]" is a name, since JSON has quotes within its brackets. Raises InputError where the
     file cannot be read, is not UTF-8, or has an empty line between names.
     """
@@ -63,9 +69,23 @@ def read_class_names(path: Path) -> tuple[str, ...]:
         content = bounded_content(path).removeprefix(b"\xef\xbb\xbf")
         if content.lstrip()[:1] in (b"[", b"{") and not _BRACKETED_NAME.match(content):
             return ordered_names(strict_json(content))
-        return ordered_names([line.strip() for line in content.decode("utf-8").rstrip().splitlines()])
-    except (OSError, ValueError) as error:
+        text = content.decode("utf-8")
+        if path.suffix.lower() == ".csv" and "," in text.split("\n", 1)[0]:
+            return ordered_names(_column_of_names(text))
+        return ordered_names([line.strip() for line in text.rstrip().splitlines()])
+    except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as class names ({error}). Expected is {EXPECTED}.") from error
+
+
+def _column_of_names(text: str) -> list[str]:
+    """The cells of the one column called name. Raises ValueError where there is none, csv.Error for no table."""
+    header, *rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
+    at = [place for place, title in enumerate(header) if title.strip().lower() == "name"]
+    if len(at) != 1 or any(len(row) <= at[0] for row in rows):
+        raise ValueError(
+            f"it is a table with the columns {shortened(', '.join(header))}, not one called name in each row"
+        )
+    return [row[at[0]].strip() for row in rows]
 
 
 def names_of(names: ClassNames | None) -> tuple[str, ...] | None:

@@ -19,6 +19,7 @@ class OutputSpec:
     axis mean, one class of all (softmax) or each by itself (sigmoid); None where the values are no scores, so that no
     decision is compared. `dtype` is torch's name of the element type.
     `indexes`: the values are places in that output, which the reference has; what is compared is its values there.
+    `thresholds`: the probability from which each sigmoid score is a yes, one a score; None is one half for all.
     `is_ranked`: the values fall from first to last, so that the cosine of what they differ by says nothing.
     """
 
@@ -29,6 +30,7 @@ class OutputSpec:
     dtype: Literal["float32", "int64"] = "float32"
     indexes: str | None = None
     is_ranked: bool = False
+    thresholds: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,7 @@ Timestamp = Annotated[str, msgspec.Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\
 Capability = Annotated[str, msgspec.Meta(pattern="^sm[0-9]{2,3}$(?!\\n)")]
 Target = Annotated[str, msgspec.Meta(pattern="^(current|sm[0-9]{2,3})$(?!\\n)")]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Probability = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 BatchSize = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 Batches = tuple[BatchSize, BatchSize, BatchSize]
 TrainingOptions = dict[str, str | float | dict[str, float]]
@@ -124,6 +125,8 @@ class ModelRecord:
     names and fields of the preprocessing of trained weights were read, by name: a file, an entry of the checkpoint,
     "option" or "assumed".
     `training`: class weights, sampling and loss that the weights were trained with, where they are not the usual ones.
+    `thresholds`: the probability from which each label is given, of a task with several labels an image; None is one
+    half for all.
     """
 
     variant: str
@@ -136,11 +139,14 @@ class ModelRecord:
     task: PlainName = "classification"
     origins: dict[str, str] = field(default_factory=dict)
     training: TrainingOptions = field(default_factory=dict)
+    thresholds: tuple[Probability, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", canonical_size(self.image_size))
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
+        if self.thresholds is not None and len(self.thresholds) != self.num_classes:
+            raise ValueError(f"{len(self.thresholds)} thresholds for {self.num_classes} classes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -362,7 +368,7 @@ class Manifest:
         # Fields that were added since version 2 are written where they are not the default: earlier bytes stay.
         weights, deploy = plain["model"]["weights"], plain["request"].get("onnx", plain["request"])["deploy"]
         later: list[tuple[dict[str, Any], Mapping[str, Any]]] = [
-            (plain["model"], {"origins": {}, "training": {}}),
+            (plain["model"], {"origins": {}, "training": {}, "thresholds": None}),
             *((record, {"entry": None, "soup": ()}) for record in (weights, *weights["soup"])),
             (deploy, {"size_range": None, "outputs": (), **ANSWER_DEFAULTS}),
         ]

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from cnx_deploy.core.manifest import OnnxManifest
 from cnx_deploy.data import ImageLike, ImageSource, evenly, find_images
+from cnx_deploy.data.csv_dataset import is_csv
 from cnx_deploy.data.input_spec import InputSpec
+from cnx_deploy.model.tasks.base import find_task
 
 __all__ = ["raw_batches"]
 
@@ -35,7 +37,8 @@ def raw_batches(
     size = max(smallest, min(samples, largest, BATCH))
     side = manifest.deploy.image_size
     spec = InputSpec.of(manifest.deploy, size if whole else smallest, largest)
-    source: ImageSource = ImageLike(samples) if data is None else find_images(data)
+    several = find_task(manifest.model.task).takes_label_sets and data is not None and is_csv(data)
+    source: ImageSource = ImageLike(samples) if data is None else find_images(data, multi_label=several)
     recorded = manifest.model.preprocessing
     level = recorded.white_level if white_level is None else white_level
     preprocessing = replace(recorded, image_size=side, white_level=level)

@@ -253,6 +253,8 @@ def _metadata(record: ModelRecord, spec: ExportSpec) -> dict[str, str]:
         entries["task"] = record.task
     if assumed := [name for name, origin in record.origins.items() if origin == ASSUMED]:
         entries["assumed"] = ",".join(assumed)
+    if record.thresholds is not None:
+        entries["thresholds"] = json.dumps(record.thresholds)
     if record.class_names:
         entries["class_names"] = json.dumps(record.class_names, ensure_ascii=False)
     return {f"cnx_deploy.{key}": value for key, value in sorted(entries.items())}

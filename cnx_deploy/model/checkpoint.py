@@ -155,6 +155,9 @@ def mean_of(models: Iterable[LoadedModel]) -> LoadedModel:
         problem = problem or other.problem
     if len(files) == 1:
         return first
+    if first.model.task.thresholds is not None:
+        first.model.task = find_task(first.model.task.name)
+        notes.append("the thresholds of the files are left out: the mean is another network. Fit them again.")
     first.model.load_state_dict({**own, **{name: total / len(files) for name, total in sums.items()}})
     record = replace(
         first.weights,

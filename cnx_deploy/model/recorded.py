@@ -11,9 +11,9 @@ from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import find_variant
 from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, load_checkpoint, load_pretrained, mean_of
 from cnx_deploy.model.convnextv2 import random_model
-from cnx_deploy.model.tasks.base import find_task, network_outputs
+from cnx_deploy.model.tasks.base import Task, find_task, network_outputs
 
-__all__ = ["model_record", "recorded_gate", "recorded_model", "recorded_outputs"]
+__all__ = ["model_record", "recorded_gate", "recorded_model", "recorded_outputs", "recorded_task"]
 
 
 def model_record(loaded: LoadedModel, preprocessing: Preprocessing, manifest_dir: Path) -> ModelRecord:
@@ -30,13 +30,19 @@ def model_record(loaded: LoadedModel, preprocessing: Preprocessing, manifest_dir
         task=loaded.model.task.name,
         origins=dict(loaded.origins),
         training=dict(loaded.training),
+        thresholds=loaded.model.task.thresholds,
     )
+
+
+def recorded_task(record: ModelRecord) -> Task:
+    """The task of a network, with its thresholds."""
+    return find_task(record.task).with_thresholds(record.thresholds)
 
 
 def recorded_outputs(artifact: Artifact) -> tuple[OutputSpec, ...]:
     """What the network of an artifact gives, as its task declares it."""
     record = artifact.manifest.model
-    task, variant = find_task(record.task), find_variant(record.variant)
+    task, variant = recorded_task(record), find_variant(record.variant)
     return network_outputs(task, variant, record.num_classes, artifact.manifest.deploy)
 
 
@@ -64,6 +70,7 @@ def recorded_model(artifact: Artifact) -> LoadedModel:
     else:
         loaded = load_pretrained(weights.reference, **how)
     _check_hash(artifact, f"{weights.origin} {weights.reference}", hash_weights(loaded.model), weights.sha256)
+    loaded.model.task = recorded_task(record)  # its thresholds may be an option's
     return loaded
 
 

@@ -32,6 +32,7 @@ def evaluate(
     note: Callable[[str], None] | None = None,
     each: Callable[[Any], None] | None = None,
     scores: Callable[[Tensor, Tensor], None] | None = None,
+    counted: Callable[[Any], None] | None = None,
 ) -> Any:
     """Run labelled images and count.
 
@@ -48,6 +49,7 @@ def evaluate(
         note: told how the data were understood, what is left out and what is assumed, a sentence each.
         each: told every image's outcome, in order.
         scores: told every batch's class scores (n, classes) and labels (n,), of a task that has such scores.
+        counted: told the task's running metrics at the end.
 
     Returns:
         What the task's metrics give: for classification, `model.tasks.classification_metrics.Evaluation`. Images that
@@ -57,21 +59,27 @@ def evaluate(
         InputError: classes or image size do not fit, no image can be read, or the task has no metrics.
         CheckFailedError: outputs are not finite.
     """
-    images = image_source(data)
+    task = task or find_task("classification")
+    images = image_source(data, multi_label=task.takes_label_sets)
     if not images.class_names:
         raise InputError(
             f"{images.description} holds images without labels: expected a folder of images for each class. Sort them "
             "into some."
+        )
+    if task.takes_label_sets != (images.label_sets is not None):
+        several, one = "label_sets, any number of labels an image", "labels, one class an image"
+        raise InputError(
+            f"{images.description} has {one if task.takes_label_sets else several}; the task {task.name} takes "
+            f"{several if task.takes_label_sets else one}. Give the images with those."
         )
     names = tuple(class_names or images.class_names)
     tell = note or (lambda text: None)
     notes = [*images.notes, *([assumed_order(images)] if class_names is None else [])]
     for text in notes:
         tell(text)
-    targets = torch.tensor(class_positions(images, class_names))
+    positions = torch.tensor(class_positions(images, class_names))
     chosen = evenly(len(images), limit)
     batches = images.batches(preprocessing, runner.input_spec, batch_size, chosen, leave_out_broken=True)
-    task = task or find_task("classification")
     metrics = task.metrics(names, each)
     for batch in batches:
         found = runner.run(batch.images.to(runner.device))
@@ -87,9 +95,10 @@ def evaluate(
             raise CheckFailedError(
                 f"The model gave outputs that are not finite on {images.description}. Check it with cnx-deploy verify."
             )
-        metrics.add(outputs, targets[batch.labels], batch.names)
+        targets = positions[batch.labels] if batch.labels.ndim == 1 else _moved(batch.labels, positions, len(names))
+        metrics.add(outputs, targets, batch.names)
         if scores is not None and (found_scores := class_scores(outputs)) is not None:
-            scores(found_scores, targets[batch.labels])
+            scores(found_scores, targets)
         if progress is not None:
             progress(metrics.count + len(batches.broken), len(chosen))
     broken = list(batches.broken.values())
@@ -98,6 +107,8 @@ def evaluate(
     observed = images.observed()
     for text in observed:
         tell(text)
+    if counted is not None:
+        counted(metrics)
     return metrics.result(images.class_names, broken, (*notes, *observed))
 
 
@@ -128,7 +139,7 @@ def class_positions(
             )
         return list(range(len(images.class_names)))
     positions = {name: index for index, name in enumerate(class_names)}
-    present = set(images.labels) or set(range(len(images.class_names)))
+    present = images.class_counts().keys() or set(range(len(images.class_names)))
     named = [name for at, name in enumerate(images.class_names) if at in present]
     counts = Counter(class_names)
     if twice := [name for name in named if counts[name] > 1]:
@@ -144,6 +155,12 @@ def class_positions(
             "--class-names FILE (class_names), or put the images into one folder to compare without labels."
         )
     return [positions.get(name, -1) for name in images.class_names]
+
+
+def _moved(labels: Tensor, positions: Tensor, count: int) -> Tensor:
+    """Labels (n, the data's classes) of 0 and 1 as (n, the model's); a class without images may have no place."""
+    placed = positions >= 0
+    return torch.zeros(len(labels), count).index_copy_(1, positions[placed], labels[:, placed])
 
 
 def _sizes(outputs: Mapping[str, tuple[int, ...]]) -> str:

@@ -6,7 +6,7 @@ is listed where the two disagree. A flip is excused by the rule of `parity.NOISE
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from cnx_deploy.core.gates import Gate, OutputSpec, ParityResult
 from cnx_deploy.core.preprocessing import BrokenImage
-from cnx_deploy.verification.parity import NOISE_MARGIN, OutputComparison, RunningDifferences
+from cnx_deploy.verification.parity import NOISE_MARGIN, OutputComparison, RunningDifferences, margins
 
-__all__ = ["Agreement", "Flip", "LabelledResult", "RunningComparison", "Verification", "table_of"]
+__all__ = ["Agreement", "Flip", "LabelledResult", "RunningComparison", "ThresholdResult", "Verification", "table_of"]
 
 NO_CLASS = "none (NaN or infinite)"
+LISTED_CROSSINGS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,55 @@ class LabelledResult(ParityResult):
 
 
 @dataclass(frozen=True, slots=True)
+class Crossing:
+    """A label that one side gives to an image and the other does not: both probabilities, and the threshold between.
+
+    `margin`: how far the reference's logit is from that of the threshold.
+    """
+
+    path: str
+    label: str
+    threshold: float
+    reference: float
+    candidate: float
+    margin: float
+    excused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ThresholdResult(ParityResult):
+    """A verdict over labels that are decided one by one: the gate's, and a failure for unexcused crossings.
+
+    `pairs` of an image and a label were compared. `crossed` of them lie on different sides of the threshold,
+    `unexcused` with a margin above `excused_margin`. `crossings` are the `LISTED_CROSSINGS` of the largest margin.
+    """
+
+    pairs: int
+    crossed: int
+    unexcused: int
+    excused_margin: float
+    crossings: tuple[Crossing, ...]
+
+    def lines(self, at_most: int = 10) -> list[str]:
+        """A summary and the crossings of the largest margin."""
+        text = [
+            f"thresholds, {self.pairs:,} pairs of image and label: {self.crossed} crossed, {self.unexcused} not "
+            f"excused (margin above {self.excused_margin:.2e})"
+        ]
+        text += [
+            f"  {one.path}: {one.label} {one.reference:.4f} by {self.reference}, {one.candidate:.4f} by "
+            f"{self.candidate}, threshold {one.threshold:.4f}, margin {one.margin:.2e}: "
+            f"{'excused' if one.excused else 'NOT EXCUSED'}"
+            for one in self.crossings[:at_most]
+        ]
+        if self.crossed > at_most:
+            text.append(
+                f"  and {self.crossed - at_most} more: --json lists the {len(self.crossings)} of largest margin"
+            )
+        return text
+
+
+@dataclass(frozen=True, slots=True)
 class Verification:
     """What was checked of one artifact. `not_run` says what could not be run here and what is missing.
 
@@ -142,10 +192,15 @@ class RunningComparison:
         specs: the outputs of the task.
         class_names: a name for every score of `class_output` where the images have labels, else none.
         class_output: the output that labels are compared with.
+        label_names: a name for every score that is decided by itself; where there are none, its index.
     """
 
     def __init__(
-        self, specs: Sequence[OutputSpec], class_names: Sequence[str] = (), class_output: str | None = None
+        self,
+        specs: Sequence[OutputSpec],
+        class_names: Sequence[str] = (),
+        class_output: str | None = None,
+        label_names: Sequence[str] = (),
     ) -> None:
         self.class_names = tuple(class_names)
         self.sizes: list[int] = []
@@ -153,6 +208,9 @@ class RunningComparison:
         self._labels: list[int] = []
         self._comparison = OutputComparison(specs)
         self._class_output = class_output if self.class_names else None
+        self._crossings = {
+            spec.name: _RunningCrossings(spec, label_names) for spec in specs if spec.activation == "sigmoid"
+        }
 
     def add(
         self,
@@ -169,6 +227,8 @@ class RunningComparison:
         differ or there is no image.
         """
         self._comparison.add(candidate, reference)
+        for name, crossings in self._crossings.items():
+            crossings.add(candidate[name], reference[name], paths)
         self._labels.extend(labels)
         self._paths.extend(paths)
         self.sizes.append(size or len(paths))
@@ -191,6 +251,10 @@ class RunningComparison:
         for output, measured in self._comparison.results().items():
             failures = gate.failures(measured)
             words = (*names, gate, tuple(dict.fromkeys(sizes or self.sizes)), output, measured)
+            if output in self._crossings:
+                noise = NOISE_MARGIN * self._comparison.running[output].rms_error
+                results.append(self._crossings[output].result(ParityResult(*words, failures), noise))
+                continue
             if output != self._class_output:
                 results.append(ParityResult(*words, failures))
                 continue
@@ -230,6 +294,44 @@ class RunningComparison:
 
     def _name(self, index: int) -> str:
         return self.class_names[index] if index >= 0 else NO_CLASS
+
+
+class _RunningCrossings:
+    """Labels that two sides give and do not give: all margins stay, and of the largest what they are of."""
+
+    def __init__(self, spec: OutputSpec, names: Sequence[str]) -> None:
+        self._spec, self._names = spec, names
+        self._margins: list[Tensor] = []
+        self._listed: list[Crossing] = []
+        self._pairs = 0
+
+    def add(self, candidate: Tensor, reference: Tensor, paths: Sequence[str]) -> None:
+        given, expected = margins(candidate, self._spec), margins(reference, self._spec)
+        crossed = (given >= 0) != (expected >= 0)
+        sizes = expected.abs()[crossed]
+        self._pairs += expected.numel()
+        self._margins.append(sizes)
+        order = sizes.argsort(descending=True, stable=True)[:LISTED_CROSSINGS]
+        cuts = self._spec.thresholds
+        for row, at in crossed.nonzero()[order].tolist():
+            # A probability is what the margin stands for, whatever the output holds.
+            cut = 0.5 if cuts is None else cuts[at]
+            sides = [torch.sigmoid(side[row, at] + math.log(cut / (1 - cut))) for side in (expected, given)]
+            name = self._names[at] if self._names else str(at)
+            size = float(expected[row, at].abs())
+            self._listed.append(Crossing(paths[row], name, cut, float(sides[0]), float(sides[1]), size, False))
+        self._listed = sorted(self._listed, key=lambda one: -one.margin)[:LISTED_CROSSINGS]
+
+    def result(self, verdict: ParityResult, noise: float) -> ThresholdResult:
+        sizes, failures = torch.cat(self._margins), verdict.failures
+        unexcused = int((~(sizes <= noise)).sum())  # NaN explains nothing
+        if unexcused:
+            failures += (f"{unexcused} thresholds crossed by more than noise explains",)
+        listed = tuple(replace(one, excused=one.margin <= noise) for one in self._listed)
+        return ThresholdResult(
+            verdict.candidate, verdict.reference, verdict.gate, verdict.batches, verdict.output, verdict.differences,
+            failures, self._pairs, len(sizes), unexcused, noise, listed,
+        )  # fmt: skip
 
 
 def table_of(verifications: Sequence[Verification]) -> Iterator[str]:

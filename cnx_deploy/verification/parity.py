@@ -20,8 +20,8 @@ from cnx_deploy.model.tasks.base import Outputs, joined
 from cnx_deploy.runners.base import Runner
 
 __all__ = [
-    "OutputComparison", "RunningDifferences", "comparable", "compare", "differences", "outputs_of", "verdicts",
-    "worst_verdict",
+    "OutputComparison", "RunningDifferences", "comparable", "compare", "differences", "margins", "outputs_of",
+    "verdicts", "worst_verdict",
 ]  # fmt: skip
 
 NOISE_MARGIN = 4.0
@@ -66,11 +66,12 @@ class RunningDifferences:
         a, b = (side.detach().double().cpu().flatten(1) for side in (candidate, reference))
         error = a - b
         given, expected = (_logits(side, self._spec) for side in (a, b))
+        cuts = _cuts(self._spec)
         cosine = F.cosine_similarity(a, b, dim=1) if self._spec.is_ranked else _centred_cosine(a, b)
         columns = (
             error.norm(dim=1) / b.norm(dim=1).clamp_min(TINY),
             cosine,
-            *DECISIONS[self._activation](given, expected, error.abs().amax(dim=1)),
+            *DECISIONS[self._activation](given, expected, error.abs().amax(dim=1), cuts),
         )
         self._rows.append(torch.stack(columns, dim=1))
         self._nonfinite += int((~torch.isfinite(a)).sum() + (~torch.isfinite(b)).sum())
@@ -239,32 +240,44 @@ def _logits(scores: Tensor, spec: OutputSpec) -> Tensor:
     return scores.clamp(LEAST_PROBABILITY, 1.0 - LEAST_PROBABILITY).logit()
 
 
-def _one_of_all(a: Tensor, b: Tensor, largest_error: Tensor) -> tuple[Tensor, ...]:
+def margins(scores: Tensor, spec: OutputSpec) -> Tensor:
+    """How far each sigmoid score (N, K) is above its threshold, as logits in float64; a yes from 0 on."""
+    return _logits(scores.detach().double().cpu(), spec) - _cuts(spec)
+
+
+def _cuts(spec: OutputSpec) -> Tensor:
+    """The thresholds as logits, (K,) or () float64."""
+    return torch.tensor(spec.thresholds if spec.thresholds is not None else 0.5, dtype=torch.float64).logit()
+
+
+def _one_of_all(a: Tensor, b: Tensor, largest_error: Tensor, cuts: Tensor) -> tuple[Tensor, ...]:
     """KL, margin, largest error and decisions where the best of all scores (N, K) is the answer."""
     log_p, log_q = b.log_softmax(dim=1), a.log_softmax(dim=1)
     divergence = (log_p.exp() * (log_p - log_q)).sum(dim=1)
     return divergence, _margins(b), largest_error, _best(a).double(), _best(b).double()
 
 
-def _each_by_itself(a: Tensor, b: Tensor, largest_error: Tensor) -> tuple[Tensor, ...]:
-    """The same where each score (N, K) is a yes above zero.
+def _each_by_itself(a: Tensor, b: Tensor, largest_error: Tensor, cuts: Tensor) -> tuple[Tensor, ...]:
+    """The same where each logit (N, K) is a yes from its threshold on.
 
-    The margin is the largest score that changed its sign; a decision is the number of changed ones, 0 of the reference.
+    The margin is the reference's largest distance from a threshold that was crossed; a decision is the number of
+    crossings, 0 of the reference.
     """
     logs = [(F.logsigmoid(side), F.logsigmoid(-side)) for side in (b, a)]
     divergence = sum(p.exp() * (p - q) for p, q in zip(*logs, strict=True)).mean(dim=1)
-    changed = (a > 0) != (b > 0)
+    a, b = a - cuts, b - cuts
+    changed = (a >= 0) != (b >= 0)
     finite = [torch.isfinite(side).all(dim=1) for side in (a, b)]
     decisions = (torch.where(finite[0], changed.sum(dim=1), -1), torch.where(finite[1], 0, -1))
     return divergence, (b.abs() * changed).amax(dim=1), largest_error, *(decision.double() for decision in decisions)
 
 
-def _no_decision(a: Tensor, b: Tensor, largest_error: Tensor) -> tuple[Tensor, ...]:
+def _no_decision(a: Tensor, b: Tensor, largest_error: Tensor, cuts: Tensor) -> tuple[Tensor, ...]:
     nothing = torch.zeros_like(largest_error)
     return nothing, nothing, largest_error, nothing, nothing
 
 
-DECISIONS: Mapping[Activation | None, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]] = {
+DECISIONS: Mapping[Activation | None, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]] = {
     "softmax": _one_of_all, "sigmoid": _each_by_itself, None: _no_decision,
 }  # fmt: skip
 

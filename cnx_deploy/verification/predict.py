@@ -19,13 +19,14 @@ from cnx_deploy.core.image_size import ImageSize, size_text
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.preprocessing import ASSUMED, Preprocessing
 from cnx_deploy.core.strict_json import strict_json, typed
+from cnx_deploy.core.thresholds import ASSUMED_THRESHOLD, Thresholds, thresholds_of
 from cnx_deploy.data import GivenImages, ImageBatch, ImageFiles, ImageSource
 from cnx_deploy.data.dataset import LeftOut, images_below, notes_of
 from cnx_deploy.data.decoding import FORMATS
 from cnx_deploy.exporters.graph_checks import admit_onnx
 from cnx_deploy.exporters.untrusted import limits_for
 from cnx_deploy.model.checkpoint import load_checkpoint
-from cnx_deploy.model.recorded import recorded_outputs
+from cnx_deploy.model.recorded import recorded_outputs, recorded_task
 from cnx_deploy.model.source_config import weights_in
 from cnx_deploy.model.tasks.base import Outputs, Prediction, Task, all_finite, find_task, joined, network_outputs
 from cnx_deploy.runners.base import Runner
@@ -70,7 +71,7 @@ class Model:
         return f"Model({info.backend} {info.version} in {info.arithmetic} on {info.device}, {size} px)"
 
     def predict(
-        self, images: Any, *, top: int = 5, batch_size: int = 8, note: Callable[[str], None] = warnings.warn
+        self, images: Any, *, top: int | None = None, batch_size: int = 8, note: Callable[[str], None] = warnings.warn
     ) -> Any:
         """Answer for one image or a list of them; each is resized, cropped and normalised as the model asks for.
 
@@ -78,7 +79,7 @@ class Model:
             images: paths; PIL images of any mode; arrays (H, W, C) or (H, W) or tensors (C, H, W) of uint8, uint16 or
                 floats in [0, 1], see `Preprocessing.white_level`; or a `data.ImageSource`. A list and a source give a
                 list.
-            top: classes named for each image.
+            top: classes named for each image; None is 5 of a classifier, and all labels that reach their thresholds.
             batch_size: images run at once, within the range that the model takes.
             note: told what the images have shown, such as values far below white; a warning by default.
 
@@ -126,6 +127,7 @@ def open_predictor(
     white_level: float | None = None,
     image_size: ImageSize | None = None,
     explains: bool = False,
+    thresholds: Thresholds | None = None,
     **checkpoint: Any,
 ) -> Model:
     """Open a checkpoint, an ONNX file or an engine, told by its content, on `device` (cpu or cuda) or the engine's GPU.
@@ -135,9 +137,10 @@ def open_predictor(
     InputError for other files and for an ONNX file that does not say what images it takes, MissingRequirementError for
     a device or engine that this machine lacks.
     `many`: whole batches will come, so ONNX Runtime's threads get images of their own (`OrtRunner`). `class_names`,
-    one for each output, and `white_level` (`core.preprocessing`) take the place of what the artifact records, and so
-    does `image_size` for a checkpoint and for a file of open sizes. `checkpoint` is of a checkpoint alone: `ema`,
-    `entry`, `soup` and `task` as in `model.checkpoint`, `tta`, `temperature` and `outputs` as in `core.deploy_spec`.
+    one for each output, `thresholds` (`core.thresholds`) and `white_level` (`core.preprocessing`) take the place of
+    what the artifact records, and so does `image_size` for a checkpoint and for a file of open sizes. `checkpoint` is
+    of a checkpoint alone: `ema`, `entry`, `soup` and `task` as in `model.checkpoint`, `tta`, `temperature` and
+    `outputs` as in `core.deploy_spec`.
     `explains`: a checkpoint gives class maps beside its logits.
     """
     given = {
@@ -151,6 +154,11 @@ def open_predictor(
     if class_names is not None:
         check_class_count(class_names, model.num_classes or len(class_names), str(path))
         model = replace(model, class_names=tuple(class_names))
+    if thresholds is not None:
+        count = model.num_classes or len(model.class_names or ())
+        model = replace(model, task=model.task.with_thresholds(thresholds_of(thresholds, model.class_names, count)))
+    if model.task.takes_label_sets and model.task.thresholds is None:
+        model = replace(model, notes=(*model.notes, ASSUMED_THRESHOLD))
     if white_level is not None:
         model = replace(model, preprocessing=replace(model.preprocessing, white_level=white_level))
     if image_size is not None:
@@ -238,14 +246,15 @@ def predict_images(
     predictor: Model,
     images: ImageSource,
     *,
-    top: int = 5,
+    top: int | None = None,
     batch_size: int = 8,
     each: Callable[[ImageBatch, Outputs], None] | None = None,
 ) -> Iterator[Prediction]:
     """Yield one prediction an image, in order; an image that cannot be read gives its reason and the rest go on.
 
-    `top` is cut to the number of classes, `batch_size` to the runner's range. `each` is given every batch and its
-    outputs (n, ...). Raises CheckFailedError, which names the image, for outputs that are not finite.
+    `top` is cut to the number of classes, and None is the task's own; `batch_size` is cut to the runner's range. `each`
+    is given every batch and its outputs (n, ...). Raises CheckFailedError, which names the image, for outputs that are
+    not finite.
     """
     spec = predictor.runner.input_spec
     batches = images.batches(predictor.preprocessing, spec, batch_size, leave_out_broken=True)
@@ -258,7 +267,8 @@ def predict_images(
         outputs = _outputs_of(predictor, batch)
         if each is not None:
             each(batch, outputs)
-        answers = predictor.task.predictions(outputs, batch.names, predictor.class_names, top=top)
+        count = predictor.task.usual_top if top is None else top
+        answers = predictor.task.predictions(outputs, batch.names, predictor.class_names, top=count)
         rows = dict(zip(batch.indices, answers, strict=True))
         # Images that could not be read lie between those of the batch.
         for index in range(answered, batch.indices[-1] + 1):
@@ -275,7 +285,7 @@ def _recorded_model(artifact: Artifact, many: bool, device: str) -> Model:
     notes += tuple(filter(None, (model.preprocessing.assumption(model.origins),)))
     runner = open_runner(artifact, options=RunnerOptions(device=device, thread_per_image=many, hashes_hold=True))
     temperature, given = artifact.manifest.deploy.temperature, tuple(spec.name for spec in recorded_outputs(artifact))
-    task, classes = find_task(model.task), model.num_classes
+    task, classes = recorded_task(model), model.num_classes
     return Model(runner, task, model.preprocessing, model.class_names, notes, classes, temperature, given)
 
 
@@ -296,10 +306,12 @@ def _unrecorded_onnx(path: Path, many: bool, device: str) -> Model:
         written = strict_json(metadata.get("cnx_deploy.class_names", "null").encode())
         names = None if written is None else typed(written, tuple[str, ...])
         temperature = typed(strict_json(metadata.get("cnx_deploy.temperature", "1").encode()), float)
+        listed = strict_json(metadata.get("cnx_deploy.thresholds", "null").encode())
+        cuts = None if listed is None else typed(listed, tuple[float, ...])
     except ValueError as error:
         raise CorruptArtifactError(f"{path} has metadata that is not JSON ({error}). Export it again.") from error
     preprocessing = Preprocessing.from_dict(recorded)
-    task = find_task(metadata.get("cnx_deploy.task", "classification"))
+    task = find_task(metadata.get("cnx_deploy.task", "classification")).with_thresholds(cuts)
     checks = list(ONNX_CHECKS)
     if "BFLOAT16" not in admission.facts.types:
         trial_run(path, limits_for(admission.size_bytes))

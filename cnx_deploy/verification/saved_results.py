@@ -80,6 +80,7 @@ class SavedRun:
     class_names: tuple[str, ...] = ()
     available: Count = 0
     broken: tuple[BrokenImage, ...] = ()
+    label_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.candidate == self.reference:
@@ -233,6 +234,7 @@ class RunWriter:
         class_names: tuple[str, ...] = (),
         available: int = 0,
         broken: tuple[BrokenImage, ...] = (),
+        label_names: tuple[str, ...] = (),
     ) -> SavedRun:
         """The record of what was written and what it was judged by."""
         self._archive.close()
@@ -253,6 +255,7 @@ class RunWriter:
             class_names=class_names,
             available=available if class_names else 0,
             broken=broken if class_names else (),
+            label_names=label_names,
         )
 
 
@@ -347,7 +350,8 @@ def own_hash(document: Mapping[str, Any]) -> str:
 
 def _judged(run: SavedRun, folder: Path, gate: Gate) -> tuple[ParityResult, ...]:
     names_of_classes = run.class_names if run.labels is not None else ()
-    comparison, at, labels = RunningComparison(run.outputs, names_of_classes, run.class_output), 0, run.labels or ()
+    comparison = RunningComparison(run.outputs, names_of_classes, run.class_output, run.label_names)
+    at, labels = 0, run.labels or ()
     for candidate, reference in run.pairs(folder):
         here = slice(at, at + len(next(iter(candidate.values()))))
         comparison.add(candidate, reference, run.images[here], labels[here])

@@ -5,7 +5,7 @@ stays, so that no answer changes; only probabilities do. Images that the network
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from cnx_deploy.core.deploy_spec import TEMPERATURES
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.data import ImageSource
 from cnx_deploy.model.tasks.classification_metrics import Evaluation, RunningMetrics
+from cnx_deploy.model.tasks.multi_label_metrics import fit_thresholds
 from cnx_deploy.verification.evaluation import evaluate
 from cnx_deploy.verification.predict import Model
 
@@ -52,13 +53,29 @@ class TemperatureFit:
 
 
 def evaluate_model(
-    model: Model, data: Path | str | ImageSource, *, fits_temperature: bool = False, **options: Any
-) -> tuple[Any, TemperatureFit | None]:
-    """Evaluate an opened model and, where asked, fit a temperature on the same images.
+    model: Model,
+    data: Path | str | ImageSource,
+    *,
+    fits_temperature: bool = False,
+    fits_thresholds: bool = False,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """Evaluate an opened model and, where asked, fit a temperature or thresholds on the same images.
 
-    `options` and the first result are those of `evaluation.evaluate`. Raises InputError for a task without logits of
-    classes, before any image is run, and what `fit_temperature` raises.
+    `options` and the first result are those of `evaluation.evaluate`, the second is a `TemperatureFit`, a
+    `multi_label_metrics.ThresholdFit` or None. Raises InputError for a task without logits of
+    classes or without thresholds, before any image is run, and what `fit_temperature` raises.
     """
+    if fits_thresholds:
+        if not model.task.takes_label_sets:
+            raise InputError(f"The task {model.task.name} gives one answer an image, and has no thresholds to fit.")
+        held: list[Any] = []
+        found = evaluate(
+            model.runner, data, model.preprocessing, task=model.task, class_names=model.class_names,
+            counted=held.append, **options,
+        )  # fmt: skip
+        names = tuple(model.class_names or (row.name for row in found.per_label))
+        return found, replace(fit_thresholds(held[0].table), names=names)
     if fits_temperature and not model.task.allows_temperature:
         raise InputError(f"The task {model.task.name} has no logits of classes, which a temperature would divide.")
     scores: list[Tensor] = []

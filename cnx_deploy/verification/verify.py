@@ -24,12 +24,13 @@ from cnx_deploy.core.image_size import size_text
 from cnx_deploy.core.manifest import Artifact, OnnxManifest, TensorSpec
 from cnx_deploy.core.preprocessing import BrokenImage, Preprocessing
 from cnx_deploy.data import ImageBatch, ImageLike, ImageSource, InputSpec, evenly, image_source
+from cnx_deploy.data.csv_dataset import is_csv
 from cnx_deploy.data.image_source import checked_sizes
 from cnx_deploy.exporters.graph_checks import GraphFacts, check_graph
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import parts_of
-from cnx_deploy.model.recorded import recorded_gate, recorded_model, recorded_outputs
-from cnx_deploy.model.tasks.base import Outputs, find_task, network_outputs
+from cnx_deploy.model.recorded import recorded_gate, recorded_model, recorded_outputs, recorded_task
+from cnx_deploy.model.tasks.base import Outputs, Task, network_outputs
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
 from cnx_deploy.runners.registry import RunnerOptions, find_runner, open_runner
@@ -38,7 +39,7 @@ from cnx_deploy.verification.metrics import RunningComparison, Verification
 from cnx_deploy.verification.parity import comparable, compare, outputs_of
 from cnx_deploy.verification.saved_results import SavedResults
 
-__all__ = ["TORCH_REFERENCE", "Candidate", "Reference", "verify_artifact", "verify_export"]
+__all__ = ["TORCH_REFERENCE", "Candidate", "Reference", "comparison_images", "verify_artifact", "verify_export"]
 
 END_IMAGES = 10
 """Images of the smallest and of the largest size each, where sizes are open."""
@@ -144,16 +145,18 @@ class Reference:
         white_level: float | None = None,
     ) -> None:
         self.record = artifact.manifest.model
-        self.images = ImageLike() if data is None else image_source(data)
+        self.task = recorded_task(self.record)
+        self.images = ImageLike() if data is None else comparison_images(data, None, self.task)
         self.samples = samples
-        self.task = find_task(self.record.task)
         self.specs = recorded_outputs(artifact)
         self.chosen = artifact.manifest.deploy.outputs
         self.class_output = self.task.class_output_of([spec.name for spec in self.specs])
         self.class_names: tuple[str, ...] = ()
         self.assumed: tuple[str, ...] = ()
         self._white_level = self.record.preprocessing.white_level if white_level is None else white_level
-        if self.images.class_names and self.class_output is not None:
+        self.label_names = (class_names or self.record.class_names or ()) if self.task.takes_label_sets else ()
+        # Several labels are compared one by one, with those of the reference.
+        if self.images.class_names and self.class_output is not None and not self.task.takes_label_sets:
             names = class_names or self.record.class_names
             self.assumed = (assumed_order(self.images),) if names is None else ()
             self._positions = class_positions(self.images, names, self.record.num_classes)
@@ -173,7 +176,8 @@ class Reference:
         same_images = (other.image_size, other.preprocessing, artifact.manifest.deploy.outputs) == (
             own.image_size, own.preprocessing, self.chosen
         )  # fmt: skip
-        return same_images and (other.weights.sha256, other.class_names) == (own.weights.sha256, own.class_names)
+        same_classes = (other.class_names, other.thresholds) == (own.class_names, own.thresholds)
+        return same_images and same_classes and other.weights.sha256 == own.weights.sha256
 
     def batches(
         self, deploy: DeploySpec, spec: InputSpec, limit: int | None = None, progress: Progress | None = None
@@ -217,7 +221,7 @@ class Reference:
         `metrics.LabelledResult` for class scores where the images have labels.
         """
         names, runner, done = (candidate.name, TORCH_REFERENCE), candidate.runner, 0
-        comparison = RunningComparison(self.specs, self.class_names, self.class_output)
+        comparison = RunningComparison(self.specs, self.class_names, self.class_output, self.label_names)
         run = None if saved is None else saved.new_run(candidate.artifact, runner.info, names, self.specs)
         deploy = replace(candidate.artifact.manifest.deploy, image_size=candidate.spec.image_size)
         for batch, expected in self.batches(deploy, candidate.spec, candidate.limit, progress):
@@ -234,7 +238,8 @@ class Reference:
         available, broken = len(self.images), tuple(self.broken[index] for index in sorted(self.broken))
         results = comparison.results(names, candidate.gate, available=available, broken=broken)
         if saved is not None and run is not None:
-            saved.keep(run.close(results[0], self.class_output, self.class_names, available, broken))
+            words = (self.class_output, self.class_names, available, broken, self.label_names)
+            saved.keep(run.close(results[0], *words))
         return results
 
     def _chosen(self, spec: InputSpec, limit: int | None) -> list[int]:
@@ -266,6 +271,12 @@ class Reference:
 
     def _preprocessing(self, spec: InputSpec) -> Preprocessing:
         return replace(self.record.preprocessing, image_size=spec.image_size, white_level=self._white_level)
+
+
+def comparison_images(data: Path | str | ImageSource, image_folder: Path | None, task: Task) -> ImageSource:
+    """The images to compare on; of a task with several labels a table is read as one, a folder for its images alone."""
+    several = task.takes_label_sets and not isinstance(data, ImageSource) and is_csv(Path(data))
+    return image_source(data, image_folder, multi_label=several)
 
 
 def verify_artifact(

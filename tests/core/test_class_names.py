@@ -61,3 +61,15 @@ def test_what_names_no_classes_is_refused_with_the_forms_that_do(tmp_path: Path,
     assert reason.lower() in str(refusal.value).lower()
     with pytest.raises(InputError, match="cannot be read"):
         read_class_names(tmp_path)
+
+
+def test_the_table_of_a_tagger_gives_its_column_of_names(tmp_path: Path) -> None:
+    path = tmp_path / "selected_tags.csv"
+    path.write_text('tag_id,name,category,count\n1,1girl,0,9\n2,"hat, red",0,8\n3,:d,0,7\n')
+    assert read_class_names(path) == ("1girl", "hat, red", ":d")
+    (tmp_path / "plain.csv").write_text("cat\ndog\n")
+    assert read_class_names(tmp_path / "plain.csv") == ("cat", "dog")
+    for text in ("id,tag\n1,cat\n", "name,name\na,b\n", "id,name\n1\n", 'id,name\n1,"cat\n'):
+        path.write_text(text)
+        with pytest.raises(InputError, match="cannot be read as class names"):
+            read_class_names(path)

@@ -86,6 +86,7 @@ class Task(ABC):
         losses: words of `--loss` that the task is trained with; none where there is nothing to choose.
         training_defaults: fields of a training request that stand otherwise than for a classifier.
         thresholds: the probability from which each class is given, of a task that decides each by itself; None unset.
+        usual_top: how many classes `predict` tells of an image where nobody says.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Task(ABC):
     losses: tuple[str, ...] = ()
     training_defaults: Mapping[str, Any] = MappingProxyType({})
     thresholds: tuple[float, ...] | None = None
+    usual_top: int = 5
 
     @abstractmethod
     def outputs(

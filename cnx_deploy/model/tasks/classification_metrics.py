@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -42,10 +42,21 @@ LISTED_PAIRS = LISTED_BROKEN = 10
 class Outcome:
     """An image, its label and its best classes with their probabilities (0 to 1), best first, five or all."""
 
+    columns: ClassVar[tuple[str, ...]] = (
+        "path", "label", "predicted", "confidence",
+        *(f"{name}_{place}" for place in range(2, TOP + 1) for name in ("predicted", "confidence")),
+    )  # fmt: skip
+
     path: str
     label: str
     classes: tuple[str, ...]
     probabilities: tuple[float, ...]
+
+    def cells(self) -> list[str]:
+        """The row of a table, empty beyond the last class."""
+        pairs = zip(self.classes, self.probabilities, strict=True)
+        cells = [cell for name, probability in pairs for cell in (name, f"{probability:.6f}")]
+        return [self.path, self.label, *cells, *[""] * (2 * TOP - len(cells))]
 
     def to_dict(self) -> dict[str, Any]:
         """The best class only, as a list of mistakes has it."""
@@ -301,7 +312,7 @@ def bins_of(confidences: Tensor) -> Tensor:
 
 
 class PredictionWriter:
-    """A CSV file with a row an image: path, label, predicted, confidence, then predicted_2, confidence_2, up to 5.
+    """A CSV file with a row an image, of the columns that the task's outcomes have.
 
     Use it as a context manager: the file is put into place when it ends without an error, else what was there stays.
     InputError, at once, for another suffix than .csv or the data's own file.
@@ -320,9 +331,7 @@ class PredictionWriter:
     def __enter__(self) -> Self:
         temporary = self._open.enter_context(whole_file(self.path))
         stream = self._open.enter_context(temporary.open("w", encoding="utf-8", newline=""))
-        self._rows = csv.writer(stream, lineterminator="\n")
-        others = [f"{name}_{place}" for place in range(2, TOP + 1) for name in ("predicted", "confidence")]
-        self._rows.writerow(["path", "label", "predicted", "confidence", *others])
+        self._rows, self._has_header = csv.writer(stream, lineterminator="\n"), False
         return self
 
     def __exit__(
@@ -330,11 +339,12 @@ class PredictionWriter:
     ) -> None:
         self._open.__exit__(kind, error, trace)
 
-    def add(self, outcome: Outcome) -> None:
-        """Write one row."""
-        pairs = zip(outcome.classes, outcome.probabilities, strict=True)
-        cells = [cell for name, probability in pairs for cell in (name, f"{probability:.6f}")]
-        self._rows.writerow([outcome.path, outcome.label, *cells, *[""] * (2 * TOP - len(cells))])
+    def add(self, outcome: Any) -> None:
+        """Write one row, and the header before the first."""
+        if not self._has_header:
+            self._rows.writerow(outcome.columns)
+            self._has_header = True
+        self._rows.writerow(outcome.cells())
 
 
 def _report_lines(evaluation: Evaluation) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Multi-label classification: each of many labels by itself, from the pooled output of the last stage."""
 
 import copy
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -48,6 +49,7 @@ class MultiLabel(PooledTask):
     class_output = "probabilities"
     prediction = LabelPrediction
     takes_label_sets = True
+    usual_top = sys.maxsize  # all that are at or above their thresholds
     losses = ("bce", "asymmetric")
     # Smoothing would hold each of thousands of labels above half its share in every image.
     training_defaults = MappingProxyType({"loss": "bce", "label_smoothing": 0.0})

@@ -4,11 +4,13 @@ A rank takes all scores of a label, so they go to a temporary file, 4 bytes each
 memory is bounded by `BLOCK_VALUES`, whatever the number of images and labels. Labels stay as pairs (image, label).
 """
 
+import json
 import math
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.files import write_text
 from cnx_deploy.core.preprocessing import BrokenImage
 
 __all__ = [
@@ -180,13 +183,25 @@ class MultiLabelEvaluation:
 class ThresholdFit:
     """A threshold for each label of a network, in its order, fitted on `count` images.
 
-    `common` is that of the labels with fewer than `FEWEST_POSITIVES` images, `shared` of them.
+    `common` is that of the labels with fewer than `FEWEST_POSITIVES` images, `shared` of them. `names` may be empty.
     """
 
     thresholds: tuple[float, ...]
     common: float
     shared: int
     count: int
+    names: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, thresholds by name, or by index where there are no names."""
+        names = self.names or tuple(map(str, range(len(self.thresholds))))
+        known = {"common": self.common, "shared": self.shared, "count": self.count}
+        return {**known, "thresholds": dict(zip(names, self.thresholds, strict=True))}
+
+    def save(self, path: Path) -> Path:
+        """Write the file that `export --thresholds` takes, whole or not at all."""
+        write_text(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        return path
 
     def __str__(self) -> str:
         own = len(self.thresholds) - self.shared

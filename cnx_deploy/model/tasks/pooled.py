@@ -74,7 +74,7 @@ class PooledTask(Task):
         if word in OF_EMBEDDING:
             return (OutputSpec(word.replace("-", "_"), (maps[-1][0],), "embedding"),)
         unit = {"logits": "logit", "probabilities": "probability"}[word]
-        return (OutputSpec(word, (classes,), unit, self.activation),)
+        return (OutputSpec(word, (classes,), unit, self.activation, thresholds=self.thresholds),)
 
     def modules(self, variant: Variant, num_classes: int) -> dict[str, nn.Module]:
         """The norm of the pooled output and the linear layer, or an identity where there are no classes."""
