@@ -295,8 +295,8 @@ def _emulated(path: Path, batches: Sequence[Arrays]) -> tuple[list[Arrays], str 
     for batch in batches:
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
         with torch.inference_mode():
-            evaluation = graph.evaluate(next(iter(tensors.values())))
-        found.append({name: _as_float(evaluation.tensors[name].float().numpy()) for name in graph.outputs})
+            evaluation = graph.evaluate(tensors)
+        found.append({name: _as_float(evaluation.tensors[name].numpy()) for name in graph.outputs})
         broken = broken or evaluation.first_nonfinite
     return found, broken
 
