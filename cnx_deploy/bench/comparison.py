@@ -38,11 +38,11 @@ from cnx_deploy.core.manifest import Artifact, OnnxFacts
 from cnx_deploy.core.precision import PRECISIONS, find_precision
 from cnx_deploy.core.system import cpu_count
 from cnx_deploy.data import image_like_batches, runner_input
+from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.exporters.trt.backend import require_gpu
-from cnx_deploy.model.checkpoint import LoadedModel
-from cnx_deploy.model.recorded import recorded_gate, recorded_model
-from cnx_deploy.runners.pytorch import reference_runner
+from cnx_deploy.model.recorded import recorded_gate
 from cnx_deploy.runners.registry import RunnerOptions, default_runner, open_runner
+from cnx_deploy.verification.originals import ReferenceNetwork, reference_network
 from cnx_deploy.verification.parity import outputs_of
 
 __all__ = ["BenchSpec", "bound_of_row", "plan_benchmark", "run_benchmark"]
@@ -104,7 +104,7 @@ class _Network:
     name: str
     artifacts: Sequence[Artifact]
     facts: NetworkFacts
-    loaded: LoadedModel
+    reference: ReferenceNetwork
     contenders: list[Contender] = field(default_factory=list)
     rows: list[Timing] = field(default_factory=list)
     not_run: list[NotRun] = field(default_factory=list)
@@ -164,7 +164,7 @@ def plan_benchmark(spec: BenchSpec, note: Note) -> Plan:
     # The driver's tool gives a part of a divided GPU the name of the whole one.
     whole = [gpu.name for gpu in conditions.gpus if gpu.mig != "Enabled"]
     own = [device for name in whole if (device := find_device(name)) is not None]
-    firsts = [group[0].manifest for group in groups]
+    firsts = [group[0].manifest for group in groups if group[0].manifest.model.graph is None]
     shapes = dict.fromkeys(
         (first.model.variant, first.model.image_size, first.deploy.in_chans, first.deploy.passes) for first in firsts
     )
@@ -212,7 +212,9 @@ def _network_facts(artifacts: Sequence[Artifact]) -> NetworkFacts:
     """What the record says of one network, from the manifests of its artifacts."""
     model, deploy = artifacts[0].manifest.model, artifacts[0].manifest.deploy
     channels = model.preprocessing.in_chans
-    work = work_of(model.variant, model.image_size, "fp32", model.num_classes, channels, deploy.passes)
+    work = None
+    if model.graph is None:
+        work = work_of(model.variant, model.image_size, "fp32", model.num_classes, channels, deploy.passes)
     return NetworkFacts(
         variant=model.variant,
         image_size=model.image_size,
@@ -220,9 +222,9 @@ def _network_facts(artifacts: Sequence[Artifact]) -> NetworkFacts:
         input="uint8 NHWC" if deploy.input_kind == "uint8" else "float32 NCHW",
         in_chans=channels,
         weights=WeightsFacts(model.weights.origin, model.weights.sha256),
-        parameters=work.parameters,
-        gmacs=round(work.macs / 1e9, 3),
-        macts=round(work.activations / 1e6, 2),
+        parameters=None if work is None else work.parameters,
+        gmacs=None if work is None else round(work.macs / 1e9, 3),
+        macts=None if work is None else round(work.activations / 1e6, 2),
         files={artifact.path.name: _file_facts(artifact) for artifact in artifacts},
         passes=deploy.passes,
     )
@@ -259,8 +261,8 @@ def _place_of_peers(artifacts: Sequence[Artifact]) -> tuple[str, str]:
 
 
 def _measure_network(artifacts: Sequence[Artifact], spec: BenchSpec, progress: Progress | None) -> _Network:
-    loaded = recorded_model(artifacts[0])
-    network = _Network(_network_name(artifacts[0]), artifacts, _network_facts(artifacts), loaded)
+    reference = reference_network(artifacts[0])
+    network = _Network(_network_name(artifacts[0]), artifacts, _network_facts(artifacts), reference)
     with ExitStack() as stack:
         _open_peers(network, spec, stack)
         _open_artifacts(network, spec, stack)
@@ -271,13 +273,21 @@ def _measure_network(artifacts: Sequence[Artifact], spec: BenchSpec, progress: P
 
 def _open_peers(network: _Network, spec: BenchSpec, stack: ExitStack) -> None:
     deploy, place = network.artifacts[0].manifest.deploy, _place_of_peers(network.artifacts)
+    loaded = network.reference.loaded
+    if loaded is None:
+        if not spec.compare:
+            return
+        raise InputError(
+            f"{network.artifacts[0].path.name} came as an ONNX file, so that there is no PyTorch network for "
+            f"{', '.join(spec.compare)} to run. Leave --compare (compare) out."
+        )
     for peer in (PEERS[word] for word in spec.compare):
         name, gate = peer.row_name(place[1]), find_precision(peer.precision_here(place[1])).gate
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         # A model of its own: the peer may move it to a GPU, and the reference stays on the CPU.
-        setup = PeerSetup(copy.deepcopy(network.loaded.model), deploy, spec.runner_options, folder, *place)
+        setup = PeerSetup(copy.deepcopy(loaded.model), deploy, spec.runner_options, folder, *place)
         try:
-            make, gate = peer.prepare(setup), network.loaded.model.task.gate(gate)
+            make, gate = peer.prepare(setup), loaded.model.task.gate(gate)
             contender = open_contender(name, network.name, make, gate, stack)
         except MissingRequirementError as error:
             network.not_run.append(NotRun(name, network.name, None, None, None, str(error)))
@@ -290,7 +300,11 @@ def _open_artifacts(network: _Network, spec: BenchSpec, stack: ExitStack) -> Non
     for artifact in network.artifacts:
         name, make = artifact.path.name, partial(open_runner, artifact, options=spec.runner_options)
         try:
-            network.contenders.append(open_contender(name, network.name, make, recorded_gate(artifact), stack))
+            contender = open_contender(name, network.name, make, recorded_gate(artifact), stack)
+            if artifact.manifest.deploy.input_kind == "normalised":
+                take = partial(normalise, preprocessing=artifact.manifest.model.preprocessing)
+                contender = replace(contender, input_from_pixels=take)
+            network.contenders.append(contender)
         except MissingRequirementError as error:
             compiled = network.facts.files[name].compiled
             figures = (compiled.batch, compiled.kernels, compiled.megabytes_per_image)
@@ -317,8 +331,9 @@ def _measure(network: _Network, batch: int, spec: BenchSpec, progress: Progress 
     pixels = next(
         image_like_batches(batch, deploy.image_size, batch_size=batch, seed=spec.seed, in_chans=deploy.in_chans)
     )
-    with reference_runner(network.loaded.model, deploy) as reference:
-        pieces = torch.split(runner_input(pixels, deploy.input_kind), REFERENCE_BATCH)
+    with network.reference.open(deploy) as reference:
+        preprocessing = network.artifacts[0].manifest.model.preprocessing
+        pieces = torch.split(runner_input(pixels, deploy.input_kind, preprocessing), REFERENCE_BATCH)
         expected = Expected(outputs_of(reference, pieces), reference.outputs)
     images = [contender.images_from_pixels(pixels) for contender in fitting]
     timing = TimingSpec(duration_seconds=spec.duration_seconds, seed=spec.seed)
@@ -335,6 +350,8 @@ def bound_of_row(row: Timing, network: NetworkFacts) -> Bound | None:
     names = {name: precision.name for precision in PRECISIONS.values() for name in (precision.name, precision.dtype)}
     device, precision = find_device(row.device), names.get(row.arithmetic)
     if device is None or precision is None or device.peak_tflops(precision) is None:
+        return None
+    if network.parameters is None:  # the work of somebody else's graph is not counted
         return None
     work = work_of(
         network.variant, network.image_size, precision, network.num_classes, network.in_chans, network.passes

@@ -6,7 +6,7 @@ Reading a record loads neither torch nor a runner. Every type here is one object
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
 
@@ -23,6 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 COMMAND = "cnx-deploy bench"
+Classes = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 SCHEMA_VERSION = 3
 READABLE_VERSIONS = (2, SCHEMA_VERSION)
 """Version 2 has fields besides that nothing reads: energy, and where device memory was read."""
@@ -205,17 +206,18 @@ class NetworkFacts:
     """One network: its size, its cost an image, its weights, its input and its channels, and its files by name.
 
     `gmacs` counts 1e9 multiply-accumulates an image, `macts` 1e6 outputs of convolutions and linear layers.
-    `passes`: how often an image goes through the network, 2 where its mirror does too.
+    `passes`: how often an image goes through the network, 2 where its mirror does too. The three counts are None for a
+    network that came as an ONNX file.
     """
 
     variant: str
     image_size: ImageSize
-    num_classes: Positive
+    num_classes: Classes
     input: str
     weights: WeightsFacts
-    parameters: Count
-    gmacs: Finite
-    macts: Finite
+    parameters: Count | None
+    gmacs: Finite | None
+    macts: Finite | None
     files: Mapping[str, FileFacts]
     in_chans: Positive = 3
     passes: Positive = 1

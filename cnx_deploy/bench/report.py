@@ -57,14 +57,21 @@ def as_csv(record: BenchmarkRecord) -> str:
             (
                 f"convnextv2_{network.variant}", size_text(network.image_size),
                 f"{row.batch * 1000 / latency.mean_ms:.2f}",
-                f"{latency.mean_ms:.3f}", row.batch, f"{network.parameters / 1e6:.2f}", f"{network.gmacs:.2f}",
-                f"{network.macts:.2f}", row.name, row.backend, row.precision, f"{row.images_per_second:.2f}",
+                f"{latency.mean_ms:.3f}", row.batch, *_work(network), row.name,
+                row.backend, row.precision, f"{row.images_per_second:.2f}",
                 f"{latency.median_ms:.3f}", latency.p90_ms, latency.p95_ms, latency.p99_ms, f"{latency.min_ms:.3f}",
                 f"{latency.max_ms:.3f}", f"{latency.cv_percent:.1f}", latency.calls, ratio and ratio.peer,
                 ratio and f"{ratio.ratio:.3f}", row.status,
             )
         )  # fmt: skip
     return text.getvalue()
+
+
+def _work(network: NetworkFacts) -> tuple[str, str, str]:
+    """Millions of parameters, GMAC and MACT; empty where the work was not counted."""
+    if network.parameters is None or network.gmacs is None or network.macts is None:
+        return "", "", ""
+    return f"{network.parameters / 1e6:.2f}", f"{network.gmacs:.2f}", f"{network.macts:.2f}"
 
 
 def _head_lines(conditions: Conditions, networks: Mapping[str, NetworkFacts]) -> Iterator[str]:
@@ -81,7 +88,9 @@ def _head_lines(conditions: Conditions, networks: Mapping[str, NetworkFacts]) ->
         yield f"{gpu.name}, driver {gpu.driver}, {clocks}, ECC {gpu.ecc}, MIG {gpu.mig}"
     for name, network in networks.items():
         weights = f"{network.weights.origin} weights {network.weights.sha256[:12]}"
-        counts = f"{network.gmacs:.3g} GMAC, {network.parameters / 1e6:.2f} M parameters"
+        counts = "work not counted"
+        if network.gmacs is not None and network.parameters is not None:
+            counts = f"{network.gmacs:.3g} GMAC, {network.parameters / 1e6:.2f} M parameters"
         yield f"{name}: {network.variant}, {size_text(network.image_size)} px {network.input}, {weights}, {counts}"
         for file_name, file in network.files.items():
             parts = file.fp32_layers or file.tensors_by_type or {}

@@ -32,7 +32,7 @@ COMMANDS = {
     "verify": ("verify", "Compare ONNX files and engines with PyTorch."),
     "diagnose": ("diagnose", "Where a network goes wrong: layers, chain, bisect, headroom."),
     "bench": ("bench", "Time ONNX files and engines, PyTorch beside them."),
-    "rescue": ("rescue", "Make an FP16 file of any ONNX file, its norms kept in FP32, and prove it."),
+    "rescue": ("rescue", "Make a proven FP16 file of anybody's ONNX file."),
     "inspect": ("inspect", "Say what a file is: checkpoint, ONNX file or engine."),
     "predict": ("predict", "Classify image files."),
     "report": ("report", "Write the index and tables from the manifests, or one HTML page."),

@@ -17,6 +17,14 @@ def _sizes(ctx: click.Context, param: click.Parameter, given: Sequence[str]) -> 
     return {name: int(size) for name, _, size in pairs}
 
 
+def pixels(command: Any) -> Any:
+    """Add how images are made, which the file does not say."""
+    crop_ratio = click.option("--crop-ratio", type=float, help="Share of the resized side that the centre crop keeps.")
+    for option in reversed((*options.pixels[:2], crop_ratio, *options.pixels[2:])):
+        command = option(command)
+    return command
+
+
 @click.command()
 @click.argument("file", type=options.PATH)
 @click.option("--inputs", type=options.EXISTING, help="Inputs for the proof, an .npz file [default: seeded images].")
@@ -27,7 +35,12 @@ def _sizes(ctx: click.Context, param: click.Parameter, given: Sequence[str]) -> 
 @options.seed
 @click.option("--compile", "compiles", is_flag=True, help="Count kernels and bytes before and after (TensorRT-RTX).")
 @click.option("--target", type=options.TARGET, default="sm89", show_default=True, help="GPU to compile for.")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Batch to compile for.")
+@click.option(
+    "--batch", type=options.BATCH_RANGE, default=(1, 8, 64), help="Batch range of an open batch [default: 1:8:64]."
+)
+@click.option("--task", metavar="NAME", help="What the one output is, such as classification [default: values].")
+@options.class_names
+@pixels
 @options.output_dir("export")
 @click.option("--name", help="First part of the file name [default: that of FILE].")
 @options.force

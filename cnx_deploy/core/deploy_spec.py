@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["ANSWER_DEFAULTS", "FOLDS", "TEMPERATURES", "DeploySpec", "InputKind", "Layout", "TestTimeAugmentation"]
 
 Layout = Literal["gpu", "cpu"]
-InputKind = Literal["float", "uint8"]
+InputKind = Literal["float", "uint8", "normalised"]
 TestTimeAugmentation = Literal["flip"]
 
 TEMPERATURES = (1e-2, 1e2)
@@ -46,7 +46,8 @@ class DeploySpec:
     `image_size` is the side in pixels, or (height, width); it decides, per block, where GRN's gain is applied. `mean`
     and `std` are the statistics of the preprocessing in units of a [0, 1] image, as many as there are channels C. They
     are folded into the stem, so the deployed input is raw: "float" takes (N, C, H, W) float32 in [0, 1], "uint8"
-    takes (N, H, W, C) uint8.
+    takes (N, H, W, C) uint8. A file that came from elsewhere takes "normalised" images, (N, C, H, W) float32 less the
+    mean and divided by std.
     `size_range` (smallest, largest) leaves height and width open between them; `image_size` is then the typical size.
     `precision` names a row of `precision.PRECISIONS`. `layout` None means tokens ("gpu") for a precision with FP32
     islands and channels-first ("cpu") otherwise. `leave_out` names folds (`FOLDS`) that are not to be made; the

@@ -26,10 +26,38 @@ from cnx_deploy.core.strict_json import strict_json, typed
 from cnx_deploy.core.system import tool_versions
 
 __all__ = [
-    "MAX_MANIFEST_BYTES", "SCHEMA_VERSION", "SUFFIXES", "Artifact", "ArtifactKind", "Batches", "Compiled",
-    "Count", "EngineFacts", "EngineManifest", "EngineRequest", "FileRecord", "Grouping", "Kernel", "KernelTotal",
-    "Manifest", "ModelRecord", "OnnxFacts", "OnnxManifest", "OnnxRequest", "Positive", "Sha256", "SoupFile",
-    "TensorSpec", "Timestamp", "TrainingOptions", "TypeCensus", "WeightsRecord", "json_schema", "manifest_from_json",
+    "FOREIGN",
+    "MAX_MANIFEST_BYTES",
+    "SCHEMA_VERSION",
+    "SUFFIXES",
+    "Artifact",
+    "ArtifactKind",
+    "Batches",
+    "Compiled",
+    "Count",
+    "EngineFacts",
+    "EngineManifest",
+    "EngineRequest",
+    "FileRecord",
+    "ForeignGraph",
+    "Grouping",
+    "Kernel",
+    "KernelTotal",
+    "Manifest",
+    "ModelRecord",
+    "OnnxFacts",
+    "OnnxManifest",
+    "OnnxRequest",
+    "Positive",
+    "Sha256",
+    "SoupFile",
+    "TensorSpec",
+    "Timestamp",
+    "TrainingOptions",
+    "TypeCensus",
+    "WeightsRecord",
+    "json_schema",
+    "manifest_from_json",
     "relative_reference",
 ]  # fmt: skip
 
@@ -51,6 +79,8 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Probability = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 BatchSize = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 Batches = tuple[BatchSize, BatchSize, BatchSize]
+FOREIGN = "foreign"
+"""The variant of a network that came as an ONNX file."""
 TrainingOptions = dict[str, str | float | dict[str, float]]
 """Options of `training.spec.TrainingSpec` by name; weights of classes by the name of the class."""
 
@@ -77,13 +107,15 @@ class SoupFile:
 class WeightsRecord:
     """Where weights come from and what may be done with them.
 
-    `reference` is the seed ("0"), the checkpoint's path relative to the manifest's folder, or the timm tag.
-    `sha256` is over the tensors (`model.checkpoint.hash_weights`), so it survives a change of file format.
+    `reference` is the seed ("0"), the timm tag, or the path relative to the manifest's folder: of the checkpoint, or of
+    the ONNX file that `rescue` was given.
+    `sha256` is over the tensors (`model.checkpoint.hash_weights`), so it survives a change of file format; of an ONNX
+    file it is the file's (`exporters.untrusted.hash_onnx`).
     `entry`: which network of a checkpoint it was, where one was chosen of several; written only there.
     `soup`: every checkpoint whose mean the weights are, `reference` first; written only where there are several.
     """
 
-    origin: Literal["random", "checkpoint", "pretrained"]
+    origin: Literal["random", "checkpoint", "pretrained", "onnx"]
     reference: str
     sha256: Sha256
     licence: str
@@ -110,10 +142,32 @@ class WeightsRecord:
 
     def with_paths(self, moved: Callable[[str], str]) -> Self:
         """The same with the path of each checkpoint as `moved` gives it."""
-        if self.origin != "checkpoint":
+        if self.origin not in ("checkpoint", "onnx"):
             return self
         soup = tuple(replace(file, reference=moved(file.reference)) for file in self.soup)
         return replace(self, reference=moved(self.reference), soup=soup)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """An input or output of a graph: element type as ONNX names it, and its shape with open sizes by name."""
+
+    type: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignGraph:
+    """What a rescued file takes and gives: the name of its input, and its outputs by name, in their order.
+
+    `original_outputs` are the names in the original, `outputs` those in the rescued file. `precision` is that of the
+    original, "fp32" or "fp16".
+    """
+
+    input: str
+    outputs: Mapping[str, TensorSpec]
+    original_outputs: tuple[str, ...]
+    precision: Literal["fp32", "fp16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +181,7 @@ class ModelRecord:
     `training`: class weights, sampling and loss that the weights were trained with, where they are not the usual ones.
     `thresholds`: the probability from which each label is given, of a task with several labels an image; None is one
     half for all.
+    `graph`: of a network that came as an ONNX file, whose `variant` is FOREIGN; None of others.
     """
 
     variant: str
@@ -140,9 +195,12 @@ class ModelRecord:
     origins: dict[str, str] = field(default_factory=dict)
     training: TrainingOptions = field(default_factory=dict)
     thresholds: tuple[Probability, ...] | None = None
+    graph: ForeignGraph | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", canonical_size(self.image_size))
+        if (self.graph is None) == (self.weights.origin == "onnx"):
+            raise ValueError("a graph is recorded of an ONNX file alone, and of each")
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
         if self.thresholds is not None and len(self.thresholds) != self.num_classes:
@@ -175,14 +233,6 @@ class EngineRequest:
     def __post_init__(self) -> None:
         for sizes in self.batches:
             _check_rises(sizes)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """An input or output of a graph: element type as ONNX names it, and its shape with open sizes by name."""
-
-    type: str
-    shape: tuple[int | str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -368,7 +418,7 @@ class Manifest:
         # Fields that were added since version 2 are written where they are not the default: earlier bytes stay.
         weights, deploy = plain["model"]["weights"], plain["request"].get("onnx", plain["request"])["deploy"]
         later: list[tuple[dict[str, Any], Mapping[str, Any]]] = [
-            (plain["model"], {"origins": {}, "training": {}, "thresholds": None}),
+            (plain["model"], {"origins": {}, "training": {}, "thresholds": None, "graph": None}),
             *((record, {"entry": None, "soup": ()}) for record in (weights, *weights["soup"])),
             (deploy, {"size_range": None, "outputs": (), **ANSWER_DEFAULTS}),
         ]

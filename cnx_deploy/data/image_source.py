@@ -202,7 +202,7 @@ class ImageBatches(Iterable[ImageBatch]):
         stacked = torch.stack([*pixels, *[pixels[0]] * missing])
         labels = torch.stack([self.source.target(index) for index in indices])
         names = tuple(self.source.name(index) for index in indices)
-        return ImageBatch(runner_input(stacked, self.spec.kind), indices, names, labels)
+        return ImageBatch(runner_input(stacked, self.spec.kind, self.preprocessing), indices, names, labels)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,9 @@ __all__ = ["InputSpec", "check_input"]
 class InputSpec:
     """The image batch a runner takes.
 
-    "float": (N, C, H, W) float32 in [0, 1]; "uint8": (N, H, W, C) uint8, of C = `in_chans` channels. `image_size` is
-    the side of a square or (height, width) in pixels. `max_batch` None means any.
+    "float": (N, C, H, W) float32 in [0, 1]; "uint8": (N, H, W, C) uint8, of C = `in_chans` channels; "normalised": as
+    "float", less the mean and divided by std. `image_size` is the side of a square or (height, width) in pixels.
+    `max_batch` None means any.
     `size_range` (smallest, largest): images of any size between them, each side for itself; all of a batch have one.
     `takes_nonfinite`: NaN and infinity go into the network, and through it; else they are refused.
     """
@@ -61,7 +62,7 @@ class InputSpec:
         """
         if len(shape) != 4:
             return None
-        channels, height, width = shape[1:] if kind == "float" else (shape[3], *shape[1:3])
+        channels, height, width = (shape[3], *shape[1:3]) if kind == "uint8" else shape[1:]
         if (
             isinstance(channels, int)
             and sizes

@@ -83,8 +83,13 @@ def normalise(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     return (unit - mean) / std
 
 
-def runner_input(pixels: Tensor, kind: str) -> Tensor:
-    """(N, H, W, C) uint8 pixels -> what a runner of input `kind` takes: see `data.input_spec.InputSpec`."""
+def runner_input(pixels: Tensor, kind: str, preprocessing: Preprocessing | None = None) -> Tensor:
+    """(N, H, W, C) uint8 pixels -> what a runner of input `kind` takes: see `data.input_spec.InputSpec`.
+
+    "normalised" takes the mean and std of `preprocessing`.
+    """
+    if kind == "normalised" and preprocessing is not None:
+        return normalise(pixels, preprocessing).contiguous()
     if kind not in ("uint8", "float"):
-        raise InputError(f"No runner input is called {kind!r}. Choose one of: float, uint8.")
+        raise InputError(f"No runner input is called {kind!r}. Choose one of: float, uint8, normalised with a mean.")
     return pixels if kind == "uint8" else (pixels.permute(0, 3, 1, 2).float() / 255.0).contiguous()

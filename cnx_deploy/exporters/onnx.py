@@ -29,7 +29,7 @@ from cnx_deploy.exporters.graph_checks import GraphFacts, check_export
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import FORM, DeployedConvNeXtV2, deploy_form
 
-__all__ = ["ExportSpec", "export_onnx"]
+__all__ = ["EXTERNAL_DATA_BYTES", "ExportSpec", "export_onnx", "facts_record"]
 
 EXTERNAL_DATA_BYTES = 1 << 30
 """Weights above 1 GiB go to one file beside the model: protobuf ends at 2 GiB, and copies are held while writing."""
@@ -52,6 +52,8 @@ class ExportSpec:
             raise InputError(
                 f"The batch range is {self.batch}; it has to be (smallest, typical, largest), such as (1, 8, 64)."
             )
+        if self.deploy.input_kind == "normalised":
+            raise InputError("An export folds the normalisation into the network. Choose float or uint8 as its input.")
         _ = self.opset
 
     @property
@@ -123,7 +125,7 @@ def export_onnx(
             request=spec.request,
             source_name=record.weights.source,
             source_sha256=record.weights.sha256,
-            facts=_facts_record(facts),
+            facts=facts_record(facts),
         )
         if verify is not None:
             parity = verify(Artifact(path, manifest))
@@ -260,7 +262,8 @@ def _metadata(record: ModelRecord, spec: ExportSpec) -> dict[str, str]:
     return {f"cnx_deploy.{key}": value for key, value in sorted(entries.items())}
 
 
-def _facts_record(facts: GraphFacts) -> OnnxFacts:
+def facts_record(facts: GraphFacts) -> OnnxFacts:
+    """What a manifest keeps of the facts of a graph."""
     return OnnxFacts(
         operators=facts.operators,
         types=facts.types,

@@ -5,10 +5,11 @@ is parsed here. Any other one is parsed in a child process, so that a crash, a h
 (docs/decisions/0019-foreign-files.md). This module loads neither torch nor ONNX Runtime.
 """
 
+import hashlib
 import math
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from google.protobuf.message import DecodeError, Message
 
 from cnx_deploy.core.child_process import Limits, run_isolated
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, MissingRequirementError, RefusedArtifactError
-from cnx_deploy.core.files import open_regular
+from cnx_deploy.core.files import open_regular, sha256_of_file
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.exporters.trt.backend import Backend, load_backend
 
@@ -30,6 +31,7 @@ __all__ = [
     "check_recorded",
     "describe_engine",
     "description_task",
+    "hash_onnx",
     "limits_for",
     "read_onnx",
     "runtime_of",
@@ -111,6 +113,13 @@ def read_onnx(path: Path, listed: Collection[str] | None = None) -> OnnxFile:
             file = _outside_file(path, tensor, size_bytes, listed)
             outside[str(file)] = file
     return OnnxFile(model, tuple(outside[name] for name in sorted(outside)))
+
+
+def hash_onnx(path: Path, outside: Sequence[Path]) -> str:
+    """SHA-256 of an ONNX file; where it has outside data, over the hashes of all its files in their order."""
+    if not outside:
+        return sha256_of_file(path)
+    return hashlib.sha256("".join(map(sha256_of_file, (path, *outside))).encode()).hexdigest()
 
 
 def check_recorded(artifact: Artifact) -> None:

@@ -42,8 +42,18 @@ def recorded_task(record: ModelRecord) -> Task:
 def recorded_outputs(artifact: Artifact) -> tuple[OutputSpec, ...]:
     """What the network of an artifact gives, as its task declares it."""
     record = artifact.manifest.model
+    if record.graph is not None:
+        return _foreign_outputs(record)
     task, variant = recorded_task(record), find_variant(record.variant)
     return network_outputs(task, variant, record.num_classes, artifact.manifest.deploy)
+
+
+def _foreign_outputs(record: ModelRecord) -> tuple[OutputSpec, ...]:
+    """The outputs of a graph from elsewhere: what the task declares under their names, values without meaning else."""
+    assert record.graph is not None
+    declared = {spec.name: spec for spec in find_task(record.task).outputs(record.num_classes)}
+    shapes = {name: tuple(int(size) for size in tensor.shape[1:]) for name, tensor in record.graph.outputs.items()}
+    return tuple(declared.get(name) or OutputSpec(name, shape, "value") for name, shape in shapes.items())
 
 
 def recorded_gate(artifact: Artifact) -> Gate:
@@ -58,6 +68,11 @@ def recorded_model(artifact: Artifact) -> LoadedModel:
     """
     record = artifact.manifest.model
     weights = record.weights
+    if weights.origin == "onnx":
+        raise InputError(
+            f"{artifact.path.name} was made from the ONNX file {weights.reference}, so that no PyTorch network is "
+            "behind it. verify, bench and predict take it; export from a checkpoint for the rest."
+        )
     # A head that was new at the export is drawn again, from a fixed seed.
     how: dict[str, Any] = {"num_classes": record.num_classes, "reset_head": True} if record.head_is_new else {}
     how |= {"task": record.task, "in_chans": record.preprocessing.in_chans}

@@ -67,6 +67,8 @@ def _input_spec(graph: Graph) -> InputSpec:
     shape: Any = graph.input.shape
     batch = shape[0]
     kind = "uint8" if graph.input.dtype is not None and graph.input.dtype.name == "UINT8" else "float"
+    if kind == "float" and graph.metadata.get("cnx_deploy.input") == "normalised":
+        kind = "normalised"
     if isinstance(batch, int):
         smallest = largest = batch
     else:

@@ -93,7 +93,10 @@ def ends_of(session: Any, path: Path) -> tuple[Any, "InputSpec", list[Any]]:
             target.type in OUTPUT_TYPES and target.shape and all(isinstance(side, int) for side in target.shape[1:])
             for target in outputs
         ]
-        sizes = session.get_modelmeta().custom_metadata_map.get("cnx_deploy.image_size")
+        described = session.get_modelmeta().custom_metadata_map
+        sizes = described.get("cnx_deploy.image_size")
+        if kind == "float" and described.get("cnx_deploy.input") == "normalised":
+            kind = "normalised"
         if (
             all(gives)
             and kind is not None

@@ -95,9 +95,9 @@ class EngineSession:
             done = self._context.set_optimization_profile_async(index, self.stream.handle)
             self._check(done, "set_optimization_profile_async")
 
-    def set_input_shape(self, images: Tensor) -> None:
-        """Tell the context the shape of a batch of images."""
-        self._check(self._context.set_input_shape("images", tuple(images.shape)), "set_input_shape")
+    def set_input_shape(self, images: Tensor, name: str = "images") -> None:
+        """Tell the context the shape of a batch of images; `name` is that of the input."""
+        self._check(self._context.set_input_shape(name, tuple(images.shape)), "set_input_shape")
         missing = self._context.infer_shapes()
         if missing:
             raise BuildError(
@@ -161,6 +161,7 @@ class TensorRTRunner:
         self._session = EngineSession(backend, artifact.path.read_bytes(), artifact.path.name, device)
         _check_types(self._session, artifact)
         self._profiles = list(request.batches)
+        self._input = _input_name(artifact)
         self._outputs = {spec.name: getattr(torch, spec.dtype) for spec in recorded_outputs(artifact)}
         self._stream = self._session.stream
         self._cuda_graph = cuda_graph
@@ -278,10 +279,10 @@ class TensorRTRunner:
     def _bind(self, images: Tensor, outputs: Outputs | None = None) -> Outputs:
         """Give the context shape and addresses of all tensors; outputs are made where there are none, and returned."""
         self._select_profile(len(images))
-        self._session.set_input_shape(images)
+        self._session.set_input_shape(images, self._input)
         if outputs is None:
             outputs = {name: self._session.empty(name, dtype) for name, dtype in self._outputs.items()}
-        self._session.bind(images=images, **outputs)
+        self._session.bind(**{self._input: images}, **outputs)
         return outputs
 
     def _select_profile(self, batch: int) -> None:
@@ -320,12 +321,21 @@ def _check_types(session: EngineSession, artifact: Artifact[EngineManifest]) -> 
     """TensorRT reads a buffer as the type it was built for, whatever is in it: wrong outputs, no error."""
     found = session.tensor_types()
     images = "UINT8" if artifact.manifest.deploy.input_kind == "uint8" else "FLOAT"
-    expected = {"images": images, **{spec.name: ELEMENTS[spec.dtype] for spec in recorded_outputs(artifact)}}
+    expected = {
+        _input_name(artifact): images,
+        **{spec.name: ELEMENTS[spec.dtype] for spec in recorded_outputs(artifact)},
+    }
     if found != expected:
         raise CorruptArtifactError(
             f"{artifact.path.name} takes and gives {found}; its manifest promises {expected}. Build it again with "
             "cnx-deploy build-trt --force."
         )
+
+
+def _input_name(artifact: Artifact) -> str:
+    """What the engine's input is called: by us, or in the ONNX file that came from elsewhere."""
+    graph = artifact.manifest.model.graph
+    return "images" if graph is None else graph.input
 
 
 def _check_gpu(artifact: Artifact[EngineManifest], found: str) -> None:

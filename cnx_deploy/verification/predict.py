@@ -283,6 +283,13 @@ def _recorded_model(artifact: Artifact, many: bool, device: str) -> Model:
     seed = f"The weights are random (seed {model.weights.reference}): the answers mean nothing."
     notes: tuple[str, ...] = (seed,) if model.weights.origin == "random" else ()
     notes += tuple(filter(None, (model.preprocessing.assumption(model.origins),)))
+    assumed = [name for name, origin in model.origins.items() if origin == ASSUMED]
+    if model.graph is not None and assumed:
+        options = ", ".join("--" + name.replace("_", "-") for name in assumed)
+        raise InputError(
+            f"{artifact.path.name} was made from {model.weights.reference}, which does not say how its images are "
+            f"made: {', '.join(assumed)} are not known. Rescue it again with {options} and --force."
+        )
     runner = open_runner(artifact, options=RunnerOptions(device=device, thread_per_image=many, hashes_hold=True))
     temperature, given = artifact.manifest.deploy.temperature, tuple(spec.name for spec in recorded_outputs(artifact))
     task, classes = recorded_task(model), model.num_classes

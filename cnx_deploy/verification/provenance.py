@@ -14,7 +14,7 @@ from cnx_deploy.core.artifacts import check_file, find_artifacts, is_engine, rea
 from cnx_deploy.core.errors import CnxDeployError, CorruptArtifactError
 from cnx_deploy.core.manifest import Artifact, EngineManifest, SoupFile
 from cnx_deploy.core.system import find_gpus, tool_versions
-from cnx_deploy.exporters.untrusted import check_recorded
+from cnx_deploy.exporters.untrusted import check_recorded, hash_onnx
 
 __all__ = ["Finding", "ProvenanceReport", "check_provenance", "corrupt_error"]
 
@@ -118,6 +118,9 @@ def _weights_source(artifact: Artifact) -> Iterator[tuple[Verdict, str]]:
     if weights.sha256 != made_from:
         yield "fault", f"its manifest names {shown} and was made from {made_from[:12]}…"
         return
+    if weights.origin == "onnx":
+        yield _original_source(artifact)
+        return
     if weights.origin != "checkpoint":
         yield "ok", f"{shown}, {weights.origin} ({weights.reference}), {weights.licence}"
         return
@@ -136,6 +139,23 @@ def _weights_source(artifact: Artifact) -> Iterator[tuple[Verdict, str]]:
         yield "fault", f"its checkpoints are under {licence!r}, its manifest says {weights.licence!r}"
     else:
         yield "ok", f"{shown}, the mean of {len(weights.soup)} checkpoints, {licence}"
+
+
+def _original_source(artifact: Artifact) -> tuple[Verdict, str]:
+    """Compare the hash of the ONNX file that was rescued with the manifest."""
+    weights, path = artifact.manifest.model.weights, artifact.path.parent / artifact.manifest.model.weights.reference
+    if not os.path.isfile(path):  # noqa: PTH113 - Path's own raises for a name that no system takes
+        return "note", f"the ONNX file {path} that it was made from is not here"
+    from cnx_deploy.exporters.graph_checks import admit_onnx
+
+    try:
+        outside = admit_onnx(path, allows_half_reductions=True).facts.outside_files
+        found = hash_onnx(path, [Path(name) for name in outside])
+    except CnxDeployError as error:
+        return "fault", str(error)
+    if found != weights.sha256:
+        return "fault", f"{path} has the hash {found[:12]}…, its manifest says {weights.sha256[:12]}…"
+    return "ok", f"made from {path}, SHA-256 {found[:12]}…; {weights.licence}"
 
 
 def _checkpoint_source(artifact: Artifact, file: SoupFile) -> tuple[Verdict, str]:

@@ -4,33 +4,50 @@ The proof has two halves. The twin, the new graph with every half type FP32, has
 function was changed. The FP16 file, operator by operator in the emulator, has to give it within FP16's gate.
 """
 
+import json
 import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
-from cnx_deploy.core.artifacts import stage_artifact
+from cnx_deploy.core.artifacts import artifact_stem, stage_artifact
 from cnx_deploy.core.child_process import run_isolated
+from cnx_deploy.core.class_names import ClassNames, check_class_count, names_of
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import BuildError, CheckFailedError, InputError, OutputExistsError, ParityError
 from cnx_deploy.core.gates import GATES, Differences, Gate, OutputSpec, ParityResult
-from cnx_deploy.core.image_size import MAX_CHANNELS
-from cnx_deploy.core.manifest import Compiled
+from cnx_deploy.core.image_size import MAX_CHANNELS, STRIDE, ImageSize, canonical_size, sides, size_text
+from cnx_deploy.core.manifest import (
+    FOREIGN,
+    Artifact,
+    Compiled,
+    ForeignGraph,
+    ModelRecord,
+    OnnxManifest,
+    OnnxRequest,
+    TensorSpec,
+    WeightsRecord,
+    relative_reference,
+)
+from cnx_deploy.core.preprocessing import ASSUMED, PerChannel, Preprocessing, given_per_channel
 from cnx_deploy.core.strict_json import typed
 from cnx_deploy.core.system import cpu_count
 from cnx_deploy.data import image_like_batches
 from cnx_deploy.exporters.graph_checks import GraphFacts, admit_onnx, check_graph, load_model
-from cnx_deploy.exporters.onnx import EXTERNAL_DATA_BYTES
-from cnx_deploy.exporters.rescue.conversion import Conversion, KeptNode, convert, prepared_model
+from cnx_deploy.exporters.onnx import facts_record
+from cnx_deploy.exporters.rescue.conversion import Conversion, KeptNode, convert, prepared_model, save_model
 from cnx_deploy.exporters.rescue.patterns import KINDS, Island
 from cnx_deploy.exporters.trt.compiling import limits_for as compile_limits
-from cnx_deploy.exporters.untrusted import limits_for
+from cnx_deploy.exporters.untrusted import hash_onnx, limits_for
+from cnx_deploy.model.checkpoint import FOREIGN_LICENCE
+from cnx_deploy.model.tasks.base import find_task
 from cnx_deploy.runners.emulator.graph import Graph
 from cnx_deploy.runners.ort_session import LOAD_ERRORS, STATE, open_session, trial_run
 from cnx_deploy.verification.parity import RunningDifferences
@@ -45,6 +62,14 @@ ARRAY_TYPES = {"FLOAT": "float32", "FLOAT16": "float16", "UINT8": "uint8"}
 """Element types of inputs that images or noise are made for."""
 
 REFERENCE = "the original in FP32"
+IMAGE_FIELDS = ("mean", "std", "crop_ratio", "crop_mode", "interpolation")
+"""What a file does not say of its images."""
+NO_MANIFEST = (
+    "No manifest was written, for {}: verify, bench, build-trt and predict take images and float outputs alone. "
+    "`cnx-deploy inspect --compile` compiles the file."
+)
+FORM = 1
+"""The version of the conversion."""
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 Note = Callable[[str], None]
@@ -52,11 +77,14 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RescueRequest:
-    """What to rescue and how it is proven.
+    """What to rescue, how it is proven, and what the file itself does not say.
 
     `inputs`: an .npz file with an array for each input of the graph, in place of seeded images. `sizes`: what stands
-    for open axes in the proof, by the axis' name in the graph. `target` (such as "sm89"): compile the original, the
-    naive FP16 file and the rescued one for this GPU at `batch`, and count kernels and bytes.
+    for open axes, by the axis' name in the graph; open sides of images are fixed at it. `target` (such as "sm89"):
+    compile the original, the naive FP16 file and the rescued one for this GPU, and count kernels and bytes.
+    `batch`: smallest, typical and largest batch, where the batch is open. `task` names the meaning of the one output,
+    which is then called as the task calls it; `class_names` are of classification. `mean` to `interpolation` say how
+    images are made, see `core.preprocessing`: nothing is guessed, and `predict` needs them all.
     """
 
     file: Path
@@ -65,8 +93,15 @@ class RescueRequest:
     inputs: Path | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
     target: str | None = None
-    batch: int = 1
+    batch: tuple[int, int, int] = (1, 8, 64)
     seed: int = 0
+    task: str | None = None
+    class_names: ClassNames | None = None
+    mean: PerChannel | float | None = None
+    std: PerChannel | float | None = None
+    crop_ratio: float | None = None
+    crop_mode: str | None = None
+    interpolation: str | None = None
     force: bool = False
 
 
@@ -74,6 +109,7 @@ class RescueRequest:
 class Rescued:
     """What was found in a file, what was written, and the proof.
 
+    `artifact`: the file with its manifest; None where the graph does not take images, so that there is none.
     `islands`: how many of each kind. `not_recognised`: operators that reduce or square and belong to no known norm.
     `fp32` and `fp16`: a verdict for each output. `naive`: what the same graph gives with everything in half.
     `not_run`: why FP16 was not proven; empty where it was. `compiled`: by "original", "naive" and "rescued".
@@ -98,11 +134,14 @@ class Rescued:
     not_run: str = ""
     notes: tuple[str, ...] = ()
     compiled: Mapping[str, Compiled] = field(default_factory=dict)
+    artifact: Artifact[OnnxManifest] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The result as `--json` prints it; of compiled graphs the totals."""
-        document = asdict(self)
+        document = asdict(replace(self, artifact=None))
         document |= {"source": str(self.source), "path": str(self.path)}
+        document["manifest"] = None if self.artifact is None else f"{self.artifact.manifest.stem}.json"
+        del document["artifact"]
         for half in ("fp32", "fp16"):
             document[half] = [result.to_dict() for result in getattr(self, half)]
         document["compiled"] = {
@@ -127,22 +166,28 @@ def rescue_file(request: RescueRequest, note: Note = lambda text: None) -> Rescu
         RefusedArtifactError, CorruptArtifactError: see `graph_checks.check_graph`, run in a child process.
         InputError: an input is no image and no noise stands for it, so that `inputs` has to give one.
     """
-    path, stem = request.file, f"{request.name or request.file.stem}-fp16"
-    if (request.output_dir / f"{stem}.onnx").exists() and not request.force:
-        raise OutputExistsError(
-            f"{request.output_dir / stem}.onnx exists. Use --force to replace it, or another --name."
-        )
+    path = request.file
     admission = admit_onnx(path, allows_half_reductions=True)
     batches, notes = _proof_inputs(request, admission.facts)
     halves = {name for name, (kind, _) in admission.facts.inputs.items() if kind == "FLOAT16"}
     shapes = {
         name: ("float16" if name in halves else str(array.dtype), array.shape) for name, array in batches[0].items()
     }
+    ends = _Ends.of(request, admission.facts, batches)
+    name = request.name or path.stem
+    stem = f"{name}-fp16" if ends.image_size is None else artifact_stem(name, ends.image_size, "fp16")
+    if (request.output_dir / f"{stem}.onnx").exists() and not request.force:
+        raise OutputExistsError(
+            f"{request.output_dir / stem}.onnx exists. Use --force to replace it, or another --name or --output-dir."
+        )
     trial_run(path, limits_for(admission.size_bytes), shapes)
     admission.check_unchanged()
+    digest = hash_onnx(path, [Path(file) for file in admission.facts.outside_files])
     with stage_artifact(request.output_dir, stem) as staging, tempfile.TemporaryDirectory() as folder:
-        rescued = staging.folder / f"{stem}.onnx"
-        conversion = _written(path, rescued)
+        proof = _Proof(path, Path(folder), staging.folder / f"{stem}.onnx", batches, note)
+        ends = ends.with_outputs(request, proof.expected)
+        model = prepared_model(path)
+        conversion = convert(model)
         counts = Counter(str(island.kind) for island in conversion.islands)
         note(f"{path.name}: {_told(counts)}")
         if not counts["GRN"] + counts["LayerNorm"]:
@@ -150,15 +195,21 @@ def rescue_file(request: RescueRequest, note: Note = lambda text: None) -> Rescu
                 f"{path.name} holds nothing to rescue: no GRN and no LayerNorm was recognised ({_told(counts)}). "
                 "Nothing was written."
             )
-        facts = check_graph(rescued)
-        proof = _Proof(path, Path(folder), rescued, batches, note)
+        record = None if ends.image_size is None else _record(request, ends, digest, proof.is_half)
+        _describe(model, ends, record)
+        save_model(model, proof.rescued)
+        facts = check_graph(proof.rescued)
+        words: dict[str, Any] = {"fp32": proof.twin(), **proof.half()}
+        if request.target:
+            words["compiled"] = proof.compiled(request.target, ends.batch[0])
+        files = sorted((file.name for file in staging.folder.iterdir()), key=lambda file: file != proof.rescued.name)
         result = Rescued(
             source=str(path),
-            path=request.output_dir / rescued.name,
+            path=request.output_dir / proof.rescued.name,
             opset=facts.opset,
             source_precision="fp16" if proof.is_half else "fp32",
             source_bytes=admission.size_bytes,
-            size_bytes=sum(file.stat().st_size for file in staging.folder.iterdir()),
+            size_bytes=sum((staging.folder / file).stat().st_size for file in files),
             islands=dict(counts),
             not_recognised=tuple(_named(island) for island in conversion.islands if island.kind == "not recognised"),
             kept=conversion.kept,
@@ -166,21 +217,161 @@ def rescue_file(request: RescueRequest, note: Note = lambda text: None) -> Rescu
             dropped_casts=conversion.dropped_casts,
             flushed_weights=conversion.flushed_weights,
             inputs={name: (str(array.dtype), array.shape) for name, array in batches[0].items()},
-            fp32=proof.twin(),
-            **proof.half(),
-            notes=notes,
-            compiled=proof.compiled(request.target, request.batch) if request.target else {},
+            notes=(*notes, *ends.notes),
+            **words,
         )
-        for file in sorted(staging.folder.iterdir(), reverse=True):
-            file.replace(request.output_dir / file.name)
-    return result
+        if record is None:
+            for file in reversed(files):
+                (staging.folder / file).replace(request.output_dir / file)
+            return result
+        kept = tuple(kept.node for kept in conversion.kept)
+        manifest = OnnxManifest(
+            stem=stem,
+            files=staging.record(*files),
+            model=record,
+            request=OnnxRequest(deploy=_deployment(record, kept), batch=ends.batch, opset=facts.opset, form=FORM),
+            source_name=path.name,
+            source_sha256=digest,
+            facts=replace(facts_record(facts), parity=result.fp16),
+        )
+        return replace(result, artifact=staging.commit(manifest))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ends:
+    """What the rescued file takes and gives. `image_size` None: no images, or outputs that no manifest can record."""
+
+    input: str
+    batch: tuple[int, int, int]
+    image_size: ImageSize | None
+    channels: int = 0
+    outputs: Mapping[str, TensorSpec] = field(default_factory=dict)
+    original_outputs: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, request: RescueRequest, facts: GraphFacts, batches: Sequence[Arrays]) -> Self:
+        """What the inputs are. Open sides count as images of a fixed size where the request gives it."""
+        name, (kind, shape) = next(iter(facts.inputs.items()))
+        fixed = shape[0] if shape and isinstance(shape[0], int) and shape[0] > 0 else None
+        batch = request.batch if fixed is None else (fixed,) * 3
+        taken = batches[0][name].shape
+        why = "" if len(facts.inputs) == 1 else f"it has {len(facts.inputs)} inputs"
+        if kind not in ("FLOAT", "FLOAT16") or len(taken) != 4 or taken[1] > MAX_CHANNELS or min(taken[2:]) < STRIDE:
+            why = f"its input {name} is {kind} {list(shape)}, no float images (N, C, H, W)"
+        elif any(not isinstance(side, int) or side < 1 for side in shape[1:]) and not _given(request, shape):
+            sides = " ".join(f"--size {side or 'height'}=512" for side in shape[2:] if not isinstance(side, int))
+            why = f"its input {name} leaves sides open: fix them with {sides or '--size'} (sizes)"
+        if why:
+            return cls(input=name, batch=batch, image_size=None, notes=(NO_MANIFEST.format(why),))
+        return cls(input=name, batch=batch, image_size=canonical_size((taken[2], taken[3])), channels=taken[1])
+
+    def with_outputs(self, request: RescueRequest, expected: Sequence[Arrays]) -> Self:
+        """The same with the outputs as they were seen; a task that was named calls its one output as it likes."""
+        if self.image_size is None:
+            return self
+        first, samples = expected[0], None
+        for name, array in first.items():
+            samples = len(array) if array.ndim else None
+            if array.dtype != np.float32 or not array.ndim:
+                why = NO_MANIFEST.format(
+                    f"its output {name} is {array.dtype} {list(array.shape)}, not float32 (N, ...)"
+                )
+                return replace(self, image_size=None, notes=(why,))
+        task = find_task(request.task or ("classification" if request.class_names else FOREIGN))
+        called = {name: name for name in first}
+        if task.name != FOREIGN:
+            classes = next(iter(first.values())).shape[-1]
+            declared = task.outputs(classes)
+            if len(first) != 1 or len(declared) != 1 or next(iter(first.values())).shape[1:] != declared[0].shape:
+                shapes = {name: array.shape[1:] for name, array in first.items()}
+                raise InputError(
+                    f"{request.file.name} gives {shapes}, which is not what the task {task.name} gives: expected one "
+                    f"output such as {declared[0].name} {declared[0].shape}. Leave --task (task) out."
+                )
+            called = dict.fromkeys(first, declared[0].name)
+        assert samples is not None
+        axis: int | str = "batch" if self.batch[0] != self.batch[2] else self.batch[0]
+        outputs = {called[name]: TensorSpec("FLOAT", (axis, *array.shape[1:])) for name, array in first.items()}
+        return replace(self, outputs=outputs, original_outputs=tuple(first))
+
+
+def _given(request: RescueRequest, shape: Sequence[int | str]) -> bool:
+    """Whether the request gives every open side of images, and the channels are fixed."""
+    return isinstance(shape[1], int) and all(isinstance(side, int) or side in request.sizes for side in shape[2:])
+
+
+def _record(request: RescueRequest, ends: _Ends, digest: str, is_half: bool) -> ModelRecord:
+    """What the manifest says of the network: where it is from, and of its images what the request says."""
+    assert ends.image_size is not None
+    names = names_of(request.class_names)
+    task = request.task or ("classification" if names else FOREIGN)
+    given = {name: getattr(request, name) for name in IMAGE_FIELDS}
+    stated = {name: value for name, value in given.items() if value is not None}
+    for name in ("mean", "std"):
+        unknown = MEAN if name == "mean" else STD
+        given[name] = given_per_channel(unknown if given[name] is None else given[name], ends.channels)
+    known = {name: value for name, value in given.items() if value is not None}
+    classes = int(next(iter(ends.outputs.values())).shape[-1]) if task != FOREIGN else 0
+    if names:
+        check_class_count(names, classes, str(request.file))
+    return ModelRecord(
+        variant=FOREIGN,
+        num_classes=classes,
+        image_size=ends.image_size,
+        weights=WeightsRecord("onnx", relative_reference(request.file, request.output_dir), digest, FOREIGN_LICENCE),
+        preprocessing=Preprocessing(ends.image_size, **known),
+        class_names=names,
+        task=task,
+        origins={name: "option" if name in stated else ASSUMED for name in IMAGE_FIELDS},
+        graph=ForeignGraph(ends.input, ends.outputs, ends.original_outputs, "fp16" if is_half else "fp32"),
+    )
+
+
+def _deployment(record: ModelRecord, kept: tuple[str, ...]) -> DeploySpec:
+    """The precision and the input of a rescued file, as runners and builders read them."""
+    made = record.preprocessing
+    return DeploySpec(
+        precision="fp16", image_size=made.image_size, input_kind="normalised", mean=made.mean, std=made.std,
+        keep_fp32=kept,
+    )  # fmt: skip
+
+
+def _describe(model: ir.Model, ends: _Ends, record: ModelRecord | None) -> None:
+    """Write the sizes of images and outputs into the graph, and metadata for who has the file without its manifest."""
+    for key in [key for key in model.metadata_props if key.startswith("cnx_deploy.")]:
+        del model.metadata_props[key]
+    if record is None or ends.image_size is None:
+        return
+    (images,), outputs = model.graph.inputs, model.graph.outputs
+    assert images.shape is not None
+    batch = images.shape[0] if ends.batch[0] != ends.batch[2] else ends.batch[0]
+    images.shape = ir.Shape([batch, ends.channels, *sides(ends.image_size)])
+    for value, (name, tensor) in zip(outputs, ends.outputs.items(), strict=True):
+        value.name = name
+        value.shape = ir.Shape([batch, *(int(size) for size in tensor.shape[1:])])
+    entries = {
+        "precision": "fp16",
+        "input": "normalised",
+        "image_size": size_text(ends.image_size),
+        "batch": ":".join(map(str, ends.batch)),
+        "task": record.task,
+        "weights_origin": "onnx",
+        "weights_sha256": record.weights.sha256,
+        "licence": record.weights.licence,
+    }
+    if ASSUMED not in record.origins.values():
+        entries["preprocessing"] = json.dumps(record.preprocessing.to_dict(), sort_keys=True)
+    if record.class_names:
+        entries["class_names"] = json.dumps(record.class_names, ensure_ascii=False)
+    model.metadata_props.update({f"cnx_deploy.{name}": value for name, value in sorted(entries.items())})
 
 
 class _Proof:
     """The rescued file against the original, on the same inputs; files that only the proof needs lie in `folder`."""
 
     def __init__(self, source: Path, folder: Path, rescued: Path, batches: Sequence[Arrays], note: Note) -> None:
-        self._folder, self._rescued, self._batches, self._note = folder, rescued, batches, note
+        self._folder, self.rescued, self._batches, self._note = folder, rescued, batches, note
         self._source = source
         model = load_model(source)
         self.is_half = any(
@@ -190,8 +381,8 @@ class _Proof:
         self.original = source
         if self.is_half:
             self.original = folder / "widened.onnx"
-            _save(prepared_model(source), self.original)
-        self._expected = _outputs(self.original, batches)
+            save_model(prepared_model(source), self.original)
+        self.expected = _outputs(self.original, batches)
 
     def twin(self) -> tuple[ParityResult, ...]:
         """The verdict over the rewritten graph in FP32. Raises ParityError where it fails."""
@@ -199,7 +390,7 @@ class _Proof:
             self._check_widened()
         path = self._folder / "twin.onnx"
         _written(self._source, path, half=ir.DataType.FLOAT)
-        results = _verdicts(_outputs(path, self._batches), self._expected, GATES["fp32"], "FP32 twin", self._batches)
+        results = _verdicts(_outputs(path, self._batches), self.expected, GATES["fp32"], "FP32 twin", self._batches)
         _check_passed(results, f"The rewritten graph of {self._source.name} is another function than the original")
         return results
 
@@ -208,13 +399,13 @@ class _Proof:
         naive = self._folder / "naive.onnx"
         _written(self._source, naive, keeps_islands=False)
         try:
-            outputs, _ = _emulated(self._rescued, self._batches)
+            outputs, _ = _emulated(self.rescued, self._batches, tuple(self.expected[0]))
         except InputError as error:
             return {"not_run": str(error)}
-        results = _verdicts(outputs, self._expected, GATES["fp16"], "emulator fp16", self._batches)
+        results = _verdicts(outputs, self.expected, GATES["fp16"], "emulator fp16", self._batches)
         _check_passed(results, f"The FP16 file of {self._source.name} differs from the original in the emulator")
-        outputs, broken = _emulated(naive, self._batches)
-        measured = _verdicts(outputs, self._expected, GATES["fp16"], "naive fp16", self._batches)
+        outputs, broken = _emulated(naive, self._batches, tuple(self.expected[0]))
+        measured = _verdicts(outputs, self.expected, GATES["fp16"], "naive fp16", self._batches)
         worst = max(measured, key=lambda result: (not result.passed, result.differences.relative_l2_max))
         told = f"relative L2 {worst.differences.relative_l2_max:.1e}"
         if not worst.differences.all_finite:
@@ -225,7 +416,7 @@ class _Proof:
 
     def compiled(self, target: str, batch: int) -> dict[str, Compiled]:
         """Kernels and bytes of the original in FP32, of the naive FP16 file and of the rescued one."""
-        files = {"original": self.original, "naive": self._folder / "naive.onnx", "rescued": self._rescued}
+        files = {"original": self.original, "naive": self._folder / "naive.onnx", "rescued": self.rescued}
         made = {}
         for name, path in files.items():
             self._note(f"Compiling the {name} graph for {target}")
@@ -253,7 +444,7 @@ class _Proof:
             {name: _as_float(array) for name, array in outputs.items()} for outputs in _outputs(self._source, batches)
         ]
         if all(np.isfinite(array).all() for outputs in given for array in outputs.values()):
-            results = _verdicts(given, self._expected, GATES["fp16"], "the half file itself", batches)
+            results = _verdicts(given, self.expected, GATES["fp16"], "the half file itself", batches)
             _check_passed(results, f"{self._source.name} in FP32 is another function than the file itself")
 
 
@@ -262,14 +453,8 @@ def _written(
 ) -> Conversion:
     model = prepared_model(source)
     conversion = convert(model, half, keeps_islands=keeps_islands)
-    _save(model, path)
+    save_model(model, path)
     return conversion
-
-
-def _save(model: ir.Model, path: Path) -> None:
-    """Weights beyond the limit of `exporters.onnx` go to a file beside it."""
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None)
 
 
 def _session(path: Path) -> Any:
@@ -289,16 +474,19 @@ def _outputs(path: Path, batches: Sequence[Arrays]) -> list[Arrays]:
         ) from error
 
 
-def _emulated(path: Path, batches: Sequence[Arrays]) -> tuple[list[Arrays], str | None]:
-    """What the emulator gives, and the first operator whose result is not finite. InputError for an unknown one."""
+def _emulated(path: Path, batches: Sequence[Arrays], names: Sequence[str]) -> tuple[list[Arrays], str | None]:
+    """What the emulator gives under these names, and the first operator whose result is not finite.
+
+    Raises InputError for an operator that it does not know.
+    """
     graph, found, broken = Graph(path), [], None
     for batch in batches:
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
         with torch.inference_mode():
             evaluation = graph.evaluate(tensors)
-        found.append({name: _as_float(evaluation.tensors[name].numpy()) for name in graph.outputs})
+        found.append([_as_float(evaluation.tensors[name].numpy()) for name in graph.outputs])
         broken = broken or evaluation.first_nonfinite
-    return found, broken
+    return [dict(zip(names, arrays, strict=True)) for arrays in found], broken
 
 
 def _verdicts(
@@ -425,7 +613,8 @@ def _lines(result: Rescued) -> Iterator[str]:
         yield f"  kept in FP32: {kept.node} ({kept.operator}): {kept.reason}"
     flushed = f", {result.flushed_weights} weights became zero" if result.flushed_weights else ""
     size = f"{result.size_bytes / 1e6:.1f} MB"
-    yield f"written      {result.path}, {size}, {result.casts} Casts at the islands' borders{flushed}"
+    manifest = "with its manifest" if result.artifact is not None else "without a manifest"
+    yield f"written      {result.path} {manifest}, {size}, {result.casts} Casts at the islands' borders{flushed}"
     for title, results in (("FP32 twin", result.fp32), ("FP16", result.fp16)):
         for verdict in results:
             numbers = verdict.differences

@@ -1,6 +1,7 @@
 """Artifacts against the network they were made from: which runners, on which images.
 
-The reference is always PyTorch's training form in FP32 with the weights that the manifest names.
+The reference is PyTorch's training form in FP32 with the weights that the manifest names; of a rescued ONNX file it is
+the original in FP32, run by ONNX Runtime (`verification.originals`).
 """
 
 import math
@@ -27,15 +28,17 @@ from cnx_deploy.data import ImageBatch, ImageLike, ImageSource, InputSpec, evenl
 from cnx_deploy.data.csv_dataset import is_csv
 from cnx_deploy.data.image_source import checked_sizes
 from cnx_deploy.exporters.graph_checks import GraphFacts, check_graph
+from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import parts_of
-from cnx_deploy.model.recorded import recorded_gate, recorded_model, recorded_outputs, recorded_task
+from cnx_deploy.model.recorded import recorded_gate, recorded_outputs, recorded_task
 from cnx_deploy.model.tasks.base import Outputs, Task, network_outputs
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
 from cnx_deploy.runners.registry import RunnerOptions, find_runner, open_runner
 from cnx_deploy.verification.evaluation import assumed_order, class_positions
 from cnx_deploy.verification.metrics import RunningComparison, Verification
+from cnx_deploy.verification.originals import TORCH_REFERENCE, reference_network
 from cnx_deploy.verification.parity import comparable, compare, outputs_of
 from cnx_deploy.verification.saved_results import SavedResults
 
@@ -49,7 +52,6 @@ SAMPLES = 64
 """At least so many images, unless they have labels: then all."""
 PIECE = 8
 """Images that PyTorch runs at once: it needs no large batch, and memory is the candidate's."""
-TORCH_REFERENCE = "torch float32"
 HIDES_OVERFLOW = (
     "ONNX Runtime computes FP16 files in FP32 on a CPU: its row shows that the graph is right, not that FP16 is safe. "
     "The emulator's row and the graph check (no reduction in FP16) are the evidence."
@@ -161,9 +163,16 @@ class Reference:
             self.assumed = (assumed_order(self.images),) if names is None else ()
             self._positions = class_positions(self.images, names, self.record.num_classes)
             self.class_names = names or self.images.class_names
-        self.loaded = recorded_model(artifact)
+        self.network = reference_network(artifact)
         self.broken: dict[int, BrokenImage] = {}
         self._outputs: dict[tuple[Any, ...], _OutputsFile] = {}
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The network in PyTorch. Raises InputError for one that came as an ONNX file."""
+        if self.network.loaded is None:
+            raise InputError("The network came as an ONNX file, so that there is none in PyTorch. verify takes it.")
+        return self.network.loaded
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -220,7 +229,7 @@ class Reference:
         A batch below the candidate's smallest is filled up with copies, which are not counted. Gives a
         `metrics.LabelledResult` for class scores where the images have labels.
         """
-        names, runner, done = (candidate.name, TORCH_REFERENCE), candidate.runner, 0
+        names, runner, done = (candidate.name, self.network.name), candidate.runner, 0
         comparison = RunningComparison(self.specs, self.class_names, self.class_output, self.label_names)
         run = None if saved is None else saved.new_run(candidate.artifact, runner.info, names, self.specs)
         deploy = replace(candidate.artifact.manifest.deploy, image_size=candidate.spec.image_size)
@@ -253,7 +262,7 @@ class Reference:
     def _readable(self, deploy: DeploySpec, chosen: Sequence[int], progress: Progress | None) -> list[int]:
         """Compute the outputs that are not there yet; gives the images that can be read."""
         spec = InputSpec.of(deploy)
-        with reference_runner(self.loaded.model, deploy) as runner:
+        with self.network.open(deploy) as runner:
             outputs = self._outputs.setdefault(_input_of(deploy), _OutputsFile(runner.outputs))
             missing, done = [index for index in chosen if index not in outputs], 0
             batches = self.images.batches(self._preprocessing(spec), spec, PIECE, missing, leave_out_broken=True)
@@ -261,7 +270,7 @@ class Reference:
                 outputs.append(batch.indices, runner.run(batch.images))
                 done += len(batch)
                 if progress is not None:
-                    progress(f"PyTorch reference: {done} of {len(missing)} images", len(batch))
+                    progress(f"{self.network.title}: {done} of {len(missing)} images", len(batch))
         self.broken.update(batches.broken)
         readable = [index for index in chosen if index not in self.broken]
         if not readable:
@@ -315,8 +324,16 @@ def verify_artifact(
     smallest, _, largest = artifact.manifest.batch
     row, gate = artifact.manifest.precision, recorded_gate(artifact)
     results: list[ParityResult] = []
+    unknown: list[str] = []
     for name in runners or row.proven_by:
-        with open_runner(artifact, name, RunnerOptions(hashes_hold=True)) as runner:
+        try:
+            opened = open_runner(artifact, name, RunnerOptions(hashes_hold=True))
+        except InputError as error:
+            if runners or artifact.manifest.model.graph is None:
+                raise
+            unknown.append(f"{name} was not run: {error}")  # an operator of somebody else's graph
+            continue
+        with opened as runner:
             few = find_runner(name).is_slow and not runners
             limit = max(EMULATED_IMAGES, reference.samples or 0) if few else None
             spec = replace(runner.input_spec, min_batch=smallest, max_batch=largest)
@@ -325,7 +342,7 @@ def verify_artifact(
             for end in candidate.at_ends():
                 results.extend(reference.judge(end, progress))
     widens = row.dtype == "float16" and any(find_runner(name).widens_half for name in runners or row.proven_by)
-    notes = (HIDES_OVERFLOW,) if widens else ()
+    notes = (*unknown, HIDES_OVERFLOW) if widens else tuple(unknown)
     return Verification(artifact.path.name, "onnx", tuple(results), notes=(*notes, *reference.notes))
 
 

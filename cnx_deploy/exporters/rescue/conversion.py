@@ -17,9 +17,10 @@ from onnx_ir.passes import common
 
 from cnx_deploy.core.errors import RefusedArtifactError
 from cnx_deploy.exporters.graph_checks import load_model
+from cnx_deploy.exporters.onnx import EXTERNAL_DATA_BYTES
 from cnx_deploy.exporters.rescue.patterns import Island, constant, find_islands, is_float, source
 
-__all__ = ["Conversion", "KeptNode", "convert", "prepared_model"]
+__all__ = ["Conversion", "KeptNode", "convert", "prepared_model", "save_model"]
 
 SHAPE_OPERATORS = frozenset({"Shape", "Size"})
 MOVES = frozenset(
@@ -100,6 +101,12 @@ def convert(model: ir.Model, half: ir.DataType = ir.DataType.FLOAT16, *, keeps_i
         islands, tuple(wide.kept), retyping.casts, dropped, retyping.flushed,
         dict(sorted(Counter(node.op_type for node in model.graph).items())),
     )  # fmt: skip
+
+
+def save_model(model: ir.Model, path: Path) -> None:
+    """Write a model; weights beyond the limit of `exporters.onnx` go to a file beside it."""
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None)
 
 
 def _widen(model: ir.Model) -> None:

@@ -152,7 +152,7 @@ def half_share(network: Any, kept: Sequence[str] = ()) -> float:
     heavy = [
         layer.get_output(0).dtype.name
         for layer in layers
-        if layer.type.name in trt_kinds and not layer.name.startswith(meant)
+        if layer.type.name in trt_kinds and layer.name not in kept and not layer.name.startswith(meant)
     ]
     return sum(heavy.count(kind) for kind in ("HALF", "BF16")) / len(heavy) if heavy else float(bool(kept))
 

@@ -205,6 +205,7 @@ class Task(ABC):
 BUILT_IN = {
     "classification": "cnx_deploy.model.tasks.classification",
     "features": "cnx_deploy.model.tasks.features",
+    "foreign": "cnx_deploy.model.tasks.foreign",
     "multi-label": "cnx_deploy.model.tasks.multi_label",
 }
 """Task -> the module that registers it."""
