@@ -44,7 +44,8 @@ class ReferenceRunner(Runner, Protocol):
 class ReferenceNetwork:
     """The network that an artifact was made from: `name` in results, `title` in progress.
 
-    `open` gives a runner for a deployment's images and answer. `loaded` is the network in PyTorch; None where it came as an ONNX file.
+    `open` gives a runner for a deployment's images and answer. `loaded` is the network in PyTorch; None where it came
+    as an ONNX file.
     """
 
     name: str
