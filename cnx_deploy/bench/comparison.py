@@ -40,7 +40,7 @@ from cnx_deploy.core.system import cpu_count
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.exporters.trt.backend import require_gpu
-from cnx_deploy.model.recorded import recorded_gate
+from cnx_deploy.model.recorded import recorded_gate, recorded_outputs
 from cnx_deploy.runners.registry import RunnerOptions, default_runner, open_runner
 from cnx_deploy.verification.originals import ReferenceNetwork, reference_network
 from cnx_deploy.verification.parity import outputs_of
@@ -334,7 +334,7 @@ def _measure(network: _Network, batch: int, spec: BenchSpec, progress: Progress 
     with network.reference.open(deploy) as reference:
         preprocessing = network.artifacts[0].manifest.model.preprocessing
         pieces = torch.split(runner_input(pixels, deploy.input_kind, preprocessing), REFERENCE_BATCH)
-        expected = Expected(outputs_of(reference, pieces), reference.outputs)
+        expected = Expected(outputs_of(reference, pieces), recorded_outputs(network.artifacts[0]))
     images = [contender.images_from_pixels(pixels) for contender in fitting]
     timing = TimingSpec(duration_seconds=spec.duration_seconds, seed=spec.seed)
     rows = measure_together(fitting, images, timing, expected=expected, progress=progress)

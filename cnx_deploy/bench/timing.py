@@ -25,7 +25,7 @@ from cnx_deploy.core.gates import Gate, OutputSpec
 from cnx_deploy.data import runner_input
 from cnx_deploy.model.tasks.base import Outputs
 from cnx_deploy.runners.base import PhasedRunner, PhaseTimes, Runner
-from cnx_deploy.verification.parity import verdicts, worst_verdict
+from cnx_deploy.verification.parity import comparable, verdicts, worst_verdict
 
 __all__ = ["Contender", "Expected", "Progress", "TimingSpec", "measure_together", "open_contender"]
 
@@ -199,6 +199,7 @@ class _KeptOutputs:
         given = {name: torch.cat([call[name].double().cpu() for call in calls]) for name in calls[0]}
         wanted = {name: torch.cat([output.double().cpu()] * len(calls)) for name, output in expected.outputs.items()}
         judged = verdicts(given, wanted, expected.specs, gate or NO_LIMITS, ("", ""), ())
+        given, wanted = comparable(given, wanted, expected.specs)
         worst, failures = worst_verdict(judged), tuple(failure for result in judged for failure in result.failures)
         found, nonfinite = worst.differences, sum(result.differences.nonfinite_count for result in judged)
         if nonfinite:

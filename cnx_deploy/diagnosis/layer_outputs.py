@@ -42,6 +42,8 @@ __all__ = [
 
 LOGITS = "logits"
 """Stands for the whole network, in torch the module that holds all others."""
+ANSWERS = "answers"
+"""The module that names the outputs which were chosen, see `model.tasks.pooled.Answers`."""
 WHOLE = "model"
 """Scope of the nodes that belong to no module but the whole network."""
 TORCH_TYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "UINT8": torch.uint8}
@@ -99,12 +101,15 @@ class LayerBackend:
 def module_names(module: nn.Module) -> tuple[str, ...]:
     """Return the modules of a deploy form that compute something; `LOGITS` stands for the whole, by its last output.
 
-    A sequence only holds others, the last of which has its output; lists and other holders are never called.
+    A sequence only holds others, the last of which has its output; lists and other holders are never called. What names
+    the outputs (`ANSWERS`) is compared as the whole is, and output by output by `verify`.
     """
     return tuple(
         name or LOGITS
         for name, part in module.named_modules()
-        if not isinstance(part, nn.Sequential) and type(part).forward is not nn.Module.forward
+        if not isinstance(part, nn.Sequential | nn.Identity)
+        and type(part).forward is not nn.Module.forward
+        and name != ANSWERS
     )
 
 
@@ -128,8 +133,9 @@ def torch_outputs(module: DeployedConvNeXtV2, images: Tensor) -> dict[str, Tenso
 
 
 def last_output(value: Tensor | Outputs) -> Tensor:
-    """Return a network's output, of several the last: the others have modules of their own."""
-    return value if isinstance(value, Tensor) else list(value.values())[-1]
+    """Return a network's output, of several the last of values: the others have modules of their own."""
+    outputs = [value] if isinstance(value, Tensor) else list(value.values())
+    return next(output for output in reversed(outputs) if output.is_floating_point())
 
 
 def canonical(output: Tensor) -> Tensor:
@@ -149,15 +155,16 @@ def find_outputs(path: Path, modules: Sequence[str]) -> OutputTensors:
     CorruptArtifactError for a file that is no ONNX model, InputError for one whose nodes are not named after them.
     """
     graph = load_model(path).graph
-    whole = graph.outputs[-1].name
+    whole = next(value.name for value in reversed(graph.outputs) if value.dtype and value.dtype.is_floating_point())
+    given = {value.name for value in graph.outputs}
     # Of each node: its scope, its tensor, and the scopes that read the tensor (`LOGITS` for the graph's last output).
     nodes: list[tuple[str, str, set[str]]] = []
     for node in graph:
         readers = {_scope(reader) for reader in node.outputs[0].consumers()}
-        if node.outputs[0].name == whole:
-            readers.add(LOGITS)
+        if node.outputs[0].name in given:
+            readers.add(LOGITS if node.outputs[0].name == whole else WHOLE)
         nodes.append((_scope(node), str(node.outputs[0].name), readers))
-    scopes = {scope for scope, _, _ in nodes} - {WHOLE}
+    scopes = {scope for scope, _, _ in nodes} - {WHOLE, ANSWERS}
     missing = dict.fromkeys(sorted(scopes - {*modules}), "named in the file, but no module of the deploy form")
     last: dict[str, int] = {}
     for module in modules:

@@ -157,9 +157,12 @@ def comparable(
     """Both sides as they are compared: of classes by their index the reference's scores of them, NaN outside.
 
     Two classes of nearly one score may change places, which is then a small difference, and a wrong one is a large one.
-    The reference may have more outputs than `specs` declare, which are left out.
+    The reference may have more outputs than `specs` declare, which are left out. A reference without those scores, such
+    as another file, leaves the indices out as well: their scores are an output of their own.
     """
     places = {spec.name: spec.indexes for spec in specs if spec.indexes is not None}
+    pointed_to, declared = set(places.values()), {spec.name for spec in specs}
+    left_out = (pointed_to - declared) | {name for name, scores in places.items() if scores not in reference}
 
     def values(side: Mapping[str, Tensor], name: str) -> Tensor:
         if name not in places or name not in side:
@@ -168,10 +171,9 @@ def comparable(
         inside = (at >= 0) & (at < scores.shape[1])
         return torch.where(inside, scores.gather(1, at.clamp(0, scores.shape[1] - 1)), math.nan)
 
-    declared = {spec.name for spec in specs}
     return (
-        {name: values(candidate, name) for name in candidate},
-        {name: values(reference, name) for name in reference if name in declared},
+        {name: values(candidate, name) for name in candidate if name not in left_out},
+        {name: values(reference, name) for name in reference if name in declared and name not in left_out},
     )
 
 
@@ -203,8 +205,9 @@ def verdicts(
     names: tuple[str, str], batches: Iterable[int],
 ) -> tuple[ParityResult, ...]:  # fmt: skip
     """Judge every output over all samples. `names`: of candidate and reference; `batches`: sizes that were run."""
-    comparison, sizes = OutputComparison(specs), tuple(dict.fromkeys(batches))
-    comparison.add(*comparable(candidate, reference, specs))
+    pair, sizes = comparable(candidate, reference, specs), tuple(dict.fromkeys(batches))
+    comparison = OutputComparison([spec for spec in specs if spec.indexes is None or spec.name in pair[0]])
+    comparison.add(*pair)
     return tuple(
         ParityResult(*names, gate, sizes, output, measured, gate.failures(measured))
         for output, measured in comparison.results().items()
