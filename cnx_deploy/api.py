@@ -466,11 +466,11 @@ class VerifyRequest:
     """What `cnx-deploy verify` takes. Without `files`, everything recorded in both folders.
 
     `data`: a folder of images or of one for each class, a CSV file or a `data.ImageSource`; `image_folder`: where a CSV
-    file's paths begin. Images with labels are all used unless `samples` limits them; without labels, and without
-    `data`, None is 64. `runners`: see `verification.verify_artifact`. `save_inputs`: folder for images and PyTorch's
-    outputs in Polygraphy's formats, one folder a network; of labelled images 64, or `samples`. `save_outputs`: new
-    folder for the outputs of both sides, to be judged again. `class_names` and `white_level` take the place of what the
-    artifacts record, see `load`.
+    file's paths begin. Images with labels, and those of a network that gives an embedding, are all used unless
+    `samples` limits them; otherwise, and without `data`, None is 64. `runners`: see `verification.verify_artifact`.
+    `save_inputs`: folder for images and PyTorch's outputs in Polygraphy's formats, one folder a network; of labelled
+    images 64, or `samples`. `save_outputs`: new folder for the outputs of both sides, to be judged again. `class_names`
+    and `white_level` take the place of what the artifacts record, see `load`.
     """
 
     files: tuple[Path, ...] = ()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--samples", type=click.IntRange(min=1),
-    help="Images, at least; of labelled images at most [default: 64; all labelled images].",
+    help="Images, at least; with labels or an embedding at most [default: 64; with labels or an embedding all].",
 )  # fmt: skip
 @options.image_folder
 @options.class_names

@@ -1,6 +1,7 @@
 """Two runners on the same images, batch by batch: how far they differ and, with labels, how often each is right.
 
-Only numbers of an image stay, so a folder of any size is judged in the memory of a batch. Of labelled images every one
+Only numbers of an image stay, so a folder of any size is judged in the memory of a batch; of embeddings as much stays
+as `verification.retrieval` says. Of labelled images every one
 is listed where the two disagree. A flip is excused by the rule of `parity.NOISE_MARGIN`, over all images of the run.
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from cnx_deploy.core.gates import Gate, OutputSpec, ParityResult
 from cnx_deploy.core.preprocessing import BrokenImage
 from cnx_deploy.verification.parity import NOISE_MARGIN, OutputComparison, RunningDifferences, margins
+from cnx_deploy.verification.retrieval import RetrievalResult, RunningRetrieval
 
 __all__ = ["Agreement", "Flip", "LabelledResult", "RunningComparison", "ThresholdResult", "Verification", "table_of"]
 
@@ -190,8 +192,8 @@ class RunningComparison:
 
     Args:
         specs: the outputs of the task.
-        class_names: a name for every score of `class_output` where the images have labels, else none.
-        class_output: the output that labels are compared with.
+        class_names: a name for every label where the images have labels, else none.
+        class_output: the output that labels are compared with, with a score for every name.
         label_names: a name for every score that is decided by itself; where there are none, its index.
     """
 
@@ -207,6 +209,7 @@ class RunningComparison:
         self._paths: list[str] = []
         self._labels: list[int] = []
         self._comparison = OutputComparison(specs)
+        self._retrieval = {spec.name: RunningRetrieval() for spec in specs if spec.unit == "embedding"}
         self._class_output = class_output if self.class_names else None
         self._crossings = {
             spec.name: _RunningCrossings(spec, label_names) for spec in specs if spec.activation == "sigmoid"
@@ -221,7 +224,7 @@ class RunningComparison:
         *,
         size: int = 0,
     ) -> None:
-        """Outputs (N, ...) of both sides for the same images; a label is an index of the class scores.
+        """Outputs (N, ...) of both sides for the same images; a label is an index of `class_names`.
 
         `size`: images that the candidate was run on, copies included; 0 for N. Raises InputError when the shapes
         differ or there is no image.
@@ -229,6 +232,8 @@ class RunningComparison:
         self._comparison.add(candidate, reference)
         for name, crossings in self._crossings.items():
             crossings.add(candidate[name], reference[name], paths)
+        for name, running in self._retrieval.items():
+            running.add(candidate[name], reference[name])
         self._labels.extend(labels)
         self._paths.extend(paths)
         self.sizes.append(size or len(paths))
@@ -242,7 +247,7 @@ class RunningComparison:
         available: int = 0,
         broken: Sequence[BrokenImage] = (),
     ) -> tuple[ParityResult, ...]:
-        """The verdict of each output, a LabelledResult for the class scores where there are labels.
+        """The verdict of each output: a RetrievalResult for embeddings, a LabelledResult for labelled class scores.
 
         `names`: candidate and reference. `sizes`: batch sizes in place of those that were added. `available` and
         `broken` are of the source, whose images need not all have been run.
@@ -254,6 +259,12 @@ class RunningComparison:
             if output in self._crossings:
                 noise = NOISE_MARGIN * self._comparison.running[output].rms_error
                 results.append(self._crossings[output].result(ParityResult(*words, failures), noise))
+                continue
+            if output in self._retrieval:
+                retrieval = self._retrieval[output].result(self._paths, self._labels, gate.relative_l2_max)
+                if retrieval.unexcused:
+                    failures += (f"{retrieval.unexcused} rank changes by more than noise explains",)
+                results.append(RetrievalResult(*words, failures, retrieval))
                 continue
             if output != self._class_output:
                 results.append(ParityResult(*words, failures))

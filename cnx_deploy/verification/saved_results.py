@@ -61,7 +61,8 @@ class SavedRun:
     """One candidate against the reference; its outputs are in `file`, by its name within the folder.
 
     `outputs` are those of the task, and `class_output` is the one that labels are compared with. `images` has a name
-    for each image in order, `labels` each one's class, None without labels. `class_names`,
+    for each image in order, `labels` each one's class, None without labels; without a `class_output` they serve the
+    search among embeddings. `class_names`,
     `available` (images in the source) and `broken` (those that could not be read) belong to labelled images.
     """
 
@@ -88,7 +89,9 @@ class SavedRun:
         if self.labels is not None and len(self.labels) != len(self.images):
             raise ValueError(f"labels: {len(self.labels)} labels of {len(self.images)} images")
         sizes = {spec.name: spec.shape for spec in self.outputs}
-        if self.labels is not None and sizes.get(self.class_output or "") != (len(self.class_names),):
+        searches = self.class_output is None and any(spec.unit == "embedding" for spec in self.outputs)
+        scores = sizes.get(self.class_output or "")
+        if self.labels is not None and not searches and scores != (len(self.class_names),):
             raise ValueError(
                 f"class_output: no output of {len(self.class_names)} classes is called {self.class_output}"
             )

@@ -56,6 +56,7 @@ HIDES_OVERFLOW = (
     "ONNX Runtime computes FP16 files in FP32 on a CPU: its row shows that the graph is right, not that FP16 is safe. "
     "The emulator's row and the graph check (no reduction in FP16) are the evidence."
 )
+SEVERAL_LABELS = "The images have several labels each: neighbours are compared, and not how often they share a label."
 
 Progress = Callable[[str, int], None]
 """Told a text, and the images that were run since the last time."""
@@ -130,9 +131,10 @@ class Reference:
     Args:
         artifact: any artifact of the network.
         data: a source, or a path that `data.find_images` reads; None makes images from a seed. Labels are used where
-            there are any and the task has class scores: InputError when their classes are not the model's.
-        samples: images without labels to compare on, at least, None for SAMPLES; images with labels at most, evenly
-            spread, None for all.
+            there are any and the task has class scores (InputError when their classes are not the model's) or an
+            embedding, of any classes.
+        samples: images without labels to compare on, at least, None for SAMPLES; images with labels, and of an
+            embedding those of `data`, at most, evenly spread, None for all.
         class_names: the network's, in place of the recorded ones.
         white_level: as in `core.preprocessing`, in place of the recorded one.
     """
@@ -163,6 +165,12 @@ class Reference:
             self.assumed = (assumed_order(self.images),) if names is None else ()
             self._positions = class_positions(self.images, names, self.record.num_classes)
             self.class_names = names or self.images.class_names
+        embeds = any(spec.unit == "embedding" for spec in self.specs)
+        # What an image's label is called: a class of the network, or beside an embedding any.
+        own_labels = embeds and self.images.label_sets is None
+        self.group_names = self.class_names or (tuple(self.images.class_names) if own_labels else ())
+        self._unused = (SEVERAL_LABELS,) if embeds and not own_labels else ()
+        self._takes_all = bool(self.class_names) or (embeds and data is not None)
         self.network = reference_network(artifact)
         self.broken: dict[int, BrokenImage] = {}
         self._outputs: dict[tuple[Any, ...], _OutputsFile] = {}
@@ -177,7 +185,7 @@ class Reference:
     @property
     def notes(self) -> tuple[str, ...]:
         """How the images were understood, what was assumed, and what those that were read so far have shown."""
-        return (*self.images.notes, *self.assumed, *self.images.observed())
+        return (*self.images.notes, *self.assumed, *self._unused, *self.images.observed())
 
     def matches(self, artifact: Artifact) -> bool:
         """Whether `artifact` holds the same network for images that are made the same way, and for the same classes."""
@@ -215,7 +223,7 @@ class Reference:
         """
         deploy, (smallest, _, largest) = artifact.manifest.deploy, artifact.manifest.batch
         spec = InputSpec.of(deploy, smallest, largest)
-        if limit is None and self.class_names:
+        if limit is None and self._takes_all:
             limit = self.samples or SAMPLES
         for batch, outputs in self.batches(deploy, spec, limit, progress):
             at = torch.tensor([*range(len(batch)), *[0] * (len(batch.images) - len(batch))])
@@ -226,18 +234,20 @@ class Reference:
     ) -> tuple[ParityResult, ...]:
         """Run the candidate and compare each output; `saved` is given both sides' outputs.
 
-        A batch below the candidate's smallest is filled up with copies, which are not counted. Gives a
-        `metrics.LabelledResult` for class scores where the images have labels.
+        A batch below the candidate's smallest is filled up with copies, which are not counted. What is given for
+        embeddings and for labelled images, see `RunningComparison.results`.
         """
         names, runner, done = (candidate.name, self.network.name), candidate.runner, 0
-        comparison = RunningComparison(self.specs, self.class_names, self.class_output, self.label_names)
+        class_output = self.class_output if self.class_names else None
+        comparison = RunningComparison(self.specs, self.group_names, class_output, self.label_names)
         run = None if saved is None else saved.new_run(candidate.artifact, runner.info, names, self.specs)
         deploy = replace(candidate.artifact.manifest.deploy, image_size=candidate.spec.image_size)
         for batch, expected in self.batches(deploy, candidate.spec, candidate.limit, progress):
             given = runner.run(batch.images.to(runner.device))
             outputs = {name: output[: len(batch)].float().cpu().clone() for name, output in given.items()}
             outputs, expected = comparable(outputs, expected, self.specs)
-            labels = [self._positions[label] for label in batch.labels.tolist()] if self.class_names else []
+            labels = batch.labels.tolist() if self.group_names else []
+            labels = [self._positions[label] for label in labels] if self.class_names else labels
             comparison.add(outputs, expected, batch.names, labels, size=len(batch.images))
             if run is not None:
                 run.add(outputs, expected, batch.names, labels)
@@ -247,17 +257,17 @@ class Reference:
         available, broken = len(self.images), tuple(self.broken[index] for index in sorted(self.broken))
         results = comparison.results(names, candidate.gate, available=available, broken=broken)
         if saved is not None and run is not None:
-            words = (self.class_output, self.class_names, available, broken, self.label_names)
+            words = (class_output, self.group_names, available, broken, self.label_names)
             saved.keep(run.close(results[0], *words))
         return results
 
     def _chosen(self, spec: InputSpec, limit: int | None) -> list[int]:
-        """Without labels, at least as many images as the checked sizes take, of which a limit takes the first."""
+        """Evenly spread ones, or else at least as many as the checked sizes take, of which a limit takes the first."""
         count = self.samples
-        if not self.class_names:
+        if not self._takes_all:
             count = max(SAMPLES if count is None else count, sum(checked_sizes(spec)))
         chosen = [index for index in self.images.choice(count) if index not in self.broken]
-        return [chosen[at] for at in evenly(len(chosen), limit)] if self.class_names else chosen[:limit]
+        return [chosen[at] for at in evenly(len(chosen), limit)] if self._takes_all else chosen[:limit]
 
     def _readable(self, deploy: DeploySpec, chosen: Sequence[int], progress: Progress | None) -> list[int]:
         """Compute the outputs that are not there yet; gives the images that can be read."""

@@ -344,3 +344,16 @@ def test_a_flip_averages_the_embeddings_of_both_images(tiny_variant: Variant) ->
         ]
         found = deploy_form(model, spec)(images)["embedding"]
     torch.testing.assert_close(found, (sides[0] + sides[1]) / 2, rtol=1e-11, atol=1e-11)
+
+
+def test_every_output_is_followed_and_compared_by_layer(
+    command: Command, files: list[cnx.Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, said = command("diagnose", "layers", files[1].path)
+    assert code == 0, out + said
+    assert "no backend diverges" in out
+    assert "not lined up" not in out
+    code, out, said = command("diagnose", "chain", files[1].path, "--samples", "2")
+    assert code == 0, out + said
+    assert "3 steps passed" in out
