@@ -130,7 +130,7 @@ class RetrievalResult(ParityResult):
             if not change.excused
         ]
         if found.unexcused > at_most:
-            text.append(f"  and {found.unexcused - at_most} more: --json lists {LISTED_AT_MOST:,} rank changes")
+            text.append(f"  and {found.unexcused - at_most} more, which --json lists")
         return text
 
 
@@ -173,7 +173,7 @@ class RunningRetrieval:
         names, own = list(paths[:: self._stride]), torch.tensor(labels[:: self._stride])
         values = [k for k in NEIGHBOURS if k < count - 1]
         # Of each k: what is shared, nearest that are found, labels that are found at reference and candidate.
-        sums, squares, found = torch.zeros(len(values), 4), 0.0, []
+        sums, squares, found = torch.zeros(len(values), 4, dtype=torch.float64), 0.0, []
         _, kind, counts = torch.unique(own, return_inverse=True, return_counts=True)
         shares_label = counts[kind] > 1  # (N,), or none without labels
         for start in range(0, count, QUERIES):
@@ -186,7 +186,7 @@ class RunningRetrieval:
                 similarities[torch.arange(len(block)), block] = -math.inf
             nearest, theirs = (side.topk(values[-1], dim=1).indices for side in (expected, given))
             for row, k in enumerate(values):
-                sums[row, 0] += (nearest[:, :k, None] == theirs[:, None, :k]).sum() / k
+                sums[row, 0] += (nearest[:, :k, None] == theirs[:, None, :k]).sum()
                 sums[row, 1] += (nearest[:, :1] == theirs[:, :k]).any(dim=1).sum()
                 if len(own):
                     for column, side in ((2, nearest), (3, theirs)):
@@ -216,7 +216,7 @@ class RunningRetrieval:
 def _neighbours(values: Sequence[int], sums: Tensor, count: int, labelled: int) -> Iterator[NeighboursAt]:
     for k, (shared, found, reference, candidate) in zip(values, sums.tolist(), strict=True):
         labels = (reference / labelled, candidate / labelled) if labelled else ()
-        yield NeighboursAt(k, shared / count, found / count, *labels)
+        yield NeighboursAt(k, shared / (count * k), found / count, *labels)
 
 
 def _changes(

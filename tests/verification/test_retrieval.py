@@ -76,11 +76,11 @@ def test_overlap_and_recall_are_those_of_scikit_learns_neighbours(size: float, s
         ours, theirs = (nearest(side, row.k) for side in (candidate, reference))
         shared = [len(set(a) & set(b)) / row.k for a, b in zip(ours, theirs, strict=True)]
         first = [b[0] in a for a, b in zip(ours, nearest(reference, 1), strict=True)]
-        assert row.overlap == pytest.approx(float(np.mean(shared)), abs=1e-6)
-        assert row.recall == pytest.approx(float(np.mean(first)), abs=1e-6)
+        assert row.overlap == pytest.approx(float(np.mean(shared)), abs=1e-12)
+        assert row.recall == pytest.approx(float(np.mean(first)), abs=1e-12)
         for value, side in ((row.reference_labels, theirs), (row.candidate_labels, ours)):
             hits = [any(labels[other] == labels[at] for other in row) for at, row in enumerate(side)]
-            assert value == pytest.approx(float(np.mean(hits)), abs=1e-6)
+            assert value == pytest.approx(float(np.mean(hits)), abs=1e-12)
     assert (found.neighbours[0].overlap == 1.0) is (size == 0.0)
 
 
