@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from cnx_deploy.core.variants import Variant
@@ -84,6 +85,17 @@ class Plain(nn.Module):
         return self.layers(images)
 
 
+def segmenter(variant: Variant, classes: int = 7, width: int = 32) -> nn.Module:
+    """transformers' UPerNet over a ConvNeXt V2, `width` channels wide, without its auxiliary head."""
+    backbone = transformers.ConvNextV2Config(
+        depths=list(variant.depths), hidden_sizes=list(variant.dims), out_features=[f"stage{at}" for at in range(1, 5)]
+    )
+    config = transformers.UperNetConfig(
+        backbone_config=backbone, hidden_size=width, num_labels=classes, use_auxiliary_head=False
+    )
+    return transformers.UperNetForSemanticSegmentation(config)
+
+
 def network(name: str, variant: Variant) -> nn.Module:
     """A network by the library that it is of, every parameter random."""
     made = {
@@ -91,6 +103,7 @@ def network(name: str, variant: Variant) -> nn.Module:
         "transformers": lambda: Logits(transformers_model(variant)),
         "mmpretrain": lambda: MmClassifier(variant),
         "torchvision": lambda: torchvision_model(variant),
+        "segmenter": lambda: Logits(segmenter(variant)),
         "tagger": lambda: Tagger(timm_model(variant)),
         "text": TextEncoder,
         "plain": Plain,

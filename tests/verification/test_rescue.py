@@ -97,6 +97,27 @@ def test_a_stranger_s_graph_of_other_operators_is_refused_before_it_is_read(tmp_
         cnx.rescue(tmp_path / "a.onnx", output_dir=tmp_path)
 
 
+def test_weights_outside_the_original_are_in_the_rescued_file(half_file, tmp_path: Path, monkeypatch) -> None:
+    """As torch writes files: every weight in `<file>.data`. The original's hash is over both files."""
+    onnx.save(
+        onnx.load(half_file), tmp_path / "a.onnx", save_as_external_data=True, location="a.data", size_threshold=0
+    )
+    found = cnx.rescue(tmp_path / "a.onnx", output_dir=tmp_path / "out")
+    assert all(result.passed for result in found.fp16)
+    assert found.source_bytes > 50_000 > (tmp_path / "a.onnx").stat().st_size
+    (tmp_path / "out" / "a.data").write_bytes(b"")
+    assert [file.name for file in found.artifact.manifest.files] == ["a-64-fp16.onnx"]
+    before = found.artifact.manifest.source_sha256
+    content = bytearray((tmp_path / "a.data").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "a.data").write_bytes(content)
+    monkeypatch.setattr(conversion, "EXTERNAL_DATA_BYTES", 1000)
+    again = cnx.rescue(tmp_path / "a.onnx", output_dir=tmp_path / "out", force=True)
+    assert again.artifact.manifest.source_sha256 != before
+    assert [file.name for file in again.artifact.manifest.files] == ["a-64-fp16.onnx", "a-64-fp16.onnx.data"]
+    assert all(result.passed for result in again.fp16)
+
+
 def test_inputs_that_nobody_can_guess_are_asked_for_and_taken(tmp_path: Path) -> None:
     model = onnx.parser.parse_model(
         '<ir_version: 8, opset_import: ["": 18]> g (int64[N, 6] tokens) => (float[N, 6, 8] y) '

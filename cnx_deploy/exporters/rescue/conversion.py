@@ -106,7 +106,10 @@ def convert(model: ir.Model, half: ir.DataType = ir.DataType.FLOAT16, *, keeps_i
 def save_model(model: ir.Model, path: Path) -> None:
     """Write a model; weights beyond the limit of `exporters.onnx` go to a file beside it."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None)
+    if size > EXTERNAL_DATA_BYTES:
+        ir.save(model, path, external_data=f"{path.name}.data")
+    else:  # what lay outside the original would otherwise be looked for beside the new file
+        ir.save(ir.external_data.load_to_model(model), path)
 
 
 def _widen(model: ir.Model) -> None:
