@@ -96,7 +96,10 @@ def read_artifact(path: Path) -> Artifact:
         raise refused_engine(path)
     if not manifest_path.is_file():
         what = "has no manifest" if path.exists() else "does not exist"
-        raise InputError(f"{path} {what}: expected {manifest_path.name} beside it. Make it again with cnx-deploy.")
+        raise InputError(
+            f"{path} {what}: expected {manifest_path.name} beside it. Make it again with cnx-deploy; an ONNX file from "
+            "elsewhere gets a manifest from cnx-deploy rescue."
+        )
     try:
         with manifest_path.open("rb") as stream:
             manifest = manifest_from_json(stream.read(MAX_MANIFEST_BYTES + 1), manifest_path.stem)

@@ -168,6 +168,11 @@ def rescue_file(request: RescueRequest, note: Note = lambda text: None) -> Rescu
     """
     path = request.file
     admission = admit_onnx(path, allows_half_reductions=True)
+    kinds = {kind for kind, _ in admission.facts.inputs.values()} | admission.facts.types.keys() & {"BFLOAT16"}
+    if other := sorted(kinds & {"BFLOAT16", "DOUBLE"}):
+        raise InputError(
+            f"{path.name} computes in {' and '.join(other)}, and rescue takes FLOAT and FLOAT16. Export it in FP32."
+        )
     batches, notes = _proof_inputs(request, admission.facts)
     halves = {name for name, (kind, _) in admission.facts.inputs.items() if kind == "FLOAT16"}
     shapes = {
@@ -203,6 +208,7 @@ def rescue_file(request: RescueRequest, note: Note = lambda text: None) -> Rescu
         if request.target:
             words["compiled"] = proof.compiled(request.target, ends.batch[0])
         files = sorted((file.name for file in staging.folder.iterdir()), key=lambda file: file != proof.rescued.name)
+        admission.check_unchanged()
         result = Rescued(
             source=str(path),
             path=request.output_dir / proof.rescued.name,
@@ -244,6 +250,7 @@ class _Ends:
     input: str
     batch: tuple[int, int, int]
     image_size: ImageSize | None
+    samples: int
     channels: int = 0
     outputs: Mapping[str, TensorSpec] = field(default_factory=dict)
     original_outputs: tuple[str, ...] = ()
@@ -263,17 +270,17 @@ class _Ends:
             sides = " ".join(f"--size {side or 'height'}=512" for side in shape[2:] if not isinstance(side, int))
             why = f"its input {name} leaves sides open: fix them with {sides or '--size'} (sizes)"
         if why:
-            return cls(input=name, batch=batch, image_size=None, notes=(NO_MANIFEST.format(why),))
-        return cls(input=name, batch=batch, image_size=canonical_size((taken[2], taken[3])), channels=taken[1])
+            return cls(input=name, batch=batch, image_size=None, samples=0, notes=(NO_MANIFEST.format(why),))
+        size = canonical_size((taken[2], taken[3]))
+        return cls(input=name, batch=batch, image_size=size, samples=taken[0], channels=taken[1])
 
     def with_outputs(self, request: RescueRequest, expected: Sequence[Arrays]) -> Self:
         """The same with the outputs as they were seen; a task that was named calls its one output as it likes."""
         if self.image_size is None:
             return self
-        first, samples = expected[0], None
+        first = expected[0]
         for name, array in first.items():
-            samples = len(array) if array.ndim else None
-            if array.dtype != np.float32 or not array.ndim:
+            if array.dtype != np.float32 or not array.ndim or len(array) != self.samples:
                 why = NO_MANIFEST.format(
                     f"its output {name} is {array.dtype} {list(array.shape)}, not float32 (N, ...)"
                 )
@@ -290,7 +297,6 @@ class _Ends:
                     f"output such as {declared[0].name} {declared[0].shape}. Leave --task (task) out."
                 )
             called = dict.fromkeys(first, declared[0].name)
-        assert samples is not None
         axis: int | str = "batch" if self.batch[0] != self.batch[2] else self.batch[0]
         outputs = {called[name]: TensorSpec("FLOAT", (axis, *array.shape[1:])) for name, array in first.items()}
         return replace(self, outputs=outputs, original_outputs=tuple(first))
@@ -401,7 +407,7 @@ class _Proof:
         try:
             outputs, _ = _emulated(self.rescued, self._batches, tuple(self.expected[0]))
         except InputError as error:
-            return {"not_run": str(error)}
+            return {"not_run": str(error).replace(f"{self.rescued.parent}/", "")}
         results = _verdicts(outputs, self.expected, GATES["fp16"], "emulator fp16", self._batches)
         _check_passed(results, f"The FP16 file of {self._source.name} differs from the original in the emulator")
         outputs, broken = _emulated(naive, self._batches, tuple(self.expected[0]))

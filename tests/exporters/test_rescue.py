@@ -232,6 +232,18 @@ def test_every_norm_of_a_library_is_found_and_the_half_file_agrees(foreign, tmp_
     assert all(halves(rescued)[name] for name in products)
 
 
+@pytest.mark.parametrize("opset", [11, 13])
+def test_norms_that_an_old_opset_spells_out_are_found_in_a_whole_network(opset, tiny_variant, tmp_path: Path) -> None:
+    """mmdeploy writes opset 11: there is no LayerNormalization, and sums take their axes as attribute."""
+    path = exported(network("mmpretrain", tiny_variant), tmp_path / "a.onnx", opset=opset)
+    assert "LayerNormalization" not in types_of(path).values()
+    rescued, done = converted(path, tmp_path)
+    assert Counter(island.kind for island in done.islands) == EXPECTED["mmpretrain"]
+    images = images_of(path)
+    reference = run(path, images)
+    assert not GATES["fp16"].failures(differences(emulated(rescued, images), reference, VALUES))
+
+
 def types_of(path: Path) -> dict[str, str]:
     return {node.name: node.op_type for node in onnx.load(path).graph.node}
 
@@ -322,3 +334,5 @@ def test_weights_of_a_rescued_file_take_half_the_bytes(foreign, tmp_path: Path) 
         for path in (foreign[1], rescued)
     )
     assert after < 0.6 * before
+    names = [{each.name for each in onnx.load(path).graph.initializer} for path in (foreign[1], rescued)]
+    assert not [name for name in names[1] if name.endswith("/half") and name.removesuffix("/half") not in names[1]]

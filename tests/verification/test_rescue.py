@@ -118,6 +118,16 @@ def test_weights_outside_the_original_are_in_the_rescued_file(half_file, tmp_pat
     assert all(result.passed for result in again.fp16)
 
 
+def test_other_float_types_are_refused_by_name(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 18]> g (double[N, 5, 8] x, double[8] gain) => (double[N, 5, 8] y) '
+        "{ y = LayerNormalization(x, gain) }"
+    )
+    onnx.save(model, tmp_path / "a.onnx")
+    with pytest.raises(InputError, match="computes in DOUBLE"):
+        cnx.rescue(tmp_path / "a.onnx", output_dir=tmp_path)
+
+
 def test_inputs_that_nobody_can_guess_are_asked_for_and_taken(tmp_path: Path) -> None:
     model = onnx.parser.parse_model(
         '<ir_version: 8, opset_import: ["": 18]> g (int64[N, 6] tokens) => (float[N, 6, 8] y) '
