@@ -271,7 +271,18 @@ def test_features_come_from_weights_with_a_head_without_one_and_without_a_norm(
     assert cnx.verify(artifact, samples=2).passed, "the manifest leads back to the same weights"
 
 
-def test_features_in_fp16_compile_and_answer_by_the_command_line(
+@pytest.mark.slow
+def test_the_kernels_of_every_output_are_known_and_classes_leave_an_engine_as_integers(
+    files: list[cnx.Artifact], tmp_path: Path
+) -> None:
+    engine = cnx.build_engine(files[1], target="sm89", output_dir=tmp_path)
+    compiled = engine.manifest.facts.compiled
+    assert compiled is not None
+    assert "other" not in {kernel.block for kernel in compiled.kernel_list}
+    assert any("Int64" in kernel.tensors for kernel in compiled.kernel_list)
+
+
+def test_features_answer_by_the_command_line(
     command: Command, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -279,9 +290,6 @@ def test_features_in_fp16_compile_and_answer_by_the_command_line(
     code, _, said = command("export", "--variant", "tiny-test", *words, "--output", "embedding", "--output", "maps")
     assert code == 0, said
     file = "export/tiny-test-features-96x64-fp16.onnx"
-    engine = cnx.build_engine(file, target="sm89")
-    assert engine.manifest.facts.compiled is not None
-    assert "other" not in {kernel.block for kernel in engine.manifest.facts.compiled.kernel_list}
     code, out, said = command("predict", file, photos, "--save", "all.npz")
     assert code == 0, said
     assert "64 values of length" in out
