@@ -74,7 +74,7 @@ def label_lines(dataset: Dataset, *, most: int = MOST_NAMED) -> Iterator[str]:
         mean, empty = sum(map(len, sets)) / max(1, len(sets)), sum(not each for each in sets)
         yield f"{len(sets)} {title} images, {mean:.2f} labels an image, {empty} images without any"
     order = sorted(range(len(names)), key=lambda at: -counts[at])
-    yield f"{len(names)} labels; {'label':24} {'training':>9} {'validation':>11}"
+    yield f"  {f'{len(names)} labels':32} {'training':>9} {'validation':>11}"
     validation = dataset.val.class_counts()
     rows = [f"  {names[at]:32} {counts[at]:>9} {validation[at]:>11}" for at in order]
     if len(rows) > 2 * most:

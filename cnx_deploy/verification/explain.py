@@ -21,6 +21,7 @@ from cnx_deploy.data import ImageBatch
 from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.tasks.classification_metrics import class_scores
+from cnx_deploy.model.tasks.multi_label_metrics import probabilities_of
 from cnx_deploy.runners.pytorch import TorchRunner
 
 if TYPE_CHECKING:
@@ -63,8 +64,7 @@ class Explanations:
         """Draw the images of a batch: the picture, its best classes' maps, and Grad-CAM of the best of all."""
         scores = class_scores(outputs)
         assert scores is not None
-        is_softmax = self.model.task.activation == "softmax"  # type: ignore[attr-defined]  # the task has class maps
-        shares = scores.softmax(dim=1) if is_softmax else scores.sigmoid()
+        shares = probabilities_of(outputs) if self.model.task.takes_label_sets else scores.softmax(dim=1)
         best = shares.topk(min(self.top, shares.shape[1]), dim=1)
         pixels = self._pixels(batch.images[: len(batch)])
         cams = None

@@ -291,6 +291,7 @@ def _manifest_facts(artifact: Artifact) -> dict[str, Any]:
         "image_size": model.image_size if isinstance(model.image_size, int) else size_text(model.image_size),
         **_told(model.class_names, model.preprocessing, model.origins),
         **({"training": dict(model.training)} if model.training else {}),
+        **({"thresholds": list(model.thresholds)} if model.thresholds is not None else {}),
         "precision": manifest.precision.name,
         **manifest.deploy.answer,
         **({"chosen_outputs": list(manifest.deploy.outputs)} if manifest.deploy.outputs else {}),

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +18,8 @@ from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.training import TrainingSpec, balance_lines, initial_model, spec_from_recipe, train
 from cnx_deploy.training.multi_label import MultiLabelModule
 from tests.support.labelled_digits import write_digits
-from tests.support.training_data import difference, rows
+from tests.support.training_data import InterruptIn, difference, rows, table
+from tests.training.test_runs import words_for
 
 MULTI = {
     "task": "multi-label",
@@ -56,14 +60,14 @@ def scores_of(checkpoint, digits):
 
 
 def test_several_labels_are_learned_and_the_weights_keep_thresholds_and_names(run, digits):
-    table = rows(run.run_dir)
-    assert float(table[-1]["train_loss"]) < float(table[0]["train_loss"])
+    epochs = rows(run.run_dir)
+    assert float(epochs[-1]["train_loss"]) < float(epochs[0]["train_loss"])
     assert run.best_map_percent > 85 > 100 * np.mean([0.5, 0.3, 0.4, 0.4])
     for name, column in (("best", "val_map_percent"), ("best-ema", "ema_val_map_percent")):
         loaded = load_checkpoint(run.run_dir / f"{name}.safetensors")
         assert (loaded.model.task.name, loaded.class_names) == ("multi-label", ("above six", "even", "hole", "prime"))
         scores, labels = scores_of(run.run_dir / f"{name}.safetensors", digits)
-        best = max(table, key=lambda row: (float(row[column]), -float(row[column.replace("map_percent", "loss")])))
+        best = max(epochs, key=lambda row: (float(row[column]), -float(row[column.replace("map_percent", "loss")])))
         found = 100 * sk.average_precision_score(labels, scores)
         assert found == pytest.approx(float(best[column]), abs=0.01)
         given = scores >= np.array(loaded.model.task.thresholds)
@@ -158,8 +162,6 @@ def test_weights_of_a_classifier_start_several_labels_with_a_head_of_their_own(s
 
 @pytest.mark.slow
 def test_a_run_goes_on_as_if_it_had_not_been_interrupted(spec):
-    from tests.support.training_data import InterruptIn, table
-
     two = dataclasses.replace(spec, epochs=2)
     whole = train(two)
     part = train(dataclasses.replace(two, run_dir=spec.output_dir / "part"), progress=InterruptIn(2))
@@ -181,3 +183,18 @@ def test_headers_with_thresholds_that_are_none_are_refused(tiny_variant, tmp_pat
         path = save_checkpoint(tmp_path / "wrong.safetensors", model, thresholds=wrong)
         with pytest.raises(Exception, match="thresholds that are not one probability a label"):
             load_checkpoint(path)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_and_measure_what_one_does(spec, tmp_path):
+    """25 validation images: one process has one more than the other."""
+    sgd = {"optimizer": "sgd", "learning_rate": 0.05, "ema_decay": 0.9, "epochs": 2, "batch_size": 24}
+    spec = dataclasses.replace(spec, data=write_digits(tmp_path / "digits", count=100), **sgd)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for command, name in (([sys.executable], "one"), (torchrun, "two")):
+        words = [*command, *words_for(dataclasses.replace(spec, run_dir=tmp_path / name), tmp_path)]
+        subprocess.run(words, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
+    for first, second in zip(table(tmp_path / "one"), table(tmp_path / "two"), strict=True):
+        assert [float(value) for value in second.values()] == pytest.approx(list(map(float, first.values())), rel=1e-3)
+    one, two = (load_checkpoint(tmp_path / name / "last.safetensors").model.task.thresholds for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-3)
