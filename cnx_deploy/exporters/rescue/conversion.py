@@ -147,10 +147,13 @@ def _drop_casts(model: ir.Model) -> int:
         if node.op_type == "Cast" and is_float(node.inputs[0]) and is_float(node.outputs[0]):
             output, given = node.outputs[0], node.inputs[0]
             assert given is not None
-            if output.is_graph_output():
+            is_output, name = output.is_graph_output(), output.name
+            if is_output and (given.producer() is None or given.is_graph_output()):
                 continue
-            output.replace_all_uses_with(given)
+            output.replace_all_uses_with(given, replace_graph_outputs=True)
             model.graph.remove(node, safe=True)
+            if is_output:
+                given.name = name
             count += 1
     return count
 
