@@ -36,7 +36,7 @@ def recorded(model: ConvNeXtV2, folder: Path) -> tuple[Artifact, LoadedModel]:
 def chain(artifact: Artifact, loaded: LoadedModel, engines: tuple[Artifact, ...] = ()) -> Chain:
     """The chain on six images, with weights that no factory makes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cnx_deploy.verification.verify.recorded_model", lambda _: loaded)
+        patch.setattr("cnx_deploy.verification.originals.recorded_model", lambda _: loaded)
         return follow_chain(artifact, engines, Reference(artifact, samples=6))
 
 

@@ -227,7 +227,7 @@ LIES: list[tuple[str, str, Any, str]] = [
     ("onnx", "evil", 1, "unknown fields 'evil'"),
     ("onnx", "schema_version", "2", "schema version '2', expected 2"),
     ("onnx", "schema_version", 1, "schema version 1, expected 2"),
-    ("onnx", "model.num_classes", 0, "model.num_classes: Expected int >= 1"),
+    ("onnx", "model.num_classes", -1, "model.num_classes: Expected int >= 0"),
     ("onnx", "model.class_names", ["cat"], "1 class names for 1000 classes"),
     ("onnx", "model.preprocessing", [], "model.preprocessing: Expected object, got array"),
     ("onnx", "model.preprocessing.mean", [1, 2], "mean and std have a number for each channel"),

@@ -215,7 +215,9 @@ def test_parity_shape_or_name_mismatch_has_a_message_of_its_own(
 ) -> None:
     """A file of another form under a manifest that vouches for its bytes."""
     loaded = LoadedModel(tiny_model, tiny_onnx_fp32.manifest.model.weights)
-    monkeypatch.setattr("cnx_deploy.verification.verify.recorded_model", lambda _: loaded)  # the variant is in no table
+    monkeypatch.setattr(
+        "cnx_deploy.verification.originals.recorded_model", lambda _: loaded
+    )  # the variant is in no table
     model, path = onnx.load(tiny_onnx_fp32.path), tmp_path / tiny_onnx_fp32.path.name
     change(model)
     onnx.save(model, path)
