@@ -39,6 +39,7 @@ def pixels(command: Any) -> Any:
     "--batch", type=options.BATCH_RANGE, default=(1, 8, 64), help="Batch range of an open batch [default: 1:8:64]."
 )
 @click.option("--task", metavar="NAME", help="What the one output is, such as classification [default: values].")
+@click.option("--output", metavar="WORD", help="Which of the task's outputs it is: logits, probabilities.")
 @options.class_names
 @pixels
 @options.output_dir("export")

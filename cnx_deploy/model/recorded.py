@@ -43,15 +43,15 @@ def recorded_outputs(artifact: Artifact) -> tuple[OutputSpec, ...]:
     """What the network of an artifact gives, as its task declares it."""
     record = artifact.manifest.model
     if record.graph is not None:
-        return _foreign_outputs(record)
+        return _foreign_outputs(record, artifact.manifest.deploy.outputs)
     task, variant = recorded_task(record), find_variant(record.variant)
     return network_outputs(task, variant, record.num_classes, artifact.manifest.deploy)
 
 
-def _foreign_outputs(record: ModelRecord) -> tuple[OutputSpec, ...]:
+def _foreign_outputs(record: ModelRecord, words: tuple[str, ...]) -> tuple[OutputSpec, ...]:
     """The outputs of a graph from elsewhere: what the task declares under their names, values without meaning else."""
     assert record.graph is not None
-    declared = {spec.name: spec for spec in find_task(record.task).outputs(record.num_classes)}
+    declared = {spec.name: spec for spec in find_task(record.task).outputs(record.num_classes, words)}
     shapes = {name: tuple(int(size) for size in tensor.shape[1:]) for name, tensor in record.graph.outputs.items()}
     return tuple(declared.get(name) or OutputSpec(name, shape, "value") for name, shape in shapes.items())
 

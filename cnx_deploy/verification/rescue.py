@@ -83,7 +83,8 @@ class RescueRequest:
     for open axes, by the axis' name in the graph; open sides of images are fixed at it. `target` (such as "sm89"):
     compile the original, the naive FP16 file and the rescued one for this GPU, and count kernels and bytes.
     `batch`: smallest, typical and largest batch, where the batch is open. `task` names the meaning of the one output,
-    which is then called as the task calls it; `class_names` are of classification. `mean` to `interpolation` say how
+    which is then called as the task calls it; `output` is the task's word for it where it gives several, such as
+    "probabilities"; `class_names` are of classification unless a task is named. `mean` to `interpolation` say how
     images are made, see `core.preprocessing`: nothing is guessed, and `predict` needs them all.
     """
 
@@ -96,6 +97,7 @@ class RescueRequest:
     batch: tuple[int, int, int] = (1, 8, 64)
     seed: int = 0
     task: str | None = None
+    output: str | None = None
     class_names: ClassNames | None = None
     mean: PerChannel | float | None = None
     std: PerChannel | float | None = None
@@ -201,7 +203,7 @@ def rescue_file(request: RescueRequest, note: Note = lambda text: None) -> Rescu
                 "Nothing was written."
             )
         record = None if ends.image_size is None else _record(request, ends, digest, proof.is_half)
-        _describe(model, ends, record)
+        _describe(model, ends, record, _words(request))
         save_model(model, proof.rescued)
         facts = check_graph(proof.rescued)
         words: dict[str, Any] = {"fp32": proof.twin(), **proof.half()}
@@ -235,7 +237,9 @@ def rescue_file(request: RescueRequest, note: Note = lambda text: None) -> Rescu
             stem=stem,
             files=staging.record(*files),
             model=record,
-            request=OnnxRequest(deploy=_deployment(record, kept), batch=ends.batch, opset=facts.opset, form=FORM),
+            request=OnnxRequest(
+                deploy=_deployment(record, kept, _words(request)), batch=ends.batch, opset=facts.opset, form=FORM
+            ),
             source_name=path.name,
             source_sha256=digest,
             facts=replace(facts_record(facts), parity=result.fp16),
@@ -286,20 +290,31 @@ class _Ends:
                 )
                 return replace(self, image_size=None, notes=(why,))
         task = find_task(request.task or ("classification" if request.class_names else FOREIGN))
-        called = {name: name for name in first}
+        called, notes = {name: name for name in first}, self.notes
         if task.name != FOREIGN:
             classes = next(iter(first.values())).shape[-1]
-            declared = task.outputs(classes)
+            if request.output is not None and request.output not in task.answers:
+                raise InputError(
+                    f"The task {task.name} has no output {request.output}; it has {', '.join(task.answers) or 'one'}."
+                )
+            declared = task.outputs(classes, _words(request))
             if len(first) != 1 or len(declared) != 1 or next(iter(first.values())).shape[1:] != declared[0].shape:
+                example = f"{declared[0].name} {declared[0].shape}" if declared else f"the {classes} scores of an image"
                 shapes = {name: array.shape[1:] for name, array in first.items()}
                 raise InputError(
                     f"{request.file.name} gives {shapes}, which is not what the task {task.name} gives: expected one "
-                    f"output such as {declared[0].name} {declared[0].shape}. Leave --task (task) out."
+                    f"output such as {example}. Leave --task (task) out."
                 )
             called = dict.fromkeys(first, declared[0].name)
+            notes = (f"The output {next(iter(first))} is taken for {declared[0].name}, as {task.name} has them.",)
         axis: int | str = "batch" if self.batch[0] != self.batch[2] else self.batch[0]
         outputs = {called[name]: TensorSpec("FLOAT", (axis, *array.shape[1:])) for name, array in first.items()}
-        return replace(self, outputs=outputs, original_outputs=tuple(first))
+        return replace(self, outputs=outputs, original_outputs=tuple(first), notes=notes)
+
+
+def _words(request: RescueRequest) -> tuple[str, ...]:
+    """The word of `DeploySpec.outputs` for the one output; none is what the task gives by itself."""
+    return () if request.output is None else (request.output,)
 
 
 def _given(request: RescueRequest, shape: Sequence[int | str]) -> bool:
@@ -334,16 +349,16 @@ def _record(request: RescueRequest, ends: _Ends, digest: str, is_half: bool) -> 
     )
 
 
-def _deployment(record: ModelRecord, kept: tuple[str, ...]) -> DeploySpec:
+def _deployment(record: ModelRecord, kept: tuple[str, ...], words: tuple[str, ...]) -> DeploySpec:
     """The precision and the input of a rescued file, as runners and builders read them."""
     made = record.preprocessing
     return DeploySpec(
         precision="fp16", image_size=made.image_size, input_kind="normalised", mean=made.mean, std=made.std,
-        keep_fp32=kept,
+        keep_fp32=kept, outputs=words,
     )  # fmt: skip
 
 
-def _describe(model: ir.Model, ends: _Ends, record: ModelRecord | None) -> None:
+def _describe(model: ir.Model, ends: _Ends, record: ModelRecord | None, words: tuple[str, ...]) -> None:
     """Write the sizes of images and outputs into the graph, and metadata for who has the file without its manifest."""
     for key in [key for key in model.metadata_props if key.startswith("cnx_deploy.")]:
         del model.metadata_props[key]
@@ -366,6 +381,8 @@ def _describe(model: ir.Model, ends: _Ends, record: ModelRecord | None) -> None:
         "weights_sha256": record.weights.sha256,
         "licence": record.weights.licence,
     }
+    if words:
+        entries["outputs"] = ",".join(words)
     if ASSUMED not in record.origins.values():
         entries["preprocessing"] = json.dumps(record.preprocessing.to_dict(), sort_keys=True)
     if record.class_names:

@@ -141,6 +141,19 @@ def test_sides_and_sequences_that_no_manifest_can_record_are_told(tiny_variant, 
     assert not list((tmp_path / "out").glob("*.json"))
 
 
+def test_a_tagger_s_output_is_judged_label_by_label(project) -> None:
+    found = cnx.rescue(
+        project / "timm.onnx", output_dir=project / "export", name="labels", task="multi-label", output="logits"
+    )
+    (spec,) = recorded_outputs(found.artifact)
+    assert (spec.name, spec.activation) == ("logits", "sigmoid")
+    (result, *_) = cnx.verify(found.path, samples=2, runners=("onnxruntime",)).results[0].results
+    assert result.passed
+    assert result.differences.top1_agreement == 1.0
+    with pytest.raises(InputError, match="expected one output"):
+        cnx.rescue(project / "timm.onnx", output_dir=project / "other", task="multi-label", output="maps")
+
+
 def test_a_task_that_does_not_fit_the_outputs_is_refused(project) -> None:
     with pytest.raises(InputError, match="No task is called"):
         cnx.rescue(project / "timm.onnx", output_dir=project / "other", task="nothing")
