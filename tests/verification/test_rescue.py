@@ -97,6 +97,7 @@ def test_a_stranger_s_graph_of_other_operators_is_refused_before_it_is_read(tmp_
         cnx.rescue(tmp_path / "a.onnx", output_dir=tmp_path)
 
 
+@pytest.mark.slow
 def test_weights_outside_the_original_are_in_the_rescued_file(half_file, tmp_path: Path, monkeypatch) -> None:
     """As torch writes files: every weight in `<file>.data`. The original's hash is over both files."""
     onnx.save(

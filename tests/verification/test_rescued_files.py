@@ -98,6 +98,7 @@ def test_predict_without_preprocessing_is_refused_and_names_what_is_missing(proj
         cnx.load(artifact(project, "values"))
 
 
+@pytest.mark.slow
 def test_bench_times_it_and_refuses_peers_of_a_network_that_is_not_in_pytorch(project, cnx, quick_timing) -> None:
     file = project / "export" / "values-64-fp16.onnx"
     code, out, err = cnx("bench", file, "--batch", "1", "--duration", "0.1", "--threads", "1", "--json")
@@ -141,6 +142,7 @@ def test_sides_and_sequences_that_no_manifest_can_record_are_told(tiny_variant, 
     assert not list((tmp_path / "out").glob("*.json"))
 
 
+@pytest.mark.slow
 def test_a_tagger_s_output_is_judged_label_by_label(project) -> None:
     found = cnx.rescue(
         project / "timm.onnx", output_dir=project / "export", name="labels", task="multi-label", output="logits"
