@@ -206,7 +206,11 @@ def load(
     """
     words: dict[str, Any] = {"class_names": names_of(class_names), "white_level": white_level, "image_size": image_size}
     words |= {"ema": ema, "entry": entry, "soup": tuple(soup), "tta": tta, "temperature": temperature}
-    words |= {"task": task, "outputs": tuple(outputs), "thresholds": thresholds}
+    words |= {
+        "task": task,
+        "outputs": (outputs,) if isinstance(outputs, str) else tuple(outputs),
+        "thresholds": thresholds,
+    }
     return open_predictor(_path_of(model), many=True, device=device, **words)
 
 
@@ -520,8 +524,9 @@ def run_exports(request: ExportRequest, note: Note) -> list[Artifact[OnnxManifes
             size_range=size_range,
             tta=request.tta,
             temperature=request.temperature,
-            outputs=tuple(request.outputs),
+            outputs=request.outputs,
         )
+        loaded.model.task.check_allowed(deploy)  # before what is there already is looked at
         spec = ExportSpec(deploy=deploy, batch=request.batch, name=name)
         record = model_record(loaded, preprocessing, request.output_dir)
         check = None if request.no_verify else partial(verify_export, model=loaded.model)

@@ -26,6 +26,7 @@ from cnx_deploy.cli import options
 @options.soup
 @options.tta
 @options.temperature
+@options.task
 @options.thresholds
 @click.option("--fit-thresholds", type=options.FILE, help="Find thresholds of several labels and write them, as JSON.")
 @click.option("--fit-temperature", is_flag=True, help="Find the number to divide the logits by, for export.")

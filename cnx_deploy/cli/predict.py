@@ -77,5 +77,5 @@ def predict(
         predictions = [row.to_dict() for row in rows]
         options.echo_json({"artifact": str(artifact), "predictions": predictions, "notes": notes})
     if failed := sum(row.error is not None for row in rows):
-        options.note(f"Error: {failed} of {len(rows)} files could not be classified.")
+        options.note(f"Error: {failed} of {len(rows)} files could not be read.")
         raise click.exceptions.Exit(InputError.exit_code)

@@ -71,7 +71,8 @@ class DeploySpec:
     outputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "outputs", tuple(dict.fromkeys(self.outputs)))
+        words: Any = self.outputs
+        object.__setattr__(self, "outputs", tuple(dict.fromkeys((words,) if isinstance(words, str) else words)))
         object.__setattr__(self, "image_size", canonical_size(self.image_size))
         if self.size_range is not None:
             smallest, largest = map(canonical_size, self.size_range)

@@ -289,6 +289,8 @@ def resolve_model(
             f"{reset_head}. The variants are {', '.join(VARIANTS)}; a checkpoint names its own."
         )
     classes = 1000 if num_classes is None else num_classes
+    if num_classes and task is not None and not find_task(task).has_classes:
+        raise InputError(f"The task {task} has no classes. Leave --num-classes (num_classes) out.")
     model = random_model(variant, classes, seed=seed, task=task or "classification", in_chans=in_chans or 3)
     record = WeightsRecord("random", str(seed), hash_weights(model), RANDOM_LICENCE)
     return LoadedModel(model, record, preprocessing=Preprocessing().for_channels(model.in_chans))

@@ -148,6 +148,8 @@ def open_predictor(
         for name, value in checkpoint.items()
         if value not in (None, ()) and value != ANSWER_DEFAULTS.get(name)
     }
+    if explains and not find_task(str(given.get("task", "classification"))).has_classes:
+        raise InputError(f"Pictures are drawn of classes, and the task {given['task']} has none. Leave --explain out.")
     if explains and kind_of_file(weights_in(path) if path.is_dir() else path) not in ("onnx", "engine"):
         given["outputs"] = tuple(dict.fromkeys((*given.get("outputs", ()), "logits", "class-maps")))
     model = _opened(path, many, device, given, image_size)

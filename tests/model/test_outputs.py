@@ -321,16 +321,28 @@ def test_pictures_are_drawn_of_a_file_and_of_a_checkpoint(
                 assert picture.width > 300
     with cnx.load(checkpoint, image_size=64) as model, pytest.raises(InputError, match="--output class-maps"):
         model.explain(photos / "class-0" / "0.png", tmp_path / "none")
+    with cnx.load(checkpoint, image_size=64, outputs="embedding") as model:
+        found = model.predict(photos / "class-0" / "0.png")
+        assert len(found.embedding) == 64, "a classifier's embedding is told as that of features is"
+    with pytest.raises(InputError, match="no output 'bogus'"):
+        cnx.load(checkpoint, outputs=["bogus"])
+    code, _, said = command("predict", checkpoint, photos, "--task", "features", "--explain", tmp_path / "none")
+    assert (code, "the task features has none" in said) == (2, True)
+    code, _, said = command("eval", checkpoint, photos, "--task", "features")
+    assert (code, "verify FILE --data FOLDER" in said) == (2, True)
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"outputs": ("scores",)}, "no output scores: expected logits, probabilities, top5"),
-        ({"task": "features", "outputs": ("logits",)}, "no output logits: expected embedding, unit-embedding, maps"),
+        ({"outputs": "scores"}, "no output 'scores': expected logits, probabilities, top5"),
+        ({"task": "features", "outputs": ("logits",)}, "no output 'logits': expected embedding, unit-embedding, maps"),
         ({"task": "features", "temperature": 2.0}, "does not allow temperature 2.0"),
         ({"outputs": ("logits", "maps"), "tta": "flip"}, "cannot average maps over an image and its mirror"),
+        ({"outputs": ("embedding",), "temperature": 2.0}, "A temperature divides logits, and embedding have none"),
+        ({"task": "features", "num_classes": 5}, "The task features has no classes"),
+        ({"task": "feature"}, "Choose one of: classification, features, multi-label"),
         ({"outputs": ("class-maps",), "image_size": (64, 96, 128)}, "class-maps has a size that follows the image's"),
     ],
 )

@@ -141,7 +141,7 @@ class Task(ABC):
         """Raise InputError where a deployment asks for an answer that the task does not give."""
         if unknown := [word for word in spec.outputs if word not in self.answers]:
             known = f"expected {', '.join(self.answers)}" if self.answers else "there is nothing to choose"
-            raise InputError(f"The task {self.name} has no output {', '.join(unknown)}: {known}.")
+            raise InputError(f"The task {self.name} has no output {', '.join(map(repr, unknown))}: {known}.")
         allowed = {"tta": self.allows_flip, "temperature": self.allows_temperature}
         if refused := [f"{name} {value}" for name, value in spec.answer.items() if not allowed[name]]:
             raise InputError(
@@ -223,7 +223,8 @@ def find_task(name: str) -> Task:
     if name not in _TASKS and name in BUILT_IN:
         importlib.import_module(BUILT_IN[name])
     if name not in _TASKS:
-        raise InputError(f"No task is called {name!r}. Choose one of: {', '.join(task_names())}.")
+        offered = ", ".join(task for task in task_names() if task != "foreign")  # that one is of rescued files alone
+        raise InputError(f"No task is called {name!r}. Choose one of: {offered}.")
     return _TASKS[name]
 
 
@@ -233,7 +234,8 @@ def task_names() -> tuple[str, ...]:
 
 
 def network_outputs(task: Task, variant: Variant, num_classes: int, spec: "DeploySpec") -> tuple[OutputSpec, ...]:
-    """What a network gives in a deployment, as its task declares it."""
+    """What a network gives in a deployment, as its task declares it; InputError for words that it has not."""
+    task.check_allowed(spec)
     maps = [(width, *stage_sides(spec.image_size, level)) for level, width in enumerate(variant.dims)]
     return task.outputs(num_classes, spec.outputs, maps)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from cnx_deploy.core.errors import CorruptArtifactError
 from cnx_deploy.model.tasks.base import Prediction, register_task
 from cnx_deploy.model.tasks.classification_metrics import Outcome, RunningMetrics, class_scores
-from cnx_deploy.model.tasks.pooled import PooledTask
+from cnx_deploy.model.tasks.pooled import PooledTask, feature_predictions
 
 __all__ = ["ClassPrediction", "ClassScore", "Classification"]
 
@@ -33,8 +33,7 @@ class ClassPrediction(Prediction):
     def __str__(self) -> str:
         if self.error is not None:
             return Prediction.__str__(self)
-        named = ", ".join(f"{score.name} {score.probability:.2%}" for score in self.scores)
-        return named or "no class scores in this file: --save FILE.npz keeps what it gives"
+        return ", ".join(f"{score.name} {score.probability:.2%}" for score in self.scores)
 
 
 class Classification(PooledTask):
@@ -62,8 +61,8 @@ class Classification(PooledTask):
             values, indices = best.values, best.indices
         elif "top5_classes" in outputs:
             values, indices = (outputs[f"top5_{name}"][:, :top] for name in ("probabilities", "classes"))
-        else:  # a file of an embedding or of maps alone
-            values, indices = (torch.empty(len(paths), 0) for _ in range(2))
+        else:
+            return feature_predictions(outputs, paths)
         return [
             ClassPrediction(
                 path,

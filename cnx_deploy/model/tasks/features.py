@@ -1,31 +1,17 @@
 """Features: what a network makes of an image before it names a class, for retrieval and anomaly detection."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.variants import Variant
-from cnx_deploy.model.tasks.base import Prediction, register_task
-from cnx_deploy.model.tasks.pooled import PooledTask
+from cnx_deploy.model.tasks.base import Metrics, Prediction, register_task
+from cnx_deploy.model.tasks.pooled import FeaturePrediction, PooledTask, feature_predictions
 
-__all__ = ["FeaturePrediction", "Features"]
-
-
-@dataclass(frozen=True, slots=True)
-class FeaturePrediction(Prediction):
-    """The embedding of one image, C4 values; empty where it is not given, or the image could not be read."""
-
-    embedding: tuple[float, ...] = ()
-
-    def __str__(self) -> str:
-        if self.error is not None:
-            return Prediction.__str__(self)
-        if not self.embedding:
-            return "maps alone: --save FILE.npz keeps them"
-        length = torch.tensor(self.embedding, dtype=torch.float64).norm()
-        return f"{len(self.embedding)} values of length {length:.4g}"
+__all__ = ["Features"]
 
 
 class Features(PooledTask):
@@ -43,10 +29,15 @@ class Features(PooledTask):
     def predictions(
         self, outputs: Mapping[str, Tensor], paths: Sequence[str], class_names: Sequence[str] | None, *, top: int
     ) -> list[Prediction]:
-        """The embedding of each image, that of length one where both are given."""
-        vectors = outputs.get("unit_embedding", outputs.get("embedding"))
-        rows = [()] * len(paths) if vectors is None else [tuple(row) for row in vectors.tolist()]
-        return [FeaturePrediction(path, embedding=row) for path, row in zip(paths, rows, strict=True)]
+        """The embedding of each image."""
+        return feature_predictions(outputs, paths)
+
+    def metrics(self, class_names: Sequence[str], each: Callable[[Any], None] | None = None) -> Metrics:
+        """Refuse: there are no classes to count."""
+        raise InputError(
+            "Features name no classes, so there is nothing to count. `cnx-deploy verify FILE --data FOLDER` searches "
+            "among them, and says how often an image's neighbours have its label."
+        )
 
     def num_classes_in(self, state: Mapping[str, Tensor]) -> int | None:
         """None: there are no classes."""

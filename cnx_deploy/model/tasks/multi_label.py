@@ -14,7 +14,7 @@ from cnx_deploy.core.errors import CorruptArtifactError, InputError
 from cnx_deploy.model.tasks.base import Prediction, register_task
 from cnx_deploy.model.tasks.classification import ClassScore
 from cnx_deploy.model.tasks.multi_label_metrics import DEFAULT_THRESHOLD, LabelOutcome, RunningLabels, probabilities_of
-from cnx_deploy.model.tasks.pooled import PooledTask
+from cnx_deploy.model.tasks.pooled import PooledTask, feature_predictions
 
 __all__ = ["GAMMA_NEG", "GAMMA_POS", "NEGATIVE_CLIP", "LabelPrediction", "MultiLabel", "asymmetric_loss"]
 
@@ -71,6 +71,8 @@ class MultiLabel(PooledTask):
         self, outputs: Mapping[str, Tensor], paths: Sequence[str], class_names: Sequence[str] | None, *, top: int
     ) -> list[Prediction]:
         """The labels of each image at or above their thresholds, best first, `top` of them."""
+        if not {"probabilities", "logits"} & outputs.keys():
+            return feature_predictions(outputs, paths)
         scores = probabilities_of(outputs)
         count = scores.shape[1]
         if class_names and len(class_names) != count:

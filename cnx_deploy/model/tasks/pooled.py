@@ -11,6 +11,7 @@ stage, give a map whose mean over the positions is the logit.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,19 +25,45 @@ from cnx_deploy.core.variants import Variant
 from cnx_deploy.model.deploy_layers import TokenNorm, doubles, linear, widen
 from cnx_deploy.model.folds import fold_affine_into_linear
 from cnx_deploy.model.layers import EPS
-from cnx_deploy.model.tasks.base import Outputs, Task
+from cnx_deploy.model.tasks.base import Outputs, Prediction, Task
 
 if TYPE_CHECKING:
     from cnx_deploy.core.deploy_spec import DeploySpec
     from cnx_deploy.model.convnextv2 import ConvNeXtV2
 
-__all__ = ["PooledTask"]
+__all__ = ["FeaturePrediction", "PooledTask", "feature_predictions"]
 
 TOP = 5
 """Classes of the output `top5`, or all where there are fewer."""
 OF_EMBEDDING = frozenset({"embedding", "unit-embedding"})
 FLIPPED_ALIKE = frozenset({"logits", "probabilities", "embedding"})
 """Words whose values for an image and its mirror can be averaged: no place in the image, no length, no ranking."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeaturePrediction(Prediction):
+    """The vectors of one image, C4 values each; empty where they are not given, or the image could not be read."""
+
+    embedding: tuple[float, ...] = ()
+    unit_embedding: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        if self.error is not None:
+            return Prediction.__str__(self)
+        vector = self.embedding or self.unit_embedding
+        if not vector:
+            return "maps, which --save FILE.npz keeps"
+        return f"{len(vector)} values of length {torch.tensor(vector, dtype=torch.float64).norm():.4g}"
+
+
+def feature_predictions(outputs: Mapping[str, Tensor], paths: Sequence[str]) -> list[Prediction]:
+    """What a network without class scores says of each image."""
+    empty: list[tuple[float, ...]] = [()] * len(paths)
+    vectors = [
+        [tuple(row) for row in outputs[name].tolist()] if name in outputs else empty
+        for name in ("embedding", "unit_embedding")
+    ]
+    return [FeaturePrediction(path, None, *rows) for path, *rows in zip(paths, *vectors, strict=True)]
 
 
 class PooledTask(Task):
@@ -142,8 +169,13 @@ class PooledTask(Task):
         super().check_allowed(spec)
         if spec.tta == "flip" and (odd := [word for word in spec.outputs if word not in FLIPPED_ALIKE]):
             raise InputError(
-                f"--tta flip cannot average {', '.join(odd)} over an image and its mirror; it can "
+                f"--tta flip cannot average {', '.join(odd)} over an image and its mirror, but "
                 f"{', '.join(sorted(FLIPPED_ALIKE & set(self.answers)))}. Leave one of them out."
+            )
+        if spec.temperature != 1.0 and spec.outputs and set(spec.outputs) <= {*OF_EMBEDDING, "maps"}:
+            raise InputError(
+                f"A temperature divides logits, and {', '.join(spec.outputs)} have none. Leave --temperature "
+                "(temperature) out, or add an output of scores."
             )
         if spec.size_range is not None and (of_size := {"maps", "class-maps"} & set(spec.outputs)):
             raise InputError(
