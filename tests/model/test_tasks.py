@@ -187,6 +187,7 @@ def test_the_commands_show_it(files: list[cnx.Artifact], tmp_path: Path, monkeyp
         cnx_deploy("diagnose", command, files[1].path)
 
 
+@pytest.mark.slow
 def test_an_engine_compiles_and_names_its_outputs(files: list[cnx.Artifact], tmp_path: Path) -> None:
     engine = cnx.build_engine(files[1], target="sm89", output_dir=tmp_path)
     assert (engine.manifest.model.task, engine.manifest.facts.half_share_of_products) == ("several-heads", 1.0)

@@ -409,7 +409,7 @@ def _hang(model: onnx.ModelProto) -> None:
     before_logits(model, *nodes, added="sum")
 
 
-@pytest.mark.parametrize("change", [_bomb, _folded_bomb])
+@pytest.mark.parametrize("change", [_bomb, pytest.param(_folded_bomb, marks=pytest.mark.slow)])
 def test_a_bomb_that_only_a_run_sets_off_takes_bounded_memory(change: Change, tmp_path: Path) -> None:
     path = written(tmp_path, change)
     check_graph(path)
@@ -425,6 +425,7 @@ def test_a_run_that_does_not_end_is_ended(tmp_path: Path) -> None:
     assert time.perf_counter() - started < 30.0
 
 
+@pytest.mark.slow
 def test_predict_refuses_a_bomb_before_this_process_has_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(untrusted, "MEMORY_BYTES", 600_000_000)
     path = written(tmp_path, _bomb)

@@ -300,6 +300,7 @@ def test_a_resumed_run_draws_the_same_images(spec):
         train(replace(cut, resume=True, sampling="shuffle", run_dir=resumed.run_dir))
 
 
+@pytest.mark.slow
 def test_records_have_the_options_off_their_default_alone(spec, plain):
     given = {"class_weights": {"dark": 1.0, "light": 8.0}, "loss": "focal"}
     result = train(replace(spec, epochs=1, **given))

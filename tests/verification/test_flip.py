@@ -205,6 +205,7 @@ def test_an_engine_has_the_kernels_of_the_plain_one_and_one_more(
     assert plain.megabytes_per_image < found.megabytes_per_image < 2.1 * plain.megabytes_per_image
 
 
+@pytest.mark.slow
 def test_files_and_checkpoints_predict_the_mean(
     files: tuple[Artifact, Artifact], tiny_model: ConvNeXtV2, tmp_path: Path, cnx: Command
 ) -> None:

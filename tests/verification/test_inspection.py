@@ -241,6 +241,7 @@ def test_an_engine_is_described_by_its_manifest(exported, engine):
     json.dumps(found.to_dict(), allow_nan=False)
 
 
+@pytest.mark.slow
 @NEEDS_RTX
 def test_an_onnx_file_compiled_now_has_the_kernels_of_its_engine_with_or_without_a_manifest(
     exported, engine, onnx_copy

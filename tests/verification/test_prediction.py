@@ -107,6 +107,7 @@ def test_an_onnx_file_gives_the_answers_of_its_training_form(tiny, exported, pho
     torch.testing.assert_close(probabilities(found), expected_probabilities(tiny, photos), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_onnx_file_of_ours_without_its_manifest_gives_the_same_answers_and_says_what_is_missing(
     exported, onnx_copy, photos
 ):

@@ -157,6 +157,7 @@ def test_the_head_alone_changes_and_is_divided_in_float64(
     assert str(plain) == str(scaled), "the same modules, so the same kernels"
 
 
+@pytest.mark.slow
 def test_an_exported_file_gives_the_divided_scores_and_the_same_answers(
     digits: tuple[Path, Path, Path], tmp_path: Path, cnx: Command
 ) -> None:

@@ -134,6 +134,7 @@ def test_labels_are_found_by_name_and_those_that_the_model_does_not_know_are_ref
         cnx.fit_temperature(checkpoint, digits)
 
 
+@pytest.mark.slow
 def test_fitted_thresholds_go_through_a_file_into_an_export(checkpoint, digits, tiny_variant, tmp_path):
     plain = save_checkpoint(
         tmp_path / "plain.safetensors", random_model(tiny_variant, 4, task="multi-label"), class_names=NAMES
