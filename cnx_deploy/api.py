@@ -341,6 +341,8 @@ def rescue(file: Path | str, *, note: Note = _silent, **options: Any) -> "Rescue
     """
     from cnx_deploy.verification.rescue import RescueRequest, rescue_file
 
+    if not isinstance(file, str | os.PathLike):
+        raise InputError(f"rescue takes the path of an ONNX file; got {file!r}.")
     return rescue_file(_request(RescueRequest, options, file=Path(file)), note)
 
 

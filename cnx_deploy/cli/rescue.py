@@ -32,12 +32,10 @@ def pixels(command: Any) -> Any:
     "--size", "sizes", metavar="AXIS=SIZE", multiple=True, callback=_sizes,
     help="Size of an open axis in the proof, by its name in the graph (repeatable) [default: batch 2, sides 224].",
 )  # fmt: skip
-@options.seed
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the proof's images or noise.")
 @click.option("--compile", "compiles", is_flag=True, help="Count kernels and bytes before and after (TensorRT-RTX).")
 @click.option("--target", type=options.TARGET, default="sm89", show_default=True, help="GPU to compile for.")
-@click.option(
-    "--batch", type=options.BATCH_RANGE, default=(1, 8, 64), help="Batch range of an open batch [default: 1:8:64]."
-)
+@click.option("--batch", type=options.BATCH_RANGE, help="Batch range of an open batch [default: 1:8:64].")
 @click.option("--task", metavar="NAME", help="What the one output is, such as classification [default: values].")
 @click.option("--output", metavar="WORD", help="Which of the task's outputs it is: logits, probabilities.")
 @options.class_names

@@ -151,7 +151,9 @@ def check_graph(
         model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, DecodeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or ["it cannot be parsed"])[0]
-        raise CorruptArtifactError(f"{path} is not a valid ONNX file ({reason}). Export it again.") from error
+        # torch's older exporter writes it of timm's norms after `.half()`: gains stay half, tensors are FP32.
+        how = " with torch.onnx.export(..., dynamo=True), or in FP32" if "inconsistent type" in str(error) else ""
+        raise CorruptArtifactError(f"{path} is not a valid ONNX file ({reason}). Export it again{how}.") from error
     if problems := list(_large_values(model)):
         raise RefusedArtifactError(_listed(f"{path.name} is refused. {EXPORT_IT}", problems))
     if not allows_half_reductions and (problems := list(half_reductions(model))):

@@ -5,6 +5,8 @@ function was changed. The FP16 file, operator by operator in the emulator, has t
 """
 
 import json
+import math
+import os
 import tempfile
 import zipfile
 from collections import Counter
@@ -21,7 +23,14 @@ from cnx_deploy.core.artifacts import artifact_stem, stage_artifact
 from cnx_deploy.core.child_process import run_isolated
 from cnx_deploy.core.class_names import ClassNames, check_class_count, names_of
 from cnx_deploy.core.deploy_spec import DeploySpec
-from cnx_deploy.core.errors import BuildError, CheckFailedError, InputError, OutputExistsError, ParityError
+from cnx_deploy.core.errors import (
+    BuildError,
+    CheckFailedError,
+    CorruptArtifactError,
+    InputError,
+    OutputExistsError,
+    ParityError,
+)
 from cnx_deploy.core.gates import GATES, Differences, Gate, OutputSpec, ParityResult
 from cnx_deploy.core.image_size import MAX_CHANNELS, STRIDE, ImageSize, canonical_size, sides, size_text
 from cnx_deploy.core.manifest import (
@@ -43,13 +52,15 @@ from cnx_deploy.data import image_like_batches
 from cnx_deploy.exporters.graph_checks import GraphFacts, admit_onnx, check_graph, load_model
 from cnx_deploy.exporters.onnx import facts_record
 from cnx_deploy.exporters.rescue.conversion import Conversion, KeptNode, convert, prepared_model, save_model
-from cnx_deploy.exporters.rescue.patterns import KINDS, Island
+from cnx_deploy.exporters.rescue.patterns import KINDS, Island, applied_activation
 from cnx_deploy.exporters.trt.compiling import limits_for as compile_limits
 from cnx_deploy.exporters.untrusted import hash_onnx, limits_for
 from cnx_deploy.model.checkpoint import FOREIGN_LICENCE
-from cnx_deploy.model.tasks.base import find_task
+from cnx_deploy.model.tasks.base import Task, find_task, task_names
 from cnx_deploy.runners.emulator.graph import Graph
 from cnx_deploy.runners.ort_session import LOAD_ERRORS, STATE, open_session, trial_run
+from cnx_deploy.verification.inspect import KINDS as FILE_KINDS
+from cnx_deploy.verification.inspect import kind_of_file, recorded_artifact
 from cnx_deploy.verification.parity import RunningDifferences
 
 __all__ = ["RescueRequest", "Rescued", "rescue_file"]
@@ -58,6 +69,13 @@ OPEN_BATCH, OPEN_SIDE, OPEN_LENGTH = 2, 224, 64
 """What stands for an open axis in the proof: the batch, a side of images, any other."""
 MEAN, STD = 0.45, 0.225
 """Of the pixels of the proof's images, near those of ImageNet: what the network was trained with is not in the file."""
+UNKNOWN = {"mean": 0.0, "std": 1.0}
+"""What a manifest holds where nobody said it, beside the origin `ASSUMED`: pixels as they are."""
+OPEN_RANGE = (1, 8, 64)
+"""Smallest, typical and largest batch of an open one."""
+SCORES = ("logits", "probabilities")
+ROW_SUM_TOLERANCE = 1e-3
+"""By how much the probabilities of an image may miss a sum of 1: half a file rounds each by at most 5e-4 of itself."""
 ARRAY_TYPES = {"FLOAT": "float32", "FLOAT16": "float16", "UINT8": "uint8"}
 """Element types of inputs that images or noise are made for."""
 
@@ -82,10 +100,10 @@ class RescueRequest:
     `inputs`: an .npz file with an array for each input of the graph, in place of seeded images. `sizes`: what stands
     for open axes, by the axis' name in the graph; open sides of images are fixed at it. `target` (such as "sm89"):
     compile the original, the naive FP16 file and the rescued one for this GPU, and count kernels and bytes.
-    `batch`: smallest, typical and largest batch, where the batch is open. `task` names the meaning of the one output,
-    which is then called as the task calls it; `output` is the task's word for it where it gives several, such as
-    "probabilities"; `class_names` are of classification unless a task is named. `mean` to `interpolation` say how
-    images are made, see `core.preprocessing`: nothing is guessed, and `predict` needs them all.
+    `batch`: smallest, typical and largest batch, where the batch is open; None is 1, 8 and 64. `task` names the meaning
+    of the one output, which is then called as the task calls it; `output` is the task's word for it, "logits" or
+    "probabilities", None what the graph shows; `class_names` are of classification unless a task is named. `mean` to
+    `interpolation` say how images are made, see `core.preprocessing`: nothing is guessed, and `predict` needs them all.
     """
 
     file: Path
@@ -94,7 +112,7 @@ class RescueRequest:
     inputs: Path | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
     target: str | None = None
-    batch: tuple[int, int, int] = (1, 8, 64)
+    batch: tuple[int, int, int] | None = None
     seed: int = 0
     task: str | None = None
     output: str | None = None
@@ -105,6 +123,33 @@ class RescueRequest:
     crop_mode: str | None = None
     interpolation: str | None = None
     force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch is not None and not _rises(self.batch):
+            raise InputError(
+                f"batch is {self.batch!r}; expected three whole numbers that rise from 1, smallest, typical and "
+                "largest, such as (1, 8, 64)."
+            )
+        if not isinstance(self.sizes, Mapping):
+            raise InputError(f"sizes is {self.sizes!r}; expected sizes by the axes' names, such as {{'height': 512}}.")
+        if wrong := {name: size for name, size in self.sizes.items() if not _is_count(size)}:
+            raise InputError(f"The sizes of axes are whole numbers from 1; got {wrong}.")
+        if self.sizes and self.inputs is not None:
+            raise InputError(
+                f"--size {' '.join(self.sizes)} (sizes) has nothing to size: the arrays of {self.inputs} have their "
+                "own sizes. Leave out --size or --inputs (inputs)."
+            )
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            numbers = () if value is None else (value,) if isinstance(value, int | float) else tuple(value)
+            if not all(math.isfinite(number) and (number > 0 or name == "mean") for number in numbers):
+                raise InputError(f"{name} must be finite{' and positive' * (name == 'std')}; got {value}.")
+        if self.task is not None and not find_task(self.task).has_classes:
+            taken = ", ".join(name for name in task_names() if find_task(name).has_classes)
+            raise InputError(
+                f"The task {self.task} says nothing of a file from elsewhere; expected one of {taken}. Leave --task "
+                "(task) out for values without a meaning."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,15 +211,19 @@ def rescue_file(request: RescueRequest, note: Note = lambda text: None) -> Rescu
         CheckFailedError: the file holds no GRN and no LayerNorm.
         ParityError: the FP32 twin or the FP16 file differs from the original; nothing is written.
         RefusedArtifactError, CorruptArtifactError: see `graph_checks.check_graph`, run in a child process.
-        InputError: an input is no image and no noise stands for it, so that `inputs` has to give one.
+        InputError: an input is no image and no noise stands for it, so that `inputs` has to give one; the file is none
+            from elsewhere, or the result would replace it; a size, a shape or the task does not fit the graph.
     """
     path = request.file
+    _check_is_onnx(path)
     admission = admit_onnx(path, allows_half_reductions=True)
+    _check_is_foreign(path, admission.facts)
     kinds = {kind for kind, _ in admission.facts.inputs.values()} | admission.facts.types.keys() & {"BFLOAT16"}
     if other := sorted(kinds & {"BFLOAT16", "DOUBLE"}):
         raise InputError(
             f"{path.name} computes in {' and '.join(other)}, and rescue takes FLOAT and FLOAT16. Export it in FP32."
         )
+    _check_axes(request, admission.facts)
     batches, notes = _proof_inputs(request, admission.facts)
     halves = {name for name, (kind, _) in admission.facts.inputs.items() if kind == "FLOAT16"}
     shapes = {
@@ -183,17 +232,33 @@ def rescue_file(request: RescueRequest, note: Note = lambda text: None) -> Rescu
     ends = _Ends.of(request, admission.facts, batches)
     name = request.name or path.stem
     stem = f"{name}-fp16" if ends.image_size is None else artifact_stem(name, ends.image_size, "fp16")
+    originals = [path, path.with_suffix(".json"), *map(Path, admission.facts.outside_files)]
+    results = [request.output_dir / f"{stem}{suffix}" for suffix in (".onnx", ".onnx.data", ".json")]
+    there = [[file for file in files if file.exists()] for files in (originals, results)]
+    if any(original.samefile(result) for original in there[0] for result in there[1]):
+        raise InputError("The result would replace its own original; use another --name or --output-dir.")
     if (request.output_dir / f"{stem}.onnx").exists() and not request.force:
         raise OutputExistsError(
             f"{request.output_dir / stem}.onnx exists. Use --force to replace it, or another --name or --output-dir."
         )
-    trial_run(path, limits_for(admission.size_bytes), shapes)
+    try:
+        trial_run(path, limits_for(admission.size_bytes), shapes)
+    except CorruptArtifactError as error:
+        if request.inputs is None and not any(
+            _is_open(axis) for _, axes in admission.facts.inputs.values() for axis in axes[1:]
+        ):
+            raise
+        told = ", ".join(f"{name} {shape}" for name, (_, shape) in shapes.items())
+        raise InputError(
+            f"ONNX Runtime cannot run {path.name} on {told}. Give other sizes of open axes with --size (sizes), or "
+            f"arrays with --inputs (inputs). {error}"
+        ) from error
     admission.check_unchanged()
     digest = hash_onnx(path, [Path(file) for file in admission.facts.outside_files])
     with stage_artifact(request.output_dir, stem) as staging, tempfile.TemporaryDirectory() as folder:
         proof = _Proof(path, Path(folder), staging.folder / f"{stem}.onnx", batches, note)
-        ends = ends.with_outputs(request, proof.expected)
         model = prepared_model(path)
+        ends = ends.with_outputs(request, proof.expected, applied_activation(model.graph.outputs[0]))
         conversion = convert(model)
         counts = Counter(str(island.kind) for island in conversion.islands)
         note(f"{path.name}: {_told(counts)}")
@@ -203,7 +268,7 @@ def rescue_file(request: RescueRequest, note: Note = lambda text: None) -> Rescu
                 "Nothing was written."
             )
         record = None if ends.image_size is None else _record(request, ends, digest, proof.is_half)
-        _describe(model, ends, record, _words(request))
+        _describe(model, ends, record)
         save_model(model, proof.rescued)
         facts = check_graph(proof.rescued)
         words: dict[str, Any] = {"fp32": proof.twin(), **proof.half()}
@@ -238,7 +303,7 @@ def rescue_file(request: RescueRequest, note: Note = lambda text: None) -> Rescu
             files=staging.record(*files),
             model=record,
             request=OnnxRequest(
-                deploy=_deployment(record, kept, _words(request)), batch=ends.batch, opset=facts.opset, form=FORM
+                deploy=_deployment(record, kept, ends.words), batch=ends.batch, opset=facts.opset, form=FORM
             ),
             source_name=path.name,
             source_sha256=digest,
@@ -249,7 +314,10 @@ def rescue_file(request: RescueRequest, note: Note = lambda text: None) -> Rescu
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ends:
-    """What the rescued file takes and gives. `image_size` None: no images, or outputs that no manifest can record."""
+    """What the rescued file takes and gives. `image_size` None: no images, or outputs that no manifest can record.
+
+    `words`: what the task calls its output, as `DeploySpec.outputs` has it; none where the task gives it by itself.
+    """
 
     input: str
     batch: tuple[int, int, int]
@@ -258,6 +326,7 @@ class _Ends:
     channels: int = 0
     outputs: Mapping[str, TensorSpec] = field(default_factory=dict)
     original_outputs: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -265,21 +334,25 @@ class _Ends:
         """What the inputs are. Open sides count as images of a fixed size where the request gives it."""
         name, (kind, shape) = next(iter(facts.inputs.items()))
         fixed = shape[0] if shape and isinstance(shape[0], int) and shape[0] > 0 else None
-        batch = request.batch if fixed is None else (fixed,) * 3
+        batch = request.batch or OPEN_RANGE if fixed is None else (fixed,) * 3
         taken = batches[0][name].shape
         why = "" if len(facts.inputs) == 1 else f"it has {len(facts.inputs)} inputs"
         if kind not in ("FLOAT", "FLOAT16") or len(taken) != 4 or taken[1] > MAX_CHANNELS or min(taken[2:]) < STRIDE:
             why = f"its input {name} is {kind} {list(shape)}, no float images (N, C, H, W)"
         elif any(not isinstance(side, int) or side < 1 for side in shape[1:]) and not _given(request, shape):
             sides = " ".join(f"--size {side or 'height'}=512" for side in shape[2:] if not isinstance(side, int))
-            why = f"its input {name} leaves sides open: fix them with {sides or '--size'} (sizes)"
+            without = "" if request.inputs is None else ", without --inputs"
+            why = f"its input {name} leaves sides open: fix them with {sides or '--size'} (sizes){without}"
         if why:
             return cls(input=name, batch=batch, image_size=None, samples=0, notes=(NO_MANIFEST.format(why),))
         size = canonical_size((taken[2], taken[3]))
         return cls(input=name, batch=batch, image_size=size, samples=taken[0], channels=taken[1])
 
-    def with_outputs(self, request: RescueRequest, expected: Sequence[Arrays]) -> Self:
-        """The same with the outputs as they were seen; a task that was named calls its one output as it likes."""
+    def with_outputs(self, request: RescueRequest, expected: Sequence[Arrays], operator: str) -> Self:
+        """The same with the outputs as they were seen; a task that was named calls its one output as it likes.
+
+        `operator` made the first output: Softmax, Sigmoid or none of them.
+        """
         if self.image_size is None:
             return self
         first = expected[0]
@@ -291,30 +364,57 @@ class _Ends:
                 return replace(self, image_size=None, notes=(why,))
         task = find_task(request.task or ("classification" if request.class_names else FOREIGN))
         called, notes = {name: name for name in first}, self.notes
+        words: tuple[str, ...] = ()
         if task.name != FOREIGN:
-            classes = next(iter(first.values())).shape[-1]
-            if request.output is not None and request.output not in task.answers:
-                raise InputError(
-                    f"The task {task.name} has no output {request.output}; it has {', '.join(task.answers) or 'one'}."
-                )
-            declared = task.outputs(classes, _words(request))
-            if len(first) != 1 or len(declared) != 1 or next(iter(first.values())).shape[1:] != declared[0].shape:
-                example = f"{declared[0].name} {declared[0].shape}" if declared else f"the {classes} scores of an image"
+            scores = next(iter(first.values()))
+            words = _words(request, task, operator, expected)
+            declared = task.outputs(scores.shape[-1], words)
+            if len(first) != 1 or len(declared) != 1 or scores.shape[1:] != declared[0].shape:
+                example = f"{declared[0].name} {declared[0].shape}" if declared else "the scores of an image"
                 shapes = {name: array.shape[1:] for name, array in first.items()}
                 raise InputError(
                     f"{request.file.name} gives {shapes}, which is not what the task {task.name} gives: expected one "
                     f"output such as {example}. Leave --task (task) out."
                 )
             called = dict.fromkeys(first, declared[0].name)
-            notes = (f"The output {next(iter(first))} is taken for {declared[0].name}, as {task.name} has them.",)
+            notes += (f"The output {next(iter(first))} is taken for {declared[0].name}, as {task.name} has them.",)
         axis: int | str = "batch" if self.batch[0] != self.batch[2] else self.batch[0]
         outputs = {called[name]: TensorSpec("FLOAT", (axis, *array.shape[1:])) for name, array in first.items()}
-        return replace(self, outputs=outputs, original_outputs=tuple(first), notes=notes)
+        return replace(self, outputs=outputs, original_outputs=tuple(first), words=words, notes=notes)
 
 
-def _words(request: RescueRequest) -> tuple[str, ...]:
-    """The word of `DeploySpec.outputs` for the one output; none is what the task gives by itself."""
-    return () if request.output is None else (request.output,)
+def _words(request: RescueRequest, task: Task, operator: str, expected: Sequence[Arrays]) -> tuple[str, ...]:
+    """The word of `DeploySpec.outputs` for the one output; none is what the task gives by itself.
+
+    Without a word of the request, the output holds probabilities where `operator` or rows that sum to 1 say so, and
+    logits where a value is beyond 0 to 1. InputError for a word that no such file can give, and for the activation of
+    another task.
+    """
+    if task.class_output_of(SCORES) is None:
+        return () if request.output is None else (request.output,)
+    if request.output not in (None, *SCORES):
+        raise InputError(
+            f"A file from elsewhere gives no {request.output} of the task {task.name}; expected one output of "
+            f"{' or '.join(SCORES)}."
+        )
+    arrays = [next(iter(outputs.values())) for outputs in expected]
+    is_share = all(array.size and array.min() >= 0 and array.max() <= 1 for array in arrays)
+    if (
+        not operator
+        and is_share
+        and all(array.ndim == 2 and np.abs(array.sum(axis=1) - 1).max() < ROW_SUM_TOLERANCE for array in arrays)
+    ):
+        operator = "Softmax"
+    (probabilities,) = task.outputs(1, ("probabilities",))
+    if operator and (operator.lower() != probabilities.activation or request.output == "logits"):
+        raise InputError(
+            f"{request.file.name} gives the {operator} of its classes, and the task {task.name} was to have "
+            f"{request.output or f'the {probabilities.activation}'}. Use --task "
+            f"{'multi-label' if operator == 'Sigmoid' else 'classification'} (task) without --output (output)."
+        )
+    default = task.outputs(1)[0].name
+    word = request.output or ("probabilities" if operator else default if is_share else "logits")
+    return () if word == default else (word,)
 
 
 def _given(request: RescueRequest, shape: Sequence[int | str]) -> bool:
@@ -329,8 +429,7 @@ def _record(request: RescueRequest, ends: _Ends, digest: str, is_half: bool) -> 
     task = request.task or ("classification" if names else FOREIGN)
     given = {name: getattr(request, name) for name in IMAGE_FIELDS}
     stated = {name: value for name, value in given.items() if value is not None}
-    for name in ("mean", "std"):
-        unknown = MEAN if name == "mean" else STD
+    for name, unknown in UNKNOWN.items():
         given[name] = given_per_channel(unknown if given[name] is None else given[name], ends.channels)
     known = {name: value for name, value in given.items() if value is not None}
     classes = int(next(iter(ends.outputs.values())).shape[-1]) if task != FOREIGN else 0
@@ -358,11 +457,10 @@ def _deployment(record: ModelRecord, kept: tuple[str, ...], words: tuple[str, ..
     )  # fmt: skip
 
 
-def _describe(model: ir.Model, ends: _Ends, record: ModelRecord | None, words: tuple[str, ...]) -> None:
+def _describe(model: ir.Model, ends: _Ends, record: ModelRecord | None) -> None:
     """Write the sizes of images and outputs into the graph, and metadata for who has the file without its manifest."""
-    for key in [key for key in model.metadata_props if key.startswith("cnx_deploy.")]:
-        del model.metadata_props[key]
     if record is None or ends.image_size is None:
+        model.metadata_props.update({"cnx_deploy.precision": "fp16", "cnx_deploy.weights_origin": "onnx"})
         return
     (images,), outputs = model.graph.inputs, model.graph.outputs
     assert images.shape is not None
@@ -381,10 +479,10 @@ def _describe(model: ir.Model, ends: _Ends, record: ModelRecord | None, words: t
         "weights_sha256": record.weights.sha256,
         "licence": record.weights.licence,
     }
-    if words:
-        entries["outputs"] = ",".join(words)
     if ASSUMED not in record.origins.values():
         entries["preprocessing"] = json.dumps(record.preprocessing.to_dict(), sort_keys=True)
+    if ends.words:
+        entries["outputs"] = ",".join(ends.words)
     if record.class_names:
         entries["class_names"] = json.dumps(record.class_names, ensure_ascii=False)
     model.metadata_props.update({f"cnx_deploy.{name}": value for name, value in sorted(entries.items())})
@@ -406,6 +504,16 @@ class _Proof:
             self.original = folder / "widened.onnx"
             save_model(prepared_model(source), self.original)
         self.expected = _outputs(self.original, batches)
+        broken = {
+            name for outputs in self.expected for name, array in outputs.items()
+            if array.dtype.kind == "f" and not np.isfinite(array).all()
+        }  # fmt: skip
+        if broken:
+            raise CheckFailedError(
+                f"{source.name} itself gives NaN or infinity in {', '.join(sorted(broken))}, in FP32 on finite inputs: "
+                "there is nothing to compare with. Look at its weights, or give other inputs with --inputs or --size. "
+                "Nothing was written."
+            )
 
     def twin(self) -> tuple[ParityResult, ...]:
         """The verdict over the rewritten graph in FP32. Raises ParityError where it fails."""
@@ -554,6 +662,68 @@ def _as_float(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return array.astype(np.float32) if array.dtype.kind == "f" else array
 
 
+def _is_count(size: Any) -> bool:
+    return isinstance(size, int) and not isinstance(size, bool) and size > 0
+
+
+def _rises(batch: Any) -> bool:
+    return (
+        isinstance(batch, tuple | list) and len(batch) == 3 and all(map(_is_count, batch)) and sorted(batch) == [*batch]
+    )
+
+
+def _check_is_onnx(path: Path) -> None:
+    """Raise InputError for what is no file, and for weights and engines; what is unknown ONNX itself has to read."""
+    if not os.path.exists(path):  # noqa: PTH110 - Path's own raises for a name that no system takes
+        raise InputError(f"{path} does not exist. rescue takes an ONNX file.")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder. rescue takes an ONNX file.")
+    kind = kind_of_file(path)
+    if kind in ("pickle", "safetensors"):
+        raise InputError(f"{path} is a checkpoint: cnx-deploy export --checkpoint {path} makes an ONNX file of it.")
+    if kind == "engine":
+        raise InputError(f"{path} is {FILE_KINDS[kind][0]}. rescue takes an ONNX file.")
+
+
+def _check_is_foreign(path: Path, facts: GraphFacts) -> None:
+    """Raise InputError for a file of our own, by its metadata or by the manifest beside it."""
+    origin = facts.metadata.get("cnx_deploy.weights_origin")
+    is_ours = any(key.startswith("cnx_deploy.") for key in facts.metadata)
+    if not is_ours and (artifact := recorded_artifact(path)) is not None:
+        is_ours, origin = True, artifact.manifest.model.weights.origin
+    if is_ours and origin == "onnx":
+        raise InputError(f"{path} was written by cnx-deploy rescue: it is rescued already. Rescue its original.")
+    if is_ours:
+        raise InputError(
+            f"{path} was written by cnx-deploy export: it has its islands already; for FP16 export with "
+            "--precision fp16."
+        )
+
+
+def _is_open(axis: int | str) -> bool:
+    return not isinstance(axis, int) or axis < 1
+
+
+def _axis_name(axis: int | str, place: int) -> str:
+    return str(axis) if axis else f"axis {place}"
+
+
+def _check_axes(request: RescueRequest, facts: GraphFacts) -> None:
+    """Raise InputError for a size of an axis that is not open, and for a batch beside the graph's fixed one."""
+    axes = [(axis, place) for _, shape in facts.inputs.values() for place, axis in enumerate(shape)]
+    names = dict.fromkeys(_axis_name(axis, place) for axis, place in axes if _is_open(axis))
+    if unknown := [name for name in request.sizes if name not in names]:
+        raise InputError(
+            f"{request.file.name} has no open axis {', '.join(unknown)}; open are {', '.join(names) or 'none'}."
+        )
+    fixed = {axis for axis, place in axes if place == 0 and isinstance(axis, int) and axis > 0}
+    if request.batch is not None and fixed and {*request.batch} != fixed:
+        raise InputError(
+            f"{request.file.name} has a fixed batch of {', '.join(map(str, sorted(fixed)))}; got "
+            f"{':'.join(map(str, request.batch))}. Leave --batch (batch) out."
+        )
+
+
 def _proof_inputs(request: RescueRequest, facts: GraphFacts) -> tuple[list[Arrays], tuple[str, ...]]:
     """The inputs of the proof, at least two samples of each, and what was assumed of them."""
     if request.inputs is not None:
@@ -582,7 +752,7 @@ def _size(request: RescueRequest, axis: int | str, place: int, rank: int, assume
     """The size of an axis in the proof: its own, the one that was asked for, or one that is assumed and told."""
     if isinstance(axis, int) and axis > 0:
         return axis
-    name = str(axis) if axis else f"axis {place}"
+    name = _axis_name(axis, place)
     if name in request.sizes:
         return request.sizes[name]
     assumed[name] = OPEN_BATCH if place == 0 else OPEN_SIDE if rank == 4 else OPEN_LENGTH
@@ -622,6 +792,20 @@ def _given_inputs(path: Path, facts: GraphFacts) -> Arrays:
             f"{path} holds {', '.join(arrays) or 'nothing'}; expected an array for each input: "
             f"{', '.join(facts.inputs)}."
         )
+    sizes: dict[str, int] = {}
+    for name, array in arrays.items():
+        kind, shape = facts.inputs[name]
+        # An open axis is bound by the first array that has it.
+        fits = array.size > 0 and array.ndim == len(shape)
+        for axis, size in zip(shape, array.shape, strict=False):
+            fits &= size == (sizes.setdefault(axis, size) if isinstance(axis, str) and axis else axis or size)
+        element = np.dtype(ir.DataType[kind].numpy())
+        if not fits or (array.dtype != element and not array.dtype.kind == element.kind == "f"):
+            raise InputError(
+                f"{path} holds {name} {array.dtype} {list(array.shape)}; the graph takes {element} {list(shape)}."
+            )
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise InputError(f"{path} holds NaN or infinity in {name}; the proof needs finite numbers.")
     return {name: _as_float(array) for name, array in arrays.items()}
 
 

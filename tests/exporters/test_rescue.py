@@ -39,6 +39,7 @@ NORMS = {
 RATIOS = {
     "Div": "ratio = Div(norm, d) y = Mul(x, ratio)",
     "Reciprocal": "inverse = Reciprocal(d) ratio = Mul(inverse, norm) y = Mul(ratio, x)",
+    "the tensor by the mean first": "inverse = Reciprocal(d) share = Mul(x, inverse) y = Mul(share, norm)",
     "gain first": "g = Mul(x, gamma) ratio = Div(norm, d) y = Mul(g, ratio)",
     "gain on the ratio": "ratio = Div(norm, d) g = Mul(ratio, gamma) y = Mul(x, g)",
     "product first": "g = Mul(gamma, x) product = Mul(g, norm) y = Div(product, d)",
@@ -129,6 +130,7 @@ def test_grn_is_found_in_every_order_of_its_products_and_safe_in_half(ratio: str
         "the largest, not the mean": f"{NORMS['Pow']} m = ReduceMax <keepdims = 1> (norm, channel) d = Add(m, eps) "
         f"{RATIOS['Div']}",
         "another tensor is scaled": f"{NORMS['Pow']} {MEAN} ratio = Div(norm, d) c = Neg(x) y = Mul(c, ratio)",
+        "the mean divides, and no norm is multiplied": f"{NORMS['Pow']} {MEAN} share = Div(x, d) y = Mul(share, x)",
         "the mean is divided by the norm": f"{NORMS['Pow']} {MEAN} ratio = Div(d, norm) y = Mul(x, ratio)",
     }.values(),
 )  # fmt: skip
@@ -355,6 +357,19 @@ def test_what_only_moves_values_between_two_islands_joins_them(tmp_path: Path) -
     path = saved(graph_of(body, gain=np.ones(8, np.float32)), tmp_path / "a.onnx")
     found = halves(converted(path, tmp_path)[0])
     assert {name: found[name] for name in "pqnzr"} == {"p": False, "q": False, "n": False, "z": True, "r": True}
+
+
+def test_new_nodes_have_names_of_their_own(tmp_path: Path) -> None:
+    """Also beside an operator that is called as a new Cast would be."""
+    model = graph_of(
+        "t = Tanh(x) u = LayerNormalization <axis = -1> (t, gain) y = Tanh(u)", gain=np.ones(8, np.float32)
+    )
+    plain, _ = converted(saved(model, tmp_path / "a.onnx"), tmp_path)
+    casts = [name for name, kind in types_of(plain).items() if kind == "Cast"]
+    model.graph.node[0].name, model.graph.node[1].name = casts[:2]
+    rescued, _ = converted(saved(model, tmp_path / "a.onnx"), tmp_path)
+    names = [node.name for node in onnx.load(rescued).graph.node]
+    assert len(set(names)) == len(names)
 
 
 def test_weights_of_a_rescued_file_take_half_the_bytes(foreign, tmp_path: Path) -> None:

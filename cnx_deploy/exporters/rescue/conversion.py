@@ -290,10 +290,11 @@ class _Retyping:
     def _cast(self, value: ir.Value, name: str, dtype: ir.DataType) -> ir.Node:
         self.casts += 1
         output = ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype))
-        return ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(dtype))], outputs=[output], name=f"{name}/Cast")
+        attributes = [ir.AttrInt64("to", int(dtype))]
+        return ir.Node("", "Cast", [value], attributes, outputs=[output], name=self._fresh(f"{name}/Cast"))
 
     def _fresh(self, name: str) -> str:
-        """A name that no tensor has."""
+        """A name that no tensor and no operator has."""
         fresh = next(f"{name}{suffix}" for suffix in _suffixes() if f"{name}{suffix}" not in self._names)
         self._names.add(fresh)
         return fresh

@@ -96,6 +96,15 @@ def source(value: ir.Value | None) -> ir.Value | None:
     return value
 
 
+def applied_activation(output: ir.Value) -> str:
+    """Softmax or Sigmoid where a prepared graph's output is one, whatever moves or casts it behind; else nothing."""
+    value = source(output)
+    while (node := _made_by(value, "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze")) is not None:
+        value = source(node.inputs[0])
+    node = _made_by(value, "Softmax", "Sigmoid")
+    return "" if node is None else node.op_type
+
+
 def constant(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
     """The values of a tensor that stands in the file; None for one that is computed or given."""
     found = source(value)
@@ -213,9 +222,10 @@ def _response_norm(node: ir.Node) -> set[ir.Node]:
     if rank is None or len(channel) != 1 or sorted((*positions, *channel)) != list(range(1, rank)):
         return set()
     factors, products = _factors(numerator)
-    if response not in factors or not (normed in factors or _scales(node.outputs[0], normed)):
+    later = set() if response in factors else _products_with(node.outputs[0], response)
+    if not (response in factors or later) or not (normed in factors or _products_with(node.outputs[0], normed)):
         return set()
-    carrying = {product for product in products if response in _factors(product.outputs[0])[0]}
+    carrying = later | {product for product in products if response in _factors(product.outputs[0])[0]}
     return {*members, *added, mean, *operators, *carrying}
 
 
@@ -233,14 +243,17 @@ def _factors(value: ir.Value | None, depth: int = PRODUCTS_AFTER_RATIO) -> tuple
     return values, products
 
 
-def _scales(ratio: ir.Value, tensor: ir.Value) -> bool:
-    """Whether a product of the ratio, or of a product of it, has the tensor as a factor."""
+def _products_with(ratio: ir.Value, tensor: ir.Value | None) -> set[ir.Node]:
+    """The products behind a ratio up to the first that has the tensor as a factor; none where no product has it."""
+    products: set[ir.Node] = set()
     reached = {ratio}
     for _ in range(PRODUCTS_AFTER_RATIO):
-        reached = {reader.outputs[0] for value in reached for reader in _readers(value) if reader.op_type == "Mul"}
+        readers = {reader for value in reached for reader in _readers(value) if reader.op_type == "Mul"}
+        products |= readers
+        reached = {reader.outputs[0] for reader in readers}
         if any(tensor in _factors(value)[0] for value in reached):
-            return True
-    return False
+            return products
+    return set()
 
 
 def _readers(value: ir.Value) -> Iterator[ir.Node]:
