@@ -42,6 +42,7 @@ RATIOS = {
     "the tensor by the mean first": "inverse = Reciprocal(d) share = Mul(x, inverse) y = Mul(share, norm)",
     "gain first": "g = Mul(x, gamma) ratio = Div(norm, d) y = Mul(g, ratio)",
     "gain on the ratio": "ratio = Div(norm, d) g = Mul(ratio, gamma) y = Mul(x, g)",
+    "the residual in the gain": "ratio = Div(norm, d) g = Mul(ratio, gamma) h = Add(two, g) y = Mul(x, h)",
     "product first": "g = Mul(gamma, x) product = Mul(g, norm) y = Div(product, d)",
 }
 MEAN = "m = ReduceMean <keepdims = 1> (norm, channel) d = Add(m, eps)"
@@ -131,6 +132,7 @@ def test_grn_is_found_in_every_order_of_its_products_and_safe_in_half(ratio: str
         f"{RATIOS['Div']}",
         "another tensor is scaled": f"{NORMS['Pow']} {MEAN} ratio = Div(norm, d) c = Neg(x) y = Mul(c, ratio)",
         "the mean divides, and no norm is multiplied": f"{NORMS['Pow']} {MEAN} share = Div(x, d) y = Mul(share, x)",
+        "a tensor is added to the ratio": f"{NORMS['Pow']} {MEAN} ratio = Div(norm, d) h = Add(ratio, x) y = Mul(h, x)",
         "the mean is divided by the norm": f"{NORMS['Pow']} {MEAN} ratio = Div(d, norm) y = Mul(x, ratio)",
     }.values(),
 )  # fmt: skip

@@ -223,7 +223,9 @@ def _response_norm(node: ir.Node) -> set[ir.Node]:
         return set()
     factors, products = _factors(numerator)
     later = set() if response in factors else _products_with(node.outputs[0], response)
-    if not (response in factors or later) or not (normed in factors or _products_with(node.outputs[0], normed)):
+    if not (response in factors or later) or not (
+        normed in factors or _products_with(node.outputs[0], normed, shifted=True)
+    ):
         return set()
     carrying = later | {product for product in products if response in _factors(product.outputs[0])[0]}
     return {*members, *added, mean, *operators, *carrying}
@@ -243,12 +245,19 @@ def _factors(value: ir.Value | None, depth: int = PRODUCTS_AFTER_RATIO) -> tuple
     return values, products
 
 
-def _products_with(ratio: ir.Value, tensor: ir.Value | None) -> set[ir.Node]:
-    """The products behind a ratio up to the first that has the tensor as a factor; none where no product has it."""
+def _products_with(ratio: ir.Value, tensor: ir.Value | None, *, shifted: bool = False) -> set[ir.Node]:
+    """The products behind a ratio up to the first that has the tensor as a factor; none where no product has it.
+
+    `shifted`: a constant may be added on the way, as in x · (1 + gamma · ratio), which has GRN's residual in the gain.
+    """
     products: set[ir.Node] = set()
     reached = {ratio}
     for _ in range(PRODUCTS_AFTER_RATIO):
-        readers = {reader for value in reached for reader in _readers(value) if reader.op_type == "Mul"}
+        readers = {
+            reader for value in reached for reader in _readers(value)
+            if reader.op_type == "Mul"
+            or (shifted and reader.op_type == "Add" and any(constant(given) is not None for given in reader.inputs))
+        }  # fmt: skip
         products |= readers
         reached = {reader.outputs[0] for reader in readers}
         if any(tensor in _factors(value)[0] for value in reached):
