@@ -81,7 +81,7 @@ def test_a_fault_of_the_conversion_is_seen_and_nothing_is_written(half_file, tmp
     monkeypatch.setattr(conversion, "_retyped", negated)
     with pytest.raises(ParityError, match="another function"):
         cnx.rescue(half_file, output_dir=tmp_path)
-    monkeypatch.setattr(rescue_module._Proof, "twin", lambda proof: ())
+    monkeypatch.setattr(rescue_module.Proof, "twin", lambda proof: ())
     with pytest.raises(ParityError):
         cnx.rescue(half_file, output_dir=tmp_path)
     assert not list(tmp_path.glob("*.onnx"))
