@@ -195,9 +195,9 @@ IMAGES = {"mean": 0.4, "std": 0.2, "crop_ratio": 1.0, "crop_mode": "center", "in
     ("end", "task", "output"),
     [
         ("softmax, reshaped", "classification", "probabilities"),
-        ("softmax, spelled out", "classification", "probabilities"),
-        ("logits", "multi-label", "logits"),
-        ("sigmoid", "multi-label", "probabilities"),
+        pytest.param("softmax, spelled out", "classification", "probabilities", marks=pytest.mark.slow),
+        pytest.param("logits", "multi-label", "logits", marks=pytest.mark.slow),
+        pytest.param("sigmoid", "multi-label", "probabilities", marks=pytest.mark.slow),
     ],
 )
 def test_an_output_that_is_activated_already_is_recorded_as_probabilities(end, task, output, tmp_path: Path) -> None:
