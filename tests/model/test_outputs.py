@@ -127,6 +127,7 @@ def test_grad_cam_weighs_the_maps_by_the_gradient_of_the_pooled_vector(tiny_mode
     assert not torch.allclose(grad_cam(model, images, classes.flip(0)), expected)
 
 
+@pytest.mark.slow
 def test_files_of_every_output_pass_and_say_what_they_give(files: list[cnx.Artifact], photos: Path) -> None:
     for artifact in files:
         assert artifact.manifest.deploy.outputs == EVERY
@@ -307,10 +308,13 @@ def test_features_answer_by_the_command_line(
 
 
 def test_pictures_are_drawn_of_a_file_and_of_a_checkpoint(
-    command: Command, files: list[cnx.Artifact], tiny_model: ConvNeXtV2, tmp_path: Path, photos: Path
+    command: Command, tiny_model: ConvNeXtV2, tmp_path: Path, photos: Path
 ) -> None:
     checkpoint = save_checkpoint(tmp_path / "ours.safetensors", tiny_model)
-    for artifact, words in ((files[0].path, ()), (checkpoint, ("--image-size", "96x64"))):
+    options = {**OPTIONS, "checkpoint": checkpoint, "outputs": ("logits", "class-maps"), "output_dir": tmp_path}
+    del options["num_classes"]
+    file = cnx.export("tiny-test", precision="fp32", no_verify=True, **options)
+    for artifact, words in ((file.path, ()), (checkpoint, ("--image-size", "96x64"))):
         images = (photos / "class-0" / "0.png", photos / "class-1" / "1.png")
         code, _, said = command("predict", artifact, *images, "--explain", tmp_path / "maps", *words)
         assert code == 0, said

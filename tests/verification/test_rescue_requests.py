@@ -194,7 +194,7 @@ IMAGES = {"mean": 0.4, "std": 0.2, "crop_ratio": 1.0, "crop_mode": "center", "in
 @pytest.mark.parametrize(
     ("end", "task", "output"),
     [
-        ("softmax, reshaped", "classification", "probabilities"),
+        pytest.param("softmax, reshaped", "classification", "probabilities", marks=pytest.mark.slow),
         pytest.param("softmax, spelled out", "classification", "probabilities", marks=pytest.mark.slow),
         pytest.param("logits", "multi-label", "logits", marks=pytest.mark.slow),
         pytest.param("sigmoid", "multi-label", "probabilities", marks=pytest.mark.slow),

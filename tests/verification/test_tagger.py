@@ -15,8 +15,9 @@ LABELS = 9083
 
 @pytest.mark.parametrize(
     ("variant", "side", "fixed"),
-    [("tiny-test", 64, False), pytest.param("base", 448, True, marks=pytest.mark.slow)],
+    [("tiny-test", 64, False), ("base", 448, True)],
 )
+@pytest.mark.slow
 def test_a_tagger_of_timm_gives_timms_probabilities_and_its_tags_by_name(variant, side, fixed, tmp_path):
     torch.manual_seed(0)
     if fixed:

@@ -44,7 +44,7 @@ def checkpoint(tiny_variant, tmp_path_factory):
 @pytest.fixture(scope="module")
 def files(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
-    options = {"checkpoint": checkpoint, "image_size": 64, "batch": (1, 2, 4), "output_dir": folder}
+    options = {"checkpoint": checkpoint, "image_size": 64, "batch": (1, 2, 4), "output_dir": folder, "no_verify": True}
     return cnx.export("tiny-test", precision=("fp32", "fp16"), **options)
 
 
