@@ -33,9 +33,10 @@ def cases() -> list[Case]:
         found.append((f"timm {variant}", network("timm", size), {"opset": 17}))
         found.append((f"transformers {variant}", network("transformers", size), {"opset": 17}))
         found.append((f"transformers {variant} .half()", network("transformers", size), {"opset": 17, "half": True}))
+        # timm's half by the older exporter is no valid ONNX: norms have gains of another type than their tensors.
+        found.append((f"timm {variant} .half()", network("timm", size), {"opset": 20, "half": True, "dynamo": True}))
     atto = find_variant("atto")
     found += [
-        ("timm atto .half()", network("timm", atto), {"opset": 20, "half": True, "dynamo": True}),
         ("transformers atto, newer exporter", network("transformers", atto), {"opset": 22, "dynamo": True}),
         (
             "transformers atto .half(), hot weights",
