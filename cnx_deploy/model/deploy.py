@@ -103,7 +103,8 @@ class DeployedConvNeXtV2(nn.Module):
             hidden = torch.cat([hidden, hidden.flip(self.spec.width_axis)])
         if self.spec.input_kind == "uint8" and not self.spec.reads_patches:
             hidden = hidden.permute(0, 3, 1, 2)  # after the cast: TensorRT's Transpose takes no uint8
-        maps, levels = dict[int, Tensor](), self.task.levels_of(self.spec.outputs)
+        maps: dict[int, Tensor] = {}  # as in the training form: torch.compile breaks the graph at dict[int, Tensor]()
+        levels = self.task.levels_of(self.spec.outputs)
         for level, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             hidden = stage(downsample(hidden.to(type_of(downsample))))
             if level in levels:

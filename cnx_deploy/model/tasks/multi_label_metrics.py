@@ -20,6 +20,7 @@ from torch import Tensor
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.files import write_text
 from cnx_deploy.core.preprocessing import BrokenImage
+from cnx_deploy.model.tasks.classification_metrics import ClassResult
 
 __all__ = [
     "DEFAULT_THRESHOLD", "FEWEST_POSITIVES", "LabelOutcome", "LabelResult", "MultiLabelEvaluation", "RunningLabels",
@@ -59,37 +60,14 @@ class LabelOutcome:
 
 
 @dataclass(frozen=True, slots=True)
-class LabelResult:
+class LabelResult(ClassResult):
     """One label: `count` images have it, `predicted` are at or above its threshold, `correct` are both.
 
-    Average precision, recall and F1 are NaN for a label without images; precision is 0 for one that was never given.
+    Average precision is NaN for a label without images.
     """
 
-    name: str
-    count: int
-    correct: int
-    predicted: int
     threshold: float
     average_precision: float
-
-    @property
-    def precision(self) -> float:
-        """Right answers among those given this label."""
-        return self.correct / self.predicted if self.predicted else 0.0
-
-    @property
-    def recall(self) -> float:
-        """Right answers among those that have it."""
-        return self.correct / self.count if self.count else math.nan
-
-    @property
-    def f1(self) -> float:
-        """Harmonic mean of precision and recall."""
-        return 2.0 * self.correct / (self.count + self.predicted) if self.count else math.nan
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types, rates included."""
-        return {**asdict(self), "precision": self.precision, "recall": self.recall, "f1": self.f1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
