@@ -144,7 +144,7 @@ def check_is_foreign(path: Path, facts: GraphFacts) -> None:
         raise InputError(f"{path} was written by cnx-deploy rescue: it is rescued already. Rescue its original.")
     if is_ours:
         raise InputError(
-            f"{path} was written by cnx-deploy export: it has its islands already; for FP16 export with "
+            f"{path} was written by cnx-deploy export, which makes a better FP16 file itself: export the network with "
             "--precision fp16."
         )
 
