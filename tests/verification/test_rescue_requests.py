@@ -177,7 +177,7 @@ def test_files_of_our_own_are_refused_with_or_without_their_metadata(rescued, fi
     model = onnx.load(file)
     onnx.helper.set_model_props(model, {"cnx_deploy.weights_origin": "random"})
     onnx.save(model, tmp_path / "export.onnx")
-    with pytest.raises(InputError, match="written by cnx-deploy export.*--precision fp16"):
+    with pytest.raises(InputError, match=r"written by cnx-deploy export.*--precision fp16"):
         cnx.rescue(tmp_path / "export.onnx", output_dir=tmp_path)
 
 
