@@ -9,7 +9,8 @@ from cnx_deploy.core.precision import exportable_precisions
 
 SECTIONS = {
     "Weights": (
-        "variant", "checkpoint", "pretrained", "task", "seed", "num_classes", "reset_head", "ema", "entry", "soup",
+        "variant", "checkpoint", "pretrained", "task", "task_options", "seed", "num_classes", "reset_head", "ema",
+        "entry", "soup",
     ),
     "Images": (
         "image_size", "in_chans", "mean", "std", "crop_ratio", "crop_mode", "interpolation", "class_names",
@@ -26,6 +27,7 @@ SECTIONS = {
 @options.checkpoint
 @options.pretrained
 @options.task
+@options.task_options
 @options.seed
 @options.num_classes
 @options.reset_head

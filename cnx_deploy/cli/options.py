@@ -22,7 +22,7 @@ __all__ = [
     "DefaultGroup", "SectionedCommand", "as_json", "checkpoint", "class_names", "echo", "echo_artifacts", "echo_json",
     "engines_dir", "export_dir", "fail", "files", "force", "image_folder", "image_size", "image_sizes", "in_chans",
     "note", "num_classes", "other_size", "output_dir", "outputs", "pixels", "preprocessing", "pretrained", "reporter",
-    "reset_head", "seed", "soup", "task", "temperature", "thresholds", "tta", "variant", "white_level",
+    "reset_head", "seed", "soup", "task", "task_options", "temperature", "thresholds", "tta", "variant", "white_level",
 ]  # fmt: skip
 
 
@@ -89,8 +89,26 @@ class _ImageSizes(click.ParamType[Any]):
         return parse_image_sizes(value) if isinstance(value, str) else value
 
 
+class _TaskOption(click.ParamType[Any]):
+    """`channels=256`: a name and a value, which is JSON where it can be read as such, else a text."""
+
+    name = "name=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        name, sign, text = value.partition("=")
+        if not sign or not name.isidentifier():
+            self.fail(f"{value!r} is no option of a task: write NAME=VALUE, such as channels=256.", param, ctx)
+        try:
+            return name, json.loads(text)
+        except json.JSONDecodeError:
+            return name, text
+
+
 IMAGE_SIZE = _ImageSize()
 IMAGE_SIZES = _ImageSizes()
+TASK_OPTION = _TaskOption()
 PATH = click.Path(path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -124,8 +142,13 @@ soup = click.option(
 task = click.option(
     "--task",
     metavar="TASK",
-    help="classification, multi-label, or features without the head [default: as recorded].",
+    help="classification, multi-label, segment, detect, or features without the head [default: as recorded].",
 )
+task_options = click.option(
+    "--task-option", "task_options", type=TASK_OPTION, metavar="NAME=VALUE", multiple=True,
+    callback=lambda context, parameter, given: dict(given),
+    help="A size or constant of the task's own, such as channels=256 of segment (repeatable).",
+)  # fmt: skip
 outputs = click.option(
     "--output", "outputs", metavar="NAME", multiple=True,
     help="What to give, repeatable: logits, probabilities, top5, embedding, unit-embedding, maps, class-maps "

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 @click.argument("data", type=options.PATH)
 @options.image_folder
 @click.option(
-    "--task", type=click.Choice(["classification", "multi-label"]), default="classification", show_default=True,
-    help="One class an image, or several labels.",
+    "--task", type=click.Choice(["classification", "multi-label", "segment", "detect"]), default="classification",
+    show_default=True,
+    help="One class an image, several labels, a class for each pixel, or boxes and masks of things.",
 )  # fmt: skip
+@options.task_options
 @options.variant
 @click.option(
     "--checkpoint", type=click.Path(exists=True, path_type=Path), help="Weights to start from, any known layout."

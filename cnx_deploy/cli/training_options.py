@@ -11,7 +11,8 @@ __all__ = ["SECTIONS", "recipe_options", "run_options"]
 
 SECTIONS = {
     "Network": (
-        "task", "variant", "checkpoint", "pretrained", "init", "reset_head", "ema", "entry", "soup", "freeze_backbone",
+        "task", "task_options", "variant", "checkpoint", "pretrained", "init", "reset_head", "ema", "entry",
+        "soup", "freeze_backbone",
     ),
     "Length and optimiser": (
         "recipe", "epochs", "batch_size", "accumulate", "optimizer", "schedule", "learning_rate", "base_learning_rate",

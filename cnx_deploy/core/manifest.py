@@ -181,6 +181,7 @@ class ModelRecord:
     `training`: class weights, sampling and loss that the weights were trained with, where they are not the usual ones.
     `thresholds`: the probability from which each label is given, of a task with several labels an image; None is one
     half for all.
+    `task_config`: the options of the task that are not the usual ones, by name.
     `graph`: of a network that came as an ONNX file, whose `variant` is FOREIGN; None of others.
     """
 
@@ -195,6 +196,7 @@ class ModelRecord:
     origins: dict[str, str] = field(default_factory=dict)
     training: TrainingOptions = field(default_factory=dict)
     thresholds: tuple[Probability, ...] | None = None
+    task_config: dict[str, Any] = field(default_factory=dict)
     graph: ForeignGraph | None = None
 
     def __post_init__(self) -> None:
@@ -418,7 +420,7 @@ class Manifest:
         # Fields that were added since version 2 are written where they are not the default: earlier bytes stay.
         weights, deploy = plain["model"]["weights"], plain["request"].get("onnx", plain["request"])["deploy"]
         later: list[tuple[dict[str, Any], Mapping[str, Any]]] = [
-            (plain["model"], {"origins": {}, "training": {}, "thresholds": None, "graph": None}),
+            (plain["model"], {"origins": {}, "training": {}, "thresholds": None, "task_config": {}, "graph": None}),
             *((record, {"entry": None, "soup": ()}) for record in (weights, *weights["soup"])),
             (deploy, {"size_range": None, "outputs": (), **ANSWER_DEFAULTS}),
         ]

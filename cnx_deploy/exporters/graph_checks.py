@@ -213,8 +213,8 @@ def check_export(
     """Check a file that `exporters.onnx` wrote, on top of `check_graph`.
 
     One Gelu a block and, but in V1, one GRN statistic (a pool in the "cpu" layout, else a sum); each of the network's
-    norms one LayerNormalization, or, in the "gpu" layout, spelled out over the channel axis for the four channels-first
-    ones; opset as written; batch axis named.
+    norms one LayerNormalization, or, in the "gpu" layout, spelled out over the channel axis for the channels-first ones
+    (four and what the head adds); opset as written; batch axis named.
 
     Args:
         path: the file as it was written.
@@ -235,20 +235,23 @@ def check_export(
     """
     facts = check_graph(path)
     token_norms = variant.block_count + head_operators.get("LayerNormalization", 0)
+    first_norms = 4 + head_operators.get("ChannelsFirstNorm", 0)
     responses = variant.block_count if variant.version == 2 else 0
     is_pooled = layout == "cpu" and "blocked" not in leave_out and not open_size
     statistic = "AveragePool" if is_pooled else "ReduceSum"
     expected = {
         "Gelu": variant.block_count + head_operators.get("Gelu", 0),
         statistic: responses + norm_on_patches + head_operators.get(statistic, 0),
-        "LayerNormalization": token_norms + (0 if layout == "gpu" else 4),
+        "LayerNormalization": token_norms + (0 if layout == "gpu" else first_norms),
     }
     problems = [
         f"{count} {operator} expected, {facts.operators.get(operator, 0)} found"
         for operator, count in expected.items()
         if facts.operators.get(operator, 0) != count
     ]
-    problems.extend(_wrong_constants(facts, norms=responses + token_norms + 4 + head_operators.get("epsilon", 0)))
+    problems.extend(
+        _wrong_constants(facts, norms=responses + token_norms + first_norms + head_operators.get("epsilon", 0))
+    )
     if facts.mirrored_axes != mirrored_axes:
         problems.append(f"mirrored axes {list(mirrored_axes)} expected, {list(facts.mirrored_axes)} found")
     if facts.opset != opset:

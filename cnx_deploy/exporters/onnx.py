@@ -255,6 +255,8 @@ def _metadata(record: ModelRecord, spec: ExportSpec) -> dict[str, str]:
         entries["task"] = record.task
     if assumed := [name for name, origin in record.origins.items() if origin == ASSUMED]:
         entries["assumed"] = ",".join(assumed)
+    if record.task_config:
+        entries["task_config"] = json.dumps(record.task_config, sort_keys=True)
     if record.thresholds is not None:
         entries["thresholds"] = json.dumps(record.thresholds)
     if record.class_names:

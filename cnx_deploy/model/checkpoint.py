@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ FORMAT_VERSION = 1
 RANDOM_LICENCE = "none (random weights)"
 FOREIGN_LICENCE = "unknown (foreign checkpoint; the published ConvNeXt V2 weights are CC-BY-NC-4.0)"
 HEAD_SEED = 0
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 STEM = "downsample_layers.0.0.weight"
 # The white level is the file's, not the weights'.
 _ASSUMED = {each.name: ASSUMED for each in fields(Preprocessing) if each.name != "white_level"}
@@ -108,6 +110,7 @@ def load_checkpoint(
     task: str | None = None,
     in_chans: int | None = None,
     soup: Sequence[Path | str] = (),
+    task_options: Mapping[str, Any] = NOTHING,
 ) -> LoadedModel:
     """Read a checkpoint in any layout of `model.layouts`, under any wrapping, into a model.
 
@@ -115,12 +118,13 @@ def load_checkpoint(
     `path` may be a folder that timm or transformers wrote: see `model.source_config` for what is read beside weights.
     `reset_head` draws a new head (truncated normal 0.02, fixed seed). `task` None takes the header's, else
     classification. `in_chans` other than the file's adapts a stem of 3 channels as timm does, see `adapt_stem`.
+    `task_options` are fields of the task's `config` in place of what the file says or its shapes tell.
     `ema` and `entry` choose among several networks, see `weight_files.read_weight_file`, also for what a file can have
     wrong. `soup` names more checkpoints, read alike: the weights are the mean of all (`mean_of`).
     Raises CheckpointError when the weights do not fit the model exactly.
     """
     words: dict[str, Any] = {"num_classes": num_classes, "reset_head": reset_head, "ema": ema, "entry": entry}
-    words |= {"task": task, "in_chans": in_chans}
+    words |= {"task": task, "in_chans": in_chans, "task_options": task_options}
 
     def loaded() -> Iterator[LoadedModel]:
         yield _load_file(path, variant, **words)
@@ -179,6 +183,7 @@ def _load_file(
     entry: str | None,
     task: str | None,
     in_chans: int | None,
+    task_options: Mapping[str, Any],
 ) -> LoadedModel:
     path, wanted = Path(path), find_variant(variant) if isinstance(variant, str) else variant
     path = weights_in(path) if path.is_dir() else path
@@ -186,11 +191,13 @@ def _load_file(
     layout, state = official_state(file.tensors, str(path))
     _check_own_metadata(file, state, path)
     purpose = find_task(task or file.metadata.get("task", "classification"))
-    if purpose.name == file.metadata.get("task") and not reset_head:
-        purpose = purpose.with_thresholds(file.metadata.get("thresholds"))
+    if purpose.name == file.metadata.get("task"):
+        purpose = purpose.configured(file.metadata.get("task_config", {}))
+        purpose = purpose if reset_head else purpose.with_thresholds(file.metadata.get("thresholds"))
     aside = "".join(f" ({note})" for note in file.notes if note.startswith("set aside"))
     found = _variant_of(state, wanted, where=str(path))
     state, told = purpose.own_state(state, found)
+    purpose = purpose.fitted(state).configured(task_options)
     classes = _class_count(purpose, state, num_classes, reset_head=reset_head, where=str(path), aside=aside)
     notes = [f"layout {layout}", *file.notes, *told]
     if layout == "fcmae" and len(state) < len(file.tensors):
@@ -226,6 +233,7 @@ def load_pretrained(
     cache_dir: Path | None = None,
     task: str | None = None,
     in_chans: int | None = None,
+    task_options: Mapping[str, Any] = NOTHING,
 ) -> LoadedModel:
     """Load published weights by timm's name, from the model hub's cache or the network.
 
@@ -241,7 +249,7 @@ def load_pretrained(
         )
     expected = num_classes if num_classes is not None or not needs_head else files.num_classes
     variant = variant_name_of_tag(tag)
-    how: dict[str, Any] = {"reset_head": reset_head, "task": task, "in_chans": in_chans}
+    how: dict[str, Any] = {"reset_head": reset_head, "task": task, "in_chans": in_chans, "task_options": task_options}
     loaded = load_checkpoint(files.weights, variant, num_classes=expected, **how)
     record = WeightsRecord("pretrained", tag, loaded.weights.sha256, PRETRAINED_LICENCE)
     return replace(loaded, weights=record)
@@ -260,6 +268,7 @@ def resolve_model(
     task: str | None = None,
     in_chans: int | None = None,
     soup: Sequence[Path | str] = (),
+    task_options: Mapping[str, Any] = NOTHING,
 ) -> LoadedModel:
     """Load a checkpoint or published weights, or, given neither, draw weights at random from `seed`.
 
@@ -271,6 +280,7 @@ def resolve_model(
     if checkpoint is not None and pretrained is not None:
         raise InputError("Both a checkpoint and pretrained weights were given, expected one source. Leave one out.")
     words: dict[str, Any] = {"num_classes": num_classes, "reset_head": reset_head, "task": task, "in_chans": in_chans}
+    words["task_options"] = task_options
     if checkpoint is not None:
         return load_checkpoint(checkpoint, variant, ema=ema, entry=entry, soup=soup, **words)
     if ema is not None or entry is not None or soup:
@@ -291,7 +301,8 @@ def resolve_model(
     classes = 1000 if num_classes is None else num_classes
     if num_classes and task is not None and not find_task(task).has_classes:
         raise InputError(f"The task {task} has no classes. Leave --num-classes (num_classes) out.")
-    model = random_model(variant, classes, seed=seed, task=task or "classification", in_chans=in_chans or 3)
+    purpose = find_task(task or "classification").configured(task_options)
+    model = random_model(variant, classes, seed=seed, task=purpose, in_chans=in_chans or 3)
     record = WeightsRecord("random", str(seed), hash_weights(model), RANDOM_LICENCE)
     return LoadedModel(model, record, preprocessing=Preprocessing().for_channels(model.in_chans))
 
@@ -322,13 +333,14 @@ class ModelRequest:
     std: PerChannel | float | None = None
     in_chans: int | None = None
     class_names: ClassNames | None = None
+    task_options: Mapping[str, Any] = NOTHING
 
     def load(self, note: Callable[[str], None]) -> tuple[LoadedModel, Preprocessing]:
         """The model and how its images are made; `note` is told what was chosen or made, and of random weights."""
         loaded = resolve_model(
             self.variant, checkpoint=self.checkpoint, pretrained=self.pretrained, seed=self.seed,
             num_classes=self.num_classes, reset_head=self.reset_head, ema=self.ema, entry=self.entry, task=self.task,
-            in_chans=self.in_chans, soup=self.soup,
+            in_chans=self.in_chans, soup=self.soup, task_options=self.task_options,
         )  # fmt: skip
         for text in loaded.notes:
             note(f"Note: {text}")
@@ -429,6 +441,8 @@ def save_checkpoint(
         "licence": licence,
         "weights_sha256": _hash_tensors(state),
     }
+    if model.task.options:
+        known["task_config"] = model.task.options
     if (cuts := thresholds or model.task.thresholds) is not None:
         known["thresholds"] = list(cuts)
     if clash := sorted(known.keys() & (extra or {}).keys()):
@@ -487,7 +501,8 @@ def _check_same_network(one: LoadedModel, other: LoadedModel) -> None:
                 "network that were trained further; leave the other file out."
             )
     for name, tensor in own.items():
-        if not tensor.is_floating_point() and not torch.equal(tensor, theirs[name]):
+        is_count = name.endswith("num_batches_tracked")  # which a batch norm of constant momentum does not use
+        if not is_count and not tensor.is_floating_point() and not torch.equal(tensor, theirs[name]):
             raise CheckpointError(
                 f"{one.weights.reference} and {other.weights.reference} differ in {name}, which holds no fractions "
                 "and has no mean. Leave one of them out."
@@ -509,16 +524,17 @@ def _check_own_metadata(file: WeightFile, state: Mapping[str, Tensor], path: Pat
             f"{path} has format version {file.metadata.get('format_version')!r:.40}, this version of cnx-deploy reads "
             f"{FORMAT_VERSION}. Use the version that wrote it."
         )
-    names, head = file.metadata.get("class_names"), state.get("head.weight")
+    names = file.metadata.get("class_names")
     _check_header_types(file.metadata, path)
+    classes = find_task(file.metadata.get("task", "classification")).num_classes_in(state)
     if file.metadata.get("weights_sha256") != _hash_tensors(state):
         raise CorruptArtifactError(f"{path} was altered: its weights are not those its header names. Fetch it again.")
     cuts = file.metadata.get("thresholds")
-    if cuts is not None and (head is None or len(cuts) != head.shape[0] or not all(0 < value < 1 for value in cuts)):
+    if cuts is not None and (len(cuts) != classes or not all(0 < value < 1 for value in cuts)):
         raise CorruptArtifactError(
             f"{path} has {len(cuts)} thresholds that are not one probability a label. Write it again."
         )
-    if names is not None and (head is None or len(names) != head.shape[0]):
+    if names is not None and len(names) != classes:
         raise CorruptArtifactError(
             f"{path} has {len(names)} class names, which is not its class count. Write it again."
         )
@@ -536,6 +552,7 @@ def _check_header_types(header: Mapping[str, Any], path: Path) -> None:
         "task": (isinstance(header.get("task", ""), str), "a text"),
         "preprocessing": (preprocessing is None or isinstance(preprocessing, dict), "an object"),
         "training": (_fits(header.get("training", {}), TrainingOptions), "words, numbers and weights by class"),
+        "task_config": (_fits(header.get("task_config", {}), dict[str, Any]), "an object"),
         "thresholds": (_fits(header.get("thresholds", []), list[float]), "a list of probabilities"),
     }
     for name, (holds, what) in expected.items():
@@ -629,12 +646,19 @@ def _variant_of(state: Mapping[str, Tensor], wanted: Variant | None, *, where: s
 def _with_new_head(task: Task, state: Mapping[str, Tensor], variant: Variant, num_classes: int) -> dict[str, Tensor]:
     """Replace the head; add other modules of the task, such as the final norm, where pre-training left none."""
     generator = torch.Generator().manual_seed(HEAD_SEED)
-    kept, fresh = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}, {}
-    for module_name, module in task.modules(variant, num_classes).items():
+    prefixes = tuple(f"{layer}." for layer in task.class_layers)
+    kept, fresh = {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)}, {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(HEAD_SEED)
+        modules = task.modules(variant, num_classes)
+    for module_name, module in modules.items():
         own = {f"{module_name}.{name}": tensor.detach() for name, tensor in module.state_dict().items()}
-        if module_name != "head" and (len(kept) < len(state) or own.keys() & kept.keys()):
-            continue  # a file with half of it is faulty, and the comparison says so
+        others = {name: tensor for name, tensor in own.items() if not name.startswith(prefixes)}
+        if len(kept) < len(state) or others.keys() & kept.keys():
+            own = {name: own[name] for name in own if name not in others}  # a file with half of the rest is faulty
         for name, tensor in own.items():
+            if task.draws_own_weights:
+                continue
             if tensor.ndim > 1:
                 nn.init.trunc_normal_(tensor, std=0.02, generator=generator)
             elif name.endswith("bias"):

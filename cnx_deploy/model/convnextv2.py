@@ -37,7 +37,7 @@ class ConvNeXtV2(nn.Module):
     """
 
     norm: nn.LayerNorm  # of a classifier
-    head: nn.Linear  # of a classifier; another task's is a module of its own
+    head: nn.Linear  # of a classifier
 
     def __init__(
         self,
@@ -70,10 +70,12 @@ class ConvNeXtV2(nn.Module):
         self.stages = nn.ModuleList(_stages(variant, drop_path_rate))
         for name, module in task.modules(variant, num_classes).items():
             self.add_module(name, module)
-        self.apply(_initialise)
+        for part in (self.downsample_layers, self.stages) if task.draws_own_weights else (self,):
+            part.apply(_initialise)
         with torch.no_grad():
-            for parameter in self.head.parameters():
-                parameter.mul_(head_init_scale)
+            for layer in map(self.get_submodule, task.class_layers):
+                for parameter in layer.parameters():
+                    parameter.mul_(head_init_scale)
 
     def stem_layers(self) -> tuple[nn.Conv2d, LayerNormChannelsFirst]:
         """The stem's convolution and norm."""
@@ -145,6 +147,13 @@ def random_model(
     model = model.to_empty(device="cpu").eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        for name, buffer in model.named_buffers():  # of batch norms
+            if not buffer.is_floating_point():
+                buffer.zero_()
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 2.0, generator=generator)
+            else:
+                buffer.normal_(std=0.1, generator=generator)
         for name, parameter in model.named_parameters():
             parameter.normal_(generator=generator)
             if parameter.ndim in (2, 4) and "grn" not in name:

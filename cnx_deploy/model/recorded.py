@@ -31,12 +31,13 @@ def model_record(loaded: LoadedModel, preprocessing: Preprocessing, manifest_dir
         origins=dict(loaded.origins),
         training=dict(loaded.training),
         thresholds=loaded.model.task.thresholds,
+        task_config=loaded.model.task.options,
     )
 
 
 def recorded_task(record: ModelRecord) -> Task:
-    """The task of a network, with its thresholds."""
-    return find_task(record.task).with_thresholds(record.thresholds)
+    """The task of a network, with its configuration and thresholds."""
+    return find_task(record.task).configured(record.task_config).with_thresholds(record.thresholds)
 
 
 def recorded_outputs(artifact: Artifact) -> tuple[OutputSpec, ...]:
@@ -58,7 +59,7 @@ def _foreign_outputs(record: ModelRecord, words: tuple[str, ...]) -> tuple[Outpu
 
 def recorded_gate(artifact: Artifact) -> Gate:
     """What the outputs of an artifact are judged by: its task's gate for its precision."""
-    return find_task(artifact.manifest.model.task).gate(artifact.manifest.gate)
+    return recorded_task(artifact.manifest.model).gate(artifact.manifest.gate)
 
 
 def recorded_model(artifact: Artifact) -> LoadedModel:
@@ -75,10 +76,11 @@ def recorded_model(artifact: Artifact) -> LoadedModel:
         )
     # A head that was new at the export is drawn again, from a fixed seed.
     how: dict[str, Any] = {"num_classes": record.num_classes, "reset_head": True} if record.head_is_new else {}
-    how |= {"task": record.task, "in_chans": record.preprocessing.in_chans}
+    how |= {"task": record.task, "in_chans": record.preprocessing.in_chans, "task_options": record.task_config}
     if weights.origin == "random":
         seed, variant = int(weights.reference), find_variant(record.variant)
-        model = random_model(variant, record.num_classes, seed=seed, task=record.task, in_chans=how["in_chans"])
+        task = recorded_task(record)
+        model = random_model(variant, record.num_classes, seed=seed, task=task, in_chans=how["in_chans"])
         loaded = LoadedModel(model, weights, record.class_names, record.preprocessing, record.origins)
     elif weights.origin == "checkpoint":
         loaded = mean_of(_recorded_file(artifact, file, **how) for file in weights.files)

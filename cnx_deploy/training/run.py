@@ -168,6 +168,7 @@ def initial_model(
             soup=soup,
             task=spec.task,
             in_chans=spec.in_chans,
+            task_options=spec.task_options,
         )
     if loaded.class_names not in (None, names):
         raise CheckpointError(
@@ -177,7 +178,9 @@ def initial_model(
     loaded = replace(loaded, notes=(*loaded.notes, *_notes_of_images(spec, loaded)))
     if loaded.head_is_new:
         with torch.no_grad():
-            loaded.model.head.weight.mul_(spec.head_init_scale)
+            for layer in map(loaded.model.get_submodule, loaded.model.task.class_layers):
+                for parameter in layer.parameters():
+                    parameter.mul_(spec.head_init_scale)
     return loaded
 
 
@@ -221,7 +224,8 @@ def _result(run_dir: Path, records: Sequence[Any], *, interrupted: bool) -> Trai
 
 def _with_fitting_head(path: Path, spec: TrainingSpec, names: tuple[str, ...], **choice: Any) -> LoadedModel:
     words: dict[str, Any] = {
-        "num_classes": len(names), "task": spec.task, "in_chans": spec.in_chans, **choice,
+        "num_classes": len(names), "task": spec.task, "in_chans": spec.in_chans, "task_options": spec.task_options,
+        **choice,
     }  # fmt: skip
     try:
         loaded = load_checkpoint(path, spec.network, **words)
@@ -238,7 +242,11 @@ def _model_to_train(spec: TrainingSpec, initial: ConvNeXtV2 | None, num_classes:
         with torch.random.fork_rng():
             torch.manual_seed(spec.seed)
             model = create_model(
-                spec.network, num_classes, head_init_scale=spec.head_init_scale, task=spec.task, in_chans=spec.in_chans
+                spec.network,
+                num_classes,
+                head_init_scale=spec.head_init_scale,
+                task=spec.purpose,
+                in_chans=spec.in_chans,
             )
     elif initial.task.name != spec.task:
         raise CheckpointError(
@@ -259,5 +267,6 @@ def _model_to_train(spec: TrainingSpec, initial: ConvNeXtV2 | None, num_classes:
         block.drop_path.p = rate * index / max(1, len(blocks) - 1)
     if spec.freeze_backbone:
         model.requires_grad_(False)
-        model.head.requires_grad_(True)
+        for module in model.task.trained_alone(model):
+            module.requires_grad_(True)
     return model.train()

@@ -1,8 +1,8 @@
 """What a run is asked for: the request that training and pre-training share, and training's own. No Lightning here."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -10,7 +10,7 @@ from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.image_size import ImageSize
 from cnx_deploy.core.preprocessing import PerChannel, Preprocessing, given_per_channel
 from cnx_deploy.core.variants import Variant, find_variant
-from cnx_deploy.model.tasks.base import find_task
+from cnx_deploy.model.tasks.base import Task, find_task
 from cnx_deploy.model.tasks.multi_label import GAMMA_NEG, GAMMA_POS, NEGATIVE_CLIP
 from cnx_deploy.training.class_balance import ClassWeights, named_weights
 from cnx_deploy.training.distributed import ONE_PROCESS, Launch
@@ -42,7 +42,7 @@ FREE_FIELDS = frozenset(
 LATER_FIELDS: dict[str, Any] = {
     "class_weights": "none", "sampling": "shuffle", "loss": "cross-entropy", "focal_gamma": None,
     "mean": None, "std": None, "interpolation": None, "crop_mode": None, "in_chans": 3,
-    "task": "classification", "gamma_neg": None, "gamma_pos": None, "negative_clip": None,
+    "task": "classification", "task_options": {}, "gamma_neg": None, "gamma_pos": None, "negative_clip": None,
 }  # fmt: skip
 """Fields that earlier records do not have, and what they stand at there: written only where they differ."""
 FOCAL_GAMMA = 2.0
@@ -153,7 +153,8 @@ class TrainingSpec(RunSpec):
         ema_decay: Moving average of the weights; None: none.
         freeze_backbone: The head alone learns.
         label_smoothing: Share of the target given to all classes.
-        task: "classification", or "multi-label" for several labels an image.
+        task: "classification", "multi-label" for several labels an image, "segment" or "detect".
+        task_options: Fields of the task's `config` that are not the usual ones.
         loss, focal_gamma: Cross-entropy, or focal loss with the exponent gamma (None: 2); of several labels "bce" or
             "asymmetric".
         gamma_neg, gamma_pos, negative_clip: Of the asymmetric loss (None: 4, 1 and 0.05).
@@ -171,6 +172,7 @@ class TrainingSpec(RunSpec):
 
     image_folder: Path | None = None
     task: str = "classification"
+    task_options: Mapping[str, Any] = field(default_factory=dict)
     recipe: str = "plain"
     optimizer: Optimizer = "adamw"
     beta2: float = 0.999
@@ -234,7 +236,7 @@ class TrainingSpec(RunSpec):
                         f"{name} is {getattr(self, name)} and the loss is {self.loss}, which has no such number. Add "
                         f"--loss {loss}, or leave it out."
                     )
-        task = find_task(self.task)
+        task = self.purpose
         if task.losses and self.loss not in task.losses:
             raise InputError(
                 f"The task {self.task} is trained with the loss {' or '.join(task.losses)}, not with {self.loss}. "
@@ -273,6 +275,11 @@ class TrainingSpec(RunSpec):
         takes_colours = self.in_chans in (1, 3) or self.randaugment_magnitude == 0
         yield "randaugment_magnitude", takes_colours, f"0 for images of {self.in_chans} channels: it changes colours"
         yield "workers", self.workers is None or self.workers >= 0, "at least 0"
+
+    @property
+    def purpose(self) -> Task:
+        """The task with its options."""
+        return find_task(self.task).configured(self.task_options)
 
     @property
     def resolved_learning_rate(self) -> float:

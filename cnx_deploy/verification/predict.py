@@ -317,10 +317,11 @@ def _unrecorded_onnx(path: Path, many: bool, device: str) -> Model:
         temperature = typed(strict_json(metadata.get("cnx_deploy.temperature", "1").encode()), float)
         listed = strict_json(metadata.get("cnx_deploy.thresholds", "null").encode())
         cuts = None if listed is None else typed(listed, tuple[float, ...])
+        config = typed(strict_json(metadata.get("cnx_deploy.task_config", "{}").encode()), dict[str, Any])
     except ValueError as error:
         raise CorruptArtifactError(f"{path} has metadata that is not JSON ({error}). Export it again.") from error
     preprocessing = Preprocessing.from_dict(recorded)
-    task = find_task(metadata.get("cnx_deploy.task", "classification")).with_thresholds(cuts)
+    task = find_task(metadata.get("cnx_deploy.task", "classification")).configured(config).with_thresholds(cuts)
     checks = list(ONNX_CHECKS)
     if "BFLOAT16" not in admission.facts.types:
         trial_run(path, limits_for(admission.size_bytes))

@@ -4,13 +4,14 @@ A task is one subclass of `Task` and one call of `register_task`. Export, engine
 read the table and know no task by name: a manifest and a checkpoint's header name theirs.
 """
 
+import copy
 import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.gates import Gate, OutputSpec
 from cnx_deploy.core.image_size import stage_sides
+from cnx_deploy.core.strict_json import typed
 from cnx_deploy.core.variants import Variant
 
 if TYPE_CHECKING:
@@ -69,14 +71,20 @@ class Task(ABC):
 
     `words` of a method are those of `DeploySpec.outputs`, some of `answers`; none means what the task gives by itself.
     The head is made of modules under names of its own in the network, both in the training form and in the deploy form.
-    One of them is called `head`: `--reset-head` draws it anew, and `keep_fp32` can name it.
+    `keep_fp32` names them all together `head`.
 
     Attributes:
         name: the word in manifests and headers.
         answers: the words of `--output`, of which a deployment chooses; none where there is nothing to choose.
         levels: stages whose outputs the head reads, 0 to 3.
         operators: how many operators of the counted kinds (Gelu, LayerNormalization, ReduceSum, AveragePool) the head
-            adds to the exported graph; "epsilon" counts those that are added outside of a LayerNormalization.
+            adds to the exported graph; "epsilon" counts those that are added outside of a LayerNormalization, and
+            "ChannelsFirstNorm" the norms over channels, which the "gpu" layout spells out.
+        config: sizes and constants of the task's own, a frozen dataclass whose defaults are the usual values; None
+            where there are none.
+        class_layers: paths of the modules that depend on the classes: `--reset-head` draws them anew.
+        draws_own_weights: its modules are made with initial weights of their own, other than the backbone's kind.
+        is_dense: the answer is for places of an image. Images have one size, the canvas, because GRN sums over padding.
         has_classes: there is a number of classes; without, it is 0.
         class_output: the output of class scores (N, num_classes), which labels are compared with; None without any.
         allows_flip: an image and its left-right mirror have the same answer, so that their outputs can be averaged.
@@ -93,6 +101,10 @@ class Task(ABC):
     answers: tuple[str, ...] = ()
     levels: tuple[int, ...] = (3,)
     operators: Mapping[str, int] = MappingProxyType({})
+    config: Any = None
+    class_layers: tuple[str, ...] = ("head",)
+    draws_own_weights: bool = False
+    is_dense: bool = False
     has_classes: bool = True
     class_output: str | None = None
     allows_flip: bool = False
@@ -192,6 +204,38 @@ class Task(ABC):
             return self
         raise InputError(f"The task {self.name} has no thresholds. Leave --thresholds (thresholds) out.")
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The fields of `config` that are not the usual ones, as plain types; `configured` takes them back."""
+        if self.config is None:
+            return {}
+        usual, own = asdict(type(self.config)()), asdict(self.config)
+        return {name: _plain(value) for name, value in own.items() if value != usual[name]}
+
+    def configured(self, values: Mapping[str, Any]) -> Self:
+        """Return the task with these fields of its `config`; itself without any. InputError for what it has not."""
+        if not values:
+            return self
+        known = [] if self.config is None else [field.name for field in fields(self.config)]
+        if unknown := [name for name in values if name not in known]:
+            expected = f"expected {', '.join(known)}" if known else "there are none"
+            raise InputError(f"The task {self.name} has no option {', '.join(map(repr, unknown))}: {expected}.")
+        changed = copy.copy(self)
+        try:
+            changed.config = typed({**_plain(asdict(self.config)), **_plain(dict(values))}, type(self.config))
+        except ValueError as error:
+            given = ", ".join(f"{name}={value}" for name, value in values.items())
+            raise InputError(f"The task {self.name} cannot take {given}: {error}.") from error
+        return changed
+
+    def fitted(self, state: Mapping[str, Tensor]) -> Self:
+        """Return the task with what the shapes of a state dict tell of its `config`."""
+        return self
+
+    def trained_alone(self, network: Any) -> list[nn.Module]:
+        """The modules that learn where the backbone is frozen."""
+        return [network.get_submodule(name) for name in self.class_layers]
+
     def num_classes_in(self, state: Mapping[str, Tensor]) -> int | None:
         """Return the classes of the head in a state dict under the reference code's names; None without a head."""
         weight = state.get("head.weight")
@@ -238,6 +282,13 @@ def network_outputs(task: Task, variant: Variant, num_classes: int, spec: "Deplo
     task.check_allowed(spec)
     maps = [(width, *stage_sides(spec.image_size, level)) for level, width in enumerate(variant.dims)]
     return task.outputs(num_classes, spec.outputs, maps)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as JSON has them."""
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
 
 
 def sole_or_named(outputs: Outputs) -> Tensor | Outputs:
