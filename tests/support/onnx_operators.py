@@ -267,6 +267,76 @@ def _resized() -> Iterator[Case]:
     yield Case("Resize", [half(1, 1, 4, 4), floats(), floats(1, 1, 2, 2)], {"mode": "linear"}, 11, loose=True)
 
 
+HOSTILE = np.array([[np.nan, 1, -np.inf, np.inf, -0.0, 2], [3, np.nan, np.inf, -2, 0, np.nan]], np.float16)
+NONE = np.zeros((2, 0, 3), np.float16)
+
+
+def _hostile() -> Iterator[Case]:
+    """NaN, infinities, negative indices and empty tensors, for what decides among values and moves them."""
+    for name in (
+        "Relu",
+        "Sigmoid",
+        "Exp",
+        "Log",
+        "Floor",
+        "Round",
+        "Sqrt",
+        "Abs",
+        "Sign",
+        "Tanh",
+        "Reciprocal",
+        "IsNaN",
+    ):
+        yield Case(name, [HOSTILE], loose=True)
+        yield Case(name, [NONE])
+    for signs in ({}, {"detect_negative": 0}, {"detect_positive": 0}):
+        yield Case("IsInf", [HOSTILE], signs)
+    yield Case("Clip", [HOSTILE, number(-1), number(1)])
+    yield Case("Div", [HOSTILE, HOSTILE[::-1]])
+    yield Case("Where", [np.isnan(HOSTILE), number(0), HOSTILE])
+    for name in ("Max", "Min"):
+        yield Case(name, [HOSTILE, HOSTILE[::-1]])
+        yield Case(name, [WHOLE, ints(1, 2, 3)])
+    for name in ("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"):
+        yield Case(name, [HOSTILE, HOSTILE[::-1]])
+        yield Case(name, [WHOLE, ints(5)])
+    for name in ("Softmax", "LogSoftmax"):
+        yield Case(name, [HOSTILE], {"axis": 1}, loose=True)
+        yield Case(name, [np.full((2, 3), -np.inf, np.float16)], {"axis": 1})
+    for name in ("ArgMax", "ArgMin"):
+        yield Case(name, [HOSTILE], {"axis": 1})
+    for name in ("ReduceMax", "ReduceMin", "ReduceSum"):
+        yield Case(name, [HOSTILE, ints(1)])
+        for axis in (1, 2):
+            yield Case(name, [NONE, ints(axis)], {"keepdims": axis - 1})
+        yield Case(name, [NONE.astype(np.int64), ints(1)])
+    for largest in (0, 1):
+        yield Case("TopK", [HOSTILE, ints(4)], {"axis": 1, "largest": largest}, 20, 2)
+    yield Case("TopK", [NONE, ints(0)], {"axis": 1}, 20, 2)
+    yield Case("TopK", [WHOLE, ints(2)], {"axis": 0}, 20, 2)
+    yield Case("CumSum", [HOSTILE, np.array(-1)])
+    yield Case("CumSum", [NONE, np.array(1)], {"exclusive": 1})
+    yield Case("CumSum", [WHOLE, np.array(1)], {"exclusive": 1})
+    yield Case("Concat", [NONE, half(2, 1, 3)], {"axis": -2})
+    yield Case("Gather", [half(4, 5), np.array([-4, -1, 3, 0], np.int32)])
+    yield Case("Gather", [half(4, 5), np.zeros((2, 0), np.int64)], {"axis": -1})
+    yield Case("GatherElements", [half(3, 4), np.array([[-3, 2, 0, -1]], np.int32)])
+    yield Case("GatherElements", [half(3, 4), np.zeros((0, 4), np.int64)])
+    yield Case("GatherND", [half(2, 3), np.array([[[1], [-1]], [[0], [2]]])], {"batch_dims": 1})
+    yield Case("GatherND", [half(3, 4), np.zeros((0, 2), np.int64)])
+    yield Case("ScatterND", [half(3, 4), np.zeros((0, 2), np.int64), half(0)])
+    yield Case("ScatterND", [half(3, 4), np.array([[-1, -1]]), half(1)])
+    yield Case("ScatterElements", [half(3, 4), np.zeros((0, 2), np.int64), half(0, 2)])
+    yield Case("MatMul", [half(0, 3), half(3, 2)])
+    yield Case("Cast", [np.array([1e6, -1e6, 7e4], np.float32)], {"to": TensorProto.FLOAT16})
+    yield Case("MaxPool", [half(1, 2, 5, 4)], {"kernel_shape": [1, 1], "strides": [2, 2]})
+    for mode in ("linear", "nearest"):
+        for coordinates in ("half_pixel", "align_corners"):
+            for shape, size in (((1, 2, 4, 5), (16, 20)), ((1, 1, 1, 1), (3, 4)), ((1, 2, 6, 7), (1, 1))):
+                attributes = {"mode": mode, "coordinate_transformation_mode": coordinates}
+                yield Case("Resize", [half(*shape), None, None, ints(*shape[:2], *size)], attributes, loose=True)
+
+
 def _moved() -> Iterator[Case]:
     yield Case("Identity", [half(4, 5)])
     yield Case("Concat", [half(2, 3), half(2, 5)], {"axis": 1})
@@ -304,6 +374,12 @@ def _moved() -> Iterator[Case]:
     for kind in ("add", "mul", "max", "min"):
         yield Case("ScatterND", [half(3, 4, 2), indices, updates], {"reduction": kind}, 18, loose=True)
     yield Case("ScatterND", [half(3, 4, 2), indices[:2], updates[:2]])
+    for kind in ("none", "add", "mul", "max", "min"):
+        for axis in (0, 1, -1):
+            places = np.array([[0, -1], [2, 1], [0, 0]])[: 2 + (kind != "none")]  # what meets needs a reduction
+            attributes = {"axis": axis, "reduction": kind}
+            yield Case("ScatterElements", [half(3, 4), places, half(3, 2)], attributes, 18, loose=True)
+    yield Case("NonZero", [TIES])
     for axis in (0, 1, -1):
         yield Case("OneHot", [ints(0, 2, -1, 9), np.array(4), floats(-1, 2)], {"axis": axis})
     yield Case("TopK", [TIES, ints(3)], {"axis": 1}, 20, 2)
@@ -324,4 +400,4 @@ def _moved() -> Iterator[Case]:
         yield Case("Trilu", [half(4, 5), np.array(1)], {"upper": upper})
 
 
-CASES = [*_elementwise(), *_products(), *_reductions(), *_spatial(), *_moved()]
+CASES = [*_elementwise(), *_products(), *_reductions(), *_spatial(), *_moved(), *_hostile()]

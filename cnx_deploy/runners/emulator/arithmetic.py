@@ -163,6 +163,22 @@ def _sum(tensor: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
     return wide(tensor).sum(axes, keepdim=keep).to(tensor.dtype)
 
 
+def _extreme(function: Callable[..., Tensor], sign: int) -> Callable[[Tensor, tuple[int, ...], bool], Tensor]:
+    """The largest or smallest of each set; of an empty one the value, infinity if there is one, with that sign."""
+
+    def operator(tensor: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
+        if all(tensor.shape[axis] for axis in axes):
+            return function(tensor, axes, keepdim=keep)
+        value: float = sign * math.inf
+        if tensor.dtype == torch.bool:
+            value = sign > 0
+        elif not tensor.is_floating_point():
+            value = torch.iinfo(tensor.dtype).max if sign > 0 else torch.iinfo(tensor.dtype).min
+        return torch.full_like(tensor.sum(axes, keepdim=keep), value, dtype=tensor.dtype)
+
+    return operator
+
+
 def _product(tensor: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
     product = wide(tensor)
     for axis in sorted((axis % tensor.ndim for axis in axes), reverse=True):
@@ -203,7 +219,7 @@ def _cumulative_sum(inputs: Inputs, attributes: Attributes) -> Tensor:
     tensor, axis = needed(inputs), ints(needed(inputs, 1))[0]
     turned = wide(tensor).flip(axis) if attributes.get("reverse", 0) else wide(tensor)
     sums = turned.cumsum(axis)
-    if attributes.get("exclusive", 0):
+    if attributes.get("exclusive", 0) and sums.shape[axis]:
         sums = sums.roll(1, axis).index_fill(axis, torch.tensor([0]), 0)
     return (sums.flip(axis) if attributes.get("reverse", 0) else sums).to(tensor.dtype)
 
@@ -275,6 +291,12 @@ def _batch_normalization(inputs: Inputs, attributes: Attributes) -> Tensor:
     return ((wide(images) - mean) * (gain * inverse) + shift).to(images.dtype)
 
 
+def _is_inf(inputs: Inputs, attributes: Attributes) -> Tensor:
+    negative, positive = (bool(attributes.get(f"detect_{sign}", 1)) for sign in ("negative", "positive"))
+    tensor = needed(inputs)
+    return (torch.isneginf(tensor) & negative) | (torch.isposinf(tensor) & positive)
+
+
 def _cast(inputs: Inputs, attributes: Attributes) -> Tensor:
     if attributes["to"] not in TORCH_TYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TORCH_TYPES.values())
@@ -309,6 +331,8 @@ ARITHMETIC: dict[str, Operator] = {
     "HardSigmoid": elementwise(lambda x, alpha, beta: (alpha * x + beta).clamp(0, 1), alpha=0.2, beta=0.5),
     "HardSwish": elementwise(lambda x: x * (x / 6 + 0.5).clamp(0, 1)),
     "InstanceNormalization": _instance_normalization,
+    "IsInf": _is_inf,
+    "IsNaN": _to_bool(torch.isnan),
     "LayerNormalization": _layer_normalization,
     "LeakyRelu": elementwise(lambda x, alpha: torch.where(x < 0, alpha * x, x), alpha=0.01),
     "Less": _to_bool(torch.lt),
@@ -333,9 +357,9 @@ ARITHMETIC: dict[str, Operator] = {
     "ReduceL2": _reduction(_l2),
     "ReduceLogSum": _reduction(_log_sum),
     "ReduceLogSumExp": _reduction(_log_sum_exp),
-    "ReduceMax": _reduction(lambda tensor, axes, keep: tensor.amax(axes, keepdim=keep)),
+    "ReduceMax": _reduction(_extreme(torch.amax, -1)),
     "ReduceMean": _reduction(_mean),
-    "ReduceMin": _reduction(lambda tensor, axes, keep: tensor.amin(axes, keepdim=keep)),
+    "ReduceMin": _reduction(_extreme(torch.amin, 1)),
     "ReduceProd": _reduction(_product),
     "ReduceSum": _reduction(_sum),
     "ReduceSumSquare": _reduction(_sum_of_squares),
@@ -345,7 +369,7 @@ ARITHMETIC: dict[str, Operator] = {
         lambda x, alpha, gamma: gamma * torch.where(x < 0, alpha * torch.expm1(x), x), alpha=1.67326, gamma=1.0507
     ),
     "Sigmoid": elementwise(torch.sigmoid),
-    "Sign": elementwise(torch.sign),
+    "Sign": elementwise(lambda x: torch.where(x != x, x, torch.sign(x))),  # NaN stays, where torch gives 0
     "Softmax": _softmax(torch.softmax),
     "Softplus": elementwise(F.softplus),
     "Sqrt": elementwise(torch.sqrt),

@@ -124,23 +124,31 @@ def _pad(inputs: Inputs, attributes: Attributes) -> Tensor:
     return tensor
 
 
+def _counted(indices: Tensor, size: int) -> Tensor:
+    """Indices of an axis as INT64 from 0: negative ones count from its end. InputError for one that is not on it."""
+    outside = (indices < -size) | (indices >= size)
+    if bool(outside.any()):
+        raise InputError(f"It has the index {int(indices[outside][0])}; known are -{size} to {size - 1} on that axis.")
+    return torch.where(indices < 0, indices + size, indices).long()
+
+
 def _gather(inputs: Inputs, attributes: Attributes) -> Tensor:
     tensor, indices, axis = needed(inputs), needed(inputs, 1), attributes.get("axis", 0)
     axis %= tensor.ndim
-    flat = tensor.index_select(axis, indices.flatten() % tensor.shape[axis])
+    flat = tensor.index_select(axis, _counted(indices.flatten(), tensor.shape[axis]))
     return flat.reshape((*tensor.shape[:axis], *indices.shape, *tensor.shape[axis + 1 :]))
 
 
 def _gather_elements(inputs: Inputs, attributes: Attributes) -> Tensor:
     tensor, indices, axis = needed(inputs), needed(inputs, 1), attributes.get("axis", 0)
-    return tensor.gather(axis, indices.long() % tensor.shape[axis])
+    return tensor.gather(axis, _counted(indices, tensor.shape[axis]))
 
 
 def _rows(indices: Tensor, sizes: Sequence[int]) -> Tensor:
     """Index tuples (..., d) into axes of those sizes as rows of the tensor with these axes flattened."""
     rows = torch.zeros(indices.shape[:-1], dtype=torch.int64)
     for number, size in enumerate(sizes):
-        rows = rows * size + indices[..., number].long() % size
+        rows = rows * size + _counted(indices[..., number], size)
     return rows
 
 
@@ -154,20 +162,31 @@ def _gather_nd(inputs: Inputs, attributes: Attributes) -> Tensor:
     return taken.reshape((*tensor.shape[:batch], *indices.shape[batch:-1], *rest))
 
 
-def _scatter_nd(inputs: Inputs, attributes: Attributes) -> Tensor:
-    """Put slices where `indices` says; with a reduction, what meets there is computed in FP32 and rounded once."""
-    tensor, indices, updates = needed(inputs), needed(inputs, 1), needed(inputs, 2)
-    depth, kind = indices.shape[-1], attributes.get("reduction", "none")
+def _scattered(tensor: Tensor, axis: int, places: Tensor, values: Tensor, kind: str) -> Tensor:
+    """Put values along an axis; with a reduction, what meets at a place is computed in FP32 and rounded once."""
     reductions = {"none": "", "add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
     if kind not in reductions:
         raise InputError(f"Its attribute reduction is {kind!r}; known are {', '.join(reductions)}.")
-    sizes = tensor.shape[:depth]
-    rows = _rows(indices.reshape(-1, depth), sizes)
-    flat, values = tensor.reshape(math.prod(sizes), -1), updates.reshape(len(rows), -1)
     if kind == "none":
-        return flat.index_copy(0, rows, values).reshape(tensor.shape)
-    places = rows[:, None].expand(values.shape)
-    return wide(flat).scatter_reduce(0, places, wide(values), reductions[kind]).to(tensor.dtype).reshape(tensor.shape)
+        return tensor.scatter(axis, places, values)
+    return wide(tensor).scatter_reduce(axis, places, wide(values), reductions[kind]).to(tensor.dtype)
+
+
+def _scatter_nd(inputs: Inputs, attributes: Attributes) -> Tensor:
+    """Put slices where `indices` says."""
+    tensor, indices, updates = needed(inputs), needed(inputs, 1), needed(inputs, 2)
+    depth = indices.shape[-1]
+    sizes, width = tensor.shape[:depth], math.prod(tensor.shape[depth:])
+    rows = _rows(indices.reshape(math.prod(indices.shape[:-1]), depth), sizes)
+    places, values = rows[:, None].expand(len(rows), width), updates.reshape(len(rows), width)
+    flat = tensor.reshape(math.prod(sizes), width)
+    return _scattered(flat, 0, places, values, attributes.get("reduction", "none")).reshape(tensor.shape)
+
+
+def _scatter_elements(inputs: Inputs, attributes: Attributes) -> Tensor:
+    tensor, indices, axis = needed(inputs), needed(inputs, 1), int(attributes.get("axis", 0))
+    places = _counted(indices, tensor.shape[axis])
+    return _scattered(tensor, axis, places, needed(inputs, 2), attributes.get("reduction", "none"))
 
 
 def _top_k(inputs: Inputs, attributes: Attributes) -> tuple[Tensor, Tensor]:
@@ -219,10 +238,12 @@ DATA_MOVEMENT: dict[str, Operator] = {
     "GatherElements": _gather_elements,
     "GatherND": _gather_nd,
     "Identity": lambda inputs, _: needed(inputs),
+    "NonZero": lambda inputs, _: needed(inputs).nonzero().T,
     "OneHot": _one_hot,
     "Pad": _pad,
     "Range": _range,
     "Reshape": _reshape,
+    "ScatterElements": _scatter_elements,
     "ScatterND": _scatter_nd,
     "Shape": _shape,
     "Size": lambda inputs, _: torch.tensor(needed(inputs).numel()),
