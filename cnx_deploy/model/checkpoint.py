@@ -333,7 +333,7 @@ class ModelRequest:
     std: PerChannel | float | None = None
     in_chans: int | None = None
     class_names: ClassNames | None = None
-    task_options: Mapping[str, Any] = NOTHING
+    task_options: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self, note: Callable[[str], None]) -> tuple[LoadedModel, Preprocessing]:
         """The model and how its images are made; `note` is told what was chosen or made, and of random weights."""
