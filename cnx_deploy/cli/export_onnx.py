@@ -13,7 +13,7 @@ SECTIONS = {
         "entry", "soup",
     ),
     "Images": (
-        "image_size", "in_chans", "mean", "std", "crop_ratio", "crop_mode", "interpolation", "class_names",
+        "image_size", "in_chans", "mean", "std", "crop_ratio", "crop_mode", "pad_value", "interpolation", "class_names",
         "input_kind",
     ),
     "Answer": ("outputs", "thresholds", "tta", "temperature"),

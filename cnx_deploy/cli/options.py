@@ -197,8 +197,13 @@ class_names = click.option(
 pixels = (
     click.option("--mean", type=CHANNELS, help="Mean of the pixels, of a [0, 1] image: one number, or one a channel."),
     click.option("--std", type=CHANNELS, help="Standard deviation of the pixels, the same way: 0.229,0.224,0.225."),
-    click.option("--crop-mode", type=click.Choice(CROP_MODES), help="What becomes of pictures that are not square."),
+    click.option("--crop-mode", type=click.Choice(CROP_MODES), help="How a picture is brought to the size [center]."),
     click.option("--interpolation", type=click.Choice(INTERPOLATIONS), help="Filter of the resize."),
+    click.option(
+        "--pad-value",
+        type=CHANNELS,
+        help="What border and corner fill with, 0 to 255: one number, or one a channel [the mean colour].",
+    ),
 )
 _images = (
     in_chans,

@@ -20,7 +20,7 @@ SECTIONS = {
         "clip_norm",
     ),
     "Images": (
-        "image_size", "in_chans", "mean", "std", "crop_ratio", "crop_mode", "interpolation", "white_level",
+        "image_size", "in_chans", "mean", "std", "crop_ratio", "crop_mode", "pad_value", "interpolation", "white_level",
         "image_folder", "no_image_check",
     ),
     "Augmentation and regularisation": (

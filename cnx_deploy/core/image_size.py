@@ -26,7 +26,7 @@ MAX_SIDE = 1 << 16
 MAX_CHANNELS = 16
 """The most channels of an image; Sentinel-2 has 13."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
-CROP_MODES = ("center", "center-floor", "squash", "border")
+CROP_MODES = ("center", "center-floor", "squash", "border", "corner")
 """See `core.preprocessing.Preprocessing`."""
 STRIDE = 32
 """Input pixels per position of the last stage: 4 (stem) times 2 for each of three downsamplings."""

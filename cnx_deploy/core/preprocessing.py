@@ -18,9 +18,11 @@ __all__ = [
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+PADDING_MODES = ("border", "corner")
+"""Crop modes that fill what a picture lacks."""
 ASSUMED = "assumed"
 """Where a field of the preprocessing comes from that neither the weights' files nor an option says."""
-LATER_FIELDS = {"crop_mode": "center", "white_level": None}
+LATER_FIELDS = {"crop_mode": "center", "white_level": None, "pad_value": None}
 """Fields that earlier files do not have, and what they stand at there: written only where they differ."""
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
@@ -42,8 +44,8 @@ def given_per_channel(value: PerChannel | float, count: int) -> PerChannel:
     values = (float(value),) if isinstance(value, int | float) else tuple(value)
     if len(values) not in (1, count):
         raise InputError(
-            f"{len(values)} numbers were given as mean or std, and the network takes images of {count} channels: "
-            "expected one number, or one for each channel."
+            f"{len(values)} numbers were given as mean, std or pad value, and the network takes images of {count} "
+            "channels: expected one number, or one for each channel."
         )
     return per_channel(values, count)
 
@@ -67,12 +69,16 @@ class Preprocessing:
       rounded to the even side.
     - "center-floor": the same, with half a pixel rounded down, as transformers crops.
     - "squash": both sides become L whatever the shape of the picture was; the centre is cropped.
-    - "border": the picture is resized to fit into L and keeps its shape; what is missing to S is filled with the mean
-      colour, what is over is cropped.
+    - "border": the picture is resized to fit into L and keeps its shape; what is missing to S is filled with the pad
+      value, what is over is cropped.
+    - "corner": the whole picture is resized to fit into S, keeps its shape and lies in the upper left corner of this
+      canvas; the rest is filled with the pad value. `crop_ratio` is 1, for nothing is cropped. The canvas belongs to
+      the weights: GRN sums over the filled part too.
 
     `mean` and `std` are in units of a [0, 1] image, one number for each channel: their count, 1 to 16, is that of the
     images, of which 3 are RGB; see `data.bands` for others.
     `white_level`: the stored value that is white, see `data.decoding`; None is the largest that the file's type holds.
+    `pad_value`: what "border" and "corner" fill with, 0 to 255, one number for each channel; None is the mean colour.
     """
 
     image_size: ImageSize = 224
@@ -82,6 +88,7 @@ class Preprocessing:
     std: PerChannel = IMAGENET_STD
     crop_mode: str = "center"
     white_level: float | None = None
+    pad_value: PerChannel | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", canonical_size(self.image_size))
@@ -103,6 +110,28 @@ class Preprocessing:
                 f"white_level must be above 0 and at most 2^32, got {self.white_level}. It is the value that is white, "
                 "such as 4095 for 12 bits."
             )
+        if self.crop_mode == "corner" and self.crop_ratio != 1.0:
+            raise InputError(
+                f"crop_ratio is {self.crop_ratio} with the crop mode corner, which keeps the whole picture: expected "
+                "1.0. Set it with --crop-ratio 1.0 (crop_ratio)."
+            )
+        if self.pad_value is None:
+            return
+        if self.crop_mode not in PADDING_MODES:
+            raise InputError(
+                f"pad_value is {self.pad_value} and the crop mode {self.crop_mode} fills nothing: only "
+                f"{' and '.join(PADDING_MODES)} do. Leave --pad-value (pad_value) out, or choose one of them."
+            )
+        if len(self.pad_value) != len(self.mean) or not all(0 <= value <= 255 for value in self.pad_value):
+            raise InputError(
+                f"pad_value has a number from 0 to 255 for each of {len(self.mean)} channels, such as 114; got "
+                f"{self.pad_value}."
+            )
+
+    @property
+    def fill(self) -> tuple[int, ...]:
+        """The pixel that what is missing of a picture is filled with, 0 to 255 for each channel."""
+        return tuple(map(round, self.pad_value or (255 * value for value in self.mean)))
 
     @property
     def in_chans(self) -> int:
@@ -111,7 +140,8 @@ class Preprocessing:
 
     def for_channels(self, count: int) -> Self:
         """The same for images of another number of channels, see `per_channel`."""
-        return replace(self, mean=per_channel(self.mean, count), std=per_channel(self.std, count))
+        pad = None if self.pad_value is None else per_channel(self.pad_value, count)
+        return replace(self, mean=per_channel(self.mean, count), std=per_channel(self.std, count), pad_value=pad)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, as the metadata of checkpoints and ONNX files keep them; `from_dict` reads them back."""

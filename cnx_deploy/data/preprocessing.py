@@ -5,20 +5,88 @@ timm's evaluation transform (`timm.data.create_transform`) and transformers' pro
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.image_size import sides
-from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.core.preprocessing import PADDING_MODES, Preprocessing
 from cnx_deploy.data.bands import Bands, Picture, picture_of
 from cnx_deploy.data.decoding import MAX_PIXELS
 
-__all__ = ["cropped", "normalise", "runner_input", "to_pixels"]
+__all__ = ["Placement", "cropped", "normalise", "placement", "runner_input", "to_pixels"]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a picture lies on the canvas that a network takes. All are (x, y): widths and heights in pixels.
+
+    The `picture` is resized to `size`, and its upper left corner lies at `offset` of the `canvas`; an offset below 0
+    cuts something off.
+    """
+
+    picture: tuple[int, int]
+    size: tuple[int, int]
+    offset: tuple[int, int]
+    canvas: tuple[int, int]
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Canvas pixels for one of the picture."""
+        return self.size[0] / self.picture[0], self.size[1] / self.picture[1]
+
+    @property
+    def shown(self) -> tuple[slice, slice]:
+        """Rows and columns of the canvas that the picture covers."""
+        across, down = (
+            slice(max(0, start), min(start + length, limit))
+            for start, length, limit in zip(self.offset, self.size, self.canvas, strict=True)
+        )
+        return down, across
+
+    def boxes(self, boxes: Tensor) -> Tensor:
+        """Boxes (M, 4) xyxy of the picture, in its pixels -> float32 of the canvas. What lies outside is not cut."""
+        return boxes.float() * torch.tensor(self.scale * 2) + torch.tensor(self.offset * 2)
+
+    def boxes_of_picture(self, boxes: Tensor) -> Tensor:
+        """The way back: boxes (M, 4) xyxy of the canvas -> of the picture, cut at its edges."""
+        moved = (boxes.float() - torch.tensor(self.offset * 2)) / torch.tensor(self.scale * 2)
+        return torch.minimum(moved.clamp_min(0.0), torch.tensor(self.picture * 2).float())
+
+    def label_map(self, labels: np.ndarray, outside: int) -> np.ndarray:
+        """Classes (H, W) uint8 or int32 of the picture's pixels -> (rows, columns) of the canvas, by the nearest pixel.
+
+        `outside` is what the canvas holds where the picture does not reach.
+        """
+        resized = Image.fromarray(labels).resize(self.size, Image.Resampling.NEAREST)
+        left, top = self.offset
+        canvas = np.full(self.canvas[::-1], outside, labels.dtype)
+        down, across = self.shown
+        canvas[down, across] = np.asarray(resized)[
+            down.start - top : down.stop - top, across.start - left : across.stop - left
+        ]
+        return canvas
+
+    def on_picture(self, maps: Tensor) -> Tensor:
+        """The way back: scores (N, K, rows, columns) of the canvas -> (N, K, H, W) of the picture, bilinearly.
+
+        Where the canvas shows only a part of the picture, the edge of that part is repeated.
+        """
+        down, across = self.shown
+        left, top = self.offset
+        part = maps[..., down, across]
+        beyond = (
+            max(0, -left), max(0, left + self.size[0] - self.canvas[0]),
+            max(0, -top), max(0, top + self.size[1] - self.canvas[1]),
+        )  # fmt: skip
+        whole = F.pad(part, beyond, mode="replicate") if any(beyond) else part
+        return F.interpolate(whole, self.picture[::-1], mode="bilinear", align_corners=False)
 
 
 def to_pixels(image: Any, preprocessing: Preprocessing) -> Tensor:
@@ -35,25 +103,36 @@ def cropped(picture: Picture, preprocessing: Preprocessing) -> Tensor:
     Raises InputError when the image is so long and thin that it cannot be resized within the memory limit.
     """
     rows, columns = sides(preprocessing.image_size)
-    width, height = _resized_size(picture.size, preprocessing)
+    place = placement(picture.size, preprocessing)
+    width, height = place.size
     if width * height > MAX_PIXELS:
         raise InputError(
             f"An image of {picture.size[0]}x{picture.size[1]} is too long and thin: before its centre is cropped it "
             f"would be resized to {width}x{height}, over {MAX_PIXELS // 1_000_000} million pixels. Crop it first."
         )
-    left, top = (_margin(spare, preprocessing.crop_mode) for spare in (width - columns, height - rows))
-    fill, done = [round(255 * value) for value in preprocessing.mean], list[np.ndarray]()
+    left, top = place.offset
+    fill, done = preprocessing.fill, list[np.ndarray]()
     for part in picture.planes if isinstance(picture, Bands) else (picture,):
         cut = part.resize((width, height), Image.Resampling[preprocessing.interpolation.upper()])
         if width >= columns and height >= rows:
-            cut = cut.crop((left, top, left + columns, top + rows))
+            cut = cut.crop((-left, -top, columns - left, rows - top))
         else:
-            colour = tuple(fill[len(done) : len(done) + len(part.getbands())])
+            colour = fill[len(done) : len(done) + len(part.getbands())]
             canvas = Image.new(part.mode, (columns, rows), colour)
-            canvas.paste(cut, (-left, -top))
+            canvas.paste(cut, (left, top))
             cut = canvas
         done.append(np.atleast_3d(np.array(cut)))
     return torch.from_numpy(done[0] if len(done) == 1 else np.concatenate(done, axis=2))
+
+
+def placement(size: tuple[int, int], preprocessing: Preprocessing) -> Placement:
+    """Where `cropped` puts a picture of width and height `size` on the canvas, which is `preprocessing.image_size`."""
+    height, width = sides(preprocessing.image_size)
+    resized = _resized_size(size, preprocessing)
+    if preprocessing.crop_mode == "corner":
+        return Placement(size, resized, (0, 0), (width, height))
+    left, top = (-_margin(spare, preprocessing.crop_mode) for spare in (resized[0] - width, resized[1] - height))
+    return Placement(size, resized, (left, top), (width, height))
 
 
 def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
@@ -61,11 +140,12 @@ def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[
     height, width = (math.floor(side / preprocessing.crop_ratio) for side in sides(preprocessing.image_size))
     if preprocessing.crop_mode == "squash":
         return width, height
-    if height == width and preprocessing.crop_mode != "border":  # torchvision's arithmetic, which timm uses for squares
+    pads = preprocessing.crop_mode in PADDING_MODES
+    if height == width and not pads:  # torchvision's arithmetic, which timm uses for squares
         width, height = (height * length // min(size) for length in size)
         return width, height
     ratios = size[0] / width, size[1] / height
-    ratio = max(ratios) if preprocessing.crop_mode == "border" else min(ratios)
+    ratio = max(ratios) if pads else min(ratios)
     return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
 
 

@@ -53,8 +53,8 @@ FOREIGN_LICENCE = "unknown (foreign checkpoint; the published ConvNeXt V2 weight
 HEAD_SEED = 0
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 STEM = "downsample_layers.0.0.weight"
-# The white level is the file's, not the weights'.
-_ASSUMED = {each.name: ASSUMED for each in fields(Preprocessing) if each.name != "white_level"}
+# The white level is the file's, not the weights'; padding is the mean colour unless somebody says otherwise.
+_ASSUMED = {each.name: ASSUMED for each in fields(Preprocessing) if each.name not in ("white_level", "pad_value")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +331,7 @@ class ModelRequest:
     interpolation: str | None = None
     mean: PerChannel | float | None = None
     std: PerChannel | float | None = None
+    pad_value: PerChannel | float | None = None
     in_chans: int | None = None
     class_names: ClassNames | None = None
     task_options: Mapping[str, Any] = field(default_factory=dict)
@@ -355,8 +356,8 @@ class ModelRequest:
 
     def _with_options(self, loaded: LoadedModel) -> LoadedModel:
         """What the options say in the place of what was read."""
-        given = {name: value for name in _ASSUMED if (value := getattr(self, name)) is not None}
-        for name in given.keys() & {"mean", "std"}:  # one number is that of every channel
+        given = {name: value for name in (*_ASSUMED, "pad_value") if (value := getattr(self, name)) is not None}
+        for name in given.keys() & {"mean", "std", "pad_value"}:  # one number is that of every channel
             given[name] = given_per_channel(given[name], loaded.model.in_chans)
         origins = {**loaded.origins, **dict.fromkeys(given, "option")} if loaded.origins else loaded.origins
         names = loaded.class_names

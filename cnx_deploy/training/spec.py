@@ -41,7 +41,7 @@ FREE_FIELDS = frozenset(
 )  # fmt: skip
 LATER_FIELDS: dict[str, Any] = {
     "class_weights": "none", "sampling": "shuffle", "loss": "cross-entropy", "focal_gamma": None,
-    "mean": None, "std": None, "interpolation": None, "crop_mode": None, "in_chans": 3,
+    "mean": None, "std": None, "interpolation": None, "crop_mode": None, "pad_value": None, "in_chans": 3,
     "task": "classification", "task_options": {}, "gamma_neg": None, "gamma_pos": None, "negative_clip": None,
 }  # fmt: skip
 """Fields that earlier records do not have, and what they stand at there: written only where they differ."""
@@ -161,7 +161,7 @@ class TrainingSpec(RunSpec):
         class_weights: Of the loss, of several labels on the positives of each: "none", "balanced", weights by class
             name or a file of them; see `class_balance`.
         sampling: Every image once an epoch in shuffled order, or "balanced": each class equally often.
-        crop_ratio, crop_mode, interpolation: Of validation images, see `core.preprocessing.Preprocessing`.
+        crop_ratio, crop_mode, pad_value, interpolation: Of validation images, see `core.preprocessing.Preprocessing`.
         mean, std: Of the pixels, one number or one a channel; None takes those of the weights started from, else
             ImageNet's.
         flip, randaugment_magnitude, erasing_probability: See `images.ImageAugmentation`; magnitude to 10, 0: none.
@@ -198,6 +198,7 @@ class TrainingSpec(RunSpec):
     interpolation: str | None = None
     mean: PerChannel | float | None = None
     std: PerChannel | float | None = None
+    pad_value: PerChannel | float | None = None
     flip: bool = True
     randaugment_magnitude: float = 0.0
     erasing_probability: float = 0.0
@@ -209,7 +210,7 @@ class TrainingSpec(RunSpec):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_weights", named_weights(self.class_weights))
-        for name in ("mean", "std"):
+        for name in ("mean", "std", "pad_value"):
             if isinstance(value := getattr(self, name), list):  # is the same request, and a tuple can be hashed
                 object.__setattr__(self, name, tuple(value))
         _ = self.preprocessing, self.network  # their own checks
@@ -335,7 +336,8 @@ class TrainingSpec(RunSpec):
             own if said is None else given_per_channel(said, self.in_chans)
             for said, own in ((self.mean, made.mean), (self.std, made.std))
         )
-        return replace(made, mean=mean, std=std)
+        pad = None if self.pad_value is None else given_per_channel(self.pad_value, self.in_chans)
+        return replace(made, mean=mean, std=std, pad_value=pad)
 
     def resolved(self) -> dict[str, Any]:
         """Everything, with the values that None stands for, for people to read."""

@@ -357,6 +357,8 @@ def _record(request: RescueRequest, ends: _Ends, digest: str, is_half: bool) -> 
     stated = {name: value for name, value in given.items() if value is not None}
     for name, unknown in UNKNOWN.items():
         given[name] = given_per_channel(unknown if given[name] is None else given[name], ends.channels)
+    if request.pad_value is not None:
+        given["pad_value"] = given_per_channel(request.pad_value, ends.channels)
     known = {name: value for name, value in given.items() if value is not None}
     classes = int(next(iter(ends.outputs.values())).shape[-1]) if task != FOREIGN else 0
     if names:

@@ -62,7 +62,8 @@ class RescueRequest:
     `batch`: smallest, typical and largest batch, where the batch is open; None is 1, 8 and 64. `task` names the meaning
     of the one output, which is then called as the task calls it; `output` is the task's word for it, "logits" or
     "probabilities", None what the graph shows; `class_names` are of classification unless a task is named. `mean` to
-    `interpolation` say how images are made, see `core.preprocessing`: nothing is guessed, and `predict` needs them all.
+    `pad_value` say how images are made, see `core.preprocessing`: nothing is guessed, and `predict` needs all
+    but the last.
     """
 
     file: Path
@@ -81,6 +82,7 @@ class RescueRequest:
     crop_ratio: float | None = None
     crop_mode: str | None = None
     interpolation: str | None = None
+    pad_value: PerChannel | float | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
