@@ -386,7 +386,7 @@ def _evaluated(
 
     folder = None if image_folder is None else Path(image_folder)
     with load(model, **options) as opened:
-        images = image_source(data, folder, multi_label=opened.task.takes_label_sets)
+        images = image_source(data, folder, targets=opened.task.targets)
         words: dict[str, Any] = {} if fits is None else {f"fits_{fits}": True}
         return evaluate_model(opened, images, batch_size=batch_size, note=note, **words)
 

@@ -71,7 +71,7 @@ def evaluate_command(
             options.note(f"Note: {text}")
         if plot is not None and model.task.takes_label_sets:
             raise InputError("Several labels an image have no confusion to draw. Leave --plot out.")
-        images = image_source(data, image_folder, multi_label=model.task.takes_label_sets)
+        images = image_source(data, image_folder, targets=model.task.targets)
         found, fit = evaluate_model(
             model, images, fits_temperature=fit_temperature, fits_thresholds=fit_thresholds is not None,
             batch_size=batch_size,

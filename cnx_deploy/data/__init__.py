@@ -16,7 +16,14 @@ from cnx_deploy.data.image_source import (
 )  # fmt: skip
 from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.data.multi_label import label_lines
-from cnx_deploy.data.preprocessing import normalise, runner_input, to_pixels
+from cnx_deploy.data.preprocessing import normalise, placement, runner_input, to_pixels
+from cnx_deploy.data.segmentation import (
+    MaskReading,
+    SegmentationFiles,
+    find_segmentation_dataset,
+    find_segmentation_images,
+    pixel_lines,
+)
 
 __all__ = [
     "MAX_PIXELS",
@@ -31,19 +38,25 @@ __all__ = [
     "ImageLike",
     "ImageSource",
     "InputSpec",
+    "MaskReading",
+    "SegmentationFiles",
     "check_images",
     "class_balance",
     "evenly",
     "few_labels",
     "find_dataset",
     "find_images",
+    "find_segmentation_dataset",
+    "find_segmentation_images",
     "image_like_batches",
     "image_source",
     "label_lines",
     "load_image",
     "normalise",
     "picture_of",
+    "pixel_lines",
     "pixels_of",
+    "placement",
     "runner_input",
     "to_pixels",
     "upright", "without_broken",

@@ -126,8 +126,16 @@ def without_broken(
     Raises InputError when more than the share `most` of the training or of the validation images is broken, or a class
     keeps no training image.
     """
-    both = ImageFiles((*dataset.train.paths, *dataset.val.paths), seen=dataset.train.seen)
-    report = check_images(both, white_level=white_level, in_chans=in_chans, workers=workers, progress=progress)
+    total, reports = len(dataset.train) + len(dataset.val), list[ImageCheck]()
+    for images in (dataset.train, dataset.val):
+        before = sum(report.count for report in reports)
+
+        def told(done: int, _: int, before: int = before) -> None:
+            if progress is not None:
+                progress(before + done, total)
+
+        reports.append(check_images(images, white_level=white_level, in_chans=in_chans, workers=workers, progress=told))
+    report = ImageCheck(total, tuple(broken for each in reports for broken in each.broken))
     if not report.broken:
         return dataset, report
     bad = {image.path for image in report.broken}
@@ -159,7 +167,7 @@ def _broken_among(
     broken = []
     for index in indices:
         try:
-            images.image(index, white_level, in_chans)
+            images.check(index, white_level, in_chans)
         except InputError as error:
             broken.append(BrokenImage(images.name(index), str(error)))
     return broken

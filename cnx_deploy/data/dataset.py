@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +12,9 @@ from cnx_deploy.core.errors import InputError
 from cnx_deploy.data.csv_dataset import is_csv, read_csv
 from cnx_deploy.data.decoding import SUFFIXES, is_image_file
 from cnx_deploy.data.image_source import ImageFiles, ImageSource
+
+if TYPE_CHECKING:
+    from cnx_deploy.data.segmentation import MaskReading
 
 __all__ = [
     "VALIDATION_NAMES", "Dataset", "LeftOut", "child_folder", "few_labels", "find_dataset", "find_images",
@@ -75,14 +79,23 @@ class LeftOut:
 
 
 def image_source(
-    data: Path | str | ImageSource, image_folder: Path | None = None, *, multi_label: bool = False
-) -> ImageSource:
-    """The images of a path, see `find_images`; a source is returned as it is."""
-    if not isinstance(data, ImageSource):
-        return find_images(Path(data), image_folder, multi_label=multi_label)
-    if image_folder is not None:
-        raise InputError(f"{data.description} is no table, and image_folder is of a table. Leave it out.")
-    return data
+    data: Path | str | ImageSource, image_folder: Path | None = None, *, targets: str = "class",
+    reading: "MaskReading | None" = None,
+) -> ImageSource:  # fmt: skip
+    """The images of a path with the targets of a task (`model.tasks.base`); a source is returned as it is.
+
+    See `find_images`, and `segmentation.find_segmentation_images`, whose `reading` is.
+    """
+    if image_folder is not None and (isinstance(data, ImageSource) or targets == "masks"):
+        what = data.description if isinstance(data, ImageSource) else data
+        raise InputError(f"{what} is no table, and image_folder is of a table. Leave it out.")
+    if isinstance(data, ImageSource):
+        return data
+    if targets == "masks":
+        from cnx_deploy.data.segmentation import find_segmentation_images  # which reads folders by the functions here
+
+        return find_segmentation_images(Path(data), reading=reading)
+    return find_images(Path(data), image_folder, multi_label=targets == "label-sets")
 
 
 def find_images(root: Path, image_folder: Path | None = None, *, multi_label: bool = False) -> ImageFiles:

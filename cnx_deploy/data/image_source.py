@@ -44,13 +44,14 @@ class ImageBatch:
 
     `images` has the shape and dtype of the runner's `InputSpec`. Copies of the first image may follow the
     `len(indices)` real ones, up to the runner's smallest batch. `labels` (n,) int64 has -1 where there is none; of
-    images with several labels it is (n, classes) float32, 1 for each that an image has.
+    images with several labels it is (n, classes) float32, 1 for each that an image has. Of a class for each pixel it is
+    (n, H, W) int64, of objects a list of dictionaries.
     """
 
     images: Tensor
     indices: tuple[int, ...]
     names: tuple[str, ...]
-    labels: Tensor
+    labels: Any
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -99,6 +100,10 @@ class ImageSource(ABC):
         if self.label_sets is None:
             return torch.tensor(self.label(index))
         return torch.zeros(len(self.class_names)).index_fill_(0, torch.tensor(self.label_sets[index]).long(), 1.0)
+
+    def sample(self, index: int, preprocessing: Preprocessing) -> tuple[Tensor, Any]:
+        """The pixels of an image and its target; where that has places on the image, they are those of the pixels."""
+        return self.pixels(index, preprocessing), self.target(index)
 
     def class_counts(self) -> Counter[int]:
         """The images of each class or label that has any."""
@@ -163,10 +168,10 @@ class ImageBatches(Iterable[ImageBatch]):
     broken: dict[int, BrokenImage] = field(default_factory=dict, init=False)
 
     def __iter__(self) -> Iterator[ImageBatch]:
-        sizes, waiting = iter(self.sizes), list[tuple[int, Tensor]]()
+        sizes, waiting = iter(self.sizes), list[tuple[int, Tensor, Any]]()
         size = self._fitting(next(sizes))
-        for index, pixels in self._readable():
-            waiting.append((index, pixels))
+        for sample in self._readable():
+            waiting.append(sample)
             if len(waiting) == size:
                 yield self._batch(waiting)
                 waiting, size = [], self._fitting(next(sizes, size))
@@ -176,31 +181,31 @@ class ImageBatches(Iterable[ImageBatch]):
     def _fitting(self, size: int) -> int:
         return max(self.spec.min_batch, min(size, self.spec.max_batch or size))
 
-    def _readable(self) -> Iterator[tuple[int, Tensor]]:
-        """Index and pixels of every image that can be read, in order; a few are decoded ahead."""
+    def _readable(self) -> Iterator[tuple[int, Tensor, Any]]:
+        """Index, pixels and target of every image that can be read, in order; a few are decoded ahead."""
         workers = cpu_count() if self.source.is_thread_safe else 1
         with ThreadPoolExecutor(workers) as pool:
             for start in range(0, len(self.indices), 2 * workers):
                 some = self.indices[start : start + 2 * workers]
-                for index, pixels in zip(some, pool.map(self._read, some), strict=True):
-                    if isinstance(pixels, Tensor):
-                        yield index, pixels
+                for index, sample in zip(some, pool.map(self._read, some), strict=True):
+                    if isinstance(sample, BrokenImage):
+                        self.broken[index] = sample
                     else:
-                        self.broken[index] = pixels
+                        yield index, *sample
 
-    def _read(self, index: int) -> Tensor | BrokenImage:
+    def _read(self, index: int) -> tuple[Tensor, Any] | BrokenImage:
         try:
-            return self.source.pixels(index, self.preprocessing)
+            return self.source.sample(index, self.preprocessing)
         except InputError as error:
             if not self.leaves_out_broken:
                 raise
             return BrokenImage(self.source.name(index), str(error))
 
-    def _batch(self, images: Sequence[tuple[int, Tensor]]) -> ImageBatch:
-        indices, pixels = zip(*images, strict=True)
+    def _batch(self, images: Sequence[tuple[int, Tensor, Any]]) -> ImageBatch:
+        indices, pixels, targets = zip(*images, strict=True)
         missing = max(0, self.spec.min_batch - len(pixels))
         stacked = torch.stack([*pixels, *[pixels[0]] * missing])
-        labels = torch.stack([self.source.target(index) for index in indices])
+        labels = torch.stack(targets) if isinstance(targets[0], Tensor) else list(targets)
         names = tuple(self.source.name(index) for index in indices)
         return ImageBatch(runner_input(stacked, self.spec.kind, self.preprocessing), indices, names, labels)
 
@@ -226,6 +231,10 @@ class ImageFiles(ImageSource):
         picture = picture_of(self.paths[index], white_level, in_chans)
         self.seen.add(str(self.paths[index]), picture.info)
         return picture
+
+    def check(self, index: int, white_level: float | None = None, in_chans: int = 3) -> None:
+        """Raise InputError where an image cannot be read."""
+        self.image(index, white_level, in_chans)
 
     def pixels(self, index: int, preprocessing: Preprocessing) -> Tensor:
         """Decode one file."""

@@ -60,7 +60,7 @@ def evaluate(
         CheckFailedError: outputs are not finite.
     """
     task = task or find_task("classification")
-    images = image_source(data, multi_label=task.takes_label_sets)
+    images = image_source(data, targets=task.targets)
     if not images.class_names:
         raise InputError(
             f"{images.description} holds images without labels: expected a folder of images for each class. Sort them "

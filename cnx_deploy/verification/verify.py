@@ -27,6 +27,7 @@ from cnx_deploy.core.preprocessing import BrokenImage, Preprocessing
 from cnx_deploy.data import ImageBatch, ImageLike, ImageSource, InputSpec, evenly, image_source
 from cnx_deploy.data.csv_dataset import is_csv
 from cnx_deploy.data.image_source import checked_sizes
+from cnx_deploy.data.segmentation import has_masks
 from cnx_deploy.exporters.graph_checks import GraphFacts, check_graph
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
@@ -293,9 +294,10 @@ class Reference:
 
 
 def comparison_images(data: Path | str | ImageSource, image_folder: Path | None, task: Task) -> ImageSource:
-    """The images to compare on; of a task with several labels a table is read as one, a folder for its images alone."""
-    several = task.takes_label_sets and not isinstance(data, ImageSource) and is_csv(Path(data))
-    return image_source(data, image_folder, multi_label=several)
+    """The images to compare on, with targets where a table of several labels or a folder of masks has them."""
+    has = {"label-sets": is_csv, "masks": has_masks}.get(task.targets)
+    has_targets = has is not None and not isinstance(data, ImageSource) and has(Path(data))
+    return image_source(data, image_folder, targets=task.targets if has_targets else "class")
 
 
 def verify_artifact(

@@ -90,7 +90,8 @@ class Task(ABC):
         allows_flip: an image and its left-right mirror have the same answer, so that their outputs can be averaged.
         allows_temperature: the class scores are logits, and `deployed_modules` folds a temperature into them.
         prediction: the type of an answer, made with `path` and `error` for an image that cannot be read.
-        takes_label_sets: an image has any number of labels, and targets are (N, num_classes) of 0 and 1.
+        targets: what an image is compared with: "class", "label-sets" (any number of labels, (N, num_classes) of 0 and
+            1), "masks" (a class for each pixel, (N, H, W)) or "instances" (objects, a list of dictionaries).
         losses: words of `--loss` that the task is trained with; none where there is nothing to choose.
         training_defaults: fields of a training request that stand otherwise than for a classifier.
         thresholds: the probability from which each class is given, of a task that decides each by itself; None unset.
@@ -110,7 +111,7 @@ class Task(ABC):
     allows_flip: bool = False
     allows_temperature: bool = False
     prediction: type[Prediction] = Prediction
-    takes_label_sets: bool = False
+    targets: str = "class"
     losses: tuple[str, ...] = ()
     training_defaults: Mapping[str, Any] = MappingProxyType({})
     thresholds: tuple[float, ...] | None = None
@@ -203,6 +204,11 @@ class Task(ABC):
         if thresholds is None:
             return self
         raise InputError(f"The task {self.name} has no thresholds. Leave --thresholds (thresholds) out.")
+
+    @property
+    def takes_label_sets(self) -> bool:
+        """An image has any number of labels."""
+        return self.targets == "label-sets"
 
     @property
     def options(self) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class MultiLabel(PooledTask):
     activation = "sigmoid"
     class_output = "probabilities"
     prediction = LabelPrediction
-    takes_label_sets = True
+    targets = "label-sets"
     usual_top = sys.maxsize  # all that are at or above their thresholds
     losses = ("bce", "asymmetric")
     # Smoothing would hold each of thousands of labels above half its share in every image.
