@@ -37,8 +37,9 @@ class OutputSpec:
 class Differences:
     """Candidate against reference over all samples; NaN where a value is not finite.
 
-    `excused_flips`: the decision differs, but the reference's margin is within the noise of the run.
-    `top1_agreement` (share of samples with the same decision) and `mean_kl` are None for an output of no scores.
+    A decision is of a sample, or of each place where a sample's scores are a map. `excused_flips`: the decision
+    differs, but the reference's margin is within the noise of the run. `top1_agreement` (share of decisions that are
+    the same) and `mean_kl` are None for an output of no scores.
     `max_abs_in_std` is in units of the standard deviation of the reference's outputs.
     """
 

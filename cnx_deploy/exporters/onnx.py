@@ -116,7 +116,7 @@ def export_onnx(
             norm_on_patches=norm_on_patches,
             mirrored_axes=() if spec.deploy.tta is None else (spec.deploy.width_axis,),
             outputs=outputs,
-            head_operators=model.task.operators_of(spec.deploy.outputs),
+            head_operators=model.task.operators_of(spec.deploy),
         )
         manifest = OnnxManifest(
             stem=stem,

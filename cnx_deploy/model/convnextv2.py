@@ -96,6 +96,13 @@ class ConvNeXtV2(nn.Module):
 
         `temperature` divides the logits of a task that allows it.
         """
+        return self.task.forward(self, self._maps(images, words), words, temperature=temperature)
+
+    def training_outputs(self, images: Tensor) -> Outputs:
+        """(N, C, H, W) -> what the loss of the task reads, which may be more than its outputs."""
+        return self.task.training_outputs(self, self._maps(images, ()))
+
+    def _maps(self, images: Tensor, words: Sequence[str]) -> dict[int, Tensor]:
         check_image_size(images.shape[-2], images.shape[-1])
         maps: dict[int, Tensor] = {}  # torch.compile breaks the graph at dict[int, Tensor]()
         levels = self.task.levels_of(words)
@@ -103,7 +110,7 @@ class ConvNeXtV2(nn.Module):
             images = stage(downsample(images))
             if level in levels:
                 maps[level] = images
-        return self.task.forward(self, maps, words, temperature=temperature)
+        return maps
 
     def forward(self, images: Tensor) -> Any:
         """Return the logits of a classifier, or the one output of another task; several are a dict by name."""

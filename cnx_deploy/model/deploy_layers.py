@@ -244,7 +244,7 @@ def type_of(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
 
 
-def doubles(layer: nn.Conv2d | nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
+def doubles(layer: nn.Conv2d | nn.Linear | nn.LayerNorm | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight and bias of a layer as float64 copies."""
     if layer.bias is None:
         raise TypeError(f"{type(layer).__name__} has no bias to fold")

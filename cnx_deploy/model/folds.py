@@ -1,7 +1,7 @@
 """The exact algebra of the deploy form: constants that meet in the training form and can be one constant.
 
 Every function works in the dtype it is given (the deploy form gives float64) and holds for all inputs, because
-none of the convolutions that take a fold pads. Formulas: docs/decisions/0003-deploy-form-is-exact.md.
+none of the convolutions that take a fold of their input pads. Formulas: docs/decisions/0003-deploy-form-is-exact.md.
 """
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 __all__ = [
     "fold_affine_into_conv",
     "fold_affine_into_linear",
+    "fold_batch_norm",
     "fold_grn_beta",
     "fold_input_normalisation",
     "fold_layer_scale",
@@ -65,6 +66,17 @@ def fold_norm_into_patches(weight: Tensor, bias: Tensor, gain: Tensor) -> tuple[
     weight, bias = weight - weight.mean(dim=0), bias - bias.mean()
     root = torch.linalg.qr(torch.cat([weight, bias[:, None]], dim=1) / len(weight) ** 0.5, mode="r").R
     return root[:, :-1], root[:, -1], weight * gain[:, None], bias * gain
+
+
+def fold_batch_norm(
+    weight: Tensor, mean: Tensor, variance: Tensor, gain: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """G (W x - m) / √(v + eps) + s: batch norm of fixed statistics behind a convolution without bias, of any padding.
+
+    Shapes: weight (O, I, kh, kw), the rest (O,).
+    """
+    scale = gain / torch.sqrt(variance + eps)
+    return weight * scale[:, None, None, None], shift - mean * scale
 
 
 def fold_grn_beta(weight: Tensor, bias: Tensor, beta: Tensor) -> Tensor:

@@ -103,7 +103,8 @@ def reference_runner(model: ConvNeXtV2, spec: DeploySpec) -> TorchRunner:
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     declared = network_outputs(model.task, model.variant, model.num_classes, spec)
     if pointed_to := {output.indexes for output in declared if output.indexes} - {each.name for each in declared}:
-        spec = replace(spec, outputs=(*spec.outputs, *sorted(pointed_to)))
+        words = sorted(name.replace("_", "-") for name in pointed_to)
+        spec = replace(spec, outputs=(*spec.outputs, *words))
     module = _NormalisedModel(model, spec)
     outputs = network_outputs(model.task, model.variant, model.num_classes, spec)
     return TorchRunner(module, InputSpec.of(spec), _info(module, "torch", dtype), outputs)

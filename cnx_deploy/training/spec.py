@@ -238,6 +238,7 @@ class TrainingSpec(RunSpec):
                         f"--loss {loss}, or leave it out."
                     )
         task = self.purpose
+        task.check_image_size(self.image_size)
         if task.losses and self.loss not in task.losses:
             raise InputError(
                 f"The task {self.task} is trained with the loss {' or '.join(task.losses)}, not with {self.loss}. "

@@ -41,14 +41,16 @@ Activation = Literal["softmax", "sigmoid"]
 class RunningDifferences:
     """Differences of candidate and reference, batch by batch: a few numbers of a sample stay, and no outputs.
 
-    `spec`: what is compared. Scores are (N, K); values without decisions (N, ...). Decisions, their margins and the
-    noise of the run are those of logits; of probabilities they are those of the logits that these stand for.
+    `spec`: what is compared. Scores are (N, K), or (N, K, H, W) with a decision at each place of a map; values without
+    decisions (N, ...). Decisions, their margins and the noise of the run are those of logits; of probabilities they are
+    those of the logits that these stand for.
     """
 
     def __init__(self, spec: OutputSpec = LOGITS) -> None:
         self._spec, self._activation = spec, spec.activation
         self._rows: list[Tensor] = []  # relative L2, centred cosine, KL, margin, largest error, both decisions
-        self._nonfinite = self._values = 0
+        self._nonfinite = self._values = self._places = 0
+        self._margins_of_flips: list[Tensor] = []  # of maps, whose places are too many to keep
         self._squares = self._largest = self._mean = self._spread = 0.0
 
     def add(self, candidate: Tensor, reference: Tensor) -> None:
@@ -57,7 +59,7 @@ class RunningDifferences:
         Raises InputError when the shapes differ or there is no sample.
         """
         shape = candidate.shape
-        fits = len(shape) >= 2 if self._activation is None else len(shape) == 2
+        fits = len(shape) >= 2 if self._activation is None else len(shape) in (2, 4)
         if shape != reference.shape or not fits or not candidate.numel():
             raise InputError(
                 f"Cannot compare outputs of shape {tuple(shape)} with {tuple(reference.shape)}: both sides need the "
@@ -66,12 +68,15 @@ class RunningDifferences:
         a, b = (side.detach().double().cpu().flatten(1) for side in (candidate, reference))
         error = a - b
         given, expected = (_logits(side, self._spec) for side in (a, b))
-        cuts = _cuts(self._spec)
+        if len(shape) == 4 and self._activation is not None:
+            decisions = self._decisions_of_maps(candidate, reference, error.abs().amax(dim=1))
+        else:
+            decisions = DECISIONS[self._activation](given, expected, error.abs().amax(dim=1), _cuts(self._spec))
         cosine = F.cosine_similarity(a, b, dim=1) if self._spec.is_ranked else _centred_cosine(a, b)
         columns = (
             error.norm(dim=1) / b.norm(dim=1).clamp_min(TINY),
             cosine,
-            *DECISIONS[self._activation](given, expected, error.abs().amax(dim=1), cuts),
+            *decisions,
         )
         self._rows.append(torch.stack(columns, dim=1))
         self._nonfinite += int((~torch.isfinite(a)).sum() + (~torch.isfinite(b)).sum())
@@ -82,6 +87,20 @@ class RunningDifferences:
         self._spread += float((b - b.mean()).square().sum()) + shift * shift * self._values * share
         self._mean += shift * share
         self._values += b.numel()
+
+    def _decisions_of_maps(self, candidate: Tensor, reference: Tensor, largest_error: Tensor) -> tuple[Tensor, ...]:
+        """Count a decision at each place of (N, K, H, W), image by image; KL is a mean over the places."""
+        divergences = []
+        for pair in zip(candidate, reference, strict=True):
+            a, b = (_logits(side.detach().double().cpu().flatten(1).T, self._spec) for side in pair)  # (H·W, K)
+            decided = DECISIONS[self._activation](a, b, a.amax(dim=1), _cuts(self._spec))
+            divergence, margin, _, given, expected = decided
+            flipped = (given != expected) | (given < 0)
+            self._places += len(flipped)
+            self._margins_of_flips.append(margin[flipped])
+            divergences.append(divergence.mean())
+        nothing = torch.zeros_like(largest_error)
+        return torch.stack(divergences), nothing, largest_error, nothing, nothing
 
     @property
     def rms_error(self) -> float:
@@ -110,7 +129,12 @@ class RunningDifferences:
         count, nan = len(rows), math.nan
         if self._nonfinite:
             return Differences(count, self._nonfinite, nan, nan, nan, nan, 0, 0, nan, nan)
-        flipped, excused = self.flips
+        if self._places:  # of maps
+            margins, places = torch.cat(self._margins_of_flips), self._places
+            flips, excused_flips = len(margins), int((margins <= NOISE_MARGIN * self.rms_error).sum())
+        else:
+            flipped, excused = self.flips
+            flips, excused_flips, places = int(flipped.sum()), int(excused.sum()), count
         spread = math.sqrt(self._spread / self._values)
         return Differences(
             samples=count,
@@ -118,9 +142,9 @@ class RunningDifferences:
             relative_l2_median=float(rows[:, 0].median()),
             relative_l2_max=float(rows[:, 0].max()),
             centred_cosine_min=float(rows[:, 1].min()),
-            top1_agreement=1.0 - float((flipped & ~excused).double().mean()) if decides else None,
-            flips=int(flipped.sum()),
-            excused_flips=int(excused.sum()),
+            top1_agreement=1.0 - (flips - excused_flips) / places if decides else None,
+            flips=flips,
+            excused_flips=excused_flips,
             mean_kl=max(0.0, float(rows[:, 2].mean())) if decides else None,
             max_abs_in_std=self._largest / max(spread, TINY),
         )
@@ -168,8 +192,10 @@ def comparable(
         if name not in places or name not in side:
             return side[name]
         scores, at = reference[places[name]], side[name].long()
-        inside = (at >= 0) & (at < scores.shape[1])
-        return torch.where(inside, scores.gather(1, at.clamp(0, scores.shape[1] - 1)), math.nan)
+        inside, at = (at >= 0) & (at < scores.shape[1]), at.clamp(0, scores.shape[1] - 1)
+        if at.ndim < scores.ndim:  # one class at each place of a map
+            return torch.where(inside, scores.gather(1, at[:, None])[:, 0], math.nan)
+        return torch.where(inside, scores.gather(1, at), math.nan)
 
     return (
         {name: values(candidate, name) for name in candidate if name not in left_out},

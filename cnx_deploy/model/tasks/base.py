@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.gates import Gate, OutputSpec
-from cnx_deploy.core.image_size import stage_sides
+from cnx_deploy.core.image_size import STRIDE, ImageSize, canonical_size, sides, size_text, stage_sides
 from cnx_deploy.core.strict_json import typed
 from cnx_deploy.core.variants import Variant
 
@@ -136,6 +136,10 @@ class Task(ABC):
         `temperature` is 1 unless the task `allows_temperature`.
         """
 
+    def training_outputs(self, network: Any, maps: Mapping[int, Tensor]) -> Outputs:
+        """What the loss reads, in training: the outputs, unless a head learns along that is not deployed."""
+        return self.forward(network, maps)
+
     @abstractmethod
     def deployed_modules(self, model: "ConvNeXtV2", spec: "DeploySpec") -> dict[str, nn.Module]:
         """Make the head of the deploy form in float64, with the folds that `spec` asks for; it is rounded later."""
@@ -150,8 +154,24 @@ class Task(ABC):
     ) -> list[Prediction]:
         """Turn finite outputs (N, ...) into an answer for each image; `top` limits how much of it is told."""
 
+    def check_image_size(self, size: ImageSize) -> None:
+        """Raise InputError for a size of images that the task does not take: of a canvas sides that 32 divides."""
+        if self.is_dense and any(side % STRIDE for side in sides(size)):
+            height, width = (-(-side // STRIDE) * STRIDE for side in sides(size))
+            raise InputError(
+                f"The canvas {size_text(size)} of the task {self.name} has a side that {STRIDE} does not divide, so "
+                "that maps of the stages would not lie on each other. Take multiples, such as "
+                f"{size_text(canonical_size((height, width)))}."
+            )
+
     def check_allowed(self, spec: "DeploySpec") -> None:
         """Raise InputError where a deployment asks for an answer that the task does not give."""
+        self.check_image_size(spec.image_size)
+        if self.is_dense and spec.size_range is not None:
+            raise InputError(
+                f"A network of the task {self.name} has one canvas: GRN sums over all of it, padding included, so that "
+                "another size gives other features. Export for one image size."
+            )
         if unknown := [word for word in spec.outputs if word not in self.answers]:
             known = f"expected {', '.join(self.answers)}" if self.answers else "there is nothing to choose"
             raise InputError(f"The task {self.name} has no output {', '.join(map(repr, unknown))}: {known}.")
@@ -166,8 +186,8 @@ class Task(ABC):
         """Stages whose outputs are read for these words."""
         return self.levels
 
-    def operators_of(self, words: Sequence[str]) -> Mapping[str, int]:
-        """What the head adds to the graph for these words, as `operators` has it."""
+    def operators_of(self, spec: "DeploySpec") -> Mapping[str, int]:
+        """What the head adds to the graph of a deployment, as `operators` has it."""
         return self.operators
 
     def class_output_of(self, names: Collection[str]) -> str | None:
@@ -257,6 +277,7 @@ BUILT_IN = {
     "features": "cnx_deploy.model.tasks.features",
     "foreign": "cnx_deploy.model.tasks.foreign",
     "multi-label": "cnx_deploy.model.tasks.multi_label",
+    "segment": "cnx_deploy.model.tasks.segmentation",
 }
 """Task -> the module that registers it."""
 

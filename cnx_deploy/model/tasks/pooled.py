@@ -187,8 +187,9 @@ class PooledTask(Task):
         """All four stages where their maps are given, else the last."""
         return (0, 1, 2, 3) if "maps" in words else self.levels
 
-    def operators_of(self, words: Sequence[str]) -> Mapping[str, int]:
+    def operators_of(self, spec: "DeploySpec") -> Mapping[str, int]:
         """One LayerNormalization, unless the maps are all that is given; class maps add an epsilon of their own."""
+        words = spec.outputs
         needs_norm = not words or bool(set(words) - {"maps", "class-maps"})
         return {"LayerNormalization": int(needs_norm), "epsilon": int("class-maps" in words)}
 
