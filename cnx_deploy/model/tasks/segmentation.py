@@ -61,6 +61,27 @@ class SegmentConfig:
             raise ValueError(f"dropout {self.dropout} must be in [0, 1), auxiliary_weight {self.auxiliary_weight} >= 0")
 
 
+@dataclass(frozen=True, slots=True)
+class ClassShare:
+    """A class and the share of an image's pixels that it has."""
+
+    index: int
+    name: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class MapPrediction(Prediction):
+    """The classes with the most pixels of one image, first that of the most."""
+
+    shares: tuple[ClassShare, ...] = ()
+
+    def __str__(self) -> str:
+        if self.error is not None:
+            return Prediction.__str__(self)
+        return ", ".join(f"{one.name} {one.share:.1%}" for one in self.shares)
+
+
 class Segment(Task):
     """UPerNet. Shape: the stages' outputs -> `logits` (N, K, H/4, W/4), or what the words name.
 
@@ -74,6 +95,7 @@ class Segment(Task):
     class_layers: tuple[str, ...] = ("decode_head.conv_seg", "auxiliary_head.conv_seg")
     draws_own_weights = True
     is_dense = True
+    prediction = MapPrediction
     config: SegmentConfig = SegmentConfig()
 
     def outputs(
@@ -163,7 +185,17 @@ class Segment(Task):
         self, outputs: Mapping[str, Tensor], paths: Sequence[str], class_names: Sequence[str] | None, *, top: int
     ) -> list[Prediction]:
         """The shares of the canvas that the `top` most frequent classes have."""
-        raise NotImplementedError
+        answers: list[Prediction] = []
+        for path, labels in zip(paths, _labels_of(outputs), strict=True):
+            counts = torch.bincount(labels.flatten(), minlength=1)
+            best = counts.argsort(descending=True, stable=True)[:top].tolist()
+            shares = tuple(
+                ClassShare(at, class_names[at] if class_names else str(at), float(counts[at]) / labels.numel())
+                for at in best
+                if counts[at]
+            )
+            answers.append(MapPrediction(path, shares=shares))
+        return answers
 
     def gate(self, gate: Gate) -> Gate:
         """The gate of the precision, but at most one place in 10,000 may have another class without an excuse."""
@@ -193,6 +225,14 @@ class Segment(Task):
     def trained_alone(self, network: Any) -> list[nn.Module]:
         """Everything behind the backbone."""
         return [network.get_submodule(name) for name in self.modules(network.variant, 1)]
+
+
+def _labels_of(outputs: Mapping[str, Tensor]) -> Tensor:
+    """(N, H, W) best classes from whichever output has them."""
+    if "labels" in outputs:
+        return outputs["labels"]
+    name = next(name for name in ("full_logits", "logits") if name in outputs)
+    return outputs[name].argmax(dim=1)
 
 
 def _answers(logits: Tensor, words: Sequence[str]) -> Outputs:
