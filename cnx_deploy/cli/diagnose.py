@@ -117,6 +117,8 @@ def bisect(file: Path, as_json: bool, **arguments: Any) -> None:
 @options.soup
 @options.tta
 @options.temperature
+@options.task
+@options.task_options
 @DATA
 @options.image_size
 @options.preprocessing

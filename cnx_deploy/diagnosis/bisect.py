@@ -5,6 +5,7 @@ of each block found. The result is exported and run by the emulator, and so is e
 whole has to pass and none of those. Where files and probes disagree, the search is made again with a file a probe.
 """
 
+import json
 import os
 import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -252,6 +253,9 @@ def export_command(artifact: Artifact[OnnxManifest], kept: Sequence[str], final:
     manifest, deploy = artifact.manifest, artifact.manifest.deploy
     name = manifest.stem.removesuffix(f"-{size_text(deploy.image_size)}-{deploy.precision}")
     words = ["--variant", manifest.model.variant, *_weights_options(artifact)]
+    words += ["--task", manifest.model.task] if manifest.model.task != "classification" else []
+    for option, value in manifest.model.task_config.items():
+        words += ["--task-option", f"{option}={json.dumps(value)}"]
     words += ["--image-size", size_text(manifest.model.image_size), "--precision", deploy.precision]
     words += _image_options(manifest)
     words += ["--batch", ":".join(map(str, manifest.batch))] if manifest.batch != ExportSpec().batch else []
@@ -259,6 +263,7 @@ def export_command(artifact: Artifact[OnnxManifest], kept: Sequence[str], final:
     words += ["--optimize-for", str(deploy.layout)] if deploy.layout != "gpu" else []
     words += [word for fold in deploy.leave_out for word in ("--without-fold", fold)]
     words += [word for name, value in deploy.answer.items() for word in (f"--{name}", str(value))]
+    words += [word for output in deploy.outputs for word in ("--output", output)]
     words += ["--name", name] if name != manifest.model.variant else []
     words += ["--output-dir", os.path.normpath(artifact.path.parent)]
     words += [word for part in kept for word in ("--keep-fp32", part)]

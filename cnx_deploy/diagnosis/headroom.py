@@ -258,6 +258,7 @@ def run_headroom(
         progress=progress,
         tta=deploy.tta,
         temperature=deploy.temperature,
+        outputs=deploy.outputs if isinstance(deploy, DeploySpec) else (),
     )
     for text in images.observed():
         note(text)
@@ -281,9 +282,8 @@ def _recorded(
         )
     artifact = open_artifact(path)
     own = {"checkpoint", "data", "samples", "margin", "white_level"}
-    given = [
-        each.name for each in fields(request) if each.name not in own and getattr(request, each.name) != each.default
-    ]
+    usual, names = HeadroomRequest(), (each.name for each in fields(request) if each.name not in own)
+    given = [name for name in names if getattr(request, name) != getattr(usual, name)]
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise InputError(f"The manifest of {artifact.path.name} says which weights it has. Leave out {options}.")
@@ -305,12 +305,14 @@ def measure_headroom(
     progress: Callable[[int], None] | None = None,
     tta: TestTimeAugmentation | None = None,
     temperature: float = 1.0,
+    outputs: tuple[str, ...] = (),
 ) -> Headroom:
     """Run the deploy form over (N, S, S, C) uint8 batches in FP32 and record what an FP16 file would store.
 
-    Raises InputError when there is no image, or where the task does not allow `tta` or `temperature`.
+    `outputs` are the words of the file's, as in `core.deploy_spec`. Raises InputError when there is no image, or where
+    the task does not allow `tta` or `temperature`.
     """
-    form = recorded_form(loaded.model, preprocessing, tta=tta, temperature=temperature)
+    form = recorded_form(loaded.model, preprocessing, tta=tta, temperature=temperature, outputs=outputs)
     recorder = Recorder(form, loaded.model, preprocessing)
     recorder.run(batches, progress)
     weights = loaded.weights

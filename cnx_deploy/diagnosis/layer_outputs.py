@@ -8,7 +8,7 @@ fusion still shows at the end.
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +46,10 @@ ANSWERS = "answers"
 """The module that names the outputs which were chosen, see `model.tasks.pooled.Answers`."""
 WHOLE = "model"
 """Scope of the nodes that belong to no module but the whole network."""
-TORCH_TYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "UINT8": torch.uint8}
+TORCH_TYPES = {
+    "FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "UINT8": torch.uint8, "INT32": torch.int32,
+    "INT64": torch.int64,
+}  # fmt: skip
 """Types that a network of ours takes and gives, by TensorRT's names."""
 
 ReadOutputs = Callable[[Tensor], Mapping[str, Tensor]]
@@ -119,17 +122,28 @@ def reference_form(model: ConvNeXtV2, spec: DeploySpec) -> DeployedConvNeXtV2:
 
 
 def torch_outputs(module: DeployedConvNeXtV2, images: Tensor) -> dict[str, Tensor]:
-    """Run raw images and return the output of every module by name, `LOGITS` for the whole."""
+    """Run raw images and return the output of every module that has one of fractions by name, `LOGITS` for the whole.
+
+    What a module with several outputs computes, or one that runs several times, is seen in its parts and in what
+    reads it: a file does not say which of its tensors is which.
+    """
     outputs: dict[str, Tensor] = {}
+    several = set[str]()
 
     def keep(name: str) -> Callable[[Any, Any, Any], None]:
-        return lambda _module, _inputs, output: outputs.update({name: last_output(output)})
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            if name in outputs:
+                several.add(name)
+            elif name == LOGITS or (isinstance(output, Tensor) and output.is_floating_point()):
+                outputs[name] = last_output(output).clone()  # a module after it may work in place
+
+        return hook
 
     with contextlib.ExitStack() as hooks, torch.inference_mode():
         for name, part in module.named_modules():
             hooks.callback(part.register_forward_hook(keep(name or LOGITS)).remove)
         module(images)
-    return outputs
+    return {name: output for name, output in outputs.items() if name not in several}
 
 
 def last_output(value: Tensor | Outputs) -> Tensor:
@@ -141,17 +155,18 @@ def last_output(value: Tensor | Outputs) -> Tensor:
 def canonical(output: Tensor) -> Tensor:
     """Bring a module's output to (N, positions, channels), whichever layout it is in.
 
-    Shape: tokens (N, HW, C) stay, images (N, C, H, W) are flattened and permuted, (N, C) gets one position.
+    Shape: tokens (N, HW, C) stay, images (N, C, H, W) are flattened and permuted, (N, C) gets one position. Of any
+    other number of axes the first is the samples', and the values come in one position.
     """
     if output.ndim == 4:
         return output.permute(0, 2, 3, 1).flatten(1, 2)
-    return output.unsqueeze(1) if output.ndim == 2 else output
+    return output if output.ndim == 3 else output.reshape(len(output), 1, -1)
 
 
-def find_outputs(path: Path, modules: Sequence[str]) -> OutputTensors:
+def find_outputs(path: Path, modules: Sequence[str], others: Collection[str] = ()) -> OutputTensors:
     """Find each module's output in an ONNX file.
 
-    A module without one is in `missing`, and so is a scope of the file that is none of `modules`. Raises
+    A module without one is in `missing`, and so is a scope of the file that is none of `modules` and `others`. Raises
     CorruptArtifactError for a file that is no ONNX model, InputError for one whose nodes are not named after them.
     """
     graph = load_model(path).graph
@@ -165,7 +180,7 @@ def find_outputs(path: Path, modules: Sequence[str]) -> OutputTensors:
             readers.add(LOGITS if node.outputs[0].name == whole else WHOLE)
         nodes.append((_scope(node), str(node.outputs[0].name), readers))
     scopes = {scope for scope, _, _ in nodes} - {WHOLE, ANSWERS}
-    missing = dict.fromkeys(sorted(scopes - {*modules}), "named in the file, but no module of the deploy form")
+    missing = dict.fromkeys(sorted(scopes - {*modules, *others}), "named in the file, but no module of the deploy form")
     last: dict[str, int] = {}
     for module in modules:
         inside = [at for at, (scope, _, _) in enumerate(nodes) if _is_inside(scope, module)]

@@ -121,8 +121,9 @@ def compare_layers(
     `model` and `spec` are what the file at `path` was made from, which is only read.
     """
     form = reference_form(model, spec)
-    outputs = find_outputs(path, module_names(form))
     reference = [torch_outputs(form, images) for images in batches]
+    names = module_names(form)
+    outputs = find_outputs(path, [name for name in names if name in reference[0]], names)
     del form  # its weights: each backend holds its own
     network = ExportedNetwork(path, model, spec, outputs, len(batches[0]))
     images, results = sum(len(batch) for batch in batches), []
@@ -193,7 +194,7 @@ def _backend_result(
     """Run one backend; what it lacks here is its `not_run`."""
     row = network.spec.row
     # What its logits are held to in `cnx-deploy verify`, and each output here.
-    gate = row.gate_of_engine(allow_tf32=False) if backend.is_engine else row.gate
+    gate = network.model.task.gate(row.gate_of_engine(allow_tf32=False) if backend.is_engine else row.gate)
     if not backend.shows(row):
         return BackendResult(backend.name, gate.relative_l2_max, not_run=backend.elsewhere)
     try:

@@ -42,6 +42,8 @@ __all__ = [
     "probe_recorded",
 ]  # fmt: skip
 
+BACKBONE = ("flip_mean", "normalise", "downsample_layers", "stages")
+"""Children of the deploy form that do not belong to the head, which has the task's modules under names of its own."""
 LAYER_NORM = OPERATORS["LayerNormalization"]
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -122,7 +124,7 @@ class Case:
         """Compare outputs (N, ...) with the reference."""
         model, names = self.loaded.model, ("", "")
         specs = network_outputs(model.task, model.variant, model.num_classes, self.spec.deploy)
-        worst = worst_verdict(verdicts(outputs, self.expected, specs, self.gate, names, ()))
+        worst = worst_verdict(verdicts(outputs, self.expected, specs, model.task.gate(self.gate), names, ()))
         return Probe(in_order(kept, self.units), worst.differences, worst.failures, exported)
 
 
@@ -147,7 +149,10 @@ class MixedForm:
     @contextmanager
     def _keeping(self, names: Collection[str]) -> Iterator[None]:
         """Put the named modules of the FP32 form into the half one until the context ends."""
-        outermost = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+        whole = [name for name in names if name != "head"]
+        if "head" in names:
+            whole += [name for name, _ in self.half.named_children() if name not in BACKBONE]
+        outermost = [name for name in whole if not any(name.startswith(f"{other}.") for other in whole)]
         own = {name: self.half.get_submodule(name) for name in outermost}
         try:
             for name in outermost:
@@ -171,15 +176,25 @@ class RoundedOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.layer_norm.default:
             tokens, _, gain, shift, eps = args
             return LAYER_NORM([tokens, gain, shift], {"axis": -1, "epsilon": eps})
-        floating = {leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+        given = (args, kwargs or {})
+        floating = {leaf.dtype for leaf in tree_leaves(given) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
         if func is torch.ops.aten.to.dtype or func.is_view or not floating.intersection(HALVES):
             return func(*args, **(kwargs or {}))
         narrow = floating.pop() if len(floating) == 1 else torch.float32
-        wide = tree_map(lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in HALVES else leaf, args)
+        wide, words = tree_map(
+            lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in HALVES else leaf, given
+        )
         if func is torch.ops.aten.linear.default and wide[0].ndim > 2:
             tokens, weight, bias = wide
             return (F.linear(tokens, weight).to(narrow).float() + bias).to(narrow)
-        return func(*wide, **(kwargs or {})).to(narrow)
+        results = func(*wide, **words)
+        if func._schema.is_mutable:  # in place, as ReLU may be: what was widened is a copy
+            return args[0].copy_(wide[0])
+        # An operator may have several results, and indices or truths among them; `dtype` says the type of a sum.
+        narrow = words.get("dtype") or narrow
+        return tree_map(
+            lambda leaf: leaf.to(narrow) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, results
+        )
 
 
 def case_of(

@@ -289,11 +289,15 @@ class Recorder:
             yield module.root.register_forward_hook(
                 lambda _, given, rooted: self._normed_patches(name, module.full_scale, given[0], rooted)
             )
-        if isinstance(module, STORED):
+        # Of the head, which has modules of the task's own, whatever gives one tensor of fractions counts as stored.
+        is_head = unit_of(name) == "head" and name not in ("", "normalise", "flip_mean", "answers")
+        if isinstance(module, STORED) or is_head:
             # First of a module's hooks: the stem's patches, which hang on its root, come after that.
             yield module.register_forward_hook(lambda module, _, given: self._output(name, module, given), prepend=True)
 
-    def _output(self, name: str, module: nn.Module, output: Tensor) -> None:
+    def _output(self, name: str, module: nn.Module, output: Any) -> None:
+        if not isinstance(output, Tensor) or not output.is_floating_point() or not output.numel():
+            return
         if isinstance(module, nn.Linear | GainedLinear) and output.ndim == 3:  # a product and a sum in the graph
             self._keep(name, "product", _largest(output - module.bias))
         self._keep(name, "output", _largest(output))
