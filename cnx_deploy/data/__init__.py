@@ -2,6 +2,7 @@
 
 from cnx_deploy.data.bands import picture_of, pixels_of
 from cnx_deploy.data.checks import ClassBalance, ImageCheck, check_images, class_balance, without_broken
+from cnx_deploy.data.coco import InstanceFiles, find_instance_dataset, find_instance_images, instance_lines
 from cnx_deploy.data.dataset import Dataset, few_labels, find_dataset, find_images, image_source
 from cnx_deploy.data.decoding import MAX_PIXELS, SUFFIXES, load_image, upright
 from cnx_deploy.data.image_source import (
@@ -38,6 +39,7 @@ __all__ = [
     "ImageLike",
     "ImageSource",
     "InputSpec",
+    "InstanceFiles",
     "MaskReading",
     "SegmentationFiles",
     "check_images",
@@ -46,10 +48,13 @@ __all__ = [
     "few_labels",
     "find_dataset",
     "find_images",
+    "find_instance_dataset",
+    "find_instance_images",
     "find_segmentation_dataset",
     "find_segmentation_images",
     "image_like_batches",
     "image_source",
+    "instance_lines",
     "label_lines",
     "load_image",
     "normalise",

@@ -84,7 +84,7 @@ def image_source(
 ) -> ImageSource:  # fmt: skip
     """The images of a path with the targets of a task (`model.tasks.base`); a source is returned as it is.
 
-    See `find_images`, and `segmentation.find_segmentation_images`, whose `reading` is.
+    See `find_images`, `segmentation.find_segmentation_images`, whose `reading` is, and `coco.find_instance_images`.
     """
     if image_folder is not None and (isinstance(data, ImageSource) or targets == "masks"):
         what = data.description if isinstance(data, ImageSource) else data
@@ -95,6 +95,10 @@ def image_source(
         from cnx_deploy.data.segmentation import find_segmentation_images  # which reads folders by the functions here
 
         return find_segmentation_images(Path(data), reading=reading)
+    if targets == "instances":
+        from cnx_deploy.data.coco import find_instance_images
+
+        return find_instance_images(Path(data), image_folder=image_folder)
     return find_images(Path(data), image_folder, multi_label=targets == "label-sets")
 
 
