@@ -187,19 +187,28 @@ def _load_file(
 ) -> LoadedModel:
     path, wanted = Path(path), find_variant(variant) if isinstance(variant, str) else variant
     path = weights_in(path) if path.is_dir() else path
-    file = read_weight_file(path, ema=ema, entry=entry, modules=_head_modules(find_task(task or "classification")))
+    modules = _head_modules(find_task(task or "classification"))
+    file = read_weight_file(path, ema=ema, entry=entry, modules=modules, task=task)
     layout, state = official_state(file.tensors, str(path))
     _check_own_metadata(file, state, path)
-    purpose = find_task(task or file.metadata.get("task", "classification"))
+    purpose = find_task(task or file.metadata.get("task") or file.task or "classification")
+    config, problem = _config_of(file, path)
+    _check_same_task(purpose, file, reset_head=reset_head, where=str(path))
     if purpose.name == file.metadata.get("task"):
         purpose = purpose.configured(file.metadata.get("task_config", {}))
         purpose = purpose if reset_head else purpose.with_thresholds(file.metadata.get("thresholds"))
     aside = "".join(f" ({note})" for note in file.notes if note.startswith("set aside"))
     found = _variant_of(state, wanted, where=str(path))
     state, told = purpose.own_state(state, found)
-    purpose = purpose.fitted(state).configured(task_options)
+    # A toolbox's own values of what its weights are made for, then what lies beside them says, then the caller.
+    purpose = purpose.fitted(state)
+    if file.heads is not None:
+        purpose = purpose.configured(purpose.conventions.get(file.heads, {})).configured(config.task_options)
+    purpose = purpose.configured(task_options)
     classes = _class_count(purpose, state, num_classes, reset_head=reset_head, where=str(path), aside=aside)
     notes = [f"layout {layout}", *file.notes, *told]
+    if file.heads is not None:
+        notes[0] += f" with heads of {file.heads}: the task is {purpose.name}{_options_text(purpose)}"
     if layout == "fcmae" and len(state) < len(file.tensors):
         notes.append("the decoder of the masked autoencoder is left out")
     if reset_head:
@@ -207,10 +216,7 @@ def _load_file(
         notes.append(f"new head for {classes} classes, drawn at random: train it before it is used")
     state, adapted = adapt_stem(state, in_chans, where=str(path))
     model = _filled_model(purpose, found, classes, state, where=str(path))
-    (config, problem), licence = (
-        _config_of(file, path),
-        file.metadata.get("licence") or licence_beside(path) or FOREIGN_LICENCE,
-    )
+    licence = file.metadata.get("licence") or licence_beside(path) or FOREIGN_LICENCE
     if config.class_names and (reset_head or len(config.class_names) != model.num_classes):
         reason = "the head is new" if reset_head else f"there are {model.num_classes or 'no'} classes"
         notes.append(f"{len(config.class_names)} class names are left out, for {reason}")
@@ -514,6 +520,21 @@ def _head_modules(task: Task) -> tuple[str, ...]:
     """The names of a task's modules, which are the same in every size."""
     with torch.device("meta"):
         return tuple(task.modules(VARIANTS["atto"], 1))
+
+
+def _check_same_task(task: Task, file: WeightFile, *, reset_head: bool, where: str) -> None:
+    """Raise CheckpointError where classes are asked of a dense network for another task, without a new head."""
+    if file.task is not None and file.task != task.name and task.has_classes and not reset_head:
+        raise CheckpointError(
+            f"{where} is a network of the task {file.task} by its heads, and {task.name} was asked for. Leave --task "
+            "(task) out; or add --reset-head --num-classes N (reset_head and num_classes) for a new head on its "
+            "backbone."
+        )
+
+
+def _options_text(task: Task) -> str:
+    told = ", ".join(f"{name} {value}" for name, value in task.options.items())
+    return f" ({told})" if told else ""
 
 
 def _check_own_metadata(file: WeightFile, state: Mapping[str, Tensor], path: Path) -> None:

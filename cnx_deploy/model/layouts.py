@@ -2,14 +2,15 @@
 
 Layouts: `official` (facebookresearch/ConvNeXt-V2 and ConvNeXt, also ours), `fcmae` (the reference's masked autoencoder,
 whose sparse convolutions store `kernel`), `timm` (also `features_only`), `transformers`, `mmpretrain` (also the
-backbones of mmdet and mmseg) and `torchvision`. A network may lie under any prefix. Nothing here reads a file.
+backbones of mmdet and mmseg) and `torchvision`. Heads of dense networks beside a backbone (`HEADS`) tell its task. A
+network may lie under any prefix. Nothing here reads a file.
 """
 
 import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,7 +20,7 @@ from cnx_deploy.core.errors import CheckpointError
 from cnx_deploy.core.variants import ALL_VARIANTS, Variant
 
 __all__ = [
-    "TOP", "Difference", "Layout", "Network", "difference_table", "find_networks", "format_shape",
+    "HEADS", "TOP", "Difference", "Heads", "Layout", "Network", "difference_table", "find_networks", "format_shape",
     "mixed_layouts", "official_state", "shape_differences", "structure_of", "unknown_layout", "variant_with_structure",
 ]  # fmt: skip
 
@@ -118,6 +119,44 @@ RENAMES: dict[Layout, tuple[tuple[str, str], ...]] = {
     ),
 }
 
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """How a library calls what a dense network has beside its backbone.
+
+    `mark`: a name that no other heads have. `own`: what begins their names, which count from above `backbone`.
+    `renames` lead to the task's names, as `RENAMES` do. `background_is_last`: in the classifier; boxes and masks have
+    no rows for it. The task has it first in all of them.
+    """
+
+    task: str
+    mark: str
+    own: str
+    renames: tuple[tuple[str, str], ...] = ()
+    background_is_last: bool = False
+
+
+ABOVE = re.compile(r"(^|\.)backbone\.(?:body\.)?$")
+"""What stands between a dense network's place and its backbone's."""
+NORMS = r"(?:backbone\.)?(?:norm[0-3]|hidden_states_norms\.stage[1-4])\."
+"""The norms on the stages' outputs, which belong to the task but lie within the backbone."""
+NORM_RENAMES = (
+    (r"(?:backbone\.)?norm([0-3])\.", r"norm\1."),
+    *((rf"(?:backbone\.)?hidden_states_norms\.stage{level + 1}\.", f"norm{level}.") for level in range(4)),
+)
+HEADS: dict[str, Heads] = {
+    "mmseg": Heads("segment", "decode_head.conv_seg.weight", r"(?:decode|auxiliary)_head\."),
+    "transformers": Heads(
+        "segment",
+        "decode_head.classifier.weight",
+        r"(?:decode|auxiliary)_head\.",
+        (
+            (r"(decode|auxiliary)_head\.classifier\.", r"\1_head.conv_seg."),
+            (r"((?:decode|auxiliary)_head\..+)\.batch_norm\.", r"\1.bn."),
+        ),
+    ),
+}
+
 AVERAGE = re.compile(r"(?:^|[._])ema(?:[._]|$)", re.IGNORECASE)
 """In the name of a dictionary or module, as in `model_ema`, `ema_model.` and `state_dict_ema`."""
 
@@ -148,7 +187,8 @@ class Network:
     """Where in a file a network lies.
 
     `names` leads from its own names, without prefix and wrappers, to the file's. `stages` counts those that have a
-    depthwise convolution; a whole network has four. `is_average`: it is called an average of weights (EMA).
+    depthwise convolution; a whole network has four. `is_average`: it is called an average of weights (EMA). `heads`:
+    which of `HEADS` lie beside the backbone, and their names are among `names`; None without any.
     """
 
     layout: Layout
@@ -156,6 +196,19 @@ class Network:
     names: Mapping[str, str]
     stages: int
     is_average: bool
+    heads: str | None = None
+
+    @property
+    def task(self) -> str | None:
+        """The task that the heads tell; None without any."""
+        return None if self.heads is None else HEADS[self.heads].task
+
+    def without_heads(self) -> "Network":
+        """The backbone alone."""
+        if self.heads is None:
+            return self
+        own = re.compile(OWN[self.layout])
+        return replace(self, names={name: at for name, at in self.names.items() if own.match(name)}, heads=None)
 
     @property
     def entry(self) -> str:
@@ -202,16 +255,21 @@ def official_state(tensors: Mapping[str, Tensor], where: str) -> tuple[Layout, d
     if not networks:
         raise unknown_layout(tensors, where)
     layout, own = networks[0].layout, {stored: name for name, stored in networks[0].names.items()}
+    heads = None if networks[0].heads is None else HEADS[networks[0].heads]
     state: dict[str, Tensor] = {}
     for stored, tensor in tensors.items():
         name = own.get(stored, stored)
         if layout == "fcmae" and FCMAE_DECODER.match(name):
             continue
-        official = _rename(name, layout)
+        official = _rename(name, layout, heads)
         if official in state:
             raise mixed_layouts(f"{name} and another tensor both stand for {official}", where)
         dense = _dense_kernel(tensor) if layout == "fcmae" and name.endswith(".kernel") else tensor
         state[official] = _official_shape(official, dense)
+        if heads is not None and heads.background_is_last:
+            state[official] = _with_background_first(official, state[official])
+    for name in [name for name in state if name.endswith(".running_mean")]:  # torch counted no batches before 0.4.1
+        state.setdefault(name.replace(".running_mean", ".num_batches_tracked"), torch.zeros(()))
     return layout, state
 
 
@@ -296,18 +354,48 @@ def _network_at(prefix: str, layout: Layout, bare: Mapping[str, str], modules: S
         if name.startswith(prefix) and own.match(name, len(prefix))
     }
     depthwise = [re.fullmatch(r"stages\.([0-3])\.\d+\.dwconv\.weight", _rename(name, layout)) for name in names]
+    heads, above = _heads_beside(prefix, bare)
+    if heads is not None:
+        beside, norms = re.compile(HEADS[heads].own), re.compile(NORMS)
+        for name, stored in bare.items():
+            if name.startswith(prefix) and norms.match(name, len(prefix)):
+                names[name.removeprefix(prefix)] = stored
+            elif name.startswith(above) and beside.match(name, len(above)):
+                names[name.removeprefix(above)] = stored
     # torch's AveragedModel holds the network as `module` beside a count.
     modules_above = re.finditer(r"(?:^|(?<=\.))module\.", prefix)
     is_average = any(f"{prefix[: match.start()]}n_averaged" in bare for match in modules_above)
     is_average = is_average or bool(AVERAGE.search(prefix))
-    return Network(layout, prefix, names, len({match[1] for match in depthwise if match}), is_average)
+    return Network(layout, prefix, names, len({match[1] for match in depthwise if match}), is_average, heads)
 
 
-def _rename(name: str, layout: Layout) -> str:
-    for pattern, replacement in RENAMES[layout]:
+def _heads_beside(prefix: str, bare: Mapping[str, str]) -> tuple[str | None, str]:
+    """Whose heads belong to the backbone at `prefix`, and their own prefix; None where there are none."""
+    for above in dict.fromkeys((ABOVE.sub(r"\1", prefix), prefix)):
+        for name, heads in HEADS.items():
+            if f"{above}{heads.mark}" in bare:
+                return name, above
+    return None, prefix
+
+
+def _rename(name: str, layout: Layout, heads: Heads | None = None) -> str:
+    renames = RENAMES[layout] if heads is None else (*NORM_RENAMES, *heads.renames, *RENAMES[layout])
+    if heads is not None and re.match(heads.own, name):
+        renames = heads.renames
+    for pattern, replacement in renames:
         if match := re.match(pattern, name):
             return match.expand(replacement) + name[match.end() :]
     return name
+
+
+def _with_background_first(name: str, tensor: Tensor) -> Tensor:
+    """Rows of the last layers of boxes and masks as torchvision orders them."""
+    if not tensor.ndim or not name.startswith("roi_heads."):
+        return tensor
+    if ".box_predictor.cls_score." in name:
+        return tensor.roll(1, 0)
+    rows = 4 if ".box_predictor.bbox_pred." in name else 1 if ".mask_fcn_logits." in name else 0
+    return torch.cat([tensor.new_zeros(rows, *tensor.shape[1:]), tensor])
 
 
 def _dense_kernel(kernel: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +70,25 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         **_STEPS, "do_center_crop": True, "size": {"shortest_edge": 224}, "crop_size": 224, "resample": 3,
         "image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.26862954, 0.26130258, 0.27577711),
     },
+    "Segformer": {
+        **_STEPS, "size": {"height": 512, "width": 512}, "resample": 2, "image_mean": IMAGENET_MEAN,
+        "image_std": IMAGENET_STD,
+    },
 }  # fmt: skip
 """transformers' processors by the beginning of their class's name, and the defaults of each class."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceConfig:
-    """Class names, and fields of `Preprocessing` by name; `origins` says where each of them was read."""
+    """Class names, and fields of `Preprocessing` by name; `origins` says where each of them was read.
+
+    `task_options`: fields of the task's `config`, see `model.tasks.base.Task`.
+    """
 
     class_names: tuple[str, ...] | None = None
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
+    task_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __or__(self, other: "SourceConfig") -> "SourceConfig":
         """This one, and what `other` knows besides."""
@@ -88,12 +96,13 @@ class SourceConfig:
             other.class_names if self.class_names is None else self.class_names,
             {**other.preprocessing, **self.preprocessing},
             {**other.origins, **self.origins},
+            {**other.task_options, **self.task_options},
         )
 
     def without_class_names(self) -> "SourceConfig":
         """The same without them."""
         origins = {name: origin for name, origin in self.origins.items() if name != "class_names"}
-        return SourceConfig(None, self.preprocessing, origins)
+        return replace(self, class_names=None, origins=origins)
 
 
 def weights_in(folder: Path) -> Path:
@@ -130,6 +139,8 @@ def config_beside(weights: Path) -> SourceConfig:
         where = f"{weights.parent / CONFIG}"
         _check_network(config, where)
         found = _named(_label_names(config.get("id2label"), where), CONFIG)
+    elif config is not None and config.get("model_type") == "upernet":
+        found = _upernet(config, f"{weights.parent / CONFIG}")
     elif config is not None:
         return found
     if processor is not None and (config is None or "architecture" not in config):
@@ -233,7 +244,8 @@ def transformers_processor(config: Mapping[str, Any], where: str) -> dict[str, A
             f"{where} names the processor {kind}: expected that of {', '.join(PROCESSORS)}. Delete the file, and give "
             "mean, std, crop ratio, crop mode and interpolation as options."
         )
-    known = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+    # `do_reduce_labels` is of masks: what is 0 in them is not counted, and the others are one less.
+    known = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_reduce_labels")
     if unknown := [name for name, value in config.items() if name.startswith("do_") and value and name not in known]:
         raise InputError(f"{where} asks for {', '.join(unknown)}: expected no steps but {', '.join(known)}.")
     values = {**defaults, **{name: value for name, value in config.items() if value is not None}}
@@ -344,6 +356,16 @@ def _check_network(config: Mapping[str, Any], where: str) -> None:
     for name, expected in (("hidden_act", "gelu"), ("patch_size", 4)):
         if config.get(name, expected) != expected:
             raise InputError(f"{where} has {name} {config[name]!r}: expected {expected!r}, as ConvNeXt V2 has it.")
+
+
+def _upernet(config: Mapping[str, Any], where: str) -> SourceConfig:
+    """Transformers' UperNet: class names, and the pooling grids, which no shape of its weights shows."""
+    backbone, scales = config.get("backbone_config"), config.get("pool_scales")
+    if not isinstance(backbone, Mapping) or backbone.get("model_type") not in FAMILIES:
+        return SourceConfig()
+    _check_network(backbone, where)
+    named = _named(_label_names(config.get("id2label"), where), CONFIG)
+    return named if scales is None else replace(named, task_options={"pool_scales": scales})
 
 
 def _named(names: tuple[str, ...] | None, origin: str) -> SourceConfig:

@@ -53,7 +53,7 @@ class WeightFile:
     dictionaries and of modules joined by dots, None at the top. `beside`: what else the file says at its top level, by
     name: the entries of a pickle that hold no tensor (`args`, `meta`, `hyper_parameters`, `epoch`), the other texts of
     a safetensors header. It is foreign data of any type, which may contain itself. `notes`: what was chosen and set
-    aside, for people.
+    aside, for people. `heads` and `task`: whose heads of a dense network are among the tensors, and the task they tell.
     """
 
     tensors: dict[str, Tensor]
@@ -61,10 +61,17 @@ class WeightFile:
     entry: str | None = None
     beside: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    heads: str | None = None
+    task: str | None = None
 
 
 def read_weight_file(
-    path: Path, *, ema: bool | None = None, entry: str | None = None, modules: Sequence[str] = ("norm", "head")
+    path: Path,
+    *,
+    ema: bool | None = None,
+    entry: str | None = None,
+    modules: Sequence[str] = ("norm", "head"),
+    task: str | None = None,
 ) -> WeightFile:
     """Read one network of a file of weights; other floats become float32.
 
@@ -75,6 +82,8 @@ def read_weight_file(
         entry: which of several networks, by whole parts of its place: "teacher", "state_dict.student", "." for the top.
         modules: the modules of the task's head under the reference code's names; other tensors beside the network's
             own are set aside.
+        task: what the network is read for. Of a dense network the heads of another task are set aside; None takes
+            those that are there.
 
     Raises:
         InputError: there is no such file, or it is of another kind.
@@ -99,13 +108,16 @@ def read_weight_file(
         raise mixed_layouts(error, str(path)) from error
     if not networks:
         raise unknown_layout(file.tensors, str(path))
-    network, notes = _chosen(networks, file, path, ema=ema, entry=entry)
+    chosen, notes = _chosen(networks, file, path, ema=ema, entry=entry)
+    network = chosen if task in (None, chosen.task) else chosen.without_heads()
     tensors = _checked_tensors({name: file.tensors[stored] for name, stored in network.names.items()}, path)
     if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
         notes.append("float64 weights, rounded to float32")
-    notes += _set_aside(file.tensors, networks)
-    place = None if network.entry == TOP else network.entry
-    return replace(file, tensors=_floats(tensors, path), entry=place, notes=tuple(notes))
+    notes += _set_aside(file.tensors, [network if each is chosen else each for each in networks])
+    return replace(
+        file, tensors=_floats(tensors, path), entry=None if network.entry == TOP else network.entry,
+        notes=tuple(notes), heads=network.heads, task=chosen.task,
+    )  # fmt: skip
 
 
 def _read_by_content(path: Path) -> WeightFile:
@@ -350,7 +362,8 @@ def _floats(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Float32 tensors of finite values."""
     floats: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if tensor.dtype not in READABLE_DTYPES:
+        counts_batches = name.endswith(".num_batches_tracked") and tensor.dtype == torch.int64
+        if tensor.dtype not in READABLE_DTYPES and not counts_batches:
             raise CheckpointError(
                 f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')}, expected float32, float16, bfloat16 or "
                 "float64. Convert it where it was made."

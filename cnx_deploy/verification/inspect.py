@@ -203,10 +203,11 @@ def _checkpoint_facts(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
 
     file = read_weight_file(path)
     layout, state = official_state(file.tensors, str(path))
-    variant, task = variant_with_structure(structure_of(state)), find_task(file.metadata.get("task", "classification"))
+    variant = variant_with_structure(structure_of(state))
+    task = find_task(file.metadata.get("task") or file.task or "classification")
     classes = task.num_classes_in(state)
     facts: dict[str, Any] = {
-        "layout": layout,
+        "layout": layout if file.heads is None else f"{layout} with heads of {file.heads}",
         "variant": variant.name if variant else None,
         "task": task.name,
         "classes": classes,

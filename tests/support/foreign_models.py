@@ -119,6 +119,75 @@ class MmClassifier(nn.Module):
         return self.head.fc(self.backbone.norm3(maps.mean(dim=(2, 3), keepdim=True)).flatten(1))
 
 
+class MmConvModule(nn.Sequential):
+    """mmcv's ConvModule: convolution without bias, batch norm, ReLU, under the names `conv` and `bn`."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+        self.bn = nn.BatchNorm2d(outputs)
+        self.activate = nn.ReLU()
+
+
+class MmSegmentor(nn.Module):
+    """mmseg's EncoderDecoder with UPerHead and FCNHead (mmseg/models/decode_heads/uper_head.py and fcn_head.py)."""
+
+    def __init__(
+        self, variant: Variant, num_classes: int = 5, channels: int = 16, auxiliary: int = 8, *, scales=(1, 2, 3, 6)
+    ) -> None:
+        super().__init__()
+        widths = variant.dims
+        self.backbone = MmClassifier(variant, outputs=(0, 1, 2, 3)).backbone
+        head = self.decode_head = nn.Module()
+        head.conv_seg = nn.Conv2d(channels, num_classes, 1)
+        head.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(scale), MmConvModule(widths[3], channels, 1)) for scale in scales
+        )
+        head.bottleneck = MmConvModule(widths[3] + len(scales) * channels, channels, 3)
+        head.lateral_convs = nn.ModuleList(MmConvModule(width, channels, 1) for width in widths[:3])
+        head.fpn_convs = nn.ModuleList(MmConvModule(channels, channels, 3) for _ in range(3))
+        head.fpn_bottleneck = MmConvModule(4 * channels, channels, 3)
+        if auxiliary:
+            self.auxiliary_head = nn.Module()
+            self.auxiliary_head.conv_seg = nn.Conv2d(auxiliary, num_classes, 1)
+            self.auxiliary_head.convs = nn.Sequential(MmConvModule(widths[2], auxiliary, 3))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        def resized(maps: Tensor, like: Tensor) -> Tensor:
+            return nn.functional.interpolate(maps, like.shape[2:], mode="bilinear", align_corners=False)
+
+        head, levels = self.decode_head, mm_levels(self.backbone, images)
+        pooled = [levels[3], *(resized(module(levels[3]), levels[3]) for module in head.psp_modules)]
+        laterals = [conv(level) for conv, level in zip(head.lateral_convs, levels, strict=False)]
+        laterals.append(head.bottleneck(torch.cat(pooled, dim=1)))
+        for at in (3, 2, 1):
+            laterals[at - 1] = laterals[at - 1] + resized(laterals[at], laterals[at - 1])
+        outs = [conv(lateral) for conv, lateral in zip(head.fpn_convs, laterals, strict=False)] + laterals[3:]
+        joined = head.fpn_bottleneck(torch.cat([resized(each, outs[0]) for each in outs], dim=1))
+        outputs = {"logits": head.conv_seg(joined)}
+        if hasattr(self, "auxiliary_head"):
+            outputs["auxiliary_logits"] = self.auxiliary_head.conv_seg(self.auxiliary_head.convs(levels[2]))
+        return outputs
+
+
+def mm_levels(backbone: nn.Module, images: Tensor) -> list[Tensor]:
+    """The outputs of the four stages, each normalised, as mmpretrain's ConvNeXt gives them to a neck or a head."""
+    levels = []
+    for at, (downsample, stage) in enumerate(zip(backbone.downsample_layers, backbone.stages, strict=True)):
+        images = stage(downsample(images))
+        levels.append(backbone.get_submodule(f"norm{at}")(images))
+    return levels
+
+
+def official_backbone(state: State) -> State:
+    """The names of facebookresearch/ConvNeXt's segmentation and detection, whose backbone has the official blocks."""
+    changes = (("depthwise_conv", "dwconv"), ("pointwise_conv", "pwconv"))
+    return {
+        (name.replace(*changes[0]).replace(*changes[1]) if name.startswith("backbone.") else name): tensor
+        for name, tensor in state.items()
+    }
+
+
 def randomise(model: nn.Module) -> nn.Module:
     """Every parameter random, none of them zero, logits of the order of one."""
     generator = torch.Generator().manual_seed(1)
@@ -127,6 +196,11 @@ def randomise(model: nn.Module) -> nn.Module:
             parameter.normal_(generator=generator)
             is_kernel = parameter.ndim in (2, 4) and "grn" not in name
             parameter.mul_(parameter[0].numel() ** -0.5 if is_kernel else 0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.uniform_(0.5, 1.5, generator=generator)
+            elif name.endswith("num_batches_tracked"):
+                buffer.fill_(7)
     return model
 
 

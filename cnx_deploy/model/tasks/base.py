@@ -82,6 +82,7 @@ class Task(ABC):
             "ChannelsFirstNorm" the norms over channels, which the "gpu" layout spells out.
         config: sizes and constants of the task's own, a frozen dataclass whose defaults are the usual values; None
             where there are none.
+        conventions: values of `config` that a toolbox's weights are made for, by its name in `model.layouts.HEADS`.
         class_layers: paths of the modules that depend on the classes: `--reset-head` draws them anew.
         draws_own_weights: its modules are made with initial weights of their own, other than the backbone's kind.
         is_dense: the answer is for places of an image. Images have one size, the canvas, because GRN sums over padding.
@@ -103,6 +104,7 @@ class Task(ABC):
     levels: tuple[int, ...] = (3,)
     operators: Mapping[str, int] = MappingProxyType({})
     config: Any = None
+    conventions: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     class_layers: tuple[str, ...] = ("head",)
     draws_own_weights: bool = False
     is_dense: bool = False

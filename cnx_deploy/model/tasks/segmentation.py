@@ -92,11 +92,16 @@ class Segment(Task):
     name = "segment"
     answers = ("logits", "labels", "full-logits")
     levels = (0, 1, 2, 3)
-    class_layers: tuple[str, ...] = ("decode_head.conv_seg", "auxiliary_head.conv_seg")
     draws_own_weights = True
     is_dense = True
     prediction = MapPrediction
     config: SegmentConfig = SegmentConfig()
+
+    @property
+    def class_layers(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The classifiers of the heads."""
+        auxiliary = ("auxiliary_head.conv_seg",) if self.config.auxiliary_channels else ()
+        return ("decode_head.conv_seg", *auxiliary)
 
     def outputs(
         self, num_classes: int, words: Sequence[str] = (), maps: Sequence[tuple[int, int, int]] = ()
