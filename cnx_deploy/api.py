@@ -427,14 +427,15 @@ def _paths_of(sources: Source | Sequence[Source]) -> tuple[Path, ...]:
 class ExportRequest(ModelRequest):
     """What `cnx-deploy export` takes; see `exporters.onnx.ExportSpec` and `core.deploy_spec.DeploySpec`.
 
-    `keep_fp32` is of the half-precision files alone. `task` "features" takes a classifier's weights without the head.
-    `outputs` are the task's words for what the file gives, such as ("logits", "embedding"). `image_size` of three,
-    (smallest, typical, largest), leaves height and width open between the first and the last.
+    `batch` None is the task's usual range. `keep_fp32` is of the half-precision files alone. `task` "features" takes a
+    classifier's weights without the head. `outputs` are the task's words for what the file gives, such as ("logits",
+    "embedding"). `image_size` of three, (smallest, typical, largest), leaves height and width open between the first
+    and the last.
     """
 
     precisions: tuple[str, ...] = ("fp32", "fp16")
     image_size: Any = None
-    batch: tuple[int, int, int] = (1, 8, 64)
+    batch: tuple[int, int, int] | None = None
     input_kind: InputKind = "float"
     optimize_for: Layout | None = None
     leave_out: tuple[str, ...] = ()
@@ -529,7 +530,7 @@ def run_exports(request: ExportRequest, note: Note) -> list[Artifact[OnnxManifes
             outputs=request.outputs,
         )
         loaded.model.task.check_allowed(deploy)  # before what is there already is looked at
-        spec = ExportSpec(deploy=deploy, batch=request.batch, name=name)
+        spec = ExportSpec(deploy=deploy, batch=request.batch or loaded.model.task.usual_batch, name=name)
         record = model_record(loaded, preprocessing, request.output_dir)
         check = None if request.no_verify else partial(verify_export, model=loaded.model)
         artifact = export_onnx(loaded.model, record, spec, request.output_dir, force=request.force, verify=check)

@@ -44,7 +44,7 @@ SECTIONS = {
 @options.thresholds
 @options.tta
 @options.temperature
-@click.option("--batch", type=options.BATCH_RANGE, default=(1, 8, 64), help="Batch range [default: 1:8:64].")
+@click.option("--batch", type=options.BATCH_RANGE, help="Batch range [default: 1:8:64, on canvases 1:2:8].")
 @click.option(
     "--input", "input_kind", type=click.Choice(["float", "uint8"]), default="float", show_default=True,
     help="Raw images: float32 (N,C,S,S) in [0,1], or uint8 (N,S,S,C).",

@@ -150,10 +150,14 @@ class WeightsRecord:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """An input or output of a graph: element type as ONNX names it, and its shape with open sizes by name."""
+    """An input or output of a graph: element type as ONNX names it, and its shape with open sizes by name.
+
+    `unit`: what a value of an output is, as `core.gates.OutputSpec` has it, of a task with an answer at each place.
+    """
 
     type: str
     shape: tuple[int | str, ...]
+    unit: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,6 +426,7 @@ class Manifest:
         later: list[tuple[dict[str, Any], Mapping[str, Any]]] = [
             (plain["model"], {"origins": {}, "training": {}, "thresholds": None, "task_config": {}, "graph": None}),
             *((record, {"entry": None, "soup": ()}) for record in (weights, *weights["soup"])),
+            *((tensor, {"unit": None}) for tensors in _tensors_of(plain) for tensor in tensors.values()),
             (deploy, {"size_range": None, "outputs": (), **ANSWER_DEFAULTS}),
         ]
         for record, defaults in later:
@@ -436,6 +441,12 @@ class Manifest:
             raise ValueError(f"its first file is {names[0] if names else 'missing'!r}, expected {expected!r}")
         if len(set(names)) != len(names) or f"{self.stem}.json" in names:
             raise ValueError("a file is listed twice, or the manifest itself is")
+
+
+def _tensors_of(plain: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The records of inputs and outputs by name, in a manifest of plain types."""
+    facts, graph = plain["facts"], plain["model"]["graph"] or {}
+    return facts.get("inputs", {}), facts.get("outputs", {}), graph.get("outputs", {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ import json
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import torch
 from cnx_deploy.core.artifacts import artifact_stem, is_onnx, reusable_artifact, stage_artifact
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import ExportError, InputError, OutputExistsError
-from cnx_deploy.core.gates import ParityResult
+from cnx_deploy.core.gates import OutputSpec, ParityResult
 from cnx_deploy.core.image_size import STRIDE, sides
 from cnx_deploy.core.manifest import Artifact, ModelRecord, OnnxFacts, OnnxManifest, OnnxRequest, TensorSpec
 from cnx_deploy.core.precision import exportable_precisions
@@ -125,7 +125,7 @@ def export_onnx(
             request=spec.request,
             source_name=record.weights.source,
             source_sha256=record.weights.sha256,
-            facts=facts_record(facts),
+            facts=facts_record(facts, outputs if model.task.is_dense else ()),
         )
         if verify is not None:
             parity = verify(Artifact(path, manifest))
@@ -264,14 +264,17 @@ def _metadata(record: ModelRecord, spec: ExportSpec) -> dict[str, str]:
     return {f"cnx_deploy.{key}": value for key, value in sorted(entries.items())}
 
 
-def facts_record(facts: GraphFacts) -> OnnxFacts:
-    """What a manifest keeps of the facts of a graph."""
+def facts_record(facts: GraphFacts, declared: Sequence[OutputSpec] = ()) -> OnnxFacts:
+    """What a manifest keeps of the facts of a graph, with the units of outputs that are `declared`."""
+    units = {spec.name: spec.unit for spec in declared}
     return OnnxFacts(
         operators=facts.operators,
         types=facts.types,
         half_share=round(facts.half_share, 4),
         inputs={name: TensorSpec(kind, tuple(shape)) for name, (kind, shape) in facts.inputs.items()},
-        outputs={name: TensorSpec(kind, tuple(shape)) for name, (kind, shape) in facts.outputs.items()},
+        outputs={
+            name: TensorSpec(kind, tuple(shape), units.get(name)) for name, (kind, shape) in facts.outputs.items()
+        },
     )
 
 

@@ -51,6 +51,8 @@ EMULATED_IMAGES = 10
 """Unless it is asked for by name: the emulator takes seconds an image for the large variants."""
 SAMPLES = 64
 """At least so many images, unless they have labels: then all."""
+DENSE_SAMPLES = 10
+"""The same of a task with an answer at each place, of which an image has thousands."""
 PIECE = 8
 """Images that PyTorch runs at once: it needs no large batch, and memory is the candidate's."""
 HIDES_OVERFLOW = (
@@ -134,8 +136,8 @@ class Reference:
         data: a source, or a path that `data.find_images` reads; None makes images from a seed. Labels are used where
             there are any and the task has class scores (InputError when their classes are not the model's) or an
             embedding, of any classes.
-        samples: images without labels to compare on, at least, None for SAMPLES; images with labels, and of an
-            embedding those of `data`, at most, evenly spread, None for all.
+        samples: images without labels to compare on, at least, None for SAMPLES or DENSE_SAMPLES; images with labels,
+            and of an embedding those of `data`, at most, evenly spread, None for all.
         class_names: the network's, in place of the recorded ones.
         white_level: as in `core.preprocessing`, in place of the recorded one.
     """
@@ -153,6 +155,7 @@ class Reference:
         self.task = recorded_task(self.record)
         self.images = ImageLike() if data is None else comparison_images(data, None, self.task)
         self.samples = samples
+        self._few = DENSE_SAMPLES if self.task.is_dense else SAMPLES
         self.specs = recorded_outputs(artifact)
         self.chosen = artifact.manifest.deploy.outputs
         self.class_output = self.task.class_output_of([spec.name for spec in self.specs])
@@ -225,7 +228,7 @@ class Reference:
         deploy, (smallest, _, largest) = artifact.manifest.deploy, artifact.manifest.batch
         spec = InputSpec.of(deploy, smallest, largest)
         if limit is None and self._takes_all:
-            limit = self.samples or SAMPLES
+            limit = self.samples or self._few
         for batch, outputs in self.batches(deploy, spec, limit, progress):
             at = torch.tensor([*range(len(batch)), *[0] * (len(batch.images) - len(batch))])
             yield batch.images, {name: output[at] for name, output in outputs.items()}
@@ -266,7 +269,7 @@ class Reference:
         """Evenly spread ones, or else at least as many as the checked sizes take, of which a limit takes the first."""
         count = self.samples
         if not self._takes_all:
-            count = max(SAMPLES if count is None else count, sum(checked_sizes(spec)))
+            count = max(self._few if count is None else count, sum(checked_sizes(spec)))
         chosen = [index for index in self.images.choice(count) if index not in self.broken]
         return [chosen[at] for at in evenly(len(chosen), limit)] if self._takes_all else chosen[:limit]
 
@@ -421,6 +424,7 @@ def _check_promised(artifact: Artifact[OnnxManifest], graph: GraphFacts) -> None
         ("inputs", graph.inputs, facts.inputs),
         ("outputs", graph.outputs, facts.outputs),
     ):
+        recorded = {name: replace(tensor, unit=None) for name, tensor in recorded.items()}
         now = {name: TensorSpec(element, tuple(shape)) for name, (element, shape) in tensors.items()}
         if recorded == now:
             continue

@@ -96,6 +96,7 @@ class Task(ABC):
         losses: words of `--loss` that the task is trained with; none where there is nothing to choose.
         training_defaults: fields of a training request that stand otherwise than for a classifier.
         thresholds: the probability from which each class is given, of a task that decides each by itself; None unset.
+        usual_batch: the batches of a file where nobody says: smallest, typical, largest.
         usual_top: how many classes `predict` tells of an image where nobody says.
     """
 
@@ -117,6 +118,7 @@ class Task(ABC):
     losses: tuple[str, ...] = ()
     training_defaults: Mapping[str, Any] = MappingProxyType({})
     thresholds: tuple[float, ...] | None = None
+    usual_batch: tuple[int, int, int] = (1, 8, 64)
     usual_top: int = 5
 
     @abstractmethod

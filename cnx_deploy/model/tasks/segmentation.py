@@ -94,6 +94,7 @@ class Segment(Task):
     levels = (0, 1, 2, 3)
     draws_own_weights = True
     is_dense = True
+    usual_batch = (1, 2, 8)
     prediction = MapPrediction
     config: SegmentConfig = SegmentConfig()
 
