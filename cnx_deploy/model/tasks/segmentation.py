@@ -346,9 +346,15 @@ class DeployedUPerNet(nn.Module):
         self.grids_back = nn.ParameterList(bilinear_matrix((scale, scale), last) for scale in scales)
         self.psp_modules = nn.ModuleList(_folded(pool[1]) for pool in _sequences(head.psp_modules))
         self.bottleneck = _folded(head.bottleneck)
-        self.lateral_convs = nn.ModuleList(
-            _folded(conv, affine) for conv, affine in zip(head.lateral_convs, affines[:-1], strict=True)
-        )
+        laterals = (_folded(conv, affine) for conv, affine in zip(head.lateral_convs, affines[:-1], strict=True))
+        gathers = spec.layout == "gpu" and "gathered-resize" in spec.folds
+        # On tokens the product joins bias and ReLU, and the sum with the map above joins the other levels' sums.
+        self.lateral_convs = nn.ModuleList(TokenLateral(conv) if gathers else conv for conv in laterals)
+        sizes = [stage_sides(spec.image_size, level) for level in range(4)]
+        above = [(sizes[level], sizes[level - 1]) for level in (1, 2, 3)]
+        to_first = [(sizes[level], sizes[0]) for level in (1, 2, 3)]
+        self.resizes = nn.ModuleList(_resize(*pair, gathers=gathers, spec=spec) for pair in above)
+        self.resizes_to_first = nn.ModuleList(_resize(*pair, gathers=gathers, spec=spec) for pair in to_first)
         self.fpn_convs = nn.ModuleList(map(_folded, head.fpn_convs))
         self.fpn_bottleneck = _folded(head.fpn_bottleneck)
         self.conv_seg = convolution(*doubles(head.conv_seg))
@@ -359,10 +365,11 @@ class DeployedUPerNet(nn.Module):
         *first, last = (each.to(kind) for each in maps)
         laterals = [F.relu(conv(each)) for conv, each in zip(self.lateral_convs, first, strict=True)]
         laterals.append(F.relu(self.bottleneck(torch.cat([last, *self._pyramid(last)], dim=1))))
-        for level in range(len(laterals) - 1, 0, -1):
-            laterals[level - 1] = laterals[level - 1] + _resized(laterals[level], laterals[level - 1])
+        for level in (3, 2, 1):
+            laterals[level - 1] = laterals[level - 1] + self.resizes[level - 1](laterals[level])
         pyramid = [F.relu(conv(each)) for conv, each in zip(self.fpn_convs, laterals[:-1], strict=True)]
-        joined = torch.cat([_resized(each, pyramid[0]) for each in (*pyramid, laterals[-1])], dim=1)
+        coarse = zip(self.resizes_to_first, (*pyramid[1:], laterals[-1]), strict=True)
+        joined = torch.cat([pyramid[0], *(resize(each) for resize, each in coarse)], dim=1)
         output: Tensor = self.conv_seg(F.relu(self.fpn_bottleneck(joined)))
         return output
 
@@ -376,6 +383,70 @@ class DeployedUPerNet(nn.Module):
             grid = F.relu(conv(own.reshape(-1, own.shape[1], scale, scale))).flatten(2)  # (N, O, scale²)
             grids.append(torch.matmul(grid, back).reshape(-1, grid.shape[1], height, width))
         return grids
+
+
+class TokenLateral(nn.Module):
+    """A 1×1 convolution as a linear layer on tokens. (N, I, H, W) -> (N, O, H, W)."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        assert conv.bias is not None
+        self.weight, self.bias = nn.Parameter(conv.weight[:, :, 0, 0].detach()), nn.Parameter(conv.bias.detach())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Apply the layer; see the class for shapes."""
+        return F.linear(images.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
+
+
+class Bilinear(nn.Module):
+    """Bilinear resizing with half-pixel centres to a fixed size, as one operator. (N, C, h, w) -> (N, C, H, W)."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Resize; see the class for shapes."""
+        return F.interpolate(images, self.size, mode="bilinear", align_corners=False)
+
+
+class GatheredBilinear(nn.Module):
+    """The same as four gathers with constant weights in FP32, which TensorRT joins with what reads the result.
+
+    A Resize by 4 or 8 is a kernel of its own, which stores a map of 1/4 of the canvas.
+    """
+
+    def __init__(self, before: tuple[int, int], size: tuple[int, int], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.size = size
+        (rows, down), (columns, across) = (_neighbours(*pair) for pair in zip(before, size, strict=True))
+        places = rows[:, None, :, None] * before[1] + columns[None, :, None, :]  # (2, 2, H, W)
+        self.register_buffer("places", places.reshape(4, -1))
+        weights = down[:, None, :, None] * across[None, :, None, :]
+        self.register_buffer("weights", weights.reshape(4, -1).to(dtype))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Resize; see the class for shapes."""
+        flat = images.flatten(2)
+        parts = [
+            widen(torch.index_select(flat, 2, places)) * weights
+            for places, weights in zip(cast(Tensor, self.places), cast(Tensor, self.weights), strict=True)
+        ]
+        resized: Tensor = parts[0] + parts[1] + parts[2] + parts[3]
+        return resized.to(images.dtype).reshape(-1, images.shape[1], *self.size)
+
+
+def _resize(before: tuple[int, int], size: tuple[int, int], *, gathers: bool, spec: "DeploySpec") -> nn.Module:
+    dtype = torch.float64 if spec.precision == "fp64" else torch.float32
+    return GatheredBilinear(before, size, dtype) if gathers else Bilinear(size)
+
+
+def _neighbours(before: int, after: int) -> tuple[Tensor, Tensor]:
+    """The two places (2, after) between which each place along a side lies, and their weights in float64."""
+    at = ((torch.arange(after, dtype=torch.float64) + 0.5) * before / after - 0.5).clamp_min(0.0)
+    first = at.floor().long()
+    share = at - first
+    return torch.stack([first, (first + 1).clamp_max(before - 1)]), torch.stack([1.0 - share, share])
 
 
 def pooling_matrix(size: tuple[int, int], grid: int) -> Tensor:
