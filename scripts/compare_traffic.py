@@ -1,11 +1,13 @@
 """Compile our FP16 graph and the peers' with the same TensorRT-RTX and print kernels and MB an image of each.
 
-usage: compare_traffic.py [VARIANT ...] [--batch 64] [--target sm89] [--image-size 224] [--only-ours] [--record FILE]
-       (default: atto; options that take several values are repeated)
+usage: compare_traffic.py [VARIANT ...] [--task segment] [--batch 64] [--target sm89] [--image-size 224] [--only-ours]
+       [--record FILE] (default: atto; options that take several values are repeated)
 
 The peers are timm's and transformers' models, `.half()`, exported by torch.onnx.export as they are. For Turing (sm75)
-our graph is written as `build-trt` writes it, with depthwise convolutions in groups. Each kernel's inputs, constants
-and outputs count once, also where a kernel reads a tensor in two places.
+our graph is written as `build-trt` writes it, with depthwise convolutions in groups. With --task segment they are
+UPerNet of 150 classes: ours with logits at a quarter of the canvas and with labels of the canvas; transformers' as it
+is, which brings the logits to the canvas, with an argmax behind it, and without that resize. Each kernel's inputs,
+constants and outputs count once, also where a kernel reads a tensor in two places.
 """
 
 import argparse
@@ -15,9 +17,10 @@ import json
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,8 +35,6 @@ from cnx_deploy.exporters.trt.compiled import measure_compiled
 from cnx_deploy.exporters.trt.depthwise import written_for
 from cnx_deploy.model.convnextv2 import random_model
 
-OURS = "cnx-deploy"
-
 
 def main() -> int:
     """Print one line a graph; with --record, write them as JSON."""
@@ -42,17 +43,18 @@ def main() -> int:
     parser.add_argument("--batch", type=int, action="append")
     parser.add_argument("--target", action="append")
     parser.add_argument("--image-size", type=int, action="append")
+    parser.add_argument("--task", choices=sorted(GRAPHS), default="classification")
     parser.add_argument("--only-ours", action="store_true")
     parser.add_argument("--record", type=Path)
     options = parser.parse_args()
     options.batch, options.target = options.batch or [64], options.target or ["sm89"]
     rows = []
-    print(f"{'variant':8} {'px':>4} {'target':6} {'batch':>5} {'graph':13} {'kernels':>8} {'MB an image':>12} of peer")
+    print(f"{'variant':8} {'px':>4} {'target':6} {'batch':>5} {'graph':22} {'kernels':>8} {'MB an image':>12} of peer")
     for name, size in itertools.product(options.variants, options.image_size or [224]):
         for row in measured(name, size, options):
             share = f"{row['of_best_peer']:.3f}" if row["of_best_peer"] else ""
             print(
-                f"{name:8} {size:>4} {row['target']:6} {row['batch']:>5} {row['graph']:13} {row['kernels']:>8} "
+                f"{name:8} {size:>4} {row['target']:6} {row['batch']:>5} {row['graph']:22} {row['kernels']:>8} "
                 f"{row['megabytes_per_image']:>12.2f} {share}",
                 flush=True,
             )
@@ -72,30 +74,34 @@ def main() -> int:
 def measured(name: str, size: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of one variant at one size: each graph is exported once and compiled for every target and batch."""
     backend = load_backend("tensorrt-rtx")
-    exports = {OURS: own_file} if options.only_ours else {"timm": timm_file, "transformers": transformers_file}
+    graphs = [row for row in GRAPHS[options.task] if row.peers or not options.only_ours]
     with tempfile.TemporaryDirectory() as folder:
-        paths = {graph: export(name, size, Path(folder)) for graph, export in {**exports, OURS: own_file}.items()}
+        paths = {row.graph: row.export(name, size, Path(folder)) for row in graphs}
         for target, batch in itertools.product(options.target, options.batch):
-            best = None
-            for graph, path in paths.items():
-                with written_for(path, target if graph == OURS else "as exported") as written:
+            bytes_of: dict[str, float] = {}
+            for row in graphs:
+                with written_for(paths[row.graph], target if row.peers else "as exported") as written:
                     compiled = measure_compiled(written, batch=batch, target=target, backend=backend)
-                moved = compiled.megabytes_per_image
-                if graph != OURS:
-                    best = min(moved, best or moved)
+                moved = bytes_of[row.graph] = compiled.megabytes_per_image
+                best = min((bytes_of[peer] for peer in row.peers if peer in bytes_of), default=None)
                 yield {
-                    "variant": name, "image_size": size, "target": target, "batch": batch, "graph": graph,
+                    "variant": name, "image_size": size, "target": target, "batch": batch, "graph": row.graph,
                     "kernels": compiled.kernels, "megabytes_per_image": round(moved, 3),
                     "plan_megabytes": round((compiled.plan_bytes or 0) / 1e6, 2),
-                    "of_best_peer": round(moved / best, 4) if best and graph == OURS else None,
+                    "of_best_peer": round(moved / best, 4) if best else None,
                 }  # fmt: skip
 
 
-def own_file(name: str, size: int, folder: Path) -> Path:
+def own_file(name: str, size: int, folder: Path, task: str = "classification", outputs: tuple[str, ...] = ()) -> Path:
     """Our deploy form."""
-    record = ModelRecord(name, 1000, size, WeightsRecord("random", "0", "0" * 64, "none"), Preprocessing())
-    spec = ExportSpec(deploy=DeploySpec(precision="fp16", image_size=size))
-    return export_onnx(random_model(name), record, spec, folder).path
+    classes = 150 if task == "segment" else 1000
+    record = ModelRecord(
+        name, classes, size, WeightsRecord("random", "0", "0" * 64, "none"), Preprocessing(), task=task
+    )
+    spec = ExportSpec(
+        deploy=DeploySpec(precision="fp16", image_size=size, outputs=outputs), name="-".join((name, task, *outputs))
+    )
+    return export_onnx(random_model(name, classes, task=task), record, spec, folder).path
 
 
 def timm_file(name: str, size: int, folder: Path) -> Path:
@@ -123,6 +129,30 @@ def transformers_file(name: str, size: int, folder: Path) -> Path:
     return exported(Logits(), size, folder / "transformers.onnx")
 
 
+def upernet_file(name: str, size: int, folder: Path, gives: str) -> Path:
+    """Transformers' UPerNet: its logits at the size of the images, their best class, or the head's own logits."""
+    from transformers import ConvNextV2Config, UperNetConfig, UperNetForSemanticSegmentation
+
+    variant = find_variant(name)
+    backbone = ConvNextV2Config(
+        depths=list(variant.depths), hidden_sizes=list(variant.dims), out_features=[f"stage{at}" for at in range(1, 5)]
+    )
+    config = UperNetConfig(backbone_config=backbone, hidden_size=512, num_labels=150, use_auxiliary_head=False)
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = UperNetForSemanticSegmentation(config)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if gives == "logits/4":
+                return self.model.decode_head(self.model.backbone(images).feature_maps)
+            logits = self.model(images).logits
+            return logits.argmax(dim=1) if gives == "labels" else logits
+
+    return exported(Network(), size, folder / f"upernet-{gives.replace('/', '-')}.onnx")
+
+
 def exported(model: torch.nn.Module, size: int, path: Path) -> Path:
     """Half precision, dynamic batch, the exporter's own defaults otherwise."""
     images = torch.zeros(2, 3, size, size, dtype=torch.float16)
@@ -133,6 +163,30 @@ def exported(model: torch.nn.Module, size: int, path: Path) -> Path:
             model.eval().half(), (images,), path, dynamo=True, dynamic_shapes=({0: batch},), verbose=False
         )
     return path
+
+
+class Row(NamedTuple):
+    """A graph that is compared: how it is exported and, of ours, the peers that give the same."""
+
+    graph: str
+    export: Callable[[str, int, Path], Path]
+    peers: tuple[str, ...] = ()
+
+
+GRAPHS: dict[str, tuple[Row, ...]] = {
+    "classification": (
+        Row("timm", timm_file),
+        Row("transformers", transformers_file),
+        Row("cnx-deploy", own_file, ("timm", "transformers")),
+    ),
+    "segment": (
+        Row("transformers", partial(upernet_file, gives="logits")),
+        Row("transformers, logits/4", partial(upernet_file, gives="logits/4")),
+        Row("transformers, labels", partial(upernet_file, gives="labels")),
+        Row("cnx-deploy", partial(own_file, task="segment"), ("transformers",)),
+        Row("cnx-deploy, labels", partial(own_file, task="segment", outputs=("labels",)), ("transformers, labels",)),
+    ),
+}
 
 
 if __name__ == "__main__":
