@@ -16,6 +16,7 @@ __all__ = [
     "fold_layer_scale",
     "fold_norm_into_patches",
     "fold_patches",
+    "fold_rows_of_patches",
     "gain_moves_fewer_bytes_in_weight",
     "norm_moves_fewer_bytes_on_patches",
 ]
@@ -54,6 +55,14 @@ def fold_patches(weight: Tensor) -> Tensor:
     The patch's elements are ordered row, column, channel.
     """
     return weight.permute(0, 2, 3, 1).reshape(len(weight), -1, 1, 1).contiguous()
+
+
+def fold_rows_of_patches(weight: Tensor, channels: int) -> Tensor:
+    """The weight of a linear layer over flattened maps (C, n, n), for maps that come position by position (n, n, C).
+
+    Shape: (O, C·n·n) -> (O, n·n·C).
+    """
+    return weight.reshape(len(weight), channels, -1).transpose(1, 2).flatten(1).contiguous()
 
 
 def fold_norm_into_patches(weight: Tensor, bias: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -278,6 +278,7 @@ class Task(ABC):
 
 BUILT_IN = {
     "classification": "cnx_deploy.model.tasks.classification",
+    "detect": "cnx_deploy.model.tasks.detection",
     "features": "cnx_deploy.model.tasks.features",
     "foreign": "cnx_deploy.model.tasks.foreign",
     "multi-label": "cnx_deploy.model.tasks.multi_label",
