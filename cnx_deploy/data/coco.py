@@ -141,14 +141,15 @@ class InstanceFiles(ImageFiles):
         return target
 
     def sample(self, index: int, preprocessing: Preprocessing) -> tuple[Tensor, dict[str, Tensor]]:
-        """(H, W, C) uint8 of the canvas and its objects, crowds among them, in its pixels; areas stay the picture's."""
+        """(H, W, C) uint8 of the canvas, and the objects, crowds among them, in the picture's own pixels.
+
+        Detections are compared there. `place` (4,) says where the picture lies on the canvas, its scale across and down
+        and its left upper corner, and `size` (2,) its width and height.
+        """
         picture, _ = self.pair(index, preprocessing.white_level, preprocessing.in_chans)
         place, target = placement(picture.size, preprocessing), self.target_of(index, crowds=True)
-        target["boxes"] = place.boxes(target["boxes"])
-        if "masks" in target:
-            moved = [place.label_map(mask, 0) for mask in target["masks"].numpy()]
-            stacked = np.stack(moved) if moved else np.zeros((0, *place.canvas[::-1]), np.uint8)
-            target["masks"] = torch.from_numpy(stacked)
+        target["place"] = torch.tensor([*place.scale, *place.offset], dtype=torch.float32)
+        target["size"] = torch.tensor(picture.size)
         return cropped(picture, preprocessing), target
 
     def class_counts(self) -> Counter[int]:
