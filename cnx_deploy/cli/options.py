@@ -21,8 +21,9 @@ __all__ = [
     "BATCH_RANGE", "CHANNELS", "EXISTING", "FILE", "FOLDER", "IMAGE_SIZE", "IMAGE_SIZES", "PATH", "TARGET", "VARIANT",
     "DefaultGroup", "SectionedCommand", "as_json", "checkpoint", "class_names", "echo", "echo_artifacts", "echo_json",
     "engines_dir", "export_dir", "fail", "files", "force", "image_folder", "image_size", "image_sizes", "in_chans",
-    "note", "num_classes", "other_size", "output_dir", "outputs", "pixels", "preprocessing", "pretrained", "reporter",
-    "reset_head", "seed", "soup", "task", "task_options", "temperature", "thresholds", "tta", "variant", "white_level",
+    "note", "num_classes", "other_size", "output_dir", "outputs", "pixels", "preprocessing", "pretrained",
+    "reduce_zero_label", "reporter", "reset_head", "seed", "soup", "task", "task_options", "temperature", "thresholds",
+    "tta", "variant", "white_level",
 ]  # fmt: skip
 
 
@@ -193,6 +194,10 @@ image_folder = click.option(
 class_names = click.option(
     "--class-names", type=EXISTING,
     help="Names of the network's outputs: a file with one a line, or JSON (a list, id2label) [default: as recorded].",
+)  # fmt: skip
+reduce_zero_label = click.option(
+    "--reduce-zero-label", is_flag=True, default=None,
+    help="Of masks: 0 is not counted and each value is one class lower, as in ADE20K.",
 )  # fmt: skip
 pixels = (
     click.option("--mean", type=CHANNELS, help="Mean of the pixels, of a [0, 1] image: one number, or one a channel."),

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 @click.argument("data", type=options.PATH)
 @options.image_folder
 @click.option(
-    "--task", type=click.Choice(["classification", "multi-label", "segment", "detect"]), default="classification",
-    show_default=True,
-    help="One class an image, several labels, a class for each pixel, or boxes and masks of things.",
+    "--task", type=click.Choice(["classification", "multi-label", "segment", "detect"]),
+    help="One class an image, several labels, a class for each pixel, or boxes and masks of things [classification; "
+    "that of the recipe].",
 )  # fmt: skip
 @options.task_options
 @options.variant
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     help="Weights to start from; a head of other classes is drawn anew.",
 )
 @click.option(
-    "--recipe", type=click.Choice(["plain", "fine-tune", "from-scratch", "article"]), default="plain",
+    "--recipe", type=click.Choice(["plain", "fine-tune", "from-scratch", "article", "ade20k"]), default="plain",
     show_default=True, help="What sets the options that are not given: the papers' for the variant, or the article's.",
 )  # fmt: skip
 @recipe_options
@@ -54,6 +54,9 @@ def train(
     variant: str, recipe: str, **request: Any,
 ) -> None:  # fmt: skip
     """Train a variant on DATA: train/ and val/ folders of classes, one folder of classes to split, or a CSV file.
+
+    With --task segment DATA holds images/ and masks/ (labels/, annotations/), each with train/ and val/, or is arranged
+    as Cityscapes or Pascal VOC; a mask's values are classes, 255 is not counted.
 
     With --task multi-label a CSV file has a column of labels, or one of 0 and 1 for each; images have .txt files of
     tags beside them; or an image lies in several class folders.
@@ -91,7 +94,7 @@ def train(
 def _dataset(spec: "TrainingSpec", *, check: bool) -> "Dataset":
     """The images to train on, those that cannot be read left out; says what there is."""
     from cnx_deploy.cli.training_progress import checked, note_once
-    from cnx_deploy.data import class_balance, label_lines, without_broken
+    from cnx_deploy.data import class_balance, instance_lines, label_lines, pixel_lines, without_broken
     from cnx_deploy.training import balance_lines, find_training_images
 
     dataset = find_training_images(spec)
@@ -100,13 +103,18 @@ def _dataset(spec: "TrainingSpec", *, check: bool) -> "Dataset":
     if check:
         dataset, lines = checked(partial(without_broken, white_level=spec.white_level, in_chans=spec.in_chans), dataset)
     observed = [f"Note: {text}" for text in dataset.observed()]
-    if dataset.train.label_sets is None:
+    if spec.purpose.targets == "masks":
+        counts = list(pixel_lines(dataset))
+    elif spec.purpose.targets == "instances":
+        counts = list(instance_lines(dataset))
+    elif dataset.train.label_sets is None:
         balance = class_balance(dataset)
         warning = [f"Warning: {balance.warning}"] if balance.warning and not spec.is_balanced else []
         counts = [*balance.lines(), *warning]
     else:
         counts = list(label_lines(dataset))
-    note_once((*lines, *observed, *counts, *balance_lines(spec, dataset)), spec.launch)
+    weights = () if spec.purpose.is_dense else balance_lines(spec, dataset)
+    note_once((*lines, *observed, *counts, *weights), spec.launch)
     return dataset
 
 

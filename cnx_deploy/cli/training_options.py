@@ -21,10 +21,11 @@ SECTIONS = {
     ),
     "Images": (
         "image_size", "in_chans", "mean", "std", "crop_ratio", "crop_mode", "pad_value", "interpolation", "white_level",
-        "image_folder", "no_image_check",
+        "image_folder", "class_names", "reduce_zero_label", "no_image_check",
     ),
     "Augmentation and regularisation": (
-        "min_crop_area", "flip", "randaugment_magnitude", "erasing_probability", "mixup_alpha", "cutmix_alpha",
+        "min_crop_area", "scale_jitter", "photometric", "flip", "randaugment_magnitude", "erasing_probability",
+        "mixup_alpha", "cutmix_alpha",
         "label_smoothing", "drop_path_rate", "head_init_scale", "ema_decay",
     ),
     "Loss and uneven classes": (
@@ -59,11 +60,11 @@ RECIPE: tuple[tuple[str, Any, str], ...] = (
     ("--mixup-alpha", float, "Mixup's Beta parameter; 0: none [plain: 0]."),
     ("--cutmix-alpha", float, "CutMix's Beta parameter; 0: none [plain: 0]."),
     ("--optimizer", click.Choice(["adamw", "sgd"]), "[plain: adamw]"),
-    ("--schedule", click.Choice(["cosine", "constant"]), "Of the learning rate [plain: cosine]."),
+    ("--schedule", click.Choice(["cosine", "linear", "constant"]), "Of the learning rate [plain: cosine]."),
     (
         "--layer-decay-groups",
-        click.Choice(["single", "group"]),
-        "A block, or three of stage 3 [plain: single].",
+        click.Choice(["single", "group", "stage"]),
+        "A block, three of stage 3, or a stage [plain: single].",
     ),
 )
 
@@ -77,6 +78,18 @@ def recipe_options(command: Command) -> Command:
         *(click.option(name, type=kind, help=text) for name, kind, text in RECIPE),
         click.option("--flip/--no-flip", default=None, help="Mirror images or not: not for digits [flip]."),
         *options.pixels,
+        click.option(
+            "--scale-jitter", type=options.CHANNELS, metavar="LOW,HIGH",
+            help="Of dense tasks: the picture's scale is drawn between two factors [segment: 0.5,2].",
+        ),
+        click.option(
+            "--photometric/--no-photometric", default=None,
+            help="Of dense tasks: vary brightness, contrast, saturation and hue [segment: yes].",
+        ),
+        click.option(
+            "--class-names", type=options.EXISTING, help="Of masks: names of the classes in order, one a line or JSON."
+        ),
+        options.reduce_zero_label,
         click.option(
             "--class-weights", metavar="balanced|none|FILE",
             help="What an image of each class weighs in the loss; balanced: all classes weigh the same, of several "

@@ -11,13 +11,16 @@ from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.strict_json import bounded_content, kind_of, shortened, strict_json
 
 __all__ = [
-    "MAX_NAME", "ClassNames", "check_class_count", "is_class_name", "names_of", "ordered_names", "read_class_names",
+    "MAX_NAME", "NOT_COUNTED", "ClassNames", "check_class_count", "is_class_name", "names_of", "ordered_names",
+    "read_class_names",
 ]  # fmt: skip
 
 ClassNames = Sequence[str] | Path | str
 """Names in the order of a network's outputs, or the file that holds them."""
 MAX_NAME = 255
 """Characters, as many as the name of a class's folder can have."""
+NOT_COUNTED = 255
+"""The label of a pixel that is not counted, as Pascal VOC, ADE20K in mmsegmentation and Cityscapes have it."""
 EXPECTED = (
     'one name a line, or JSON: a list of names, {"0": name, …} as id2label, or {name: 0, …}; or a .csv table with a '
     "column called name"

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnx_deploy.core.class_names import ClassNames, names_of, ordered_names
+from cnx_deploy.core.class_names import NOT_COUNTED, ClassNames, names_of, ordered_names
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.strict_json import bounded_content, shortened
@@ -31,12 +31,10 @@ from cnx_deploy.data.image_source import ImageFiles
 from cnx_deploy.data.preprocessing import cropped, placement
 
 __all__ = [
-    "NOT_COUNTED", "MaskReading", "SegmentationFiles", "find_segmentation_dataset", "find_segmentation_images",
+    "MaskReading", "SegmentationFiles", "find_segmentation_dataset", "find_segmentation_images",
     "has_masks", "pixel_counts", "pixel_lines", "read_mask",
 ]  # fmt: skip
 
-NOT_COUNTED = 255
-"""The value of pixels that have no class: those nobody marked, and those of the canvas beside the picture."""
 MOST_CLASSES = 255
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "leftimg8bit")
 MASK_FOLDERS = (

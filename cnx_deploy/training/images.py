@@ -80,7 +80,7 @@ class TrainingImages(TorchDataset[Item]):
 
 
 class ValidationImages(TorchDataset[Item]):
-    """Images as `data.preprocessing.to_pixels` makes them. [index] -> (S, S, C) uint8 and the `ImageSource.target`.
+    """Images as `data.preprocessing.to_pixels` makes them. [index] -> (S, S, C) uint8 and target, `ImageSource.sample`.
 
     Each of several processes takes its part, by turns.
     """
@@ -89,24 +89,26 @@ class ValidationImages(TorchDataset[Item]):
         mine = slice(spec.launch.rank, None, spec.launch.processes)
         self.split = split.subset(range(len(split))[mine])
         self.preprocessing = spec.preprocessing
-        values = spec.preprocessing.in_chans * math.prod(sides(spec.image_size))
-        self.cached = _cached(self.split, self._pixels, len(self.split) * values)
+        # A class for each pixel takes 8 bytes, and the masks of several objects about as many.
+        values = (spec.in_chans + 8 * spec.purpose.is_dense) * math.prod(sides(spec.image_size))
+        self.cached = _cached(self.split, self._sample, len(self.split) * values)
 
     def __len__(self) -> int:
         return len(self.split.paths)
 
     def __getitem__(self, index: int) -> Item:
-        pixels = self.cached[index] if self.cached else self._pixels(self.split, index)
-        return pixels, self.split.target(index)
+        return self.cached[index] if self.cached else self._sample(self.split, index)
 
-    def _pixels(self, split: ImageFiles, index: int) -> Tensor:
-        return split.pixels(index, self.preprocessing)
+    def _sample(self, split: ImageFiles, index: int) -> Item:
+        return split.sample(index, self.preprocessing)
 
 
 def make_loader(
-    images: TrainingImages | ValidationImages, batches: int | EpochBatches, spec: TrainingSpec
-) -> DataLoader[Item]:
+    images: Any, batches: int | EpochBatches, spec: TrainingSpec, collate: Callable[[list[Any]], Any] | None = None
+) -> DataLoader[Any]:
     """Load batches of (N, S, S, C) uint8 and targets (N, ...): by a sampler, or so many images each, in order.
+
+    `images` are `TrainingImages`, `ValidationImages` or of their kind; `collate` makes a batch, None stacks.
 
     `spec.workers` None: no worker where the images are in memory and the processor trains, else one a processor, at
     most 8, divided among the processes of this machine.
@@ -116,6 +118,7 @@ def make_loader(
         share = max(1, min(MAX_WORKERS, cpu_count()) // spec.launch.devices)
         workers = 0 if images.cached and not on_gpu else share
     how: dict[str, Any] = {"batch_size": batches} if isinstance(batches, int) else {"batch_sampler": batches}
+    how["collate_fn"] = collate
     return DataLoader(images, **how, num_workers=workers, persistent_workers=workers > 0, pin_memory=on_gpu)
 
 
@@ -209,5 +212,5 @@ class _RandomErasing:
         return torch.where(kept.bool(), image, noise)
 
 
-def _cached(split: ImageFiles, read: Callable[[ImageFiles, int], Tensor], size_bytes: int) -> list[Tensor] | None:
+def _cached(split: ImageFiles, read: Callable[[ImageFiles, int], Any], size_bytes: int) -> list[Any] | None:
     return [read(split, index) for index in range(len(split.paths))] if size_bytes <= CACHE_BYTES else None

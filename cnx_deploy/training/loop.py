@@ -17,6 +17,7 @@ import lightning.pytorch as lightning
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from cnx_deploy.core.errors import MissingRequirementError, TrainingError
 from cnx_deploy.core.files import write_text
@@ -35,7 +36,7 @@ from cnx_deploy.training.spec import TrainingSpec
 __all__ = ["Batch", "EpochClock", "RunWriter", "TaskModule", "run_task"]
 
 Batch = tuple[Tensor, Tensor]
-"""(N, S, S, 3) uint8 pixels and (N,) int64 labels, or (N, labels) float32 of 0 and 1."""
+"""(N, H, W, C) uint8 pixels and (N,) int64 labels, (N, labels) float32 of 0 and 1, or (N, H, W) int64 classes."""
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 REPORT_EVERY_STEPS = 10
 """Reading the loss waits for the GPU, so it is not read every step."""
@@ -91,6 +92,14 @@ class TaskModule(lightning.LightningModule):
     def metadata_of(self, suffix: str) -> dict[str, Any]:
         """Arguments of `model.checkpoint.save_checkpoint` for the network of a suffix: what the epoch found of it."""
         return self.metadata
+
+    def loaders(self, images: Dataset) -> tuple[DataLoader[Any], DataLoader[Any]]:
+        """Load what the module learns from, and what it is validated on."""
+        trained = TrainingImages(images.train, ImageAugmentation(self.spec), self.spec.white_level, self.spec.in_chans)
+        return (
+            make_loader(trained, self.batches, self.spec),
+            make_loader(ValidationImages(images.val, self.spec), self.spec.validation_batch_size, self.spec),
+        )
 
     def draw(self, run_dir: Path, epoch: int) -> None:
         """Write pictures of an epoch, where the task has any."""
@@ -287,11 +296,7 @@ def run_task(
             writer.events = stack.enter_context(_tensorboard(run_dir / "tensorboard"))
         stack.enter_context(_quiet())
         trainer = _trainer(spec, writer)
-        trained = TrainingImages(images.train, ImageAugmentation(spec), spec.white_level, spec.in_chans)
-        loaders = (
-            make_loader(trained, module.batches, spec),
-            make_loader(ValidationImages(images.val, spec), spec.validation_batch_size, spec),
-        )
+        loaders = module.loaders(images)
         try:
             with torch.random.fork_rng():
                 trainer.fit(module, *loaders, ckpt_path=state, weights_only=True)
@@ -346,6 +351,7 @@ def _trainer(spec: TrainingSpec, writer: RunWriter) -> lightning.Trainer:
         devices=spec.launch.devices,
         num_nodes=spec.launch.nodes,
         strategy="ddp" if spec.launch.processes > 1 else "auto",
+        sync_batchnorm=spec.launch.processes > 1 and torch.cuda.is_available(),  # torch has none for processors
         precision=PRECISIONS[spec.precision],
         max_epochs=spec.epochs,
         accumulate_grad_batches=spec.accumulate,

@@ -33,6 +33,11 @@ PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
         (("val_map_percent", "validation", BLUE), ("ema_val_map_percent", "validation, average", RED),
          ("val_f1_percent", "micro F1", GREEN)),
     ),
+    (
+        "mIoU %", "linear",
+        (("val_miou_percent", "validation", BLUE), ("ema_val_miou_percent", "validation, average", RED),
+         ("val_pixel_percent", "pixels that are right", GREEN)),
+    ),
     ("Learning rate", "log", (("learning_rate", "", GREEN),)),
 )  # fmt: skip
 """Title, scale and lines of each panel; a line is a column, its label and its colour. One without columns is not drawn.

@@ -26,11 +26,15 @@ def layer_index(name: str, variant: Variant, groups: str) -> int:
 
     "single": every block is a layer, and a downsampling goes with the block after it. "group": stages 1, 2 and 4 are a
     layer each, as is every three blocks of stage 3; a downsampling goes with the layer after it, the stem before all.
+    "stage": a stage is a layer, all downsamplings lie before the first, and the head lies as far behind as mmseg's
+    `stage_wise` has it.
     """
     part, _, rest = name.partition(".")
     if part not in ("downsample_layers", "stages"):
         return layer_count(variant, groups)
     stage, block = (int(word) for word in (f"{rest}.0").split(".")[:2]) if part == "stages" else (int(rest[0]), 0)
+    if groups == "stage":
+        return stage + 1 if part == "stages" else 0
     if groups == "single":
         return sum(variant.depths[:stage]) + block + 1
     if part == "downsample_layers" and stage == 0:
@@ -42,6 +46,8 @@ def layer_count(variant: Variant, groups: str) -> int:
     """The head's layer index."""
     if groups == "single":
         return variant.block_count + 1
+    if groups == "stage":
+        return 7 if variant.depths[2] <= 9 else 13
     return 4 + -(-variant.depths[2] // BLOCKS_A_GROUP)
 
 
@@ -88,14 +94,20 @@ def make_optimizer(model: nn.Module, spec: TrainingSpec) -> torch.optim.Optimize
     return torch.optim.SGD(groups, rate, momentum=MOMENTUM, fused=True)
 
 
-def cosine_with_warmup(total_steps: int, warmup_steps: int, final_share: float) -> Callable[[int], float]:
-    """Make the factor on the learning rate at a step: linear up to 1, then half a cosine down to `final_share`."""
+def cosine_with_warmup(
+    total_steps: int, warmup_steps: int, final_share: float, *, is_linear: bool = False
+) -> Callable[[int], float]:
+    """Make the factor on the learning rate at a step: linear up to 1, then half a cosine down to `final_share`.
+
+    With `is_linear` it falls evenly.
+    """
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
         done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return final_share + (1.0 - final_share) * 0.5 * (1.0 + math.cos(math.pi * done))
+        left = 1.0 - done if is_linear else 0.5 * (1.0 + math.cos(math.pi * done))
+        return final_share + (1.0 - final_share) * left
 
     return factor
 
@@ -103,5 +115,8 @@ def cosine_with_warmup(total_steps: int, warmup_steps: int, final_share: float) 
 def make_schedule(optimizer: torch.optim.Optimizer, spec: TrainingSpec, total_steps: int) -> Any:
     """Make the schedule over all steps of the optimiser."""
     warmup = round(total_steps * spec.resolved_warmup_epochs / spec.epochs)
-    final = spec.resolved_final_rate / spec.resolved_learning_rate if spec.schedule == "cosine" else 1.0
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(total_steps, warmup, final))
+    final = 1.0 if spec.schedule == "constant" else spec.resolved_final_rate / spec.resolved_learning_rate
+    is_linear = spec.schedule == "linear"
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, cosine_with_warmup(total_steps, warmup, final, is_linear=is_linear)
+    )

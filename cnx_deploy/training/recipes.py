@@ -4,6 +4,8 @@ Sources: Woo et al., arXiv:2301.00808, tables 9 (atto to nano), 10 (tiny) and 11
 Liu et al., arXiv:2201.03545, table 5 for `from-scratch`, which the V2 paper trains its supervised models by. Where the
 tables say nothing (random erasing, the layers' grouping, where the cosine ends) the reference code's commands do:
 facebookresearch/ConvNeXt-V2, TRAINING.md, main_finetune.py.
+`ade20k` is UPerNet's: facebookresearch/ConvNeXt, semantic_segmentation/configs/convnext (V1; the V2 paper compares with
+it and publishes no configurations), with mmsegmentation's augmentation.
 """
 
 from collections.abc import Mapping
@@ -58,7 +60,20 @@ ARTICLE: dict[str, Any] = {
     "epochs": 30, "batch_size": 4, "optimizer": "sgd", "learning_rate": 5e-3, "schedule": "constant",
     "weight_decay": 0.0, "label_smoothing": 0.0, "crop_ratio": 1.0, "min_crop_area": 1.0, "flip": True,
 }  # fmt: skip
-RECIPES = ("plain", "fine-tune", "from-scratch", "article")
+ADE20K_IMAGES = 20_210
+ADE20K_STEP = 16
+ADE20K: dict[str, Any] = {
+    "task": "segment", "batch_size": ADE20K_STEP, "epochs": round(160_000 * ADE20K_STEP / ADE20K_IMAGES),
+    "learning_rate": 1e-4, "schedule": "linear", "final_learning_rate": 0.0, "weight_decay": 0.05,
+    "warmup_epochs": 1500 * ADE20K_STEP / ADE20K_IMAGES, "layer_decay": 0.9, "layer_decay_groups": "stage",
+    "reduce_zero_label": True,
+}  # fmt: skip
+"""160,000 steps of 16 images are 127 epochs of ADE20K's 20,210 training images; 1,500 of them are the warm-up."""
+ADE20K_DROP_PATH = {"atto": 0.1, "femto": 0.1, "pico": 0.1, "nano": 0.1, "tiny": 0.4, "small": 0.3}
+"""Of the larger ones 0.4. The four smallest, which no configuration has, take the largest of their fine-tuning."""
+LARGE_VARIANTS = ("large", "xlarge", "huge")
+"""Trained on 640 pixels, where the others have 512."""
+RECIPES = ("plain", "fine-tune", "from-scratch", "article", "ade20k")
 
 
 def recipe_options(recipe: str, variant: Variant | str) -> dict[str, Any]:
@@ -74,6 +89,10 @@ def recipe_options(recipe: str, variant: Variant | str) -> dict[str, Any]:
         return {}
     if recipe == "article":
         return dict(ARTICLE)
+    if recipe == "ade20k":
+        own = {"image_size": 640 if size in LARGE_VARIANTS else 512, "drop_path_rate": ADE20K_DROP_PATH.get(size, 0.4)}
+        rate = {"learning_rate": 8e-5} if size in ("xlarge", "huge") else {}
+        return {**ADE20K, **own, **rate}
     common = {"batch_size": 64, "accumulate": IMAGES_PER_STEP // 64, **PAPERS_AUGMENTATION}
     if recipe == "fine-tune":
         own = FINE_TUNE.get(size) or FINE_TUNE[_nearest_size(network)]
@@ -96,7 +115,11 @@ def spec_from_recipe(data: Path, variant: Variant | str, recipe: str = "plain", 
     With other `epochs` a warm-up that is not given keeps its share of them; a given `learning_rate` takes the place of
     the recipe's `base_learning_rate`, and the other way round.
     """
-    options = {**recipe_options(recipe, variant), **find_task(given.get("task", "classification")).training_defaults}
+    options = recipe_options(recipe, variant)
+    task = given.get("task", options.get("task", "classification"))
+    if options.get("task", task) != task:
+        raise InputError(f"The recipe {recipe} is of the task {options['task']}, not of {task}. Choose another recipe.")
+    options |= find_task(task).training_defaults
     if "epochs" in given and options.get("warmup_epochs"):
         options["warmup_epochs"] *= given["epochs"] / options["epochs"]
     rates = ("learning_rate", "base_learning_rate")

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, Self
 
 __all__ = [
-    "CONDITIONS", "EpochRecord", "MultiLabelRecord", "Progress", "RunResult", "StepReport", "TrainingRecord",
-    "TrainingResult",
+    "CONDITIONS", "EpochRecord", "MultiLabelRecord", "Progress", "RunResult", "SegmentationRecord", "StepReport",
+    "TrainingRecord", "TrainingResult",
 ]  # fmt: skip
 
 CONDITIONS = ("seconds", "images_per_second", "data_wait_percent")
@@ -160,6 +160,62 @@ class MultiLabelRecord(EpochRecord):
 
 
 @dataclass(frozen=True, slots=True)
+class SegmentationRecord(EpochRecord):
+    """One epoch of a class for each pixel; see `TrainingRecord` for what all have. Losses are means over pixels.
+
+    `train_loss` is that of both heads, `val_loss` of the one that is deployed. `val_miou_percent`, the mean of the
+    classes' intersection over union, ranks weights; `val_pixel_percent` is the share of pixels that are right.
+    """
+
+    train_loss: float
+    val_loss: float
+    val_miou_percent: float
+    val_pixel_percent: float
+    ema_val_loss: float | None
+    ema_val_miou_percent: float | None
+    ema_val_pixel_percent: float | None
+    learning_rate: float
+    seconds: float
+    images_per_second: float
+    data_wait_percent: float
+
+    @property
+    def losses(self) -> tuple[float, float]:
+        """Loss in training and in validation."""
+        return self.train_loss, self.val_loss
+
+    @property
+    def weights_rank(self) -> tuple[float, float]:
+        """Greater is better: mIoU, then validation loss."""
+        return self.val_miou_percent, -self.val_loss
+
+    @property
+    def ema_rank(self) -> tuple[float, float]:
+        """The same of the moving average; the lowest without one."""
+        if self.ema_val_miou_percent is None or self.ema_val_loss is None:
+            return -1.0, 0.0
+        return self.ema_val_miou_percent, -self.ema_val_loss
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """That of the weights or of their average, whichever is better."""
+        return max(self.weights_rank, self.ema_rank)
+
+    def best_figures(self, *, is_ema: bool) -> dict[str, float | None]:
+        """What a run's result says of the weights, or of their average."""
+        return {"best_miou_percent": self.ema_val_miou_percent if is_ema else self.val_miou_percent}
+
+    def summary(self, *, is_best: bool) -> str:
+        """Losses, mIoU, pixel accuracy and pace."""
+        ema = "" if self.ema_val_miou_percent is None else f" (average {self.ema_val_miou_percent:.2f} %)"
+        return (
+            f"loss {self.train_loss:.4f}, validation loss {self.val_loss:.4f}, mIoU {self.val_miou_percent:.2f} %{ema}"
+            f", pixels {self.val_pixel_percent:.2f} %{' (best)' if is_best else ''}, {self.seconds:.1f} s, "
+            f"{self.images_per_second:.0f} images/s"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class RunResult:
     """A run and how far it came. `best` and `last` are None when no epoch was finished."""
 
@@ -190,17 +246,20 @@ class TrainingResult(RunResult):
     """A training run. `best` is the better of the best weights and the best moving average, where there is one.
 
     The figures are of those weights, and None where they do not rank them: top-1 and mean recall of a classifier, mean
-    average precision of several labels an image.
+    average precision of several labels an image, mIoU of a class for each pixel.
     """
 
     best_top1_percent: float | None = None
     best_recall_percent: float | None = None
     best_map_percent: float | None = None
+    best_miou_percent: float | None = None
 
     def summary(self) -> str:
         """The best weights and their figures."""
         if self.best is None:
             return RunResult.summary(self)
+        if self.best_miou_percent is not None:
+            return f"{self.best}: mIoU {self.best_miou_percent:.2f} % after {self.epochs_run} epochs"
         if self.best_top1_percent is None:
             precision = "not measured" if self.best_map_percent is None else f"{self.best_map_percent:.2f} %"
             return f"{self.best}: mAP {precision} after {self.epochs_run} epochs"

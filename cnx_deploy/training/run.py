@@ -17,7 +17,13 @@ import torch
 
 from cnx_deploy.core.errors import CheckpointError, InputError, MissingRequirementError
 from cnx_deploy.core.preprocessing import ASSUMED, Preprocessing
-from cnx_deploy.data import Dataset, find_dataset
+from cnx_deploy.data import (
+    Dataset,
+    MaskReading,
+    find_dataset,
+    find_instance_dataset,
+    find_segmentation_dataset,
+)
 from cnx_deploy.model.checkpoint import LoadedModel, load_checkpoint, resolve_model
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model
 from cnx_deploy.model.tasks.base import find_task
@@ -33,6 +39,7 @@ OWN_LICENCE = "MIT"
 MODULES = {
     "classification": ("cnx_deploy.training.classifier", "ClassificationModule"),
     "multi-label": ("cnx_deploy.training.multi_label", "MultiLabelModule"),
+    "segment": ("cnx_deploy.training.segmentation", "SegmentationModule"),
 }
 """Task -> the module and the class that trains it; they take the `train` extra."""
 
@@ -77,8 +84,8 @@ def train(
     if weights is not None:
         known["weight_by_class"] = dict(zip(names, weights, strict=True))
     metadata = {"class_names": names, "preprocessing": spec.preprocessing, "licence": licence or OWN_LICENCE}
-    if spec.balancing:
-        metadata["extra"] = {"training": spec.balancing}
+    if noted := {**spec.balancing, **({"reduce_zero_label": True} if spec.reduce_zero_label else {})}:
+        metadata["extra"] = {"training": noted}
     place, name = MODULES[spec.task]
     make: Callable[..., TaskModule] = getattr(importlib.import_module(place), name)
     module = make(model, spec, images, metadata, labels=labels, weights=weights)
@@ -89,7 +96,20 @@ def train(
 
 def find_training_images(spec: TrainingSpec) -> Dataset:
     """Find the images that a run trains on and those it is validated on, with labels as its task takes them."""
-    several = find_task(spec.task).takes_label_sets
+    targets = find_task(spec.task).targets
+    if targets == "masks":
+        if spec.image_folder is not None:
+            raise InputError("image_folder is where names in a table begin, and masks lie in folders. Leave it out.")
+        reading = MaskReading(spec.class_names, spec.reduce_zero_label)
+        return find_segmentation_dataset(spec.data, seed=spec.seed, reading=reading)
+    if spec.class_names is not None or spec.reduce_zero_label:
+        raise InputError(
+            f"class_names and reduce_zero_label say how masks are read, and the task {spec.task} has none. Leave "
+            "--class-names and --reduce-zero-label out."
+        )
+    if targets == "instances":
+        return find_instance_dataset(spec.data, seed=spec.seed, image_folder=spec.image_folder)
+    several = targets == "label-sets"
     return find_dataset(spec.data, seed=spec.seed, image_folder=spec.image_folder, multi_label=several)
 
 

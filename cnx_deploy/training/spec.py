@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from cnx_deploy.core.class_names import ClassNames
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.image_size import ImageSize
 from cnx_deploy.core.preprocessing import PerChannel, Preprocessing, given_per_channel
@@ -18,8 +19,8 @@ from cnx_deploy.training.distributed import ONE_PROCESS, Launch
 __all__ = ["LATER_FIELDS", "RunSpec", "TrainingPrecision", "TrainingSpec"]
 
 Optimizer = Literal["adamw", "sgd"]
-Schedule = Literal["cosine", "constant"]
-LayerDecayGroups = Literal["single", "group"]
+Schedule = Literal["cosine", "linear", "constant"]
+LayerDecayGroups = Literal["single", "group", "stage"]
 Loss = Literal["cross-entropy", "focal", "bce", "asymmetric"]
 Sampling = Literal["shuffle", "balanced"]
 TrainingPrecision = Literal["fp32", "bf16", "fp16"]
@@ -37,12 +38,13 @@ RATE_IS_PER = 256
 # Where a run is and how its work is done may differ on resume; what is learned may not.
 FREE_FIELDS = frozenset(
     {"data", "image_folder", "output_dir", "run_dir", "workers", "resume", "compile", "tensorboard", "deterministic",
-     "launch", "picture_every"}
+     "launch", "picture_every", "class_names"}
 )  # fmt: skip
 LATER_FIELDS: dict[str, Any] = {
     "class_weights": "none", "sampling": "shuffle", "loss": "cross-entropy", "focal_gamma": None,
     "mean": None, "std": None, "interpolation": None, "crop_mode": None, "pad_value": None, "in_chans": 3,
     "task": "classification", "task_options": {}, "gamma_neg": None, "gamma_pos": None, "negative_clip": None,
+    "scale_jitter": None, "photometric": False, "reduce_zero_label": False,
 }  # fmt: skip
 """Fields that earlier records do not have, and what they stand at there: written only where they differ."""
 FOCAL_GAMMA = 2.0
@@ -144,7 +146,7 @@ class TrainingSpec(RunSpec):
         image_folder: Where the paths of a CSV file begin; None: at the file's own folder.
         recipe: Name of the preset that the values come from.
         optimizer, beta2: AdamW with its second momentum, or SGD.
-        schedule, final_learning_rate: Cosine, and where it ends (None: a hundredth), or a constant rate.
+        schedule, final_learning_rate: Cosine or linear, and where it ends (None: a hundredth), or a constant rate.
         layer_decay, layer_decay_groups: A layer's rate as a share of the next one's, 1: none; see
             `optimisation.layer_index`.
         clip_norm: Largest norm of all gradients; None: not clipped.
@@ -164,6 +166,10 @@ class TrainingSpec(RunSpec):
         crop_ratio, crop_mode, pad_value, interpolation: Of validation images, see `core.preprocessing.Preprocessing`.
         mean, std: Of the pixels, one number or one a channel; None takes those of the weights started from, else
             ImageNet's.
+        scale_jitter, photometric: Of dense tasks, see `dense_images.DenseAugmentation`.
+        class_names: Of masks, the names of the classes in their order or a file of them; None: see
+            `data.segmentation.MaskReading`.
+        reduce_zero_label: Of masks, 0 is not counted and each value is one class lower, as in ADE20K.
         flip, randaugment_magnitude, erasing_probability: See `images.ImageAugmentation`; magnitude to 10, 0: none.
         mixup_alpha, cutmix_alpha: See `images.BatchMix`; 0: none.
         channels_last, compile: How the network computes; what it learns is the same.
@@ -199,6 +205,10 @@ class TrainingSpec(RunSpec):
     mean: PerChannel | float | None = None
     std: PerChannel | float | None = None
     pad_value: PerChannel | float | None = None
+    scale_jitter: tuple[float, float] | None = None
+    photometric: bool = False
+    class_names: ClassNames | None = None
+    reduce_zero_label: bool = False
     flip: bool = True
     randaugment_magnitude: float = 0.0
     erasing_probability: float = 0.0
@@ -210,7 +220,7 @@ class TrainingSpec(RunSpec):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_weights", named_weights(self.class_weights))
-        for name in ("mean", "std", "pad_value"):
+        for name in ("mean", "std", "pad_value", "scale_jitter"):
             if isinstance(value := getattr(self, name), list):  # is the same request, and a tuple can be hashed
                 object.__setattr__(self, name, tuple(value))
         _ = self.preprocessing, self.network  # their own checks
@@ -244,10 +254,29 @@ class TrainingSpec(RunSpec):
                 f"The task {self.task} is trained with the loss {' or '.join(task.losses)}, not with {self.loss}. "
                 f"Take one of them (--loss, loss), or another task."
             )
+        self._check_augmentation(task)
         if task.takes_label_sets and self.sampling != "shuffle":
             raise InputError(
                 f"sampling is {self.sampling} and an image of the task {self.task} has several labels, so that images "
                 "cannot be drawn by their class. Use --class-weights balanced, or leave --sampling out."
+            )
+
+    def _check_augmentation(self, task: Task) -> None:
+        """Raise InputError for an augmentation of another kind of task."""
+        dense = ("scale_jitter", "photometric")
+        others: dict[str, Any] = {
+            "min_crop_area": 1.0, "randaugment_magnitude": 0.0, "erasing_probability": 0.0, "mixup_alpha": 0.0,
+            "cutmix_alpha": 0.0, "sampling": "shuffle", "class_weights": "none",
+        }  # fmt: skip
+        wrong = [name for name in dense if getattr(self, name) and not task.is_dense]
+        if task.is_dense:
+            wrong = [name for name, usual in others.items() if getattr(self, name) != usual]
+        if wrong:
+            said = ", ".join(f"{name} {getattr(self, name)}" for name in wrong)
+            taken = f"by {', '.join(dense)} and flip alone" if task.is_dense else "without them"
+            raise InputError(
+                f"The task {task.name} does not take {said}: its images are varied {taken}. Leave it out, or start "
+                "from spec_from_recipe (training.recipes), which gives the task's own values."
             )
 
     def _rules(self) -> Iterator[tuple[str, bool, str]]:
@@ -274,6 +303,9 @@ class TrainingSpec(RunSpec):
         yield "warmup_epochs", 0 <= self.resolved_warmup_epochs <= self.epochs, f"from 0 to the {self.epochs} epochs"
         highest = self.resolved_learning_rate
         yield "final_learning_rate", 0 <= self.resolved_final_rate <= highest, "from 0 to the learning rate"
+        low, high = self.scale_jitter or (1.0, 1.0)
+        yield "scale_jitter", 0 < low <= high <= 10, "two numbers above 0 that rise, to 10"
+        yield "photometric", self.in_chans in (1, 3) or not self.photometric, "left out: it takes 1 or 3 channels"
         takes_colours = self.in_chans in (1, 3) or self.randaugment_magnitude == 0
         yield "randaugment_magnitude", takes_colours, f"0 for images of {self.in_chans} channels: it changes colours"
         yield "workers", self.workers is None or self.workers >= 0, "at least 0"
@@ -302,7 +334,7 @@ class TrainingSpec(RunSpec):
         """The warm-up, or a tenth of the epochs; a constant rate has none."""
         if self.warmup_epochs is not None:
             return self.warmup_epochs
-        return self.epochs / 10 if self.schedule == "cosine" else 0.0
+        return 0.0 if self.schedule == "constant" else self.epochs / 10
 
     @property
     def loss_options(self) -> dict[str, float]:
@@ -323,8 +355,8 @@ class TrainingSpec(RunSpec):
 
     @property
     def validation_batch_size(self) -> int:
-        """Images of a validation step: no gradients are kept, so twice as many fit."""
-        return 2 * self.batch_size
+        """Images of a validation step: no gradients are kept, so twice as many fit; of maps as many, for their size."""
+        return self.batch_size if self.purpose.is_dense else 2 * self.batch_size
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnx_deploy.core.class_names import check_class_count
+from cnx_deploy.core.class_names import NOT_COUNTED, check_class_count
 from cnx_deploy.core.errors import CheckFailedError, InputError
 from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.data import ImageSource, evenly, image_source
+from cnx_deploy.data import ImageBatch, ImageSource, evenly, image_source
 from cnx_deploy.model.tasks.base import Task, all_finite, find_task
 from cnx_deploy.model.tasks.classification_metrics import class_scores
 from cnx_deploy.runners.base import Runner
+
+NUMBERED = "Nothing beside the masks names their classes, so that their values are taken as the model's class indices."
 
 __all__ = ["assumed_order", "class_positions", "evaluate"]
 
@@ -27,6 +29,7 @@ def evaluate(
     batch_size: int = 32,
     task: Task | None = None,
     class_names: Sequence[str] | None = None,
+    num_classes: int | None = None,
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
@@ -44,6 +47,8 @@ def evaluate(
         task: what the network is for; None is classification.
         class_names: the model's classes in the order of its logits; the data's are found among them by name. None
             takes the data's sorted classes, which then must be as many as the logits, and notes say so.
+        num_classes: how many the model has, where that is known; classes that neither the model nor masks name are
+            numbered.
         limit: so many images, evenly spread.
         progress: told images done and their total.
         note: told how the data were understood, what is left out and what is assumed, a sentence each.
@@ -61,7 +66,7 @@ def evaluate(
     """
     task = task or find_task("classification")
     images = image_source(data, targets=task.targets)
-    if not images.class_names:
+    if not images.class_names and task.targets != "masks":
         raise InputError(
             f"{images.description} holds images without labels: expected a folder of images for each class. Sort them "
             "into some."
@@ -72,12 +77,16 @@ def evaluate(
             f"{images.description} has {one if task.takes_label_sets else several}; the task {task.name} takes "
             f"{several if task.takes_label_sets else one}. Give the images with those."
         )
-    names = tuple(class_names or images.class_names)
     tell = note or (lambda text: None)
-    notes = [*images.notes, *([assumed_order(images)] if class_names is None else [])]
+    if images.class_names:
+        positions = torch.tensor(class_positions(images, class_names))
+        names = tuple(class_names or images.class_names)
+        notes = [*images.notes, *([assumed_order(images)] if class_names is None else [])]
+    else:
+        names = tuple(class_names or map(str, range(num_classes or 0)))
+        positions, notes = torch.arange(len(names)), [*images.notes, NUMBERED]
     for text in notes:
         tell(text)
-    positions = torch.tensor(class_positions(images, class_names))
     chosen = evenly(len(images), limit)
     batches = images.batches(preprocessing, runner.input_spec, batch_size, chosen, leave_out_broken=True)
     metrics = task.metrics(names, each)
@@ -95,7 +104,10 @@ def evaluate(
             raise CheckFailedError(
                 f"The model gave outputs that are not finite on {images.description}. Check it with cnx-deploy verify."
             )
-        targets = positions[batch.labels] if batch.labels.ndim == 1 else _moved(batch.labels, positions, len(names))
+        if task.targets == "masks":
+            targets = _moved_maps(batch, outputs, positions, names)
+        else:
+            targets = positions[batch.labels] if batch.labels.ndim == 1 else _moved(batch.labels, positions, len(names))
         metrics.add(outputs, targets, batch.names)
         if scores is not None and (found_scores := class_scores(outputs)) is not None:
             scores(found_scores, targets)
@@ -161,6 +173,20 @@ def _moved(labels: Tensor, positions: Tensor, count: int) -> Tensor:
     """Labels (n, the data's classes) of 0 and 1 as (n, the model's); a class without images may have no place."""
     placed = positions >= 0
     return torch.zeros(len(labels), count).index_copy_(1, positions[placed], labels[:, placed])
+
+
+def _moved_maps(batch: ImageBatch, outputs: Mapping[str, Tensor], positions: Tensor, names: Sequence[str]) -> Tensor:
+    """The data's class of each pixel (n, H, W) as the model's; what is not counted stays so."""
+    classes = next((outputs[name].shape[1] for name in ("logits", "full_logits") if name in outputs), len(names))
+    if not isinstance(batch.labels, Tensor) or batch.labels.ndim != 3 or classes != len(names):
+        raise InputError(
+            f"The model gives scores of {classes} classes, and there are {len(names)} names and labels of shape "
+            f"{tuple(getattr(batch.labels, 'shape', ()))}: expected a class for each pixel, and a name for each class. "
+            "Give images with masks, and names with --class-names FILE (class_names)."
+        )
+    table = torch.full((NOT_COUNTED + 1,), NOT_COUNTED)
+    table[: len(positions)] = positions
+    return table[batch.labels]
 
 
 def _sizes(outputs: Mapping[str, tuple[int, ...]]) -> str:

@@ -87,7 +87,7 @@ def evaluate_model(
 
     found = evaluate(
         model.runner, data, model.preprocessing, task=model.task, class_names=model.class_names,
-        scores=keep if fits_temperature else None, **options,
+        num_classes=model.num_classes, scores=keep if fits_temperature else None, **options,
     )  # fmt: skip
     if not fits_temperature:
         return found, None

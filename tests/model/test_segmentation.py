@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cnx_deploy.core.class_names import NOT_COUNTED
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import CheckpointError, InputError
 from cnx_deploy.core.gates import GATES, OutputSpec
@@ -11,7 +12,7 @@ from cnx_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model, random_model
 from cnx_deploy.model.deploy import deploy_form
 from cnx_deploy.model.tasks.base import find_task
-from cnx_deploy.model.tasks.segmentation import IGNORED, bilinear_matrix, pooling_matrix
+from cnx_deploy.model.tasks.segmentation import bilinear_matrix, pooling_matrix
 from cnx_deploy.verification.parity import comparable, differences
 from tests.conftest import TINY_TEST
 from tests.support.upernet import transformers_upernet
@@ -52,12 +53,12 @@ def test_the_outputs_of_training_equal_both_heads_of_transformers(network, image
     inputs = normalised(images, DeploySpec(image_size=CANVAS))
     theirs = transformers_upernet(network).double()
     labels = torch.randint(0, CLASSES, (2, *CANVAS), generator=torch.Generator().manual_seed(2))
-    labels[0, :8] = IGNORED
+    labels[0, :8] = NOT_COUNTED
     with torch.no_grad():
         expected = theirs(inputs[1:], labels=labels[1:]).loss  # one image: both take the mean over its pixels
         theirs_first = theirs(inputs[:1], labels=labels[:1]).loss
         losses = SMALL.loss(network.training_outputs(inputs), labels)
-        nothing = SMALL.loss(network.training_outputs(inputs[:1]), torch.full((1, *CANVAS), IGNORED))
+        nothing = SMALL.loss(network.training_outputs(inputs[:1]), torch.full((1, *CANVAS), NOT_COUNTED))
     assert torch.allclose(losses.double(), torch.stack([theirs_first, expected]), atol=1e-5)
     assert nothing.tolist() == [0.0]
 

@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -25,6 +26,25 @@ def write_colours(root: Path, train: int = 12, val: int = 4, side: int = 40) -> 
             pixels[..., channel] += 100
             for index, image in enumerate(pixels):
                 Image.fromarray(image.numpy()).save(folder / f"{index}.png")
+    return root
+
+
+def write_squares(root: Path, train: int = 24, val: int = 6, side: int = 64) -> Path:
+    """Red and blue squares on grey noise with their masks, classes 1 and 2; every second picture is wide."""
+    for split, count in (("train", train), ("val", val)):
+        for index in range(count):
+            random = np.random.default_rng((count, index))
+            size = (side, side) if index % 2 else (3 * side // 4, side)
+            pixels = random.integers(60, 120, (*size, 1)).repeat(3, axis=2)
+            mask = np.zeros(size, np.uint8)
+            for label, channel in ((1, 0), (2, 2)):
+                top, left = (int(random.integers(limit - 24)) for limit in size)
+                mask[top : top + 24, left : left + 24] = label
+                pixels[top : top + 24, left : left + 24] = np.eye(3, dtype=np.int64)[channel] * 200 + 20
+            for kind, values in (("images", pixels.astype(np.uint8)), ("masks", mask)):
+                (root / kind / split).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(values).save(root / kind / split / f"{index:03}.png")
+    (root / "classes.txt").write_text("ground\nred\nblue\n")
     return root
 
 

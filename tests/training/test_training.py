@@ -205,7 +205,7 @@ def test_a_run_holds_its_whole_configuration_and_deterministic_algorithms_are_on
     assert written["resolved"]["learning_rate"] == pytest.approx(1e-3 * 8 / 256)
     assert set(TrainingSpec.__dataclass_fields__) - set(written["spec"]) - set(LATER_FIELDS) == {
         "data", "image_folder", "output_dir", "run_dir", "workers", "resume", "compile", "tensorboard",
-        "deterministic", "launch",
+        "deterministic", "launch", "class_names",
     }  # fmt: skip
     (row,) = rows(result.run_dir)
     assert float(row["images_per_second"]) > 0
@@ -217,7 +217,7 @@ def test_a_run_holds_its_whole_configuration_and_deterministic_algorithms_are_on
     [
         ({"variant": "micro"}, "micro"),
         ({"optimizer": "adam"}, "adamw, sgd"),
-        ({"schedule": "step"}, "cosine, constant"),
+        ({"schedule": "step"}, "cosine, linear, constant"),
         ({"precision": "int8"}, "fp32, bf16, fp16"),
         ({"epochs": 0}, "at least 1"),
         ({"batch_size": 0}, "at least 1"),

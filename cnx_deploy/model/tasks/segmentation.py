@@ -5,14 +5,16 @@ ADE20K results is mmsegmentation's UPerHead with an FCN head on stage 3 that lea
 and tensors have mmsegmentation's names, `decode_head`, `auxiliary_head` and `norm0` to `norm3` on the stages' outputs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cnx_deploy.core.class_names import NOT_COUNTED
 from cnx_deploy.core.gates import Gate, OutputSpec
 from cnx_deploy.core.image_size import stage_sides
 from cnx_deploy.core.variants import Variant
@@ -20,17 +22,16 @@ from cnx_deploy.model.deploy_layers import ChannelsFirstNorm, convolution, doubl
 from cnx_deploy.model.folds import fold_affine_into_conv, fold_batch_norm
 from cnx_deploy.model.layers import LayerNormChannelsFirst
 from cnx_deploy.model.tasks.base import Outputs, Prediction, Task, register_task
+from cnx_deploy.model.tasks.segmentation_metrics import MapOutcome, RunningMaps
 
 if TYPE_CHECKING:
     from cnx_deploy.core.deploy_spec import DeploySpec
     from cnx_deploy.model.convnextv2 import ConvNeXtV2
 
-__all__ = ["IGNORED", "Segment", "SegmentConfig", "bilinear_matrix", "pooling_matrix"]
+__all__ = ["Segment", "SegmentConfig", "bilinear_matrix", "pooling_matrix"]
 
 STEM = 4
 """Pixels of the canvas to a side of one place of the first stage."""
-IGNORED = 255
-"""The label of a pixel that is not counted, as Pascal VOC, ADE20K in mmsegmentation and Cityscapes have it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,13 @@ class Segment(Task):
     draws_own_weights = True
     is_dense = True
     usual_batch = (1, 2, 8)
+    targets = "masks"
     prediction = MapPrediction
+    training_defaults = MappingProxyType({
+        "crop_mode": "corner", "crop_ratio": 1.0, "interpolation": "bilinear", "min_crop_area": 1.0,
+        "scale_jitter": (0.5, 2.0), "photometric": True, "label_smoothing": 0.0, "randaugment_magnitude": 0.0,
+        "erasing_probability": 0.0, "mixup_alpha": 0.0, "cutmix_alpha": 0.0,
+    })  # fmt: skip
     config: SegmentConfig = SegmentConfig()
 
     @property
@@ -147,12 +154,12 @@ class Segment(Task):
 
         Logits are brought to the size of the targets bilinearly. An image without a counted pixel has a loss of 0.
         """
-        counted = (targets != IGNORED).flatten(1).sum(dim=1).clamp_min(1)  # (N,)
+        counted = (targets != NOT_COUNTED).flatten(1).sum(dim=1).clamp_min(1)  # (N,)
 
         def of(logits: Tensor) -> Tensor:
             full = F.interpolate(logits.float(), targets.shape[-2:], mode="bilinear", align_corners=False)
             each = F.cross_entropy(
-                full, targets, ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing
+                full, targets, ignore_index=NOT_COUNTED, reduction="none", label_smoothing=label_smoothing
             )
             return each.flatten(1).sum(dim=1) / counted
 
@@ -160,6 +167,10 @@ class Segment(Task):
         if "auxiliary_logits" in outputs:
             loss = loss + self.config.auxiliary_weight * of(outputs["auxiliary_logits"])
         return loss
+
+    def metrics(self, class_names: Sequence[str], each: Callable[[MapOutcome], None] | None = None) -> RunningMaps:
+        """Intersection over union and accuracy of pixels."""
+        return RunningMaps(class_names, each)
 
     def deployed_modules(self, model: "ConvNeXtV2", spec: "DeploySpec") -> dict[str, nn.Module]:
         """Batch norms are folded into their convolutions, affines of the first three norms into the laterals."""
