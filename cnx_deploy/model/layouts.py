@@ -39,7 +39,7 @@ MAX_NETWORKS = 16
 
 # A file holds a network where one of these ends a name; what stands before it is the network's prefix.
 ANCHORS = re.compile(
-    r"(?P<prefix>(?:.*\.)?)(?P<anchor>downsample_layers\.0\.0|stem[._]0|embeddings\.patch_embeddings|features\.0\.0)"
+    r"(?P<prefix>(?:.*\.)?)(?P<anchor>downsample_layers\.0\.0|stem[._]0|embeddings\.patch_embeddings|(?:features|body)\.0\.0)"
     r"\.(?:weight|bias)"
 )
 ANCHORED: dict[str, Layout] = {
@@ -48,6 +48,7 @@ ANCHORED: dict[str, Layout] = {
     "stem_0": "timm",
     "embeddings.patch_embeddings": "transformers",
     "features.0.0": "torchvision",
+    "body.0.0": "torchvision",
 }
 
 # What begins the names of a network's own modules: a tensor of theirs that fits nothing is an error. Whatever else lies
@@ -58,10 +59,12 @@ OWN: dict[Layout, str] = {
     "timm": r"(?:stem|stages)[._]|(?:norm_pre|head)\.",
     "transformers": r"(?:convnext|convnextv2|embeddings|encoder|layernorm|classifier)\.",
     "mmpretrain": r"(?:backbone\.)?(?:downsample_layers|stages|norm3)\.|head\.",
-    "torchvision": r"(?:features|classifier)\.",
+    "torchvision": r"(?:features|body|classifier)\.",
 }
 
 IN_TRANSFORMERS = r"(?:convnext(?:v2)?\.)?"
+FEATURES = "(?:features|body)"
+"""torchvision's stages, by themselves or as `IntermediateLayerGetter` holds them in a detector."""
 TORCHVISION_BLOCK = {0: "dwconv", 2: "norm", 3: "pwconv1", 5: "pwconv2"}
 
 # The first pattern that matches the start of a name replaces what it matched; a name that none matches stays.
@@ -107,13 +110,13 @@ RENAMES: dict[Layout, tuple[tuple[str, str], ...]] = {
         (r"head\.fc\.", "head."),
     ),
     "torchvision": (
-        *((rf"features\.{2 * level}\.", f"downsample_layers.{level}.") for level in range(4)),
+        *((rf"{FEATURES}\.{2 * level}\.", f"downsample_layers.{level}.") for level in range(4)),
         *(
-            (rf"features\.{2 * stage + 1}\.(\d+)\.block\.{place}\.", rf"stages.{stage}.\1.{name}.")
+            (rf"{FEATURES}\.{2 * stage + 1}\.(\d+)\.block\.{place}\.", rf"stages.{stage}.\1.{name}.")
             for stage in range(4)
             for place, name in TORCHVISION_BLOCK.items()
         ),
-        *((rf"features\.{2 * stage + 1}\.(\d+)\.layer_scale$", rf"stages.{stage}.\1.gamma") for stage in range(4)),
+        *((rf"{FEATURES}\.{2 * stage + 1}\.(\d+)\.layer_scale$", rf"stages.{stage}.\1.gamma") for stage in range(4)),
         (r"classifier\.0\.", "norm."),
         (r"classifier\.2\.", "head."),
     ),
@@ -153,6 +156,38 @@ HEADS: dict[str, Heads] = {
         (
             (r"(decode|auxiliary)_head\.classifier\.", r"\1_head.conv_seg."),
             (r"((?:decode|auxiliary)_head\..+)\.batch_norm\.", r"\1.bn."),
+        ),
+    ),
+    "mmdet": Heads(
+        "detect",
+        "roi_head.bbox_head.shared_fcs.1.weight",
+        r"(?:neck|rpn_head|roi_head)\.",
+        (
+            (r"neck\.lateral_convs\.(\d)\.conv\.", r"fpn.inner_blocks.\1.0."),
+            (r"neck\.fpn_convs\.(\d)\.conv\.", r"fpn.layer_blocks.\1.0."),
+            (r"rpn_head\.rpn_conv\.", "rpn.head.conv.0.0."),
+            (r"rpn_head\.rpn_cls\.", "rpn.head.cls_logits."),
+            (r"rpn_head\.rpn_reg\.", "rpn.head.bbox_pred."),
+            (r"roi_head\.bbox_head\.shared_fcs\.0\.", "roi_heads.box_head.fc6."),
+            (r"roi_head\.bbox_head\.shared_fcs\.1\.", "roi_heads.box_head.fc7."),
+            (r"roi_head\.bbox_head\.fc_cls\.", "roi_heads.box_predictor.cls_score."),
+            (r"roi_head\.bbox_head\.fc_reg\.", "roi_heads.box_predictor.bbox_pred."),
+            (r"roi_head\.mask_head\.convs\.(\d)\.conv\.", r"roi_heads.mask_head.\1.0."),
+            (r"roi_head\.mask_head\.upsample\.", "roi_heads.mask_predictor.conv5_mask."),
+            (r"roi_head\.mask_head\.conv_logits\.", "roi_heads.mask_predictor.mask_fcn_logits."),
+        ),
+        background_is_last=True,
+    ),
+    "torchvision": Heads(
+        "detect",
+        "rpn.head.cls_logits.weight",
+        r"(?:(?:backbone\.)?fpn|rpn|roi_heads)\.",
+        (
+            # Before torchvision 0.13, convolutions had no sequences around them.
+            (r"(?:backbone\.)?fpn\.(inner|layer)_blocks\.(\d)\.(weight|bias)$", r"fpn.\1_blocks.\2.0.\3"),
+            (r"rpn\.head\.conv\.(weight|bias)$", r"rpn.head.conv.0.0.\1"),
+            *((rf"roi_heads\.mask_head\.mask_fcn{at + 1}\.", f"roi_heads.mask_head.{at}.0.") for at in range(4)),
+            (r"backbone\.fpn\.", "fpn."),
         ),
     ),
 }

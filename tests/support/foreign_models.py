@@ -1,6 +1,7 @@
 """Other libraries' ConvNeXt V2 of any size, and the reference autoencoder's file layout."""
 
 import itertools
+import math
 import re
 from pathlib import Path
 
@@ -168,6 +169,111 @@ class MmSegmentor(nn.Module):
         if hasattr(self, "auxiliary_head"):
             outputs["auxiliary_logits"] = self.auxiliary_head.conv_seg(self.auxiliary_head.convs(levels[2]))
         return outputs
+
+
+class MmDetector(nn.Module):
+    """mmdet's MaskRCNN, or FasterRCNN without `masks`, in evaluation: its modules' names and its arithmetic.
+
+    Sources: mmdet/models, necks/fpn.py, dense_heads/rpn_head.py, task_modules/prior_generators/anchor_generator.py,
+    task_modules/coders/delta_xywh_bbox_coder.py, roi_heads/roi_extractors/single_level_roi_extractor.py,
+    roi_heads/bbox_heads/convfc_bbox_head.py, layers/bbox_nms.py, roi_heads/mask_heads/fcn_mask_head.py, with the
+    values of configs/convnext/mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco.py.
+    """
+
+    def __init__(self, variant: Variant, classes: int = 5, channels: int = 16, wide: int = 32, *, masks: bool = True):
+        super().__init__()
+        self.backbone, self.classes = MmClassifier(variant, outputs=(0, 1, 2, 3)).backbone, classes
+
+        def conv(inputs: int, outputs: int, kernel: int) -> nn.Module:
+            holder = nn.Module()
+            holder.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+            return holder
+
+        self.neck, self.rpn_head, self.roi_head = nn.Module(), nn.Module(), nn.Module()
+        self.neck.lateral_convs = nn.ModuleList(conv(width, channels, 1) for width in variant.dims)
+        self.neck.fpn_convs = nn.ModuleList(conv(channels, channels, 3) for _ in variant.dims)
+        self.rpn_head.rpn_conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.rpn_head.rpn_cls, self.rpn_head.rpn_reg = nn.Conv2d(channels, 3, 1), nn.Conv2d(channels, 12, 1)
+        head = self.roi_head.bbox_head = nn.Module()
+        head.shared_fcs = nn.ModuleList([nn.Linear(49 * channels, wide), nn.Linear(wide, wide)])
+        head.fc_cls, head.fc_reg = nn.Linear(wide, classes + 1), nn.Linear(wide, 4 * classes)
+        if masks:
+            head = self.roi_head.mask_head = nn.Module()
+            head.convs = nn.ModuleList(conv(channels, channels, 3) for _ in range(4))
+            head.upsample = nn.ConvTranspose2d(channels, channels, 2, 2)
+            head.conv_logits = nn.Conv2d(channels, classes, 1)
+
+    def forward(self, image: Tensor) -> State:
+        """One image (1, 3, H, W) -> boxes (n, 4), scores (n,), labels (n,) from 0 and masks (n, 28, 28)."""
+        canvas, levels = image.shape[2:], self._pyramid(mm_levels(self.backbone, image))
+        proposals = self._proposals(levels, canvas)
+        head = self.roi_head.bbox_head
+        hidden = self._aligned(levels, proposals, 7).flatten(1)
+        for dense in head.shared_fcs:
+            hidden = dense(hidden).relu()
+        scores = head.fc_cls(hidden).softmax(dim=1)[:, : self.classes]  # the background is the last
+        changes = head.fc_reg(hidden).reshape(-1, self.classes, 4) * hidden.new_tensor([0.1, 0.1, 0.2, 0.2])
+        boxes = mm_decoded(proposals[:, None].expand_as(changes), changes, canvas)
+        rows, labels = torch.where(scores > 0.05)
+        boxes, scores = boxes[rows, labels], scores[rows, labels]
+        kept = torchvision.ops.batched_nms(boxes, scores, labels, 0.5)[:100]
+        found = {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
+        if hasattr(self.roi_head, "mask_head"):
+            head, hidden = self.roi_head.mask_head, self._aligned(levels, found["boxes"], 14)
+            for each in head.convs:
+                hidden = each.conv(hidden).relu()
+            logits = head.conv_logits(head.upsample(hidden).relu())
+            found["masks"] = logits[torch.arange(len(kept)), found["labels"]].sigmoid()
+        return found
+
+    def _pyramid(self, maps: list[Tensor]) -> list[Tensor]:
+        laterals = [each.conv(level) for each, level in zip(self.neck.lateral_convs, maps, strict=True)]
+        for at in (3, 2, 1):
+            laterals[at - 1] = laterals[at - 1] + nn.functional.interpolate(laterals[at], laterals[at - 1].shape[2:])
+        outs = [each.conv(lateral) for each, lateral in zip(self.neck.fpn_convs, laterals, strict=True)]
+        return [*outs, nn.functional.max_pool2d(outs[-1], 1, stride=2)]
+
+    def _proposals(self, levels: list[Tensor], canvas: tuple[int, int]) -> Tensor:
+        every: tuple[list[Tensor], ...] = ([], [], [])
+        for number, level in enumerate(levels):
+            hidden, stride = self.rpn_head.rpn_conv(level).relu(), 4 << number
+            scores = self.rpn_head.rpn_cls(hidden)[0].permute(1, 2, 0).flatten().sigmoid()
+            changes = self.rpn_head.rpn_reg(hidden)[0].permute(1, 2, 0).reshape(-1, 4)
+            ratios = level.new_tensor([0.5, 1.0, 2.0]).sqrt()
+            wide, high = 8 * stride / ratios, 8 * stride * ratios
+            base = torch.stack([-wide, -high, wide, high], dim=1) / 2
+            across, down = (torch.arange(side) * stride for side in (level.shape[3], level.shape[2]))
+            y, x = torch.meshgrid(down, across, indexing="ij")
+            anchors = (torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4) + base).reshape(-1, 4)
+            best = scores.sort(descending=True).indices[:1000]
+            every[0].append(mm_decoded(anchors[best], changes[best], canvas))
+            every[1].append(scores[best])
+            every[2].append(torch.full_like(best, number))
+        boxes, scores, numbers = map(torch.cat, every)
+        large = (boxes[:, 2:] - boxes[:, :2] > 0).all(dim=1)  # min_bbox_size 0
+        boxes, scores, numbers = boxes[large], scores[large], numbers[large]
+        return boxes[torchvision.ops.batched_nms(boxes, scores, numbers, 0.7)[:1000]]
+
+    def _aligned(self, levels: list[Tensor], boxes: Tensor, side: int) -> Tensor:
+        scale = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
+        numbers = (scale / 56 + 1e-6).log2().floor().clamp(0, 3)
+        aligned = boxes.new_zeros(len(boxes), levels[0].shape[1], side, side)
+        for number in range(4):
+            at = numbers == number
+            rois, words = [boxes[at]], (side, 1 / (4 << number), 0, True)  # sampling ratio 0, aligned
+            aligned[at] = torchvision.ops.roi_align(levels[number], rois, *words)
+        return aligned
+
+
+def mm_decoded(boxes: Tensor, changes: Tensor, canvas: tuple[int, int]) -> Tensor:
+    """Changes of boxes (…, 4) as DeltaXYWHBBoxCoder applies them, inside the canvas."""
+    most = abs(math.log(16 / 1000))
+    corner, other = boxes.split(2, dim=-1)
+    moves, growths = changes.split(2, dim=-1)
+    centre = (corner + other) / 2 + (other - corner) * moves
+    size = (other - corner) * growths.clamp(-most, most).exp()
+    limits = boxes.new_tensor([canvas[1], canvas[0]] * 2)
+    return torch.cat([centre - size / 2, centre + size / 2], dim=-1).clamp(min=0).minimum(limits)
 
 
 def mm_levels(backbone: nn.Module, images: Tensor) -> list[Tensor]:

@@ -272,8 +272,15 @@ class Task(ABC):
         return weight.shape[0] if weight is not None and weight.ndim else None
 
     def own_state(self, state: dict[str, Tensor], variant: Variant) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """What the task takes of a checkpoint under the reference code's names, and what is to be said of the rest."""
-        return state, ()
+        """What the task takes of a checkpoint under the reference code's names, and what is to be said of the rest.
+
+        A dense task takes the backbone of a classifier without its norm and head.
+        """
+        others = [name for name in state if name.startswith(("norm.", "head."))] if self.is_dense else []
+        if not others:
+            return state, ()
+        kept = {name: tensor for name, tensor in state.items() if name not in others}
+        return kept, (f"{len(others)} tensors of a classifier's norm and head are left out",)
 
 
 BUILT_IN = {

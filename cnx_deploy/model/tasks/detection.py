@@ -44,6 +44,8 @@ class DetectConfig:
         box_channels: of the two linear layers that classes and boxes come from.
         mask_channels: of the four convolutions that masks come from.
         masks: whether there are masks; without, the network is a Faster R-CNN.
+        stage_norms: whether the stages' outputs are normalised, as in mmdet; where people wrap timm's or torchvision's
+            backbone for torchvision's detection they are not.
         anchor_sizes: side of the anchors in pixels, one a level.
         anchor_ratios: height by width.
         rounded_anchors: whether anchors are rounded to whole pixels: torchvision yes, mmdet no.
@@ -67,6 +69,7 @@ class DetectConfig:
     box_channels: Positive = 1024
     mask_channels: Positive = 256
     masks: bool = True
+    stage_norms: bool = True
     anchor_sizes: tuple[Length, Length, Length, Length, Length] = (32, 64, 128, 256, 512)
     anchor_ratios: Annotated[tuple[Length, ...], msgspec.Meta(min_length=1)] = (0.5, 1.0, 2.0)
     rounded_anchors: bool = True
@@ -124,6 +127,7 @@ class Detect(Task):
     answers = ("boxes", "masks")
     levels = (0, 1, 2, 3)
     config = DetectConfig()
+    conventions = MappingProxyType({"mmdet": MMDET})
     draws_own_weights = True
     is_dense = True
     prediction = DetectionPrediction
@@ -217,6 +221,8 @@ class Detect(Task):
 
     def operators_of(self, spec: "DeploySpec") -> Mapping[str, int]:
         """The norms of the stages' outputs, of which the exporter merges three: see the task segment."""
+        if not self.config.stage_norms:
+            return {}
         are_merged = spec.layout == "gpu" or {"lateral-affine", "downsample-affine"} <= spec.folds
         return {"ChannelsFirstNorm": 1 if are_merged else 4}
 
@@ -234,7 +240,7 @@ class Detect(Task):
             name: state[key].shape[axis] for name, (key, axis) in shapes.items() if key in state and state[key].ndim
         }
         if "channels" in told:
-            told["masks"] = "mask_channels" in told
+            told |= {"masks": "mask_channels" in told, "stage_norms": "norm0.weight" in state}
         return self.configured(told)
 
     def num_classes_in(self, state: Mapping[str, Tensor]) -> int | None:

@@ -92,10 +92,16 @@ class Pyramid(nn.Module):
 
     def __init__(self, network: Any, spec: "DeploySpec") -> None:
         super().__init__()
-        inner, folds = [], "lateral-affine" in spec.folds
-        norms = []
+        folds = "lateral-affine" in spec.folds
+        norms: list[nn.Module] = []
+        inner: list[nn.Module] = []
         for level, block in enumerate(network.fpn.inner_blocks):
-            dense, affine = doubles(block[0]), doubles(network.get_submodule(f"norm{level}"))
+            dense, norm = doubles(block[0]), network.get_submodule(f"norm{level}")
+            if isinstance(norm, nn.Identity):
+                norms.append(norm)
+                inner.append(convolution(*dense))
+                continue
+            affine = doubles(norm)
             norms.append(ChannelsFirstNorm(spec.layout == "gpu", *(() if folds else affine)))
             inner.append(convolution(*(fold_affine_into_conv(*dense, *affine) if folds else dense)))
         self.norms, self.inner = nn.ModuleList(norms), nn.ModuleList(inner)

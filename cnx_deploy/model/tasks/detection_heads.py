@@ -195,7 +195,10 @@ class SeparateHeads(RoIHeads):
 def heads(config: "DetectConfig", widths: Sequence[int], num_classes: int) -> dict[str, nn.Module]:
     """The modules behind the stages: their norms as mmdet's ConvNeXt has them, pyramid, proposals and heads."""
     channels = config.channels
-    norms = {f"norm{level}": LayerNormChannelsFirst(width) for level, width in enumerate(widths)}
+    norms: dict[str, nn.Module] = {
+        f"norm{level}": LayerNormChannelsFirst(width) if config.stage_norms else nn.Identity()
+        for level, width in enumerate(widths)
+    }
     rpn = RankedProposals(
         Anchors(config), RPNHead(channels, len(config.anchor_ratios)), 0.7, 0.3, 256, 0.5,
         {"training": config.training_proposals, "testing": config.pre_nms},

@@ -231,14 +231,6 @@ class Segment(Task):
         weight = state.get("decode_head.conv_seg.weight")
         return weight.shape[0] if weight is not None and weight.ndim else None
 
-    def own_state(self, state: dict[str, Tensor], variant: Variant) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """The backbone of a classifier without its norm and head; everything else as it is."""
-        others = [name for name in state if name.startswith(("norm.", "head."))]
-        if not others:
-            return state, ()
-        kept = {name: tensor for name, tensor in state.items() if name not in others}
-        return kept, (f"{len(others)} tensors of a classifier's norm and head are left out",)
-
     def trained_alone(self, network: Any) -> list[nn.Module]:
         """Everything behind the backbone."""
         return [network.get_submodule(name) for name in self.modules(network.variant, 1)]
