@@ -8,7 +8,10 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-__all__ = ["GATES", "Differences", "Gate", "OutputSpec", "ParityResult"]
+__all__ = [
+    "DETECTION_LIMITS", "GATES", "DetectionDifferences", "DetectionLimits", "Differences", "Gate", "OutputSpec",
+    "ParityResult",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,60 @@ class OutputSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class DetectionDifferences:
+    """Detections of candidate and reference: `verification.detections` says how they are matched.
+
+    `unmatched` counts those of either side without a partner, `at_cut` those of them whose score is no further from the
+    cut than noise explains. `box_max` is in pixels of the canvas, `score_max` a probability, `mask_flips` the share of
+    mask pixels on other sides of one half; all are of partners. `inexact` counts images whose `exact` is not 1.
+    """
+
+    matched: int
+    unmatched: int
+    at_cut: int
+    box_max: float
+    score_max: float
+    mask_flips: float
+    inexact: int
+
+    def __str__(self) -> str:
+        """The figures on one line."""
+        exact = f"exact is 0 on {self.inexact} images" if self.inexact else "exact on every image"
+        return (
+            f"detections: {self.matched} matched, {self.unmatched} unmatched ({self.at_cut} at the cut), box "
+            f"{self.box_max:.2g} px, score {self.score_max:.1e}, mask flips {self.mask_flips:.2%}, {exact}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DetectionLimits:
+    """What detections must satisfy, with the limits of `DetectionDifferences`; `unmatched` is a share of all."""
+
+    unmatched: float
+    box_max: float
+    score_max: float
+    mask_flips: float
+
+    def failures(self, measured: DetectionDifferences) -> tuple[str, ...]:
+        """The limits that are broken, in words."""
+        counted = measured.unmatched - measured.at_cut
+        share = counted / max(1, measured.matched + measured.unmatched)
+        values = (
+            ("unmatched detections", share, self.unmatched),
+            ("box", measured.box_max, self.box_max),
+            ("score", measured.score_max, self.score_max),
+            ("mask flips", measured.mask_flips, self.mask_flips),
+        )
+        broken = [f"{name} {value:.3g}, gate {limit:g}" for name, value, limit in values if not value <= limit]
+        if measured.inexact:
+            broken.append(
+                f"exact is 0 on {measured.inexact} images: a limit of the deploy form is too low for them. Raise "
+                "passes, candidates or sampling_limit (--task-option passes=32) and export again"
+            )
+        return tuple(broken)
+
+
+@dataclass(frozen=True, slots=True)
 class Differences:
     """Candidate against reference over all samples; NaN where a value is not finite.
 
@@ -41,6 +98,8 @@ class Differences:
     differs, but the reference's margin is within the noise of the run. `top1_agreement` (share of decisions that are
     the same) and `mean_kl` are None for an output of no scores.
     `max_abs_in_std` is in units of the standard deviation of the reference's outputs.
+    `detections`: of a network that detects, where relative L2 is of the corners of partners and a flip is a detection
+    without one; None of others.
     """
 
     samples: int
@@ -53,6 +112,7 @@ class Differences:
     excused_flips: int
     mean_kl: float | None
     max_abs_in_std: float
+    detections: DetectionDifferences | None = None
 
     @property
     def all_finite(self) -> bool:
@@ -77,6 +137,9 @@ class Gate:
         """The limits that `measured` breaks, in words; empty when it passes. NaN and infinity never pass."""
         if not measured.all_finite:
             return (f"{measured.nonfinite_count} values are NaN or infinite",)
+        if measured.detections is not None:
+            limits = DETECTION_LIMITS.get(self.name.partition(",")[0], DETECTION_LIMITS["fp32"])
+            return limits.failures(measured.detections)
         upper = (
             ("relative L2", measured.relative_l2_max, self.relative_l2_max),
             ("mean KL", measured.mean_kl, self.mean_kl_max),
@@ -109,11 +172,14 @@ class ParityResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as JSON has it."""
-        return {**asdict(self), "passed": self.passed}
+        document = {**asdict(self), "passed": self.passed}
+        if self.differences.detections is None:
+            del document["differences"]["detections"]
+        return document
 
     def lines(self) -> list[str]:
         """What a table shows below the verdict's row: nothing where it says all."""
-        return []
+        return [] if self.differences.detections is None else [str(self.differences.detections)]
 
 
 GATES: Mapping[str, Gate] = MappingProxyType(
@@ -133,3 +199,17 @@ GATES: Mapping[str, Gate] = MappingProxyType(
         )
     }
 )
+
+DETECTION_LIMITS: Mapping[str, DetectionLimits] = MappingProxyType(
+    {
+        # Seen of two FP32 implementations: 6e-5 px, 2e-6.
+        "fp32": DetectionLimits(0.0, 1e-2, 1e-4, 5e-4),
+        "fp32-engine": DetectionLimits(1e-3, 5e-2, 1e-3, 1e-3),
+        "tf32-engine": DetectionLimits(1e-2, 0.5, 1e-2, 5e-3),
+        # Seen of a trained network at 96 px: 0.1 % unmatched, 0.014 px, mask flips 0.09 %.
+        "fp16": DetectionLimits(1e-2, 0.5, 1e-2, 5e-3),
+        # Three bits fewer than FP16.
+        "bf16": DetectionLimits(5e-2, 4.0, 5e-2, 4e-2),
+    }
+)
+"""What detections are judged by, by the name of the gate; those of any other gate by the limits of fp32."""

@@ -427,6 +427,7 @@ class Manifest:
             (plain["model"], {"origins": {}, "training": {}, "thresholds": None, "task_config": {}, "graph": None}),
             *((record, {"entry": None, "soup": ()}) for record in (weights, *weights["soup"])),
             *((tensor, {"unit": None}) for tensors in _tensors_of(plain) for tensor in tensors.values()),
+            *((result["differences"], {"detections": None}) for result in plain["facts"].get("parity", ())),
             (deploy, {"size_range": None, "outputs": (), **ANSWER_DEFAULTS}),
         ]
         for record, defaults in later:

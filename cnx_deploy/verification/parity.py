@@ -18,6 +18,7 @@ from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.gates import Differences, Gate, OutputSpec, ParityResult
 from cnx_deploy.model.tasks.base import Outputs, joined
 from cnx_deploy.runners.base import Runner
+from cnx_deploy.verification.detections import RunningDetections, are_detections
 
 __all__ = [
     "OutputComparison", "RunningDifferences", "comparable", "compare", "differences", "margins", "outputs_of",
@@ -157,7 +158,9 @@ class OutputComparison:
     """Every output of candidate and reference, batch by batch."""
 
     def __init__(self, specs: Sequence[OutputSpec]) -> None:
-        self.running = {spec.name: RunningDifferences(spec) for spec in specs}
+        self.detections = RunningDetections(specs, NOISE_MARGIN) if are_detections(specs) else None
+        self.running = {} if self.detections else {spec.name: RunningDifferences(spec) for spec in specs}
+        self._names = [spec.name for spec in specs]
 
     def add(self, candidate: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
         """All outputs of both sides for the same samples, as `comparable` gives them.
@@ -165,16 +168,20 @@ class OutputComparison:
         Raises InputError when names or shapes differ.
         """
         for given in (candidate, reference):
-            if given.keys() != self.running.keys():
+            if given.keys() != set(self._names):
                 raise InputError(
-                    f"Cannot compare the outputs {', '.join(given)}: expected {', '.join(self.running)}, as the task "
+                    f"Cannot compare the outputs {', '.join(given)}: expected {', '.join(self._names)}, as the task "
                     "declares them."
                 )
+        if self.detections is not None:
+            self.detections.add(candidate, reference)
         for name, running in self.running.items():
             running.add(candidate[name], reference[name])
 
     def results(self) -> dict[str, Differences]:
-        """The differences of each output over everything added."""
+        """The differences of each output over everything added; detections are one, of all outputs together."""
+        if self.detections is not None:
+            return {"detections": self.detections.result()}
         return {name: running.result() for name, running in self.running.items()}
 
 

@@ -292,7 +292,7 @@ def test_losses_are_torchvisions_and_reach_every_head() -> None:
     for level, (downsample, stage) in enumerate(zip(model.downsample_layers, model.stages, strict=True)):
         maps[level] = hidden = stage(downsample(hidden))
     torch.manual_seed(0)
-    losses = training_losses(model, maps, targets)
+    losses = training_losses(model, maps, CANVAS, targets)
     own, theirs_from_1 = torchvisions(model).train(), [{**one, "labels": one["labels"] + 1} for one in targets]
     torch.manual_seed(0)  # its forward draws a size of the images first
     levels, sizes = own.backbone(images), ImageList(images, [CANVAS] * 2)
@@ -303,8 +303,10 @@ def test_losses_are_torchvisions_and_reach_every_head() -> None:
         torch.testing.assert_close(losses[name], value, rtol=1e-4, atol=1e-6)
     sum(losses.values(), torch.zeros(())).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+    with pytest.raises(InputError, match="canvas"):
+        training_losses(model, maps, (120, 192), targets)
     with pytest.raises(InputError, match="train"):
-        training_losses(model.eval(), maps, targets)
+        training_losses(model.eval(), maps, CANVAS, targets)
 
 
 def direct_anchors(config: Any, size: tuple[int, int], side: float, stride: int) -> Tensor:

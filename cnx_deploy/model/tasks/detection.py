@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.gates import OutputSpec
+from cnx_deploy.core.image_size import size_text
 from cnx_deploy.core.variants import Variant
 from cnx_deploy.model.tasks import detection_deploy, detection_heads
 from cnx_deploy.model.tasks.base import Outputs, Prediction, Task, register_task
@@ -159,7 +160,7 @@ class Detect(Task):
         masks = (OutputSpec("masks", (count, MASK_SIDE, MASK_SIDE), "probability"),) if self._has_masks(words) else ()
         return (
             OutputSpec("boxes", (count, 4), "pixel"),
-            OutputSpec("scores", (count,), "probability", is_ranked=True),
+            OutputSpec("scores", (count,), "probability", is_ranked=True, thresholds=(self.config.score_threshold,)),
             OutputSpec("labels", (count,), "class", dtype="int64"),
             *masks,
             OutputSpec("exact", (1,), "flag"),
@@ -250,16 +251,22 @@ class Detect(Task):
 
 
 def training_losses(
-    network: Any, maps: Mapping[int, Tensor], targets: Sequence[Mapping[str, Tensor]]
+    network: Any, maps: Mapping[int, Tensor], image_size: tuple[int, int], targets: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
     """Torchvision's losses of a batch by name; their sum is what is trained on.
 
     Args:
         network: in training mode.
-        maps: outputs (N, C, H, W) of all four stages. The canvas is what they were made of, its padding included.
+        maps: outputs (N, C, H, W) of all four stages.
+        image_size: height and width of the canvas that they were made of, its padding included.
         targets: for each image `boxes` (M, 4) in pixels of the canvas, `labels` (M,) int64 from 0 and, of a network
             with masks, `masks` (M, H, W) uint8.
     """
+    if tuple(image_size) != tuple(4 * side for side in maps[0].shape[2:]):
+        raise InputError(
+            f"The maps are of images of {4 * maps[0].shape[2]}x{4 * maps[0].shape[3]} pixels, and image_size is "
+            f"{size_text(image_size)}. Pass the canvas, whose padding GRN sums over, and not the picture."
+        )
     if not network.training:
         raise InputError("The network is in evaluation mode, which has no losses. Call network.train() first.")
     return detection_heads.losses(network, maps, [{**one, "labels": one["labels"] + 1} for one in targets])
