@@ -72,6 +72,22 @@ class OutputTensors:
         """Return tensors under the names of the modules whose outputs they are."""
         return {module: tensors[name] for module, name in self.by_module.items()}
 
+    def with_merged(self, reference: Mapping[str, Tensor]) -> "OutputTensors":
+        """Add modules without a node that compute what another does: the exporter keeps the nodes of the first.
+
+        `reference`: outputs by module, as `torch_outputs` gives them.
+        """
+        merged = {
+            module: other
+            for module in self.missing
+            for other in self.by_module
+            if module in reference and torch.equal(reference[module], reference[other])
+        }
+        missing = {module: why for module, why in self.missing.items() if module not in merged}
+        return OutputTensors(
+            {**self.by_module, **{module: self.by_module[other] for module, other in merged.items()}}, missing
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ExportedNetwork:

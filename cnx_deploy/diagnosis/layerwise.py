@@ -123,7 +123,7 @@ def compare_layers(
     form = reference_form(model, spec)
     reference = [torch_outputs(form, images) for images in batches]
     names = module_names(form)
-    outputs = find_outputs(path, [name for name in names if name in reference[0]], names)
+    outputs = find_outputs(path, [name for name in names if name in reference[0]], names).with_merged(reference[0])
     del form  # its weights: each backend holds its own
     network = ExportedNetwork(path, model, spec, outputs, len(batches[0]))
     images, results = sum(len(batch) for batch in batches), []

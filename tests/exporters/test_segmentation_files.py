@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-import cnx_deploy as cnx
+import cnx_deploy
 from cnx_deploy.core.artifacts import open_artifact, sha256_of_file
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.gates import GATES
@@ -23,15 +23,15 @@ from cnx_deploy.model.tasks.base import find_task
 from cnx_deploy.runners.emulated import EmulatedRunner
 from cnx_deploy.runners.emulator.graph import Graph
 from cnx_deploy.verification.parity import differences
-from tests.conftest import TINY_TEST
+from tests.conftest import TINY_TEST, Command
 from tests.support.upernet import transformers_upernet
 
 CANVAS, OPTIONS = (64, 96), {"channels": 16, "auxiliary_channels": 0}
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> list[cnx.Artifact]:
-    return cnx.export(
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[cnx_deploy.Artifact]:
+    return cnx_deploy.export(
         TINY_TEST.name, precision=("fp32", "fp16"), task="segment", task_options=OPTIONS, num_classes=5,
         image_size=CANVAS, batch=(1, 2, 7), outputs=("logits", "labels"), output_dir=tmp_path_factory.mktemp("files"),
     )  # fmt: skip
@@ -51,7 +51,7 @@ def test_the_manifest_names_outputs_with_shapes_and_units_and_the_options_of_the
 
 def test_verify_compares_both_outputs_at_batches_of_1_2_and_7(files):
     for artifact, runners in zip(files, (("onnxruntime",), ("onnxruntime", "emulator")), strict=True):
-        (result,) = cnx.verify([artifact]).results
+        (result,) = cnx_deploy.verify([artifact]).results
         assert result.passed
         assert {one.output for one in result.results} == {"logits", "labels"}
         assert all(set(one.batches) >= {1, 2, 7} for one in result.results)
@@ -82,9 +82,16 @@ def test_a_fault_in_the_labels_or_the_logits_is_found(files, tmp_path):
             fp32.path.name, (folder / fp32.path.name).stat().st_size, sha256_of_file(folder / fp32.path.name)
         )
         (folder / f"{manifest.stem}.json").write_text(dataclasses.replace(manifest, files=(record,)).to_json())
-        (report,) = cnx.verify([folder / fp32.path.name]).results
+        (report,) = cnx_deploy.verify([folder / fp32.path.name]).results
         failed = {result.output for result in report.results if not result.passed}
         assert failed == ({"labels"} if fault == "cubic" else {"logits", "labels"})
+
+
+def test_every_layer_is_compared_also_the_norms_that_the_exporter_merges(cnx: Command, files):
+    code, out, err = cnx("diagnose", "layers", files[1].path)
+    assert code == 0, err
+    assert "no backend diverges\n" in out
+    assert "not lined up" not in out + err
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from cnx_deploy.model.deploy import deploy_form
 from cnx_deploy.model.tasks.base import find_task
 from cnx_deploy.model.tasks.segmentation import bilinear_matrix, pooling_matrix
 from cnx_deploy.verification.parity import comparable, differences
-from tests.conftest import TINY_TEST
+from tests.conftest import TINY_TEST, TINY_V1_TEST
 from tests.support.upernet import transformers_upernet
 
 CANVAS, CLASSES = (64, 96), 5
@@ -86,6 +86,14 @@ def test_the_deploy_form_is_exact(network, images, layout, left_out):
         layer = deployed.decode_head.lateral_convs[1]
         layer.bias[0] += 1e-3
         assert (deployed(images)["logits"] - expected["logits"]).abs().max() > 1e-7
+
+
+def test_a_backbone_of_version_1_has_the_same_head(images):
+    network = random_model(TINY_V1_TEST, CLASSES, task=SMALL).double()
+    spec = DeploySpec("fp64", CANVAS, layout="gpu")
+    with torch.no_grad():
+        expected = network(normalised(images, spec))
+        assert (deploy_form(network, spec)(images) - expected).abs().max() < 1e-11
 
 
 def test_the_affine_of_the_last_norm_is_kept_because_a_padded_convolution_reads_it(network, images):
