@@ -30,11 +30,17 @@ from cnx_deploy.core.errors import InputError
 @options.task
 @options.outputs
 @click.option("--save", type=options.FILE, help="Write everything the model gives to a .npz file, with the paths.")
+@click.option("--draw", type=options.FOLDER, help="Draw the classes of pixels, and overlays, into a folder.")
+@click.option(
+    "--tiles", type=float, metavar="OVERLAP",
+    help="Of segmentation: run pictures larger than the canvas in tiles that overlap by this share, such as 0.25.",
+)  # fmt: skip
 @click.option("--explain", type=options.FOLDER, help="Draw class maps into a folder: where a score comes from.")
 @options.as_json
 def predict(
     artifact: Path, images: tuple[Path, ...], top: int | None, batch_size: int, class_names: Path | None,
-    white_level: float | None, image_size: Any, save: Path | None, explain: Path | None, as_json: bool,
+    white_level: float | None, image_size: Any, save: Path | None, draw: Path | None, tiles: float | None,
+    explain: Path | None, as_json: bool,
     **checkpoint: Any,
 ) -> None:  # fmt: skip
     """Predict for IMAGES (files, or folders of them) with ARTIFACT: a checkpoint, an ONNX file or an engine.
@@ -60,22 +66,33 @@ def predict(
 
             consumers.append(Explanations(model, explain))
 
+        drawn = None
+        if draw is not None:
+            from cnx_deploy.verification.pictures import Pictures
+
+            drawn = Pictures(model, files, draw)
+        if tiles is not None and consumers:
+            raise InputError(
+                "Tiles give one map a picture, and --save keeps outputs of one size. Leave one of them out."
+            )
+
         def consume(batch: Any, outputs: Any) -> None:
             for consumer in consumers:
                 consumer.add(batch, outputs)
 
-        for row in predict_images(model, files, top=top, batch_size=batch_size, each=consume):
-            rows.append(row)
+        for row in predict_images(model, files, top=top, batch_size=batch_size, each=consume, tiles=tiles):
+            if drawn is not None:
+                drawn.add(len(rows), row)
+            rows.append(row.to_dict())  # without maps of pixels, which a dense task adds
             if not as_json:
                 options.echo(one_line(f"{row.path}: {row}"))
-    for consumer in consumers:
+    for consumer in (*consumers, *([drawn] if drawn is not None else [])):
         options.note(consumer.finish())
     for text in files.observed():
         options.note(f"Note: {text}")
     if as_json:
         notes = [*model.notes, *files.notes, *files.observed()]
-        predictions = [row.to_dict() for row in rows]
-        options.echo_json({"artifact": str(artifact), "predictions": predictions, "notes": notes})
-    if failed := sum(row.error is not None for row in rows):
+        options.echo_json({"artifact": str(artifact), "predictions": rows, "notes": notes})
+    if failed := sum(row["error"] is not None for row in rows):
         options.note(f"Error: {failed} of {len(rows)} files could not be read.")
         raise click.exceptions.Exit(InputError.exit_code)

@@ -91,6 +91,10 @@ class ImageSource(ABC):
         """What reports call an image."""
         return f"image {index}"
 
+    def picture(self, index: int, preprocessing: Preprocessing) -> Picture | None:
+        """An image before it is resized, upright; None where the source makes pixels at the size that is asked for."""
+        return None
+
     def label(self, index: int) -> int:
         """The index of an image's class in `class_names`; -1 without labels."""
         return self.labels[index] if self.labels else -1
@@ -232,13 +236,17 @@ class ImageFiles(ImageSource):
         self.seen.add(str(self.paths[index]), picture.info)
         return picture
 
+    def picture(self, index: int, preprocessing: Preprocessing) -> Picture:
+        """Decode one file."""
+        return self.image(index, preprocessing.white_level, preprocessing.in_chans)
+
     def check(self, index: int, white_level: float | None = None, in_chans: int = 3) -> None:
         """Raise InputError where an image cannot be read."""
         self.image(index, white_level, in_chans)
 
     def pixels(self, index: int, preprocessing: Preprocessing) -> Tensor:
-        """Decode one file."""
-        return cropped(self.image(index, preprocessing.white_level, preprocessing.in_chans), preprocessing)
+        """Decode one file, and resize and crop it."""
+        return cropped(self.picture(index, preprocessing), preprocessing)
 
     def observed(self) -> tuple[str, ...]:
         """Files of several frames, and deep images that are nearly black or clipped."""
@@ -270,11 +278,15 @@ class GivenImages(ImageSource):
     def __len__(self) -> int:
         return len(self.images)
 
-    def pixels(self, index: int, preprocessing: Preprocessing) -> Tensor:
+    def picture(self, index: int, preprocessing: Preprocessing) -> Picture:
         """Decode one image."""
         picture = picture_of(self.images[index], preprocessing.white_level, preprocessing.in_chans)
         self.seen.add(self.name(index), picture.info)
-        return cropped(picture, preprocessing)
+        return picture
+
+    def pixels(self, index: int, preprocessing: Preprocessing) -> Tensor:
+        """Decode one image, and resize and crop it."""
+        return cropped(self.picture(index, preprocessing), preprocessing)
 
     def observed(self) -> tuple[str, ...]:
         """The same as of `ImageFiles`."""

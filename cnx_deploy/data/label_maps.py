@@ -33,8 +33,12 @@ def save_label_map(path: Path, labels: np.ndarray) -> None:
 
 
 def overlaid(pixels: np.ndarray, labels: np.ndarray, opacity: float = OVERLAY) -> np.ndarray:
-    """(H, W, 3) uint8: pixels (H, W, C) under the colours of their classes (H, W); 255 stays as it is."""
-    picture = pixels if pixels.shape[2] == 3 else np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
+    """(H, W, 3) uint8: pixels (H, W, C) under the colours of their classes (H, W); 255 stays as it is.
+
+    Of four channels the first three are colours, of another number the mean is grey.
+    """
+    colours = pixels[..., :3] if pixels.shape[2] in (3, 4) else pixels.mean(axis=2, keepdims=True)
+    picture = np.repeat(colours, 3, axis=2) if colours.shape[2] == 1 else colours
     mixed = (1.0 - opacity) * picture + opacity * colour_map()[labels]
     return np.where((labels == 255)[..., None], picture, mixed).round().astype(np.uint8)
 

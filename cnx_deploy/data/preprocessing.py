@@ -73,10 +73,11 @@ class Placement:
         ]
         return canvas
 
-    def on_picture(self, maps: Tensor) -> Tensor:
+    def on_picture(self, maps: Tensor, mode: str = "bilinear") -> Tensor:
         """The way back: scores (N, K, rows, columns) of the canvas -> (N, K, H, W) of the picture, bilinearly.
 
-        Where the canvas shows only a part of the picture, the edge of that part is repeated.
+        `mode` "nearest-exact" is for classes. Where the canvas shows only a part of the picture, the edge of that part
+        is repeated.
         """
         down, across = self.shown
         left, top = self.offset
@@ -86,7 +87,8 @@ class Placement:
             max(0, -top), max(0, top + self.size[1] - self.canvas[1]),
         )  # fmt: skip
         whole = F.pad(part, beyond, mode="replicate") if any(beyond) else part
-        return F.interpolate(whole, self.picture[::-1], mode="bilinear", align_corners=False)
+        corners = {"align_corners": False} if mode == "bilinear" else {}
+        return F.interpolate(whole, self.picture[::-1], mode=mode, **corners)
 
 
 def to_pixels(image: Any, preprocessing: Preprocessing) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cnx_deploy.core.class_names import ClassNames, check_class_count, names_of
 from cnx_deploy.core.errors import CheckpointError, CorruptArtifactError, DiskFullError, InputError
 from cnx_deploy.core.files import whole_file
-from cnx_deploy.core.image_size import MAX_CHANNELS, ImageSize
+from cnx_deploy.core.image_size import MAX_CHANNELS, ImageSize, canonical_size, size_text
 from cnx_deploy.core.manifest import SoupFile, TrainingOptions, WeightsRecord
 from cnx_deploy.core.preprocessing import ASSUMED, PerChannel, Preprocessing, given_per_channel
 from cnx_deploy.core.strict_json import shortened, typed
@@ -97,6 +97,16 @@ class LoadedModel:
             for place in dict.fromkeys(places)
         ]
         return (*lines, *filter(None, (self.preprocessing.assumption(self.origins),)))
+
+    def check_canvas(self, image_size: ImageSize) -> None:
+        """Raise InputError for another size of images than a dense task was trained with, where that is known."""
+        recorded, place = self.preprocessing.image_size, self.origins.get("image_size", ASSUMED)
+        if self.model.task.is_dense and place != ASSUMED and canonical_size(image_size) != recorded:
+            raise InputError(
+                f"The canvas of {self.weights.reference} is {size_text(recorded)} ({place}), and "
+                f"{size_text(image_size)} was asked for: it belongs to the weights, for GRN sums over all of it, "
+                "padding included. Leave --image-size (image_size) out, or train on from them at the other size."
+            )
 
 
 def load_checkpoint(
@@ -366,6 +376,8 @@ class ModelRequest:
         for name in given.keys() & {"mean", "std", "pad_value"}:  # one number is that of every channel
             given[name] = given_per_channel(given[name], loaded.model.in_chans)
         origins = {**loaded.origins, **dict.fromkeys(given, "option")} if loaded.origins else loaded.origins
+        if self.image_size is not None:
+            loaded.check_canvas(self.image_size)
         names = loaded.class_names
         if (told := names_of(self.class_names)) is not None:
             names, origins = told, {**origins, "class_names": "option"}

@@ -84,7 +84,7 @@ def train(
     if weights is not None:
         known["weight_by_class"] = dict(zip(names, weights, strict=True))
     metadata = {"class_names": names, "preprocessing": spec.preprocessing, "licence": licence or OWN_LICENCE}
-    if noted := {**spec.balancing, **({"reduce_zero_label": True} if spec.reduce_zero_label else {})}:
+    if noted := {**spec.balancing, **({"masks": "reduce_zero_label"} if spec.reduce_zero_label else {})}:
         metadata["extra"] = {"training": noted}
     place, name = MODULES[spec.task]
     make: Callable[..., TaskModule] = getattr(importlib.import_module(place), name)

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cnx_deploy.core.artifacts import refused_engine
 from cnx_deploy.core.class_names import check_class_count
@@ -23,6 +24,7 @@ from cnx_deploy.core.thresholds import ASSUMED_THRESHOLD, Thresholds, thresholds
 from cnx_deploy.data import GivenImages, ImageBatch, ImageFiles, ImageSource
 from cnx_deploy.data.dataset import LeftOut, images_below, notes_of
 from cnx_deploy.data.decoding import FORMATS
+from cnx_deploy.data.preprocessing import placement, runner_input
 from cnx_deploy.exporters.graph_checks import admit_onnx
 from cnx_deploy.exporters.untrusted import limits_for
 from cnx_deploy.model.checkpoint import load_checkpoint
@@ -36,7 +38,7 @@ from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.runners.registry import RunnerOptions, open_runner
 from cnx_deploy.verification.inspect import ONNX_CHECKS, kind_of_file, recorded_artifact
 
-__all__ = ["Model", "OutputsFile", "find_image_files", "open_predictor", "predict_images"]
+__all__ = ["Model", "OutputsFile", "find_image_files", "open_predictor", "outputs_of_pixels", "predict_images"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +73,9 @@ class Model:
         return f"Model({info.backend} {info.version} in {info.arithmetic} on {info.device}, {size} px)"
 
     def predict(
-        self, images: Any, *, top: int | None = None, batch_size: int = 8, note: Callable[[str], None] = warnings.warn
-    ) -> Any:
+        self, images: Any, *, top: int | None = None, batch_size: int = 8, tiles: float | None = None,
+        note: Callable[[str], None] = warnings.warn,
+    ) -> Any:  # fmt: skip
         """Answer for one image or a list of them; each is resized, cropped and normalised as the model asks for.
 
         Args:
@@ -81,6 +84,8 @@ class Model:
                 list.
             top: classes named for each image; None is 5 of a classifier, and all labels that reach their thresholds.
             batch_size: images run at once, within the range that the model takes.
+            tiles: of segmentation, pictures larger than the canvas are run in tiles of their own pixels that overlap by
+                this share of a side, such as 0.25, see `verification.tiles`; None shrinks them to the canvas.
             note: told what the images have shown, such as values far below white; a warning by default.
 
         Returns:
@@ -89,7 +94,7 @@ class Model:
         """
         is_single = not isinstance(images, list | tuple | ImageSource)
         source = images if isinstance(images, ImageSource) else GivenImages(_listed(images))
-        predictions = list(predict_images(self, source, top=top, batch_size=batch_size))
+        predictions = list(predict_images(self, source, top=top, batch_size=batch_size, tiles=tiles))
         for text in (*source.notes, *source.observed()):
             note(text)
         return predictions[0] if is_single else predictions
@@ -251,16 +256,22 @@ def predict_images(
     top: int | None = None,
     batch_size: int = 8,
     each: Callable[[ImageBatch, Outputs], None] | None = None,
+    tiles: float | None = None,
 ) -> Iterator[Prediction]:
     """Yield one prediction an image, in order; an image that cannot be read gives its reason and the rest go on.
 
     `top` is cut to the number of classes, and None is the task's own; `batch_size` is cut to the runner's range. `each`
-    is given every batch and its outputs (n, ...). Raises CheckFailedError, which names the image, for outputs that are
-    not finite.
+    is given every batch and its outputs (n, ...), of tiles nothing. `tiles`: see `Model.predict`. Raises
+    CheckFailedError, which names the image, for outputs that are not finite.
     """
     spec = predictor.runner.input_spec
+    if tiles is not None:
+        from cnx_deploy.verification.tiles import tiled_predictions
+
+        yield from tiled_predictions(predictor, images, tiles, top=top, batch_size=batch_size)
+        return
     batches = images.batches(predictor.preprocessing, spec, batch_size, leave_out_broken=True)
-    answered = 0
+    answered, task = 0, predictor.task
 
     def unread(index: int) -> Prediction:
         return predictor.task.prediction(path=batches.broken[index].path, error=batches.broken[index].reason)
@@ -270,7 +281,13 @@ def predict_images(
         if each is not None:
             each(batch, outputs)
         count = predictor.task.usual_top if top is None else top
-        answers = predictor.task.predictions(outputs, batch.names, predictor.class_names, top=count)
+        pictures = [images.picture(index, predictor.preprocessing) for index in batch.indices if task.is_dense]
+        places = [placement(picture.size, predictor.preprocessing) for picture in pictures if picture is not None]
+        words = (outputs, batch.names, predictor.class_names)
+        if len(places) == len(batch):
+            answers = task.predictions_on_pictures(*words, places, top=count)
+        else:
+            answers = task.predictions(*words, top=count)
         rows = dict(zip(batch.indices, answers, strict=True))
         # Images that could not be read lie between those of the batch.
         for index in range(answered, batch.indices[-1] + 1):
@@ -348,6 +365,7 @@ def _checkpoint_model(path: Path, device: str, checkpoint: dict[str, Any], image
     loaded = load_checkpoint(path, **checkpoint)
     preprocessing = loaded.preprocessing
     if image_size is not None:
+        loaded.check_canvas(image_size)
         preprocessing = replace(preprocessing, image_size=image_size)
     spec = DeploySpec(image_size=preprocessing.image_size, mean=preprocessing.mean, std=preprocessing.std, **answer)
     model = loaded.model.to(device)
@@ -365,6 +383,15 @@ def _checkpoint_model(path: Path, device: str, checkpoint: dict[str, Any], image
 
 def _listed(images: Any) -> Any:
     return images if isinstance(images, list | tuple) else [images]
+
+
+def outputs_of_pixels(predictor: Model, pixels: Tensor, name: str) -> Outputs:
+    """What the model gives for pixels (n, H, W, C) uint8 of its own size, at most its largest batch."""
+    spec = predictor.runner.input_spec
+    missing = max(0, spec.min_batch - len(pixels))
+    filled = torch.cat([pixels, pixels[:1].expand(missing, *pixels.shape[1:])])
+    images = runner_input(filled, spec.kind, predictor.preprocessing)
+    return _outputs_of(predictor, ImageBatch(images, tuple(range(len(pixels))), (name,) * len(pixels), None))
 
 
 def _outputs_of(predictor: Model, batch: ImageBatch) -> Outputs:

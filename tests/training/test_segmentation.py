@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,13 @@ from PIL import Image
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.variants import ALL_VARIANTS
-from cnx_deploy.data import find_dataset, find_instance_dataset, find_segmentation_dataset
+from cnx_deploy.data import (
+    MaskReading,
+    find_dataset,
+    find_instance_dataset,
+    find_segmentation_dataset,
+    find_segmentation_images,
+)
 from cnx_deploy.model.checkpoint import load_checkpoint
 from cnx_deploy.training import recipe_options, spec_from_recipe, train
 from cnx_deploy.training.dense_images import DenseAugmentation, DenseTrainingImages
@@ -111,6 +118,23 @@ def test_a_frozen_backbone_stays_and_both_heads_learn(trained, squares, tmp_path
     before = dict(start.named_parameters())
     changed = {name.split(".")[0] for name, tensor in after.named_parameters() if not tensor.equal(before[name])}
     assert changed == {"decode_head", "auxiliary_head", "norm0", "norm1", "norm2", "norm3"}
+
+
+def test_ade20ks_numbering_is_learned_recorded_and_evaluated(squares, tmp_path):
+    asked_for = asked(squares, tmp_path / "run", epochs=1, reduce_zero_label=True, class_names=("red", "blue"))
+    weights = train(asked_for).last
+    loaded = load_checkpoint(weights)
+    assert (loaded.class_names, loaded.training) == (("red", "blue"), {"masks": "reduce_zero_label"})
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["spec"]["reduce_zero_label"] is True
+    (tmp_path / "names.txt").write_text("red\nblue\n")
+    plain = find_segmentation_dataset(squares).val
+    counted = sum(int((plain.sample(at, loaded.preprocessing)[1] % 255 > 0).sum()) for at in range(len(plain)))
+    with open_predictor(weights) as model:
+        images = find_segmentation_images(squares, reading=MaskReading(tmp_path / "names.txt", reduce_zero_label=True))
+        result = evaluate(model.runner, images, model.preprocessing, task=model.task, class_names=model.class_names)
+        assert result.pixels == counted > 0
+        with pytest.raises(InputError, match="has the classes ground"):
+            evaluate(model.runner, squares, model.preprocessing, task=model.task, class_names=model.class_names)
 
 
 # --- augmentation ----------------------------------------------------------------------------------------------------

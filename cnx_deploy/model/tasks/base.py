@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from cnx_deploy.model.convnextv2 import ConvNeXtV2
 
 __all__ = [
-    "Metrics", "Outputs", "Prediction", "Task", "all_finite", "find_task", "joined", "named_outputs", "network_outputs",
-    "register_task", "sole_or_named", "task_names",
+    "Metrics", "Outputs", "Place", "Prediction", "Task", "all_finite", "find_task", "joined", "named_outputs",
+    "network_outputs", "register_task", "sole_or_named", "task_names",
 ]  # fmt: skip
 
 Outputs = dict[str, Tensor]
@@ -63,6 +63,28 @@ class Metrics(Protocol):
 
     def result(self, classes: Sequence[str], broken: Sequence["BrokenImage"], notes: Sequence[str]) -> Any:
         """Give the metrics over the data's classes, with the images that could not be read and what was noted."""
+        ...
+
+
+class Place(Protocol):
+    """Where a picture lies on its canvas: `data.preprocessing.Placement`."""
+
+    @property
+    def picture(self) -> tuple[int, int]:
+        """Width and height of the picture."""
+        ...
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """Width and height of the canvas."""
+        ...
+
+    def on_picture(self, maps: Tensor, mode: str = "bilinear") -> Tensor:
+        """Maps (N, K, rows, columns) of the canvas -> (N, K, H, W) of the picture."""
+        ...
+
+    def boxes_of_picture(self, boxes: Tensor) -> Tensor:
+        """Boxes (M, 4) xyxy of the canvas -> of the picture."""
         ...
 
 
@@ -157,6 +179,13 @@ class Task(ABC):
         self, outputs: Mapping[str, Tensor], paths: Sequence[str], class_names: Sequence[str] | None, *, top: int
     ) -> list[Prediction]:
         """Turn finite outputs (N, ...) into an answer for each image; `top` limits how much of it is told."""
+
+    def predictions_on_pictures(
+        self, outputs: Mapping[str, Tensor], paths: Sequence[str], class_names: Sequence[str] | None,
+        places: Sequence[Place], *, top: int,
+    ) -> list[Prediction]:  # fmt: skip
+        """The same of a dense task, in the pixels of each picture; `places` say where it lies on its canvas."""
+        return self.predictions(outputs, paths, class_names, top=top)
 
     def check_image_size(self, size: ImageSize) -> None:
         """Raise InputError for a size of images that the task does not take: of a canvas sides that 32 divides."""

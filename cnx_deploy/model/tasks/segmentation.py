@@ -6,7 +6,7 @@ and tensors have mmsegmentation's names, `decode_head`, `auxiliary_head` and `no
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,8 +21,8 @@ from cnx_deploy.core.variants import Variant
 from cnx_deploy.model.deploy_layers import ChannelsFirstNorm, convolution, doubles, type_of, widen
 from cnx_deploy.model.folds import fold_affine_into_conv, fold_batch_norm
 from cnx_deploy.model.layers import LayerNormChannelsFirst
-from cnx_deploy.model.tasks.base import Outputs, Prediction, Task, register_task
-from cnx_deploy.model.tasks.segmentation_metrics import MapOutcome, RunningMaps
+from cnx_deploy.model.tasks.base import Outputs, Place, Prediction, Task, register_task
+from cnx_deploy.model.tasks.segmentation_metrics import MapOutcome, RunningMaps, labels_on
 
 if TYPE_CHECKING:
     from cnx_deploy.core.deploy_spec import DeploySpec
@@ -73,9 +73,20 @@ class ClassShare:
 
 @dataclass(frozen=True, slots=True)
 class MapPrediction(Prediction):
-    """The classes with the most pixels of one image, first that of the most."""
+    """The classes with the most pixels of one image, first that of the most.
+
+    `labels`: the class of each pixel of the picture, (H, W) uint8; None where it was not known how the picture lies on
+    its canvas. Then shares are those of the canvas.
+    """
 
     shares: tuple[ClassShare, ...] = ()
+    labels: Any = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, without the map."""
+        values = asdict(replace(self, labels=None))
+        del values["labels"]
+        return values
 
     def __str__(self) -> str:
         if self.error is not None:
@@ -202,16 +213,22 @@ class Segment(Task):
         self, outputs: Mapping[str, Tensor], paths: Sequence[str], class_names: Sequence[str] | None, *, top: int
     ) -> list[Prediction]:
         """The shares of the canvas that the `top` most frequent classes have."""
+        return [
+            MapPrediction(path, shares=_shares(labels, class_names, top))
+            for path, labels in zip(paths, _labels_of(outputs), strict=True)
+        ]
+
+    def predictions_on_pictures(
+        self, outputs: Mapping[str, Tensor], paths: Sequence[str], class_names: Sequence[str] | None,
+        places: Sequence[Place], *, top: int,
+    ) -> list[Prediction]:  # fmt: skip
+        """The class of each pixel of the pictures, and the shares of the `top` most frequent ones."""
         answers: list[Prediction] = []
-        for path, labels in zip(paths, _labels_of(outputs), strict=True):
-            counts = torch.bincount(labels.flatten(), minlength=1)
-            best = counts.argsort(descending=True, stable=True)[:top].tolist()
-            shares = tuple(
-                ClassShare(at, class_names[at] if class_names else str(at), float(counts[at]) / labels.numel())
-                for at in best
-                if counts[at]
-            )
-            answers.append(MapPrediction(path, shares=shares))
+        for at, (path, place) in enumerate(zip(paths, places, strict=True)):
+            labels = labels_on({name: output[at : at + 1] for name, output in outputs.items()}, place)
+            kind = torch.uint8 if int(labels.max()) < NOT_COUNTED else torch.int32
+            shares = _shares(labels, class_names, top)
+            answers.append(MapPrediction(path, shares=shares, labels=labels.to(kind).numpy()))
         return answers
 
     def gate(self, gate: Gate) -> Gate:
@@ -234,6 +251,17 @@ class Segment(Task):
     def trained_alone(self, network: Any) -> list[nn.Module]:
         """Everything behind the backbone."""
         return [network.get_submodule(name) for name in self.modules(network.variant, 1)]
+
+
+def _shares(labels: Tensor, class_names: Sequence[str] | None, top: int) -> tuple[ClassShare, ...]:
+    """The `top` classes with the most of a map, most first."""
+    counts = torch.bincount(labels.flatten(), minlength=1)
+    best = counts.argsort(descending=True, stable=True)[:top].tolist()
+    return tuple(
+        ClassShare(at, class_names[at] if class_names else str(at), float(counts[at]) / labels.numel())
+        for at in best
+        if counts[at]
+    )
 
 
 def _labels_of(outputs: Mapping[str, Tensor]) -> Tensor:
