@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     help="Weights to start from; a head of other classes is drawn anew.",
 )
 @click.option(
-    "--recipe", type=click.Choice(["plain", "fine-tune", "from-scratch", "article", "ade20k"]), default="plain",
+    "--recipe", type=click.Choice(["plain", "fine-tune", "from-scratch", "article", "ade20k", "coco"]), default="plain",
     show_default=True, help="What sets the options that are not given: the papers' for the variant, or the article's.",
 )  # fmt: skip
 @recipe_options

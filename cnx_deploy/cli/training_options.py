@@ -60,7 +60,7 @@ RECIPE: tuple[tuple[str, Any, str], ...] = (
     ("--mixup-alpha", float, "Mixup's Beta parameter; 0: none [plain: 0]."),
     ("--cutmix-alpha", float, "CutMix's Beta parameter; 0: none [plain: 0]."),
     ("--optimizer", click.Choice(["adamw", "sgd"]), "[plain: adamw]"),
-    ("--schedule", click.Choice(["cosine", "linear", "constant"]), "Of the learning rate [plain: cosine]."),
+    ("--schedule", click.Choice(["cosine", "linear", "step", "constant"]), "Of the learning rate [plain: cosine]."),
     (
         "--layer-decay-groups",
         click.Choice(["single", "group", "stage"]),

@@ -4,6 +4,7 @@ from cnx_deploy.training.class_balance import balance_lines
 from cnx_deploy.training.distributed import Launch, launch_from_environment
 from cnx_deploy.training.recipes import RECIPES, recipe_options, spec_from_recipe
 from cnx_deploy.training.records import (
+    DetectionRecord,
     EpochRecord,
     MultiLabelRecord,
     Progress,
@@ -18,6 +19,7 @@ from cnx_deploy.training.spec import RunSpec, TrainingSpec
 
 __all__ = [
     "RECIPES",
+    "DetectionRecord",
     "EpochRecord",
     "Launch",
     "MultiLabelRecord",

@@ -38,6 +38,11 @@ PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
         (("val_miou_percent", "validation", BLUE), ("ema_val_miou_percent", "validation, average", RED),
          ("val_pixel_percent", "pixels that are right", GREEN)),
     ),
+    (
+        "COCO AP %", "linear",
+        (("val_box_ap_percent", "boxes", BLUE), ("val_mask_ap_percent", "masks", GREEN),
+         ("ema_val_box_ap_percent", "boxes, average", RED)),
+    ),
     ("Learning rate", "log", (("learning_rate", "", GREEN),)),
 )  # fmt: skip
 """Title, scale and lines of each panel; a line is a column, its label and its colour. One without columns is not drawn.

@@ -5,7 +5,8 @@ Liu et al., arXiv:2201.03545, table 5 for `from-scratch`, which the V2 paper tra
 tables say nothing (random erasing, the layers' grouping, where the cosine ends) the reference code's commands do:
 facebookresearch/ConvNeXt-V2, TRAINING.md, main_finetune.py.
 `ade20k` is UPerNet's: facebookresearch/ConvNeXt, semantic_segmentation/configs/convnext (V1; the V2 paper compares with
-it and publishes no configurations), with mmsegmentation's augmentation.
+it and publishes no configurations), with mmsegmentation's augmentation. `coco` is Mask R-CNN's: the same repository,
+object_detection/configs/convnext, which has Mask R-CNN for tiny and Cascade R-CNN for the larger ones.
 """
 
 from collections.abc import Mapping
@@ -73,7 +74,16 @@ ADE20K_DROP_PATH = {"atto": 0.1, "femto": 0.1, "pico": 0.1, "nano": 0.1, "tiny":
 """Of the larger ones 0.4. The four smallest, which no configuration has, take the largest of their fine-tuning."""
 LARGE_VARIANTS = ("large", "xlarge", "huge")
 """Trained on 640 pixels, where the others have 512."""
-RECIPES = ("plain", "fine-tune", "from-scratch", "article", "ade20k")
+COCO_IMAGES, COCO_STEP = 117_266, 16
+COCO: dict[str, Any] = {
+    "task": "detect", "batch_size": COCO_STEP, "epochs": 36, "learning_rate": 1e-4, "schedule": "step",
+    "weight_decay": 0.05, "warmup_epochs": 500 * COCO_STEP / COCO_IMAGES, "layer_decay_groups": "group",
+    "image_size": (800, 1344), "scale_jitter": (0.6, 1.0),
+}  # fmt: skip
+"""Pictures are resized to 480 to 800 pixels where the evaluation has 800; the crops of half of them are not made."""
+COCO_DECAY = {"small": (0.6, 0.7), "base": (0.6, 0.8), "large": (0.7, 0.7), "xlarge": (0.8, 0.7), "huge": (0.8, 0.7)}
+"""Stochastic depth and layer decay; tiny and the four smaller ones, which no configuration has, take 0.4 and 0.95."""
+RECIPES = ("plain", "fine-tune", "from-scratch", "article", "ade20k", "coco")
 
 
 def recipe_options(recipe: str, variant: Variant | str) -> dict[str, Any]:
@@ -93,6 +103,9 @@ def recipe_options(recipe: str, variant: Variant | str) -> dict[str, Any]:
         own = {"image_size": 640 if size in LARGE_VARIANTS else 512, "drop_path_rate": ADE20K_DROP_PATH.get(size, 0.4)}
         rate = {"learning_rate": 8e-5} if size in ("xlarge", "huge") else {}
         return {**ADE20K, **own, **rate}
+    if recipe == "coco":
+        depth, decay = COCO_DECAY.get(size, (0.4, 0.95))
+        return {**COCO, "drop_path_rate": depth, "layer_decay": decay}
     common = {"batch_size": 64, "accumulate": IMAGES_PER_STEP // 64, **PAPERS_AUGMENTATION}
     if recipe == "fine-tune":
         own = FINE_TUNE.get(size) or FINE_TUNE[_nearest_size(network)]

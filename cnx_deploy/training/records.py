@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, Self
 
 __all__ = [
-    "CONDITIONS", "EpochRecord", "MultiLabelRecord", "Progress", "RunResult", "SegmentationRecord", "StepReport",
-    "TrainingRecord", "TrainingResult",
+    "CONDITIONS", "DetectionRecord", "EpochRecord", "MultiLabelRecord", "Progress", "RunResult", "SegmentationRecord",
+    "StepReport", "TrainingRecord", "TrainingResult",
 ]  # fmt: skip
 
 CONDITIONS = ("seconds", "images_per_second", "data_wait_percent")
@@ -216,6 +216,66 @@ class SegmentationRecord(EpochRecord):
 
 
 @dataclass(frozen=True, slots=True)
+class DetectionRecord(EpochRecord):
+    """One epoch of detection; see `TrainingRecord` for what all have.
+
+    `train_loss` is the sum of the losses of proposals, classes, boxes and masks; of validation images there is none,
+    since proposals are sampled by what is to be found. `val_mask_ap_percent`, COCO's average precision of masks, ranks
+    weights, or that of boxes where there are no masks (None).
+    """
+
+    train_loss: float
+    val_box_ap_percent: float
+    val_box_ap50_percent: float
+    val_mask_ap_percent: float | None
+    ema_val_box_ap_percent: float | None
+    ema_val_mask_ap_percent: float | None
+    learning_rate: float
+    seconds: float
+    images_per_second: float
+    data_wait_percent: float
+
+    @property
+    def losses(self) -> tuple[float, float]:
+        """The loss in training, twice: there is no other."""
+        return self.train_loss, self.train_loss
+
+    @property
+    def weights_rank(self) -> tuple[float, float]:
+        """Greater is better: of masks where they are known, then of boxes."""
+        masks = self.val_mask_ap_percent
+        return self.val_box_ap_percent if masks is None else masks, self.val_box_ap_percent
+
+    @property
+    def ema_rank(self) -> tuple[float, float]:
+        """The same of the moving average; the lowest without one."""
+        boxes, masks = self.ema_val_box_ap_percent, self.ema_val_mask_ap_percent
+        return (-1.0, 0.0) if boxes is None else (boxes if masks is None else masks, boxes)
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """That of the weights or of their average, whichever is better."""
+        return max(self.weights_rank, self.ema_rank)
+
+    def best_figures(self, *, is_ema: bool) -> dict[str, float | None]:
+        """What a run's result says of the weights, or of their average."""
+        if is_ema:
+            return {
+                "best_box_ap_percent": self.ema_val_box_ap_percent, "best_mask_ap_percent": self.ema_val_mask_ap_percent
+            }  # fmt: skip
+        return {"best_box_ap_percent": self.val_box_ap_percent, "best_mask_ap_percent": self.val_mask_ap_percent}
+
+    def summary(self, *, is_best: bool) -> str:
+        """Loss, average precision and pace."""
+        masks = "" if self.val_mask_ap_percent is None else f", masks {self.val_mask_ap_percent:.2f} %"
+        ema = "" if self.ema_val_box_ap_percent is None else f" (average {self.ema_rank[0]:.2f} %)"
+        return (
+            f"loss {self.train_loss:.4f}, AP of boxes {self.val_box_ap_percent:.2f} %{masks}{ema}"
+            f"{' (best)' if is_best else ''}, {self.seconds:.1f} s, {self.images_per_second:.1f} images/s"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class RunResult:
     """A run and how far it came. `best` and `last` are None when no epoch was finished."""
 
@@ -246,13 +306,15 @@ class TrainingResult(RunResult):
     """A training run. `best` is the better of the best weights and the best moving average, where there is one.
 
     The figures are of those weights, and None where they do not rank them: top-1 and mean recall of a classifier, mean
-    average precision of several labels an image, mIoU of a class for each pixel.
+    average precision of several labels an image, mIoU of a class for each pixel, COCO's average precision of objects.
     """
 
     best_top1_percent: float | None = None
     best_recall_percent: float | None = None
     best_map_percent: float | None = None
     best_miou_percent: float | None = None
+    best_box_ap_percent: float | None = None
+    best_mask_ap_percent: float | None = None
 
     def summary(self) -> str:
         """The best weights and their figures."""
@@ -260,6 +322,9 @@ class TrainingResult(RunResult):
             return RunResult.summary(self)
         if self.best_miou_percent is not None:
             return f"{self.best}: mIoU {self.best_miou_percent:.2f} % after {self.epochs_run} epochs"
+        if self.best_box_ap_percent is not None:
+            masks = "" if self.best_mask_ap_percent is None else f", of masks {self.best_mask_ap_percent:.2f} %"
+            return f"{self.best}: AP of boxes {self.best_box_ap_percent:.2f} %{masks} after {self.epochs_run} epochs"
         if self.best_top1_percent is None:
             precision = "not measured" if self.best_map_percent is None else f"{self.best_map_percent:.2f} %"
             return f"{self.best}: mAP {precision} after {self.epochs_run} epochs"

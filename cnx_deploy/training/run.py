@@ -38,6 +38,7 @@ OWN_LICENCE = "MIT"
 """Of weights that were not started from anybody's."""
 MODULES = {
     "classification": ("cnx_deploy.training.classifier", "ClassificationModule"),
+    "detect": ("cnx_deploy.training.detection", "DetectionModule"),
     "multi-label": ("cnx_deploy.training.multi_label", "MultiLabelModule"),
     "segment": ("cnx_deploy.training.segmentation", "SegmentationModule"),
 }

@@ -19,7 +19,7 @@ from cnx_deploy.training.distributed import ONE_PROCESS, Launch
 __all__ = ["LATER_FIELDS", "RunSpec", "TrainingPrecision", "TrainingSpec"]
 
 Optimizer = Literal["adamw", "sgd"]
-Schedule = Literal["cosine", "linear", "constant"]
+Schedule = Literal["cosine", "linear", "step", "constant"]
 LayerDecayGroups = Literal["single", "group", "stage"]
 Loss = Literal["cross-entropy", "focal", "bce", "asymmetric"]
 Sampling = Literal["shuffle", "balanced"]
@@ -146,7 +146,8 @@ class TrainingSpec(RunSpec):
         image_folder: Where the paths of a CSV file begin; None: at the file's own folder.
         recipe: Name of the preset that the values come from.
         optimizer, beta2: AdamW with its second momentum, or SGD.
-        schedule, final_learning_rate: Cosine or linear, and where it ends (None: a hundredth), or a constant rate.
+        schedule, final_learning_rate: Cosine or linear, and where it ends (None: a hundredth); a tenth after three
+            quarters and again after 11 twelfths of the run (step); or a constant rate.
         layer_decay, layer_decay_groups: A layer's rate as a share of the next one's, 1: none; see
             `optimisation.layer_index`.
         clip_norm: Largest norm of all gradients; None: not clipped.

@@ -105,7 +105,9 @@ def evaluate(
                 f"The model gave outputs that are not finite on {images.description}. Check it with cnx-deploy verify."
             )
         if task.targets == "masks":
-            targets = _moved_maps(batch, outputs, positions, names)
+            targets: Any = _moved_maps(batch, outputs, positions, names)
+        elif task.targets == "instances":
+            targets = [{**target, "labels": positions[target["labels"]]} for target in batch.labels]
         else:
             targets = positions[batch.labels] if batch.labels.ndim == 1 else _moved(batch.labels, positions, len(names))
         metrics.add(outputs, targets, batch.names)

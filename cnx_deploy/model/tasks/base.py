@@ -57,8 +57,8 @@ class Metrics(Protocol):
 
     count: int
 
-    def add(self, outputs: Mapping[str, Tensor], targets: Tensor, paths: Sequence[str]) -> None:
-        """Count finite outputs (N, ...) against their targets (N, ...)."""
+    def add(self, outputs: Mapping[str, Tensor], targets: Any, paths: Sequence[str]) -> None:
+        """Count finite outputs (N, ...) against their targets: (N, ...), or one for each image."""
         ...
 
     def result(self, classes: Sequence[str], broken: Sequence["BrokenImage"], notes: Sequence[str]) -> Any:

@@ -4,7 +4,7 @@ An image has a fixed number of detections, `config.detections`. Those that are m
 sides. The training form is torchvision's (`detection_heads`), the deploy form has fixed shapes (`detection_deploy`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -19,6 +19,7 @@ from cnx_deploy.core.image_size import size_text
 from cnx_deploy.core.variants import Variant
 from cnx_deploy.model.tasks import detection_deploy, detection_heads
 from cnx_deploy.model.tasks.base import Outputs, Prediction, Task, register_task
+from cnx_deploy.model.tasks.detection_metrics import DetectionOutcome, RunningDetections
 
 if TYPE_CHECKING:
     from cnx_deploy.core.deploy_spec import DeploySpec
@@ -132,6 +133,12 @@ class Detect(Task):
     draws_own_weights = True
     is_dense = True
     prediction = DetectionPrediction
+    targets = "instances"
+    training_defaults = MappingProxyType({
+        "crop_mode": "corner", "crop_ratio": 1.0, "interpolation": "bilinear", "min_crop_area": 1.0,
+        "scale_jitter": (0.6, 1.0), "label_smoothing": 0.0, "randaugment_magnitude": 0.0, "erasing_probability": 0.0,
+        "mixup_alpha": 0.0, "cutmix_alpha": 0.0,
+    })  # fmt: skip
 
     @property
     def class_layers(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -188,6 +195,16 @@ class Detect(Task):
                 place[: len(row)] = row
             outputs[name] = full
         return {**outputs, "exact": torch.ones_like(outputs["scores"][:, :1])}
+
+    def training_outputs(self, network: Any, maps: Mapping[int, Tensor]) -> Outputs:
+        """The stages' outputs, from which `training_losses` goes on with what is to be found."""
+        return {f"stage{level}": output for level, output in maps.items()}
+
+    def metrics(
+        self, class_names: Sequence[str], each: Callable[[DetectionOutcome], None] | None = None
+    ) -> RunningDetections:
+        """COCO's average precision of boxes and masks."""
+        return RunningDetections(class_names, each)
 
     def deployed_modules(self, model: "ConvNeXtV2", spec: "DeploySpec") -> dict[str, nn.Module]:
         """Pyramid, proposals, box head and mask head."""

@@ -144,13 +144,13 @@ class RunningDetections:
             found = on_picture({name: output[at] for name, output in outputs.items()}, target)
             has_masks = "masks" in found and "masks" in target
             if self._metric is None:
-                self._metric = coco_metric(masks=has_masks)
+                self._metric = coco_metric(masks=has_masks).to(outputs["boxes"].device)
             names = ("boxes", "labels", *(("masks",) if has_masks else ()))
             truth = {name: target[name] for name in (*names, "iscrowd", "area")}
             detected = {name: found[name] for name in (*names, "scores")}
-            self._metric.update([_as_metric(detected)], [_as_metric(truth)])
+            self._metric.update(*([_as_metric(each, self._metric.device)] for each in (detected, truth)))
             objects = target["iscrowd"] == 0
-            self._objects += torch.bincount(target["labels"][objects], minlength=len(self._names))
+            self._objects += torch.bincount(target["labels"][objects].cpu(), minlength=len(self._names))
             self._detections += len(found["labels"])
             self.count += 1
             if self._each is not None:
@@ -239,17 +239,17 @@ def pasted(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return whole[:, 0] >= MASK_THRESHOLD
 
 
-def _as_metric(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _as_metric(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """What torchmetrics takes: masks of 0 and 1."""
-    return {name: value.bool() if name == "masks" else value.cpu() for name, value in values.items()}
+    return {name: (value.bool() if name == "masks" else value).to(device) for name, value in values.items()}
 
 
 def _found(found: Mapping[str, Tensor], target: Mapping[str, Tensor], objects: Tensor) -> int:
     """Objects that a detection of their class overlaps."""
     if not len(found["boxes"]) or not bool(objects.any()):
         return 0
-    overlaps = box_iou(target["boxes"][objects].float(), found["boxes"].float().cpu())
-    same = target["labels"][objects][:, None] == found["labels"].cpu()[None]
+    overlaps = box_iou(target["boxes"][objects].float(), found["boxes"].float())
+    same = target["labels"][objects][:, None] == found["labels"][None]
     return int(((overlaps >= IOU) & same).any(dim=1).sum())
 
 
