@@ -3,10 +3,12 @@
 import dataclasses
 import shutil
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from PIL import Image
 
 import cnx_deploy
 from cnx_deploy.core.artifacts import open_artifact, sha256_of_file
@@ -22,6 +24,7 @@ from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.model.tasks.base import find_task
 from cnx_deploy.runners.emulated import EmulatedRunner
 from cnx_deploy.runners.emulator.graph import Graph
+from cnx_deploy.verification.maps import MAX_IOU_CHANGE, MapResult
 from cnx_deploy.verification.parity import differences
 from tests.conftest import TINY_TEST, Command
 from tests.support.upernet import transformers_upernet
@@ -33,7 +36,8 @@ CANVAS, OPTIONS = (64, 96), {"channels": 16, "auxiliary_channels": 0}
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[cnx_deploy.Artifact]:
     return cnx_deploy.export(
         TINY_TEST.name, precision=("fp32", "fp16"), task="segment", task_options=OPTIONS, num_classes=5,
-        image_size=CANVAS, batch=(1, 2, 7), outputs=("logits", "labels"), output_dir=tmp_path_factory.mktemp("files"),
+        image_size=CANVAS, crop_ratio=1.0, batch=(1, 2, 7), outputs=("logits", "labels"),
+        output_dir=tmp_path_factory.mktemp("files"),
     )  # fmt: skip
 
 
@@ -85,6 +89,25 @@ def test_a_fault_in_the_labels_or_the_logits_is_found(files, tmp_path):
         (report,) = cnx_deploy.verify([folder / fp32.path.name]).results
         failed = {result.output for result in report.results if not result.passed}
         assert failed == ({"labels"} if fault == "cubic" else {"logits", "labels"})
+
+
+def test_verify_on_masks_gives_the_mean_iou_of_both_sides(files, tmp_path):
+    with cnx_deploy.load(files[0].path) as model:
+        for at, pixels in enumerate(next(image_like_batches(3, CANVAS, batch_size=3)).numpy()):
+            for folder in ("images", "masks"):
+                (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / "data" / "images" / f"{at}.png")
+            labels = model.outputs(pixels)["labels"][0].numpy().astype(np.uint8)
+            labels[:16, :16] = (labels[:16, :16] + 1) % 5  # so that neither side is right everywhere
+            Image.fromarray(labels).save(tmp_path / "data" / "masks" / f"{at}.png")
+    (report,) = cnx_deploy.verify([files[1].path], data=tmp_path / "data").results
+    masks = [result for result in report.results if isinstance(result, MapResult)]
+    assert [result.candidate for result in masks] == ["onnxruntime fp16", "emulator fp16"]
+    for result in masks:
+        assert (result.images, result.pixels) == (3, 3 * 64 * 96)
+        assert 0.5 < result.reference_mean_iou < 0.99
+        assert result.changed <= 0.01 * result.pixels  # of random weights many pixels are near a tie
+        assert result.passed is (abs(result.iou_change) <= MAX_IOU_CHANGE)
 
 
 def test_every_layer_is_compared_also_the_norms_that_the_exporter_merges(cnx: Command, files):
