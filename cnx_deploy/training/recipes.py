@@ -5,8 +5,10 @@ Liu et al., arXiv:2201.03545, table 5 for `from-scratch`, which the V2 paper tra
 tables say nothing (random erasing, the layers' grouping, where the cosine ends) the reference code's commands do:
 facebookresearch/ConvNeXt-V2, TRAINING.md, main_finetune.py.
 `ade20k` is UPerNet's: facebookresearch/ConvNeXt, semantic_segmentation/configs/convnext (V1; the V2 paper compares with
-it and publishes no configurations), with mmsegmentation's augmentation. `coco` is Mask R-CNN's: the same repository,
-object_detection/configs/convnext, which has Mask R-CNN for tiny and Cascade R-CNN for the larger ones.
+it and publishes no configurations of it), with mmsegmentation's augmentation. `coco` is Mask R-CNN's: of V2 that of
+open-mmlab/mmdetection, projects/ConvNeXt-V2 (base, large-scale jitter, 36 epochs), with which its README has the
+paper's results; of V1 facebookresearch/ConvNeXt, object_detection/configs/convnext, which has Mask R-CNN for tiny and
+Cascade R-CNN for the larger ones.
 """
 
 from collections.abc import Mapping
@@ -80,9 +82,14 @@ COCO: dict[str, Any] = {
     "weight_decay": 0.05, "warmup_epochs": 500 * COCO_STEP / COCO_IMAGES, "layer_decay_groups": "group",
     "image_size": (800, 1344), "scale_jitter": (0.6, 1.0),
 }  # fmt: skip
-"""Pictures are resized to 480 to 800 pixels where the evaluation has 800; the crops of half of them are not made."""
+"""Of V1. Pictures are resized to 480 to 800 pixels where evaluation has 800; the crops of half of them are not made."""
+COCO_V2: dict[str, Any] = {
+    **COCO, "batch_size": 32, "warmup_epochs": 1000 * 32 / COCO_IMAGES, "image_size": 1024, "scale_jitter": (0.1, 2.0),
+    "drop_path_rate": 0.4, "layer_decay": 0.95,
+}  # fmt: skip
+"""Of base, and taken for all sizes of V2."""
 COCO_DECAY = {"small": (0.6, 0.7), "base": (0.6, 0.8), "large": (0.7, 0.7), "xlarge": (0.8, 0.7), "huge": (0.8, 0.7)}
-"""Stochastic depth and layer decay; tiny and the four smaller ones, which no configuration has, take 0.4 and 0.95."""
+"""Stochastic depth and layer decay of V1; tiny and the smaller ones, which no configuration has, take 0.4 and 0.95."""
 RECIPES = ("plain", "fine-tune", "from-scratch", "article", "ade20k", "coco")
 
 
@@ -104,6 +111,8 @@ def recipe_options(recipe: str, variant: Variant | str) -> dict[str, Any]:
         rate = {"learning_rate": 8e-5} if size in ("xlarge", "huge") else {}
         return {**ADE20K, **own, **rate}
     if recipe == "coco":
+        if network.version == 2:
+            return dict(COCO_V2)
         depth, decay = COCO_DECAY.get(size, (0.4, 0.95))
         return {**COCO, "drop_path_rate": depth, "layer_decay": decay}
     common = {"batch_size": 64, "accumulate": IMAGES_PER_STEP // 64, **PAPERS_AUGMENTATION}
@@ -132,7 +141,8 @@ def spec_from_recipe(data: Path, variant: Variant | str, recipe: str = "plain", 
     task = given.get("task", options.get("task", "classification"))
     if options.get("task", task) != task:
         raise InputError(f"The recipe {recipe} is of the task {options['task']}, not of {task}. Choose another recipe.")
-    options |= find_task(task).training_defaults
+    defaults = find_task(task).training_defaults
+    options = {**defaults, **options} if "task" in options else {**options, **defaults}
     if "epochs" in given and options.get("warmup_epochs"):
         options["warmup_epochs"] *= given["epochs"] / options["epochs"]
     rates = ("learning_rate", "base_learning_rate")

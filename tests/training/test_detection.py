@@ -154,6 +154,14 @@ def test_the_recipe_of_coco_has_the_reference_codes_figures(variant):
     assert [round(factor(step), 6) for step in (0, 50, 2699, 2700, 3299, 3300)] == [0.019608, 1, 1, 0.1, 0.1, 0.01]
 
 
+def test_the_recipe_of_coco_for_version_2_is_that_of_mmdetections_project():
+    spec = spec_from_recipe(Path("coco"), "base", "coco")
+    assert (spec.epochs, spec.images_per_step, spec.image_size, spec.scale_jitter) == (36, 32, 1024, (0.1, 2.0))
+    assert (spec.drop_path_rate, spec.layer_decay, spec.weight_decay) == (0.4, 0.95, 0.05)
+    assert layer_count(ALL_VARIANTS["base"], spec.layer_decay_groups) == 13  # twelve, and the head
+    assert spec.resolved_warmup_epochs * 117_266 / 32 == pytest.approx(1000)
+
+
 def test_the_commands_train_evaluate_and_write_what_each_image_has(discs, tmp_path, cnx):
     small = [word for name, value in SMALL.items() for word in ("--task-option", f"{name}={json.dumps(value)}")]
     run_dir = tmp_path / "run"
