@@ -30,7 +30,7 @@ from cnx_deploy.core.errors import InputError
 @options.task
 @options.outputs
 @click.option("--save", type=options.FILE, help="Write everything the model gives to a .npz file, with the paths.")
-@click.option("--draw", type=options.FOLDER, help="Draw the classes of pixels, and overlays, into a folder.")
+@click.option("--draw", type=options.FOLDER, help="Draw classes of pixels, or boxes and masks of objects.")
 @click.option(
     "--tiles", type=float, metavar="OVERLAP",
     help="Of segmentation: run pictures larger than the canvas in tiles that overlap by this share, such as 0.25.",
@@ -94,5 +94,5 @@ def predict(
         notes = [*model.notes, *files.notes, *files.observed()]
         options.echo_json({"artifact": str(artifact), "predictions": rows, "notes": notes})
     if failed := sum(row["error"] is not None for row in rows):
-        options.note(f"Error: {failed} of {len(rows)} files could not be read.")
+        options.note(f"Error: {failed} of {len(rows)} files have no answer.")
         raise click.exceptions.Exit(InputError.exit_code)

@@ -10,17 +10,20 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from cnx_deploy.data.bands import pixels_of
 from cnx_deploy.data.label_maps import OVERLAY, colour_map
 
-__all__ = ["drawn_objects"]
+__all__ = ["DRAWN_FROM", "drawn_objects"]
+
+DRAWN_FROM = 0.5
+"""Probability from which a detection is drawn."""
 
 
-def drawn_objects(picture: Any, objects: Mapping[str, Tensor], names: Sequence[str]) -> Any:
+def drawn_objects(picture: Any, objects: Mapping[str, Tensor], names: Sequence[str] | Mapping[int, str]) -> Any:
     """(H, W, 3) uint8 array of an upright picture with its objects.
 
     Args:
         picture: as `bands.picture_of` gives it, of 1 or 3 channels.
         objects: `boxes` (n, 4) xyxy in its pixels, `labels` (n,), and where they are known `masks` (n, H, W) of 0 and 1
             and `scores` (n,).
-        names: of the classes.
+        names: of the classes, by their index.
     """
     image = torch.from_numpy(pixels_of(picture)).permute(2, 0, 1)
     image = image.expand(3, -1, -1).contiguous() if len(image) == 1 else image[:3]

@@ -14,7 +14,7 @@ from cnx_deploy.core.errors import InputError
 from cnx_deploy.data import Dataset, InstanceFiles
 from cnx_deploy.data.bands import picture_of
 from cnx_deploy.data.label_maps import save_picture, sheet
-from cnx_deploy.data.object_pictures import drawn_objects
+from cnx_deploy.data.object_pictures import DRAWN_FROM, drawn_objects
 from cnx_deploy.data.preprocessing import cropped
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.tasks.detection import training_losses
@@ -30,8 +30,6 @@ __all__ = ["DetectionModule"]
 
 PICTURED = 6
 """Validation images of a picture of the run."""
-SHOWN = 0.5
-"""Probability from which a detection is drawn."""
 
 
 class DetectionModule(LabelledModule):
@@ -137,7 +135,7 @@ class DetectionModule(LabelledModule):
             with torch.no_grad():
                 outputs = self.model.forward_outputs(self.network_input(pixels[None].to(self.device)))
             found = on_picture({name: output[0].cpu() for name, output in outputs.items()}, target)
-            sure = found["scores"] >= SHOWN
+            sure = found["scores"] >= DRAWN_FROM
             picture = held.image(index, self.spec.white_level, self.spec.in_chans)
             cells = []
             for objects in (target, {name: each[sure] for name, each in found.items()}):

@@ -5,7 +5,7 @@ sides. The training form is torchvision's (`detection_heads`), the deploy form h
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -18,8 +18,8 @@ from cnx_deploy.core.gates import OutputSpec
 from cnx_deploy.core.image_size import size_text
 from cnx_deploy.core.variants import Variant
 from cnx_deploy.model.tasks import detection_deploy, detection_heads
-from cnx_deploy.model.tasks.base import Outputs, Prediction, Task, register_task
-from cnx_deploy.model.tasks.detection_metrics import DetectionOutcome, RunningDetections
+from cnx_deploy.model.tasks.base import Outputs, Place, Prediction, Task, register_task
+from cnx_deploy.model.tasks.detection_metrics import NOT_EXACT, DetectionOutcome, RunningDetections
 
 if TYPE_CHECKING:
     from cnx_deploy.core.deploy_spec import DeploySpec
@@ -100,7 +100,10 @@ MMDET: Mapping[str, Any] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """One object: class, probability, and corners left, top, right, bottom in pixels of the canvas."""
+    """One object: class, probability, and corners left, top, right, bottom in pixels of the picture.
+
+    They are of the canvas where it is not known how the picture lies on it.
+    """
 
     index: int
     name: str
@@ -110,16 +113,26 @@ class Detection:
 
 @dataclass(frozen=True, slots=True)
 class DetectionPrediction(Prediction):
-    """The objects of one image, best first. `exact` is False where the deploy form's limits were too low for it."""
+    """The objects of one image, best first; `error` also says where the deploy form's limits were too low for it.
+
+    `masks`: probabilities (n, 28, 28) inside the boxes, in the same order; None of a network without masks.
+    """
 
     detections: tuple[Detection, ...] = ()
-    exact: bool = True
+    masks: Any = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, without the masks."""
+        values = asdict(replace(self, masks=None))
+        del values["masks"]
+        return values
 
     def __str__(self) -> str:
         if self.error is not None:
             return Prediction.__str__(self)
-        text = ", ".join(f"{one.name} {one.probability:.2%}" for one in self.detections) or "nothing"
-        return text if self.exact else f"{text} (not exact: --task-option passes or candidates is too low)"
+        corners = ("({:.0f}, {:.0f}, {:.0f}, {:.0f})".format(*one.box) for one in self.detections)
+        rows = zip(self.detections, corners, strict=True)
+        return ", ".join(f"{one.name} {one.probability:.1%} {box}" for one, box in rows) or "nothing"
 
 
 class Detect(Task):
@@ -134,6 +147,7 @@ class Detect(Task):
     is_dense = True
     prediction = DetectionPrediction
     targets = "instances"
+    usual_top = LARGEST_TOP_K
     training_defaults = MappingProxyType({
         "crop_mode": "corner", "crop_ratio": 1.0, "interpolation": "bilinear", "min_crop_area": 1.0,
         "scale_jitter": (0.6, 1.0), "label_smoothing": 0.0, "randaugment_magnitude": 0.0, "erasing_probability": 0.0,
@@ -217,19 +231,15 @@ class Detect(Task):
     def predictions(
         self, outputs: Mapping[str, Tensor], paths: Sequence[str], class_names: Sequence[str] | None, *, top: int
     ) -> list[Prediction]:
-        """All detections of each image, since a threshold chose them."""
-        answers: list[Prediction] = []
-        for path, boxes, scores, labels, exact in zip(
-            paths, outputs["boxes"], outputs["scores"], outputs["labels"], outputs["exact"], strict=True
-        ):
-            rows = zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
-            found = tuple(
-                Detection(label, class_names[label] if class_names else str(label), score, tuple(box))
-                for box, score, label in rows
-                if label >= 0
-            )
-            answers.append(DetectionPrediction(path, None, found, bool(exact.item() == 1.0)))
-        return answers
+        """The `top` best detections of each image, by default all: a threshold chose them."""
+        return _predictions(outputs, paths, class_names, [None] * len(paths), top)
+
+    def predictions_on_pictures(
+        self, outputs: Mapping[str, Tensor], paths: Sequence[str], class_names: Sequence[str] | None,
+        places: Sequence[Place], *, top: int,
+    ) -> list[Prediction]:  # fmt: skip
+        """The same with boxes in the pixels of the pictures."""
+        return _predictions(outputs, paths, class_names, places, top)
 
     def check_allowed(self, spec: "DeploySpec") -> None:
         """Raise InputError for masks that are not there."""
@@ -265,6 +275,30 @@ class Detect(Task):
         """The rows of the classifier without the background's."""
         weight = state.get("roi_heads.box_predictor.cls_score.weight")
         return weight.shape[0] - 1 if weight is not None and weight.ndim else None
+
+
+def _predictions(
+    outputs: Mapping[str, Tensor], paths: Sequence[str], class_names: Sequence[str] | None,
+    places: Sequence[Place | None], top: int,
+) -> list[Prediction]:  # fmt: skip
+    """The detections that are there; an image that a limit was too low for has an error in their place."""
+    answers: list[Prediction] = []
+    for at, (path, place) in enumerate(zip(paths, places, strict=True)):
+        if float(outputs["exact"][at]) != 1.0:
+            answers.append(DetectionPrediction(path, f"its detections are not exact: {NOT_EXACT}"))
+            continue
+        labels = outputs["labels"][at]
+        present = torch.where(labels >= 0)[0][:top]
+        boxes = outputs["boxes"][at][present]
+        boxes = boxes if place is None else place.boxes_of_picture(boxes)
+        rows = zip(labels[present].tolist(), outputs["scores"][at][present].tolist(), boxes.tolist(), strict=True)
+        found = tuple(
+            Detection(label, class_names[label] if class_names else str(label), score, tuple(box))
+            for label, score, box in rows
+        )
+        masks = outputs["masks"][at][present].float().numpy() if "masks" in outputs else None
+        answers.append(DetectionPrediction(path, None, found, masks))
+    return answers
 
 
 def training_losses(

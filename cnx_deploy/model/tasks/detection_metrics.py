@@ -18,8 +18,8 @@ from cnx_deploy.core.errors import CheckFailedError, MissingRequirementError
 from cnx_deploy.core.preprocessing import BrokenImage
 
 __all__ = [
-    "COLUMNS", "ClassPrecision", "DetectionEvaluation", "DetectionOutcome", "RunningDetections", "coco_figures",
-    "coco_metric", "on_picture", "pasted",
+    "COLUMNS", "NOT_EXACT", "ClassPrecision", "DetectionEvaluation", "DetectionOutcome", "RunningDetections",
+    "coco_figures", "coco_metric", "on_picture", "pasted",
 ]  # fmt: skip
 
 COLUMNS = {
@@ -29,6 +29,10 @@ COLUMNS = {
 """torchmetrics' names -> those of a report. Small is below 32², large above 96² pixels of the picture."""
 GRIDS = ((0.5, 0.95, 10), (0.0, 1.0, 101))
 """First, last and number of COCO's overlaps and recalls."""
+NOT_EXACT = (
+    "a limit of the deploy form was too low for this image, and the output exact is 0. Export again with --task-option "
+    "passes=32, or with more candidates or a larger sampling_limit."
+)
 KINDS = {"bbox": "boxes", "segm": "masks"}
 LISTED_CLASSES, LISTED_BROKEN = 40, 10
 IOU, MASK_THRESHOLD = 0.5, 0.5
@@ -137,10 +141,7 @@ class RunningDetections:
         """
         for at, (path, target) in enumerate(zip(paths, targets, strict=True)):
             if float(outputs["exact"][at]) != 1.0:
-                raise CheckFailedError(
-                    f"The detections of {path} are not exact: a limit of the deploy form was too low for it, and exact "
-                    "is 0. Export again with --task-option passes=32, or with more candidates or sampling_limit."
-                )
+                raise CheckFailedError(f"The detections of {path} are not exact: {NOT_EXACT}")
             found = on_picture({name: output[at] for name, output in outputs.items()}, target)
             has_masks = "masks" in found and "masks" in target
             if self._metric is None:
