@@ -19,7 +19,7 @@ from PIL import Image
 
 TRAINING_PHOTOGRAPHS = (
     "china.jpg", "astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "grass.png",
-    "coins.png", "ihc.png",
+    "gravel.png", "coins.png", "ihc.png", "moon.png", "retina.jpg", "hubble_deep_field.jpg",
 )  # fmt: skip
 VALIDATION_PHOTOGRAPHS = ("flower.jpg", "camera.png", "brick.png")
 SIDES = (0.25, 0.55)

@@ -76,10 +76,9 @@ class DenseTrainingImages(TorchDataset[tuple[Tensor, Any]]):
 class DenseAugmentation:
     """Scale, mirror, crop, distort and pad one image and its target; see the module.
 
-    `spec.scale_jitter` (low, high): the factor is drawn evenly between them. Of masks it is on the scale at which the
-    picture covers the canvas, of objects on the scale at which it fits in, which is that of the evaluation. None: no
-    scaling and no crop, the picture lies as in the evaluation. `spec.photometric`: brightness, contrast, saturation and
-    hue, each in half of the images.
+    `spec.scale_jitter` (low, high): the factor on the scale at which the picture fits on the canvas, which is that of
+    the evaluation, is drawn evenly between them. None: no scaling and no crop, the picture lies as in the evaluation.
+    `spec.photometric`: brightness, contrast, saturation and hue, each in half of the images.
     """
 
     def __init__(self, spec: TrainingSpec) -> None:
@@ -101,7 +100,7 @@ class DenseAugmentation:
         if self.flips and torch.rand(()) < 0.5:
             parts = {name: F.horizontal_flip(part) for name, part in parts.items()}
         rows, columns = sides(self.preprocessing.image_size)
-        height, width = self._size((image.shape[-2], image.shape[-1]), is_mask=isinstance(target, Tensor))
+        height, width = self._size((image.shape[-2], image.shape[-1]))
         parts = {name: _resized(part, (height, width)) for name, part in parts.items()}
         tall, wide = min(height, rows), min(width, columns)
         top, left = self._corner(parts, (height - tall, width - wide), (tall, wide))
@@ -116,14 +115,14 @@ class DenseAugmentation:
             return picture, parts["mask"].as_subclass(Tensor)
         return picture, _kept(parts, target["labels"])
 
-    def _size(self, size: tuple[int, int], *, is_mask: bool) -> tuple[int, int]:
+    def _size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width that a picture of height and width `size` is brought to."""
         if self.jitter is None:
             width, height = placement((size[1], size[0]), self.preprocessing).size
             return height, width
         ratios = [limit / side for limit, side in zip(sides(self.preprocessing.image_size), size, strict=True)]
         low, high = self.jitter
-        scale = (max(ratios) if is_mask else min(ratios)) * (low + (high - low) * float(torch.rand(())))
+        scale = min(ratios) * (low + (high - low) * float(torch.rand(())))
         return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
     def _corner(self, parts: dict[str, Any], spare: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

@@ -69,9 +69,12 @@ ADE20K: dict[str, Any] = {
     "task": "segment", "batch_size": ADE20K_STEP, "epochs": round(160_000 * ADE20K_STEP / ADE20K_IMAGES),
     "learning_rate": 1e-4, "schedule": "linear", "final_learning_rate": 0.0, "weight_decay": 0.05,
     "warmup_epochs": 1500 * ADE20K_STEP / ADE20K_IMAGES, "layer_decay": 0.9, "layer_decay_groups": "stage",
-    "reduce_zero_label": True,
+    "reduce_zero_label": True, "scale_jitter": (0.67, 2.67),
 }  # fmt: skip
-"""160,000 steps of 16 images are 127 epochs of ADE20K's 20,210 training images; 1,500 of them are the warm-up."""
+"""160,000 steps of 16 images are 127 epochs of ADE20K's 20,210 training images; 1,500 of them are the warm-up.
+
+mmsegmentation's scales of 0.5 to 2 bring the shorter side to the canvas. ADE20K's pictures are 4:3 for the most part,
+so that of the scale at which a picture fits they are 0.67 to 2.67."""
 ADE20K_DROP_PATH = {"atto": 0.1, "femto": 0.1, "pico": 0.1, "nano": 0.1, "tiny": 0.4, "small": 0.3}
 """Of the larger ones 0.4. The four smallest, which no configuration has, take the largest of their fine-tuning."""
 LARGE_VARIANTS = ("large", "xlarge", "huge")

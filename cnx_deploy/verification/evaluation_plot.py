@@ -1,14 +1,18 @@
 """An evaluation as one SVG: what is mistaken for what, and how often an answer of some confidence is right.
 
-Up to 40 classes the whole confusion matrix is drawn; of more, the pairs that are confused most. matplotlib is the extra
+Up to 40 classes the whole confusion matrix is drawn; of more, the pairs that are confused most. Of a class for each
+pixel the matrix is of pixels, and beside it stands each class's intersection over union. matplotlib is the extra
 `report`; it is imported when something is drawn.
 """
 
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.plotting import BLUE, GREY, RED, save_svg
 from cnx_deploy.model.tasks.classification_metrics import CalibrationBin, Evaluation
+from cnx_deploy.model.tasks.segmentation_metrics import SegmentationEvaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,8 +27,15 @@ COUNTED_CLASSES = 20
 PAIRS = 25
 
 
-def write_plot(found: Evaluation, path: Path, title: str) -> Path:
-    """Draw `found` into an SVG file, whole or not at all; the same data give the same bytes."""
+def write_plot(found: Any, path: Path, title: str) -> Path:
+    """Draw `found` into an SVG file, whole or not at all; the same data give the same bytes.
+
+    Raises InputError for an evaluation without confusions.
+    """
+    if isinstance(found, SegmentationEvaluation):
+        return save_svg(path, lambda: _map_figure(found, title))
+    if not isinstance(found, Evaluation):
+        raise InputError("There is no confusion to draw of this task's evaluation. Leave --plot out.")
     return save_svg(path, lambda: _figure(found, title))
 
 
@@ -48,6 +59,30 @@ def _figure(found: Evaluation, title: str) -> "Figure":
     return figure
 
 
+def _map_figure(found: SegmentationEvaluation, title: str) -> "Figure":
+    """The matrix of pixels, and the classes' intersection over union, lowest last; of many classes the lowest alone."""
+    from matplotlib.figure import Figure
+
+    rows = sorted((row for row in found.per_class if not math.isnan(row.iou)), key=lambda row: -row.iou)[-MOST_CLASSES:]
+    shows_matrix = len(found.per_class) <= MOST_CLASSES
+    side = max(3.6, 1.5 + 0.17 * len(found.per_class)) if shows_matrix else 0.0
+    figure = Figure(figsize=(side + 4.2, max(3.6, side, 1.0 + 0.17 * len(rows))), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", size=11, weight="bold")
+    ratios = (side, 4.0) if shows_matrix else (1.0,)
+    cells = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
+    if shows_matrix:
+        _draw_shares(cells[0], found.confusion, [row.name for row in found.per_class], "pixels")
+    axes = cells[-1]
+    axes.barh(range(len(rows)), [100 * row.iou for row in rows], color=BLUE, height=0.7)
+    axes.set_yticks(range(len(rows)), [_short(row.name) for row in rows])
+    axes.invert_yaxis()
+    axes.axvline(100 * found.mean_iou, color=RED, linestyle="--", linewidth=0.9)
+    axes.grid(visible=False, axis="y")
+    which = f"the {len(rows)} lowest of {len(found.per_class)} classes, " if len(rows) < len(found.per_class) else ""
+    axes.set(xlim=(0, 100), xlabel="IoU %", title=f"{which}mIoU {100 * found.mean_iou:.2f} %")
+    return figure
+
+
 def _names(found: Evaluation) -> list[str]:
     """The data's classes, then those that were only predicted."""
     own = [each.name for each in found.per_class]
@@ -55,12 +90,18 @@ def _names(found: Evaluation) -> list[str]:
 
 
 def _draw_matrix(axes: "Axes", found: Evaluation, names: list[str]) -> None:
+    place = {name: at for at, name in enumerate(names)}
+    counts = [[0] * len(names) for _ in names]
+    for cell in found.confusion:
+        counts[place[cell.label]][place[cell.predicted]] = cell.count
+    _draw_shares(axes, counts, names, "images")
+
+
+def _draw_shares(axes: "Axes", confusion: Any, names: list[str], what: str) -> None:
+    """A matrix of counts by the share of each row; of few classes images are written into it, of pixels shares."""
     import numpy as np
 
-    place = {name: at for at, name in enumerate(names)}
-    counts = np.zeros((len(names), len(names)))
-    for cell in found.confusion:
-        counts[place[cell.label], place[cell.predicted]] = cell.count
+    counts = np.array(confusion, dtype=float)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
     ticks, size = range(len(names)), 8.5 if len(names) <= COUNTED_CLASSES else 6
@@ -70,11 +111,12 @@ def _draw_matrix(axes: "Axes", found: Evaluation, names: list[str]) -> None:
     axes.grid(visible=False)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.set(xlabel="predicted", ylabel="label", title="share of the label's images")
+    axes.set(xlabel="predicted", ylabel="label", title=f"share of the label's {what}")
     if len(names) <= COUNTED_CLASSES:
         for row, column in zip(*counts.nonzero(), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", size=7, color=colour)
+            text = f"{counts[row, column]:.0f}" if what == "images" else f"{shares[row, column]:.0%}"
+            axes.text(column, row, text, ha="center", va="center", size=7, color=colour)
 
 
 def _draw_pairs(axes: "Axes", found: Evaluation, classes: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.model.tasks.base import find_task
 from cnx_deploy.model.tasks.segmentation_metrics import labels_on
 from cnx_deploy.verification.evaluation import evaluate
+from cnx_deploy.verification.evaluation_plot import write_plot
 from cnx_deploy.verification.predict import open_predictor
 from cnx_deploy.verification.tiles import tile_starts, tiled_outputs
 from tests.conftest import TINY_TEST
@@ -203,6 +205,24 @@ def test_evaluation_counts_the_pixels_of_the_canvas_without_its_padding(model, t
     given = GivenImages(smooth_pictures([(60, 60)]), labels=(0,), class_names=NAMES)
     with pytest.raises(InputError, match="expected a class for each pixel"):
         evaluate(model.runner, given, model.preprocessing, task=model.task, class_names=model.class_names)
+
+
+@pytest.mark.parametrize("classes", [3, 60])
+def test_the_plot_shows_confusions_and_the_iou_of_each_class(classes, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    running = find_task("segment").metrics([f"class {at}" for at in range(classes)])
+    targets = torch.randint(0, classes, (2, 32, 32), generator=generator)
+    said = torch.where(torch.rand(2, 32, 32, generator=generator) < 0.7, targets, 0)
+    running.add({"labels": said}, targets, ["a", "b"])
+    found = running.result(())
+    first, again = (write_plot(found, tmp_path / name, "a title").read_bytes() for name in ("a.svg", "b.svg"))
+    assert first == again
+    text = " ".join(ElementTree.fromstring(first).itertext())
+    assert f"mIoU {100 * found.mean_iou:.2f} %" in text
+    assert ("share of the label's pixels" in text) == (classes == 3)
+    assert ("the 40 lowest of 60 classes" in text) == (classes == 60)
+    with pytest.raises(InputError, match="no confusion to draw"):
+        write_plot(None, tmp_path / "c.svg", "a title")
 
 
 def test_another_canvas_than_the_weights_is_refused_with_the_reason(weights, tmp_path, cnx):
