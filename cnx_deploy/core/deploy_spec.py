@@ -29,6 +29,7 @@ FOLDS = {
     "downsample-affine": "gain and shift of a downsampling's LayerNorm into its convolution",
     "lateral-affine": "gain and shift of the norms on the stages' outputs into the pyramid's 1x1 convolutions",
     "gathered-resize": "bilinear resizing of segmentation as gathers that join what reads them (gpu)",
+    "finest-level": "the 3x3 of detection's finest level into its lateral and its upsampling (gpu)",
     "head-affine": "gain and shift of the last LayerNorm into the head",
     "layer-scale": "LayerScale into the second pointwise layer (V1 alone)",
     "grn-beta": "GRN's beta into the second pointwise bias",

@@ -169,6 +169,7 @@ def random_model(
                 parameter.mul_(0.1)
                 if name.endswith("weight"):  # a LayerNorm gain
                     parameter.add_(1.0)
+        model.task.temper(model)
     return model
 
 

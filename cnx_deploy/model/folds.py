@@ -11,6 +11,7 @@ __all__ = [
     "fold_affine_into_conv",
     "fold_affine_into_linear",
     "fold_batch_norm",
+    "fold_finest_level",
     "fold_grn_beta",
     "fold_input_normalisation",
     "fold_layer_scale",
@@ -63,6 +64,23 @@ def fold_rows_of_patches(weight: Tensor, channels: int) -> Tensor:
     Shape: (O, C·n·n) -> (O, n·n·C).
     """
     return weight.reshape(len(weight), channels, -1).transpose(1, 2).flatten(1).contiguous()
+
+
+def fold_finest_level(lateral: Tensor, bias: Tensor, layer: Tensor) -> tuple[Tensor, Tensor]:
+    """The 3×3 of a pyramid's level over (lateral 1×1 + nearest upsampling), applied to both terms by itself.
+
+    The first is a 3×3 over the lateral's input. The second is a transposed convolution of stride 2 and padding 1:
+    nearest upsampling is one of kernel [1, 1], and kernels of the same axis convolve. The lateral's bias is zero beyond
+    the edge as the upsampled map is, so it belongs to a channel of ones that is upsampled with it.
+    Shapes: lateral (M, I, 1, 1), bias (M,), layer (O, M, 3, 3) -> (O, I, 3, 3) and (M + 1, O, 4, 4).
+    """
+    near = torch.einsum("omhw,mi->oihw", layer, lateral[:, :, 0, 0])
+    of_ones = torch.einsum("omhw,m->ohw", layer, bias)[:, None]
+    far = torch.cat([layer, of_ones], dim=1).flip(2, 3).transpose(0, 1)
+    for axis in (2, 3):
+        nothing = torch.zeros_like(far.narrow(axis, 0, 1))
+        far = torch.cat([far, nothing], dim=axis) + torch.cat([nothing, far], dim=axis)
+    return near, far.contiguous()
 
 
 def fold_norm_into_patches(weight: Tensor, bias: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

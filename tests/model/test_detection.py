@@ -1,9 +1,9 @@
 """Detection is torchvision's: the training form, the deploy form in float64, the exported file, and the options."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnxruntime
 import pytest
@@ -28,6 +28,7 @@ from cnx_deploy.model.deploy import deploy_form
 from cnx_deploy.model.tasks.base import find_task
 from cnx_deploy.model.tasks.detection import MMDET, Detect, training_losses
 from cnx_deploy.model.tasks.detection_deploy import GatheredRoIAlign, fixed_point_nms
+from cnx_deploy.verification.verify import verify_export
 
 CANVAS = (128, 192)
 SMALL: dict[str, Any] = {
@@ -37,10 +38,20 @@ SMALL: dict[str, Any] = {
 CLASSES = 5
 
 
+def lively_model(seed: int, options: Mapping[str, Any]) -> ConvNeXtV2:
+    """A random network of the smallest variant whose boxes go far from their anchors."""
+    task = find_task("detect").configured({**SMALL, **options})
+    model: Any = random_model("tiny-test", CLASSES, seed=seed, task=task)
+    with torch.no_grad():
+        for layer in (model.rpn.head.bbox_pred, model.roi_heads.box_predictor.bbox_pred):
+            layer.weight.mul_(10.0)
+    return cast(ConvNeXtV2, model)
+
+
 @cache
 def small_model(seed: int = 0, **options: Any) -> ConvNeXtV2:
-    """A random network of the smallest variant; its class scores are hot enough for some detections."""
-    return random_model("tiny-test", CLASSES, seed=seed, task=find_task("detect").configured({**SMALL, **options}))
+    """The same, made once."""
+    return lively_model(seed, options)
 
 
 class Stages(nn.Module):
@@ -162,6 +173,7 @@ def test_the_training_form_gives_torchvisions_detections(masks: bool) -> None:
         ("gpu", (), {}),
         ("cpu", (), {"masks": False}),
         ("gpu", ("lateral-affine",), {"passes": 40, "detections": 8}),
+        ("gpu", ("finest-level",), {"masks": False, "candidates": 200, "proposals": 60}),
         ("gpu", (), {**MMDET, "sampling_limit": 16, "anchor_ratios": [0.5, 2.0]}),
         ("gpu", (), {"aligned": True, "sampling_ratio": 1, "box_weights": [1.0, 1.0, 1.0, 1.0]}),
     ],
@@ -169,8 +181,7 @@ def test_the_training_form_gives_torchvisions_detections(masks: bool) -> None:
 def test_the_deploy_form_equals_the_training_form_in_float64(
     layout: Any, leave_out: tuple[str, ...], options: dict[str, Any]
 ) -> None:
-    model = random_model("tiny-test", CLASSES, seed=1, task=find_task("detect").configured({**SMALL, **options}))
-    model = model.double()
+    model = lively_model(1, options).double()
     images = pictures(2, dtype=torch.float64)
     deployed = deploy_form(model, DeploySpec("fp64", CANVAS, layout=layout, leave_out=leave_out))
     with torch.inference_mode():
@@ -189,7 +200,7 @@ def boxes_on_a_grid(generator: torch.Generator, count: int) -> Tensor:
 
 
 def check_suppression(sets: int, passes: int) -> tuple[int, int]:
-    """Sets where all is settled, and those where it is not: the answer is torchvision's wherever it is settled."""
+    """Sets where all is settled, and those where it is not: the answer is torchvision's up to what is not settled."""
     generator, settled_sets = torch.Generator().manual_seed(passes), 0
     for _ in range(sets):
         count, groups = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((1, 90), (1, 6)))
@@ -200,7 +211,8 @@ def check_suppression(sets: int, passes: int) -> tuple[int, int]:
         kept, settled = fixed_point_nms(boxes, torch.ones(count, dtype=torch.bool), threshold, passes, labels)
         expected = torch.zeros(count, dtype=torch.bool)
         expected[batched_nms(boxes, scores, labels, threshold)] = True
-        assert torch.equal(kept[settled], expected[settled])
+        sure = settled.to(torch.int32).cumprod(dim=0) > 0
+        assert torch.equal(kept[sure], expected[sure])
         settled_sets += bool(settled.all())
     return settled_sets, sets - settled_sets
 
@@ -254,7 +266,7 @@ def test_roi_align_says_where_a_bin_has_more_pixels_than_samples() -> None:
 
 
 def test_saturated_scores_leave_the_proposals_what_they_are() -> None:
-    hot = random_model("tiny-test", CLASSES, seed=2, task=find_task("detect").configured(SMALL))
+    hot = lively_model(2, {})
     with torch.no_grad():
         hot.rpn.head.cls_logits.weight.mul_(100.0)  # type: ignore[union-attr,operator]
     images = pictures(1)
@@ -274,14 +286,14 @@ def test_saturated_scores_leave_the_proposals_what_they_are() -> None:
     ],
 )
 def test_a_limit_that_is_too_low_for_the_image_is_said(options: dict[str, Any], why: str) -> None:
-    model = random_model("tiny-test", CLASSES, seed=0, task=find_task("detect").configured({**SMALL, **options}))
+    model = lively_model(0, options)
     with torch.inference_mode():
         given = deploy_form(model, DeploySpec(image_size=CANVAS))(pictures(1))
     assert float(given["exact"]) == 0.0, why
 
 
 def test_losses_are_torchvisions_and_reach_every_head() -> None:
-    model = random_model("tiny-test", CLASSES, seed=0, task=find_task("detect").configured(SMALL)).train()
+    model = lively_model(0, {}).train()
     images = normalised(pictures(2))
     boxes = torch.tensor([[10.0, 12.0, 60.0, 70.0], [80.0, 20.0, 150.0, 120.0]])
     masks = torch.zeros(2, *CANVAS, dtype=torch.uint8)
@@ -383,3 +395,15 @@ def test_the_exported_file_gives_torchvisions_detections(exported: Path, batch: 
     names = [output.name for output in session.get_outputs()]
     given = dict(zip(names, session.run(None, {"images": images.numpy()}), strict=True))
     assert_same_detections(given, theirs(small_model(), normalised(images)), 1e-2, 1e-4, 1e-4)
+
+
+@pytest.mark.slow
+def test_the_fp16_file_passes_in_the_emulator(tmp_path: Path) -> None:
+    """The weights are random, with changes of boxes as small as trained ones (`Detect.temper`)."""
+    model = random_model("tiny-test", CLASSES, seed=0, task=find_task("detect").configured(SMALL))
+    spec = ExportSpec(DeploySpec("fp16", CANVAS), batch=(1, 2, 8))
+    made = export_onnx(model, record_of(model), spec, tmp_path, verify=partial(verify_export, model=model))
+    (verdict,) = made.manifest.facts.parity
+    assert verdict.candidate == "emulator fp16"
+    assert verdict.differences.detections is not None
+    assert verdict.differences.detections.matched > 50

@@ -153,6 +153,10 @@ class Task(ABC):
     def modules(self, variant: Variant, num_classes: int) -> dict[str, nn.Module]:
         """Make the head of the training form: modules by the names that they have in a state dict."""
 
+    def temper(self, network: Any) -> None:
+        """Change weights that were all drawn at random where the answer would be chaos: by default nothing."""
+        return
+
     @abstractmethod
     def forward(
         self, network: Any, maps: Mapping[int, Tensor], words: Sequence[str] = (), *, temperature: float = 1.0
