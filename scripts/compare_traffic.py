@@ -1,13 +1,14 @@
 """Compile our FP16 graph and the peers' with the same TensorRT-RTX and print kernels and MB an image of each.
 
-usage: compare_traffic.py [VARIANT ...] [--task segment] [--batch 64] [--target sm89] [--image-size 224] [--only-ours]
-       [--record FILE] (default: atto; options that take several values are repeated)
+usage: compare_traffic.py [VARIANT ...] [--task segment|detect] [--batch 64] [--target sm89] [--image-size 224]
+       [--only-ours] [--record FILE] (default: atto; options that take several values are repeated)
 
 The peers are timm's and transformers' models, `.half()`, exported by torch.onnx.export as they are. For Turing (sm75)
 our graph is written as `build-trt` writes it, with depthwise convolutions in groups. With --task segment they are
 UPerNet of 150 classes: ours with logits at a quarter of the canvas and with labels of the canvas; transformers' as it
-is, which brings the logits to the canvas, with an argmax behind it, and without that resize. Each kernel's inputs,
-constants and outputs count once, also where a kernel reads a tensor in two places.
+is, which brings the logits to the canvas, with an argmax behind it, and without that resize. With --task detect they
+are our Mask R-CNN of 80 classes, with masks and with boxes alone: no exporter takes a peer's to this compiler. Each
+kernel's inputs, constants and outputs count once, also where a kernel reads a tensor in two places.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cnx_deploy.core.deploy_spec import DeploySpec
+from cnx_deploy.core.image_size import ImageSize, parse_image_size, size_text
 from cnx_deploy.core.manifest import ModelRecord, WeightsRecord
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import package_version, tool_versions
@@ -42,7 +44,9 @@ def main() -> int:
     parser.add_argument("variants", nargs="*", default=["atto"], metavar="VARIANT", help=", ".join(VARIANTS))
     parser.add_argument("--batch", type=int, action="append")
     parser.add_argument("--target", action="append")
-    parser.add_argument("--image-size", type=int, action="append")
+    parser.add_argument(
+        "--image-size", type=parse_image_size, action="append", help="224, or height and width: 800x1344"
+    )
     parser.add_argument("--task", choices=sorted(GRAPHS), default="classification")
     parser.add_argument("--only-ours", action="store_true")
     parser.add_argument("--record", type=Path)
@@ -54,8 +58,8 @@ def main() -> int:
         for row in measured(name, size, options):
             share = f"{row['of_best_peer']:.3f}" if row["of_best_peer"] else ""
             print(
-                f"{name:8} {size:>4} {row['target']:6} {row['batch']:>5} {row['graph']:22} {row['kernels']:>8} "
-                f"{row['megabytes_per_image']:>12.2f} {share}",
+                f"{name:8} {row['image_size']:>4} {row['target']:6} {row['batch']:>5} {row['graph']:22} "
+                f"{row['kernels']:>8} {row['megabytes_per_image']:>12.2f} {share}",
                 flush=True,
             )
             rows.append(row)
@@ -71,9 +75,9 @@ def main() -> int:
     return 0
 
 
-def measured(name: str, size: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measured(name: str, size: ImageSize, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of one variant at one size: each graph is exported once and compiled for every target and batch."""
-    backend = load_backend("tensorrt-rtx")
+    backend, shown = load_backend("tensorrt-rtx"), size if isinstance(size, int) else size_text(size)
     graphs = [row for row in GRAPHS[options.task] if row.peers or not options.only_ours]
     with tempfile.TemporaryDirectory() as folder:
         paths = {row.graph: row.export(name, size, Path(folder)) for row in graphs}
@@ -85,19 +89,20 @@ def measured(name: str, size: int, options: argparse.Namespace) -> Iterator[dict
                 moved = bytes_of[row.graph] = compiled.megabytes_per_image
                 best = min((bytes_of[peer] for peer in row.peers if peer in bytes_of), default=None)
                 yield {
-                    "variant": name, "image_size": size, "target": target, "batch": batch, "graph": row.graph,
+                    "variant": name, "image_size": shown, "target": target, "batch": batch, "graph": row.graph,
                     "kernels": compiled.kernels, "megabytes_per_image": round(moved, 3),
                     "plan_megabytes": round((compiled.plan_bytes or 0) / 1e6, 2),
                     "of_best_peer": round(moved / best, 4) if best else None,
                 }  # fmt: skip
 
 
-def own_file(name: str, size: int, folder: Path, task: str = "classification", outputs: tuple[str, ...] = ()) -> Path:
+def own_file(
+    name: str, size: ImageSize, folder: Path, task: str = "classification", outputs: tuple[str, ...] = ()
+) -> Path:
     """Our deploy form."""
-    classes = 150 if task == "segment" else 1000
-    record = ModelRecord(
-        name, classes, size, WeightsRecord("random", "0", "0" * 64, "none"), Preprocessing(), task=task
-    )
+    classes = {"segment": 150, "detect": 80}.get(task, 1000)
+    weights, made = WeightsRecord("random", "0", "0" * 64, "none"), Preprocessing(image_size=size)
+    record = ModelRecord(name, classes, size, weights, made, task=task)
     spec = ExportSpec(
         deploy=DeploySpec(precision="fp16", image_size=size, outputs=outputs), name="-".join((name, task, *outputs))
     )
@@ -185,6 +190,10 @@ GRAPHS: dict[str, tuple[Row, ...]] = {
         Row("transformers, labels", partial(upernet_file, gives="labels")),
         Row("cnx-deploy", partial(own_file, task="segment"), ("transformers",)),
         Row("cnx-deploy, labels", partial(own_file, task="segment", outputs=("labels",)), ("transformers, labels",)),
+    ),
+    "detect": (
+        Row("cnx-deploy", partial(own_file, task="detect")),
+        Row("cnx-deploy, boxes", partial(own_file, task="detect", outputs=("boxes",))),
     ),
 }
 

@@ -60,6 +60,10 @@ OPERATIONS = (
     (r"norm/\w+", "head norm"),
     (r"head(\.[\w.]+)?/\w+", "head"),
     (r"class_maps/\w+", "class maps"),
+    (r"pyramid(\.[\w.]+)?/\w+", "pyramid"),
+    (r"proposals(\.[\w.]+)?/\w+", "proposals"),
+    (r"box_head(\.[\w.]+)?/\w+", "box head"),
+    (r"mask_head(\.[\w.]+)?/\w+", "mask head"),
     (r"answers/\w+", "outputs"),
     (r"flip_mean/\w+", "flip mean"),
 )
@@ -68,7 +72,9 @@ BIAS = " bias"
 
 STEM = "downsample_layers.0"
 BLOCK = re.compile(r"(downsample_layers\.\d+|stages\.\d+\.\d+)\b")
-HEAD = re.compile(r"norm/.+|head(\.[\w.]+)?/.+|model/ReduceMean|(answers|class_maps)/.+|flip_mean/.+")
+HEAD = re.compile(
+    r"norm/.+|(head|pyramid|proposals|box_head|mask_head)(\.[\w.]+)?/.+|model/ReduceMean|(answers|class_maps|flip_mean)/.+"
+)
 MOVES = re.compile(r".+/(Cast|Transpose|Reshape|Squeeze|Unsqueeze|Flatten|Concat|Pad)")
 NUMBER = re.compile(r"_\d+$")
 

@@ -381,7 +381,8 @@ class MaskHead(nn.Module):
             hidden = F.relu(conv(hidden))
         cells = F.relu(self.widen(hidden.flatten(2).transpose(1, 2)))  # (N D, 196, 4 O)
         # The row once for each of the four, with zeros for the others: the widest tensor is not copied into four.
-        row, bias = F.embedding(labels.clamp(min=0).flatten(), self.rows).split([self.rows.shape[1] - 1, 1], dim=1)
+        chosen = F.embedding(labels.clamp(min=0).flatten(), self.rows)  # (N D, O + 1)
+        row, bias = torch.split(chosen, [self.rows.shape[1] - 1, 1], dim=1)
         four = (row[:, None, :, None] * self.get_buffer("own").to(row.dtype)).flatten(1, 2)  # (N D, 4 O, 4)
         logits = widen(cells @ four) + widen(bias)[:, None]
         shaped = logits.reshape(-1, side, side, 2, 2).permute(0, 1, 3, 2, 4)  # row, its half, column, its half
