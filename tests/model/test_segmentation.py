@@ -12,7 +12,7 @@ from cnx_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model, random_model
 from cnx_deploy.model.deploy import deploy_form
 from cnx_deploy.model.tasks.base import find_task
-from cnx_deploy.model.tasks.segmentation import bilinear_matrix, pooling_matrix
+from cnx_deploy.model.tasks.upernet import LabelMap, bilinear_matrix, pooling_matrix
 from cnx_deploy.verification.parity import comparable, differences
 from tests.conftest import TINY_TEST, TINY_V1_TEST
 from tests.support.upernet import transformers_upernet
@@ -197,3 +197,26 @@ def test_labels_are_compared_by_the_references_scores_of_them():
     for own, is_same in ((labels, True), (wrong, False), (torch.full_like(labels, 3), False)):
         ours, theirs = comparable({"labels": own}, reference, specs)
         assert torch.equal(ours["labels"], theirs["labels"]) is is_same
+
+
+@pytest.mark.parametrize("layout", ["gpu", "cpu"])
+def test_the_label_map_takes_the_first_of_equal_classes(layout):
+    spec = DeploySpec("fp32", CANVAS, layout=layout, outputs=("labels",))
+    logits = torch.randn(2, CLASSES, 16, 24, generator=torch.Generator().manual_seed(0))
+    logits[0, 2], logits[0, 4] = 9.0, 9.0
+    expected = F.interpolate(logits, CANVAS, mode="bilinear", align_corners=False)
+    found = LabelMap(CLASSES, spec)(logits)
+    assert found.dtype == torch.int64
+    assert bool((found[0] == 2).all())
+    agreeing = found[1] == expected[1].argmax(dim=0)
+    best = expected[1].topk(2, dim=0).values
+    assert bool((agreeing | (best[0] - best[1] < 1e-5)).all())
+
+
+def test_the_label_map_of_no_number_is_no_class():
+    spec = DeploySpec("fp16", CANVAS, outputs=("labels",))
+    logits = torch.zeros(1, CLASSES, 16, 24, dtype=torch.float16)
+    logits[0, 1, 3, 4] = torch.nan
+    found = LabelMap(CLASSES, spec)(logits)
+    assert int(found[0, 14, 18]) == CLASSES
+    assert int(found[0, 40, 60]) == 0
