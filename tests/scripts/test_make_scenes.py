@@ -59,8 +59,13 @@ def test_objects_and_masks_say_the_same_of_every_pixel(scenes, tmp_path, classes
     assert pictures <= {(64, 64), (48, 64), (64, 48)}
 
 
-def test_validation_has_photographs_and_digits_of_its_own(scenes):
-    assert not set(scenes.TRAINING_PHOTOGRAPHS) & set(scenes.VALIDATION_PHOTOGRAPHS)
+def test_validation_has_digits_and_parts_of_the_photographs_of_its_own(scenes):
+    for name in scenes.PHOTOGRAPHS:
+        parts = [scenes.photograph(name, split) for split in ("train", "val")]
+        both = np.concatenate(parts, axis=1)
+        assert both.shape[1] == sum(part.shape[1] for part in parts)
+        assert min(parts[1].shape[:2]) >= 96
+        assert parts[0].shape[1] > 2 * parts[1].shape[1]
     train, val = (list(scenes.digits_of(split)) for split in ("train", "val"))
     assert (len(train), len(val)) == (1438, 359)
     seen = {values.tobytes() for values, _ in train}

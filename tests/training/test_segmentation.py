@@ -181,7 +181,7 @@ def test_augmentation_is_drawn_from_its_seed_alone(coloured):
 
 
 def test_without_jitter_and_flip_training_sees_what_the_evaluation_does(scenes):
-    spec = asked(scenes, scale_jitter=None, photometric=False, flip=False)
+    spec = asked(scenes, image_size=32, scale_jitter=None, photometric=False, flip=False)
     dataset = find_segmentation_dataset(scenes)
     trained_on, validated = DenseTrainingImages(dataset.val, spec), ValidationImages(dataset.val, spec)
     for index in range(len(validated)):
