@@ -15,7 +15,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import FeaturePyramidNetwork, batched_nms, box_iou, roi_align
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, batched_nms, box_iou, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from cnx_deploy.core.deploy_spec import DeploySpec
@@ -89,6 +89,7 @@ def torchvisions(model: ConvNeXtV2) -> Any:
         "box_predictor": FastRCNNPredictor(config.box_channels, CLASSES + 1),
     }  # fmt: skip
     stages = Stages(model)
+    words["box_roi_pool"] = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, config.sampling_ratio)
     if config.masks:
         words["mask_head"] = MaskRCNNHeads(config.channels, (config.mask_channels,) * 4, 1)
         words["mask_predictor"] = MaskRCNNPredictor(config.mask_channels, config.mask_channels, CLASSES + 1)
@@ -207,7 +208,8 @@ def check_suppression(sets: int, passes: int) -> tuple[int, int]:
         boxes = boxes_on_a_grid(generator, count)
         scores = torch.rand(count, generator=generator).sort(descending=True).values
         labels = torch.randint(0, groups, (count,), generator=generator)
-        threshold = float(torch.rand((), generator=generator)) * 0.8
+        # One half is an overlap that some of these boxes have exactly.
+        threshold = 0.5 if count % 2 else float(torch.rand((), generator=generator)) * 0.8
         kept, settled = fixed_point_nms(boxes, torch.ones(count, dtype=torch.bool), threshold, passes, labels)
         expected = torch.zeros(count, dtype=torch.bool)
         expected[batched_nms(boxes, scores, labels, threshold)] = True
@@ -380,21 +382,25 @@ def record_of(model: ConvNeXtV2) -> ModelRecord:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", name="exported")
-def exported_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The FP32 file of the small network, for batches of 1 to 8."""
-    model, folder = small_model(), tmp_path_factory.mktemp("detect")
+def check_file(model: ConvNeXtV2, folder: Path, batches: Sequence[int]) -> None:
+    """The FP32 file, for batches of 1 to 8, gives what torchvision's own model finds in each batch."""
     spec = ExportSpec(DeploySpec(image_size=CANVAS), batch=(1, 2, 8))
-    return export_onnx(model, record_of(model), spec, folder).path
-
-
-@pytest.mark.parametrize("batch", [1, 2, 7])
-def test_the_exported_file_gives_torchvisions_detections(exported: Path, batch: int) -> None:
-    session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
-    images = pictures(batch, seed=batch)
+    path = export_onnx(model, record_of(model), spec, folder).path
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    given = dict(zip(names, session.run(None, {"images": images.numpy()}), strict=True))
-    assert_same_detections(given, theirs(small_model(), normalised(images)), 1e-2, 1e-4, 1e-4)
+    for batch in batches:
+        images = pictures(batch, seed=batch)
+        given = dict(zip(names, session.run(None, {"images": images.numpy()}), strict=True))
+        assert_same_detections(given, theirs(model, normalised(images)), 1e-2, 1e-4, 1e-4)
+
+
+def test_the_exported_file_of_boxes_gives_torchvisions(tmp_path: Path) -> None:
+    check_file(small_model(masks=False, passes=3, sampling_ratio=1), tmp_path, [1, 2, 7])
+
+
+@pytest.mark.slow
+def test_the_exported_file_gives_torchvisions_boxes_and_masks(tmp_path: Path) -> None:
+    check_file(small_model(), tmp_path, [1, 2, 7])
 
 
 @pytest.mark.slow

@@ -108,6 +108,13 @@ def test_what_falls_out_at_the_cut_is_excused_within_the_noise() -> None:
     assert not GATES["fp16"].failures(near)
     assert (far.flips, far.excused_flips) == (2, 1)
 
+    def invent(side: Sides, score: float) -> None:
+        swap_last(side, score - 0.3)
+        side["labels"][0, -1] = 1
+
+    near, far = (edited(lambda side, score=score: invent(side, score)) for score in (THRESHOLD + 1e-4, 0.1))
+    assert [(one.flips, one.excused_flips) for one in (near, far)] == [(1, 1), (1, 0)]
+
 
 def test_images_without_detections_and_values_that_are_no_numbers() -> None:
     nothing = edited(lambda side: side, 0)
