@@ -225,6 +225,7 @@ def evaluate(
     data: Path | str | ImageSource,
     *,
     image_folder: Path | str | None = None,
+    reduce_zero_label: bool = False,
     batch_size: int = 32,
     note: Note = _silent,
     **options: Any,
@@ -233,18 +234,21 @@ def evaluate(
 
     Args:
         model: an artifact or a path of a checkpoint, an ONNX file or an engine.
-        data: a folder with a folder of images for each class, a CSV file, or a `data.ImageSource` with labels.
+        data: a folder with a folder of images for each class, a CSV file, or a `data.ImageSource` with labels; of
+            segmentation a folder of pictures and masks, of detection COCO's JSON.
         image_folder: where a CSV file's relative paths and ids begin; None: at the file's own folder.
+        reduce_zero_label: of masks, 0 is not counted and each value is one class lower, as in ADE20K.
         batch_size: images run at once.
         note: is told how the data were understood and what was assumed, a sentence each; the result's `notes`.
         **options: device, class_names, white_level, image_size, ema, entry, soup, tta and temperature, see `load`.
 
     Returns:
         What the model's task counts: `model.tasks.classification_metrics.Evaluation` of a classifier,
-        `multi_label_metrics.MultiLabelEvaluation` of several labels an image.
+        `multi_label_metrics.MultiLabelEvaluation` of several labels an image,
+        `segmentation_metrics.SegmentationEvaluation` and `detection_metrics.DetectionEvaluation`.
     """
     words: dict[str, Any] = {"image_folder": image_folder, "batch_size": batch_size, "note": note, **options}
-    return _evaluated(model, data, **words)[0]
+    return _evaluated(model, data, reduce_zero_label=reduce_zero_label, **words)[0]
 
 
 def fit_temperature(model: Source, data: Path | str | ImageSource, **options: Any) -> "TemperatureFit":
@@ -377,6 +381,7 @@ def _evaluated(
     data: Path | str | ImageSource,
     *,
     image_folder: Path | str | None = None,
+    reduce_zero_label: bool = False,
     batch_size: int = 32,
     note: Note = _silent,
     fits: Literal["temperature", "thresholds"] | None = None,
@@ -386,7 +391,7 @@ def _evaluated(
 
     folder = None if image_folder is None else Path(image_folder)
     with load(model, **options) as opened:
-        images = image_source(data, folder, targets=opened.task.targets)
+        images = image_source(data, folder, targets=opened.task.targets, reduce_zero_label=reduce_zero_label)
         words: dict[str, Any] = {} if fits is None else {f"fits_{fits}": True}
         return evaluate_model(opened, images, batch_size=batch_size, note=note, **words)
 

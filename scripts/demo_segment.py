@@ -17,7 +17,7 @@ EPOCHS = 7
 SIDE = 96
 TRAINING = (
     "--task segment --variant atto --task-option channels=64 --task-option auxiliary_channels=64 --batch-size 8 "
-    "--learning-rate 2e-3 --scale-jitter 0.8,1.3 --channels-last --workers 0 --no-image-check"
+    "--learning-rate 2e-3 --scale-jitter 0.8,1.3 --no-photometric --channels-last --workers 0 --no-image-check"
 )
 
 

@@ -54,7 +54,7 @@ def evaluate_command(
     from cnx_deploy.core.class_names import read_class_names
     from cnx_deploy.core.errors import InputError
     from cnx_deploy.core.plotting import check_plot
-    from cnx_deploy.data import MaskReading, image_source
+    from cnx_deploy.data import image_source
     from cnx_deploy.model.tasks.classification_metrics import PredictionWriter
     from cnx_deploy.verification.evaluation_plot import write_plot
     from cnx_deploy.verification.predict import open_predictor
@@ -73,10 +73,7 @@ def evaluate_command(
             options.note(f"Note: {text}")
         if plot is not None and model.task.takes_label_sets:
             raise InputError("Several labels an image have no confusion to draw. Leave --plot out.")
-        if reduce_zero_label and model.task.targets != "masks":
-            raise InputError(f"--reduce-zero-label is of masks, and the task {model.task.name} has none. Leave it out.")
-        reading = MaskReading(reduce_zero_label=bool(reduce_zero_label)) if model.task.targets == "masks" else None
-        images = image_source(data, image_folder, targets=model.task.targets, reading=reading)
+        images = image_source(data, image_folder, targets=model.task.targets, reduce_zero_label=bool(reduce_zero_label))
         found, fit = evaluate_model(
             model, images, fits_temperature=fit_temperature, fits_thresholds=fit_thresholds is not None,
             batch_size=batch_size,

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,9 +11,6 @@ from cnx_deploy.core.errors import InputError
 from cnx_deploy.data.csv_dataset import is_csv, read_csv
 from cnx_deploy.data.decoding import SUFFIXES, is_image_file
 from cnx_deploy.data.image_source import ImageFiles, ImageSource
-
-if TYPE_CHECKING:
-    from cnx_deploy.data.segmentation import MaskReading
 
 __all__ = [
     "VALIDATION_NAMES", "Dataset", "LeftOut", "child_folder", "few_labels", "find_dataset", "find_images",
@@ -80,21 +76,30 @@ class LeftOut:
 
 def image_source(
     data: Path | str | ImageSource, image_folder: Path | None = None, *, targets: str = "class",
-    reading: "MaskReading | None" = None,
+    reduce_zero_label: bool = False,
 ) -> ImageSource:  # fmt: skip
     """The images of a path with the targets of a task (`model.tasks.base`); a source is returned as it is.
 
-    See `find_images`, `segmentation.find_segmentation_images`, whose `reading` is, and `coco.find_instance_images`.
+    See `find_images`, `segmentation.find_segmentation_images` and `coco.find_instance_images`. `reduce_zero_label`: see
+    `segmentation.MaskReading`.
     """
+    if reduce_zero_label and (targets != "masks" or isinstance(data, ImageSource)):
+        raise InputError(
+            "reduce_zero_label says how files of masks are read, and there are none here. Leave --reduce-zero-label "
+            "(reduce_zero_label) out."
+        )
     if image_folder is not None and (isinstance(data, ImageSource) or targets == "masks"):
         what = data.description if isinstance(data, ImageSource) else data
         raise InputError(f"{what} is no table, and image_folder is of a table. Leave it out.")
     if isinstance(data, ImageSource):
         return data
     if targets == "masks":
-        from cnx_deploy.data.segmentation import find_segmentation_images  # which reads folders by the functions here
+        from cnx_deploy.data.segmentation import (  # which takes functions from here
+            MaskReading,
+            find_segmentation_images,
+        )
 
-        return find_segmentation_images(Path(data), reading=reading)
+        return find_segmentation_images(Path(data), reading=MaskReading(reduce_zero_label=reduce_zero_label))
     if targets == "instances":
         from cnx_deploy.data.coco import find_instance_images
 

@@ -108,6 +108,19 @@ class Model:
         batches = source.batches(self.preprocessing, self.runner.input_spec, batch_size)
         return joined([_outputs_of(self, batch) for batch in batches])
 
+    def draw(self, images: Any, folder: Path | str, *, batch_size: int = 8, tiles: float | None = None) -> list[Path]:
+        """Draw what a dense model says of images as `predict` takes them, see `verification.pictures.Pictures`.
+
+        Returns the paths of the files.
+        """
+        from cnx_deploy.verification.pictures import Pictures
+
+        source = images if isinstance(images, ImageSource) else GivenImages(_listed(images))
+        drawn = Pictures(self, source, Path(folder))
+        for index, row in enumerate(predict_images(self, source, batch_size=batch_size, tiles=tiles)):
+            drawn.add(index, row)
+        return drawn.written
+
     def explain(self, images: Any, folder: Path | str, *, top: int = 3, batch_size: int = 8) -> list[Path]:
         """Draw, for images as `predict` takes them, where the `top` best classes get their scores from.
 

@@ -99,6 +99,8 @@ def test_the_command_draws_palette_files_and_overlays(weights, tmp_path, cnx):
     labels = read_mask(tmp_path / "drawn" / "0000-0_a.png")  # what was drawn can be learned from
     with open_predictor(weights) as opened:
         answer = opened.predict(tmp_path / "in" / "0 a.png")
+        again = opened.draw([tmp_path / "in" / "0 a.png"], tmp_path / "again")
+    assert [path.read_bytes() for path in again] == [(tmp_path / "drawn" / path.name).read_bytes() for path in again]
     np.testing.assert_array_equal(labels, answer.labels)
     with Image.open(tmp_path / "drawn" / "0000-0_a.png") as drawn, Image.open(tmp_path / "in" / "0 a.png") as picture:
         np.testing.assert_array_equal(np.asarray(drawn.convert("RGB")), colour_map()[labels])
@@ -195,6 +197,15 @@ def test_classes_of_masks_are_found_by_name_and_numbers_are_the_models(model, tm
     (data / "classes.txt").write_text("ground\nred\nsky\n")
     with pytest.raises(InputError, match="has the classes sky"):
         evaluate(model.runner, data, model.preprocessing, **words)
+
+
+def test_masks_are_read_with_the_shift_where_it_is_asked_for(weights, tmp_path):
+    data = write_squares(tmp_path / "data", train=1, val=2, side=48)
+    (data / "classes.txt").write_text("red\nblue\n")
+    shifted = cnx.evaluate(weights, data, reduce_zero_label=True)
+    assert {row.name: row.count > 0 for row in shifted.per_class} == {"ground": False, "red": True, "blue": True}
+    with pytest.raises(InputError, match="there are none here"):
+        cnx.evaluate(weights, find_segmentation_images(data), reduce_zero_label=True)
 
 
 def test_evaluation_counts_the_pixels_of_the_canvas_without_its_padding(model, tmp_path):
