@@ -78,14 +78,18 @@ def wanted_files(docs: Path) -> Iterator[tuple[Path, bytes | None]]:
             data = json.loads(path.read_bytes())
             command, day = data.get("command", command), (data.get("environment") or data)["date"][:10]
             source = f"{command}; {day}. {condition}"
-            filling = f"![{alt}](plots/{name}.svg)\n\nRecorded {day} with `{command}`.\n\n{tell(data)}"
-            content = svg_bytes(lambda draw=draw, data=data, source=source: draw(data, source))
+            picture = f"![{alt}](plots/{name}.svg)\n\n" if draw is not None else ""
+            filling = f"{picture}Recorded {day} with `{command}`.\n\n{tell(data)}"
+            if draw is not None:
+                content = svg_bytes(lambda draw=draw, data=data, source=source: draw(data, source))
         begin, end = f"<!-- {name}: begin (scripts/plot_performance.py) -->", f"<!-- {name}: end -->"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
         assert found, f"performance.md has no line {begin!r}"
         assert closed, f"performance.md has no line {end!r}"
         text = f"{before}{begin}\n{filling}\n{end}{after}"
+        if draw is None:
+            continue
         yield docs / "plots" / f"{name}.svg", content
     yield docs / "performance.md", text.encode()
 
@@ -170,6 +174,22 @@ def targets_text(data: Document) -> str:
         f"{said} {left_out(variant for variant, *_ in found)}".rstrip(),
         f"MB an image: ours ÷ the better peer's = ratio. {NO_GPU} {versions(data['tools'])}",
     )
+
+
+def dense_text(data: Document) -> str:
+    """Tell the graphs of a task with an answer at each place, a row each."""
+    rows = (
+        [row["variant"], size_of(row["image_size"]), row["target"], str(row["batch"]), row["graph"],
+         str(row["kernels"]), f"{row['megabytes_per_image']:,.1f}", number(row["of_best_peer"], ".3f", "")]
+        for row in data["rows"]
+    )  # fmt: skip
+    header = ("variant", "px", "target", "batch", "graph", "kernels", "MB an image", "ours ÷ the peer's")
+    return paragraphs(table(header, rows), f"{NO_GPU} {versions(data['tools'])}")
+
+
+def size_of(size: int | Sequence[int]) -> str:
+    """`512`, or `800x1344`."""
+    return str(size) if isinstance(size, int) else "x".join(map(str, size))
 
 
 def cpu_text(data: Document) -> str:
@@ -392,7 +412,7 @@ def with_legend(figure: Any, axes: Any) -> Any:
     return figure
 
 
-SECTIONS: dict[str, tuple[str, str, str, Callable[[Document], str], Callable[[Document, str], Any]]] = {
+SECTIONS: dict[str, tuple[str, str, str, Callable[[Document], str], Callable[[Document, str], Any] | None]] = {
     "traffic": (
         "scripts/compare_traffic.py",
         "Bytes an image of our FP16 graph, of the peers' graphs and of the fused floor, over the better peer's.",
@@ -403,6 +423,8 @@ SECTIONS: dict[str, tuple[str, str, str, Callable[[Document], str], Callable[[Do
         "Bytes an image of our FP16 graph over the better peer's, by variant, image size, target and batch.",
         NO_GPU, targets_text, targets_plot,
     ),
+    "traffic-segmentation": ("scripts/compare_traffic.py", "", NO_GPU, dense_text, None),
+    "traffic-detection": ("scripts/compare_traffic.py", "", NO_GPU, dense_text, None),
     "cpu": (
         "cnx-deploy bench export/{atto,nano,tiny,base}-224-fp32.onnx --batch 1 --batch 8 "
         "--compare timm,timm-whole,timm-18,torch,compile --no-spin --json",
@@ -415,7 +437,8 @@ SECTIONS: dict[str, tuple[str, str, str, Callable[[Document], str], Callable[[Do
         "Made without a GPU.", cost_text, cost_plot,
     ),
 }  # fmt: skip
-"""By data file: the command where the file does not keep its own, the plot in words, what was not run, table, plot."""
+"""By data file: the command where the file does not keep its own, the plot in words, what was not run, table and plot,
+or no plot."""
 
 if __name__ == "__main__":
     sys.exit(main())
