@@ -22,7 +22,7 @@ from cnx_deploy.core.precision import find_precision
 from cnx_deploy.core.system import this_machine
 from cnx_deploy.core.targets import find_target
 from cnx_deploy.core.thresholds import ASSUMED_THRESHOLD, Thresholds, thresholds_of
-from cnx_deploy.data import ImageSource, image_source
+from cnx_deploy.data import ImageSource, image_source, images_to_run
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.backend import default_targets, load_backend, require_gpu
 from cnx_deploy.exporters.trt.builder import BuildSpec
@@ -36,7 +36,7 @@ from cnx_deploy.verification.metrics import Verification, table_of
 from cnx_deploy.verification.predict import Model, open_predictor
 from cnx_deploy.verification.saved_results import SavedResults, save_for_polygraphy
 from cnx_deploy.verification.source_processor import compare_with_source
-from cnx_deploy.verification.verify import Progress, Reference, comparison_images, verify_artifact, verify_export
+from cnx_deploy.verification.verify import Progress, Reference, verify_artifact, verify_export
 
 if TYPE_CHECKING:
     from cnx_deploy.bench.record import BenchmarkRecord
@@ -603,7 +603,11 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
             require_gpu()  # an engine that was named is asked for; before any weight is loaded
         if reference is None or not reference.matches(artifact):
             task = recorded_task(artifact.manifest.model)
-            images = None if request.data is None else comparison_images(request.data, request.image_folder, task)
+            images = (
+                None
+                if request.data is None
+                else images_to_run(request.data, request.image_folder, targets=task.targets)
+            )
             reference, told = Reference(artifact, images, request.samples, **words), set()
             for text in (*reference.images.notes, *reference.assumed):
                 note(text)

@@ -3,7 +3,7 @@
 from cnx_deploy.data.bands import picture_of, pixels_of
 from cnx_deploy.data.checks import ClassBalance, ImageCheck, check_images, class_balance, without_broken
 from cnx_deploy.data.coco import InstanceFiles, find_instance_dataset, find_instance_images, instance_lines
-from cnx_deploy.data.dataset import Dataset, few_labels, find_dataset, find_images, image_source
+from cnx_deploy.data.dataset import Dataset, few_labels, find_dataset, find_images, image_source, images_to_run
 from cnx_deploy.data.decoding import MAX_PIXELS, SUFFIXES, load_image, upright
 from cnx_deploy.data.image_source import (
     GivenImages,
@@ -54,6 +54,7 @@ __all__ = [
     "find_segmentation_images",
     "image_like_batches",
     "image_source",
+    "images_to_run",
     "instance_lines",
     "label_lines",
     "load_image",

@@ -14,7 +14,7 @@ from cnx_deploy.data.image_source import ImageFiles, ImageSource
 
 __all__ = [
     "VALIDATION_NAMES", "Dataset", "LeftOut", "child_folder", "few_labels", "find_dataset", "find_images",
-    "image_source", "images_below", "notes_of", "training_folder",
+    "image_source", "images_below", "images_to_run", "notes_of", "training_folder",
 ]  # fmt: skip
 
 VALIDATION_NAMES = ("val", "validation", "valid", "test")
@@ -105,6 +105,18 @@ def image_source(
 
         return find_instance_images(Path(data), image_folder=image_folder)
     return find_images(Path(data), image_folder, multi_label=targets == "label-sets")
+
+
+def images_to_run(data: Path | str | ImageSource, image_folder: Path | None = None, *, targets: str) -> ImageSource:
+    """The images of a path for work that takes them without labels too, with those of a task where they are there.
+
+    A table of several labels and a folder of pictures and masks have them; of any other folder all images are taken.
+    """
+    from cnx_deploy.data.segmentation import has_masks
+
+    has = {"label-sets": is_csv, "masks": has_masks}.get(targets)
+    has_targets = has is not None and not isinstance(data, ImageSource) and has(Path(data))
+    return image_source(data, image_folder, targets=targets if has_targets else "class")
 
 
 def find_images(root: Path, image_folder: Path | None = None, *, multi_label: bool = False) -> ImageFiles:

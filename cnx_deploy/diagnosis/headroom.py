@@ -18,8 +18,7 @@ from cnx_deploy.core.deploy_spec import ANSWER_DEFAULTS, DeploySpec, TestTimeAug
 from cnx_deploy.core.errors import CheckFailedError, InputError
 from cnx_deploy.core.image_size import STRIDE, ImageSize, size_text
 from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.data import ImageLike, ImageSource, evenly, find_images
-from cnx_deploy.data.csv_dataset import is_csv
+from cnx_deploy.data import ImageLike, ImageSource, evenly, images_to_run
 from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.diagnosis.ranges import (
     HALF_MAX,
@@ -242,9 +241,10 @@ def run_headroom(
     loaded, preprocessing, deploy = recorded or (*request.load(note), request)
     if request.white_level is not None:
         preprocessing = replace(preprocessing, white_level=request.white_level)
-    images: ImageSource = ImageLike(request.samples) if request.data is None else find_images(
-        request.data, multi_label=loaded.model.task.takes_label_sets and is_csv(request.data)
-    )  # fmt: skip
+    targets = loaded.model.task.targets
+    images: ImageSource = (
+        ImageLike(request.samples) if request.data is None else images_to_run(request.data, targets=targets)
+    )
     for text in images.notes:
         note(text)
     spec = InputSpec("uint8", preprocessing.image_size, in_chans=preprocessing.in_chans)

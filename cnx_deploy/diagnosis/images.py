@@ -7,8 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cnx_deploy.core.manifest import OnnxManifest
-from cnx_deploy.data import ImageLike, ImageSource, evenly, find_images
-from cnx_deploy.data.csv_dataset import is_csv
+from cnx_deploy.data import ImageLike, ImageSource, evenly, images_to_run
 from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.model.tasks.base import find_task
 
@@ -37,8 +36,8 @@ def raw_batches(
     size = max(smallest, min(samples, largest, BATCH))
     side = manifest.deploy.image_size
     spec = InputSpec.of(manifest.deploy, size if whole else smallest, largest)
-    several = find_task(manifest.model.task).takes_label_sets and data is not None and is_csv(data)
-    source: ImageSource = ImageLike(samples) if data is None else find_images(data, multi_label=several)
+    targets = find_task(manifest.model.task).targets
+    source: ImageSource = ImageLike(samples) if data is None else images_to_run(data, targets=targets)
     recorded = manifest.model.preprocessing
     level = recorded.white_level if white_level is None else white_level
     preprocessing = replace(recorded, image_size=side, white_level=level)

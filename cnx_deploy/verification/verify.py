@@ -24,16 +24,15 @@ from cnx_deploy.core.gates import GATES, Gate, OutputSpec, ParityResult
 from cnx_deploy.core.image_size import size_text
 from cnx_deploy.core.manifest import Artifact, OnnxManifest, TensorSpec
 from cnx_deploy.core.preprocessing import BrokenImage, Preprocessing
-from cnx_deploy.data import ImageBatch, ImageLike, ImageSource, InputSpec, evenly, image_source
-from cnx_deploy.data.csv_dataset import is_csv
+from cnx_deploy.data import ImageBatch, ImageLike, ImageSource, InputSpec, evenly, images_to_run
 from cnx_deploy.data.image_source import checked_sizes
-from cnx_deploy.data.segmentation import SegmentationFiles, has_masks
+from cnx_deploy.data.segmentation import SegmentationFiles
 from cnx_deploy.exporters.graph_checks import GraphFacts, check_graph
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import parts_of
 from cnx_deploy.model.recorded import recorded_gate, recorded_outputs, recorded_task
-from cnx_deploy.model.tasks.base import Outputs, Task, network_outputs
+from cnx_deploy.model.tasks.base import Outputs, network_outputs
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
 from cnx_deploy.runners.registry import RunnerOptions, find_runner, open_runner
@@ -44,7 +43,7 @@ from cnx_deploy.verification.originals import TORCH_REFERENCE, reference_network
 from cnx_deploy.verification.parity import comparable, compare, outputs_of
 from cnx_deploy.verification.saved_results import SavedResults
 
-__all__ = ["TORCH_REFERENCE", "Candidate", "Reference", "comparison_images", "verify_artifact", "verify_export"]
+__all__ = ["TORCH_REFERENCE", "Candidate", "Reference", "verify_artifact", "verify_export"]
 
 END_IMAGES = 10
 """Images of the smallest and of the largest size each, where sizes are open."""
@@ -154,7 +153,7 @@ class Reference:
     ) -> None:
         self.record = artifact.manifest.model
         self.task = recorded_task(self.record)
-        self.images = ImageLike() if data is None else comparison_images(data, None, self.task)
+        self.images = ImageLike() if data is None else images_to_run(data, targets=self.task.targets)
         self.samples = samples
         self._few = DENSE_SAMPLES if self.task.is_dense else SAMPLES
         self.specs = recorded_outputs(artifact)
@@ -306,13 +305,6 @@ class Reference:
 
     def _preprocessing(self, spec: InputSpec) -> Preprocessing:
         return replace(self.record.preprocessing, image_size=spec.image_size, white_level=self._white_level)
-
-
-def comparison_images(data: Path | str | ImageSource, image_folder: Path | None, task: Task) -> ImageSource:
-    """The images to compare on, with targets where a table of several labels or a folder of masks has them."""
-    has = {"label-sets": is_csv, "masks": has_masks}.get(task.targets)
-    has_targets = has is not None and not isinstance(data, ImageSource) and has(Path(data))
-    return image_source(data, image_folder, targets=task.targets if has_targets else "class")
 
 
 def verify_artifact(

@@ -9,7 +9,7 @@ from PIL import Image
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.data import find_dataset, without_broken
+from cnx_deploy.data import find_dataset, images_to_run, without_broken
 from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.data.segmentation import (
     MaskReading,
@@ -207,3 +207,14 @@ def test_a_folder_that_is_no_segmentation_dataset_is_refused(tmp_path, files, me
         Image.new("L", (8, 8), value).save(tmp_path / name)
     with pytest.raises(InputError, match=message):
         find_segmentation_dataset(tmp_path)
+
+
+def test_work_without_labels_takes_the_pictures_and_not_their_masks(tmp_path):
+    root = arranged(tmp_path / "data", "masks")
+    taken = images_to_run(root, targets="masks")
+    assert {path.parent.parent.name for path in taken.paths} == {"images"}
+    loose = tmp_path / "loose"
+    loose.mkdir()
+    Image.new("RGB", (8, 8)).save(loose / "a.png")
+    plain = images_to_run(loose, targets="masks")
+    assert (len(plain), plain.class_names) == (1, ())
