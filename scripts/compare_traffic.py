@@ -58,7 +58,7 @@ def main() -> int:
         for row in measured(name, size, options):
             share = f"{row['of_best_peer']:.3f}" if row["of_best_peer"] else ""
             print(
-                f"{name:8} {row['image_size']:>4} {row['target']:6} {row['batch']:>5} {row['graph']:22} "
+                f"{name:8} {size_text(size):>4} {row['target']:6} {row['batch']:>5} {row['graph']:22} "
                 f"{row['kernels']:>8} {row['megabytes_per_image']:>12.2f} {share}",
                 flush=True,
             )
@@ -77,7 +77,7 @@ def main() -> int:
 
 def measured(name: str, size: ImageSize, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of one variant at one size: each graph is exported once and compiled for every target and batch."""
-    backend, shown = load_backend("tensorrt-rtx"), size if isinstance(size, int) else size_text(size)
+    backend, shown = load_backend("tensorrt-rtx"), size if isinstance(size, int) else list(size)
     graphs = [row for row in GRAPHS[options.task] if row.peers or not options.only_ours]
     with tempfile.TemporaryDirectory() as folder:
         paths = {row.graph: row.export(name, size, Path(folder)) for row in graphs}
