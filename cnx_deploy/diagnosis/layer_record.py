@@ -109,12 +109,16 @@ class BackendResult:
 
 @dataclass(frozen=True, slots=True)
 class LayerComparison:
-    """All backends on one file. `missing` names modules that the file gives no tensor for, and why."""
+    """All backends on one file. `missing` names modules that the file gives no tensor for, and why.
+
+    `not_compared`: modules that run on what was chosen among candidates, see `Task.behind_a_choice`.
+    """
 
     artifact: str
     images: Count
     backends: tuple[BackendResult, ...]
     missing: Mapping[str, str]
+    not_compared: tuple[str, ...] = ()
 
     @property
     def ran(self) -> tuple[BackendResult, ...]:
@@ -154,6 +158,7 @@ class LayerComparison:
             "passed": self.passed,
             "first_divergence": place,
             "missing": dict(self.missing),
+            "not_compared": list(self.not_compared),
             "backends": [result.to_dict() for result in self.backends],
         }
 

@@ -122,8 +122,11 @@ def compare_layers(
     """
     form = reference_form(model, spec)
     reference = [torch_outputs(form, images) for images in batches]
-    names = module_names(form)
-    outputs = find_outputs(path, [name for name in names if name in reference[0]], names).with_merged(reference[0])
+    names, chosen = module_names(form), model.task.behind_a_choice
+    behind = [name for name in names if any(f"{name}.".startswith(f"{part}.") for part in chosen)]
+    outputs = find_outputs(
+        path, [name for name in names if name in reference[0] and name not in behind], names
+    ).with_merged(reference[0])
     del form  # its weights: each backend holds its own
     network = ExportedNetwork(path, model, spec, outputs, len(batches[0]))
     images, results = sum(len(batch) for batch in batches), []
@@ -131,7 +134,7 @@ def compare_layers(
         if progress is not None:
             progress(f"layers on {backend.name}", images)
         results.append(_backend_result(backend, network, batches, reference))
-    return LayerComparison(path.name, images, tuple(results), outputs.missing)
+    return LayerComparison(path.name, images, tuple(results), outputs.missing, tuple(behind))
 
 
 def compare_output(module: str, pairs: Sequence[tuple[Tensor, Tensor]], gate: Gate) -> OutputResult:
@@ -177,6 +180,9 @@ def report_lines(comparison: LayerComparison) -> Iterator[str]:
         yield f"{result.backend}: {_summary(result)}"
     for module, reason in comparison.missing.items():
         yield f"not lined up: {module}: {reason}"
+    if comparison.not_compared:
+        count = len(comparison.not_compared)
+        yield f"not compared by place: {count} modules behind a choice among candidates; verify matches what they give"
     if comparison.first is not None:
         result, output = comparison.first
         place = f"{output.module} (block {block_of(output.module)}) on {result.backend}"

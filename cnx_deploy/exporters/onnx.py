@@ -27,7 +27,7 @@ from cnx_deploy.core.preprocessing import ASSUMED
 from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.exporters.graph_checks import GraphFacts, check_export
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.model.deploy import FORM, DeployedConvNeXtV2, deploy_form
+from cnx_deploy.model.deploy import FORM, DeployedConvNeXtV2, deploy_form, separate_norms
 
 __all__ = ["EXTERNAL_DATA_BYTES", "ExportSpec", "export_onnx", "facts_record"]
 
@@ -116,7 +116,7 @@ def export_onnx(
             norm_on_patches=norm_on_patches,
             mirrored_axes=() if spec.deploy.tta is None else (spec.deploy.width_axis,),
             outputs=outputs,
-            head_operators=model.task.operators_of(spec.deploy),
+            head_operators=_head_operators(model, spec.deploy),
         )
         manifest = OnnxManifest(
             stem=stem,
@@ -131,6 +131,14 @@ def export_onnx(
             parity = verify(Artifact(path, manifest))
             manifest = replace(manifest, facts=replace(manifest.facts, parity=parity))
         return staging.commit(manifest)
+
+
+def _head_operators(model: ConvNeXtV2, spec: DeploySpec) -> dict[str, int]:
+    """What the head adds to the graph; its norms of stages' outputs are the downsamplings' where both read the same."""
+    counts = dict(model.task.operators_of(spec))
+    if 0 < counts.get("ChannelsFirstNorm", 0) < len(model.variant.dims):
+        counts["ChannelsFirstNorm"] += separate_norms(model.variant, spec)
+    return counts
 
 
 def _describes(found: Artifact[OnnxManifest], record: ModelRecord, spec: ExportSpec) -> bool:

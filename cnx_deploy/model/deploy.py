@@ -51,6 +51,7 @@ __all__ = [
     "check_parts",
     "deploy_form",
     "parts_of",
+    "separate_norms",
 ]
 
 FORM = 2
@@ -194,6 +195,17 @@ def parts_of(variant: Variant) -> tuple[str, ...]:
     blocks = [f"stages.{stage}.{index}" for stage, depth in enumerate(variant.depths) for index in range(depth)]
     parts = [f"{block}.{part}" for block in blocks for part in block_parts(variant)]
     return (*(f"downsample_layers.{index}" for index in range(4)), *blocks, *parts, "head")
+
+
+def separate_norms(variant: Variant, spec: DeploySpec) -> int:
+    """How many stages keep their output in FP32 before a downsampling in half.
+
+    There a head that normalises the output reads other values than the downsampling's norm, which reads rounded ones.
+    Elsewhere the exporter makes one node of both norms.
+    """
+    last = [f"stages.{stage}.{depth - 1}" for stage, depth in enumerate(variant.depths[:3])]
+    pairs = [(spec.dtype_of(name), spec.dtype_of(f"downsample_layers.{at}")) for at, name in enumerate(last, 1)]
+    return sum(own == torch.float32 != following for own, following in pairs)
 
 
 def check_parts(names: tuple[str, ...], variant: Variant) -> None:

@@ -23,7 +23,7 @@ from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.model.deploy_layers import convolution, doubles, widen
 from cnx_deploy.model.recorded import recorded_model
 from cnx_deploy.model.tasks import base
-from cnx_deploy.model.tasks.base import Outputs, Prediction, Task, register_task
+from cnx_deploy.model.tasks.base import Outputs, Prediction, Task, find_task, register_task
 from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.verification.verify import Reference
 from tests.support.hot_networks import images_for
@@ -172,6 +172,29 @@ def test_the_form_with_rounded_operators_is_the_file_and_its_head_is_kept_as_a_w
     assert (found.outcome, found.kept) == ("found", ("head",)), "files say the same as the form"
     command = " ".join(report_lines(found))
     assert "--task test-maps" in command
+
+
+@pytest.mark.slow
+def test_detection_is_measured_and_compared_up_to_its_proposals_and_judged_by_matching(
+    tiny_variant: Variant, tmp_path: Path
+) -> None:
+    few = {"pre_nms": 60, "proposals": 40, "detections": 10, "candidates": 60, "passes": 30}
+    options = {"channels": 16, "box_channels": 32, "mask_channels": 8, **few}
+    model = random_model(tiny_variant, 3, task=find_task("detect").configured(options))
+    file = exported(model, tmp_path, "fp16", no_verify=True)[0]
+    layers = compare_artifact(file, samples=2)
+    assert (layers.passed, dict(layers.missing), len(layers.ran)) == (True, {}, 3)
+    compared = {output.module for output in layers.ran[0].outputs}
+    assert "pyramid.inner.3" in compared
+    assert not [name for name in compared if name.startswith(("box_head", "mask_head"))]
+    assert {"box_head.fc6", "proposals.coder"} <= {*layers.not_compared}
+    ranges = cnx.headroom(file.path, samples=1)
+    assert {tensor.module for tensor in ranges.tensors} >= {"proposals.predictor", "box_head.fc7", "mask_head.widen"}
+    case = case_of(file, recorded_model(file), GATES["fp16"], None, 2)
+    form = MixedForm(model, case.spec.deploy)
+    for probe in (probe_recorded(file, case).probe, case.judge((), form.outputs(case.batches), exported=False)):
+        assert probe.found.detections is not None
+        assert probe.found.detections.matched > 0
 
 
 def test_the_chain_of_a_dense_task_passes_step_by_step(

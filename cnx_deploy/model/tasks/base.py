@@ -107,6 +107,8 @@ class Task(ABC):
         conventions: values of `config` that a toolbox's weights are made for, by its name in `model.layouts.HEADS`.
         class_layers: paths of the modules that depend on the classes: `--reset-head` draws them anew.
         draws_own_weights: its modules are made with initial weights of their own, other than the backbone's kind.
+        behind_a_choice: modules of the deploy form that run on what was chosen among candidates. The order of that is
+            no place, so that their outputs are not compared value by value.
         is_dense: the answer is for places of an image. Images have one size, the canvas, because GRN sums over padding.
         has_classes: there is a number of classes; without, it is 0.
         class_output: the output of class scores (N, num_classes), which labels are compared with; None without any.
@@ -130,6 +132,7 @@ class Task(ABC):
     conventions: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     class_layers: tuple[str, ...] = ("head",)
     draws_own_weights: bool = False
+    behind_a_choice: tuple[str, ...] = ()
     is_dense: bool = False
     has_classes: bool = True
     class_output: str | None = None

@@ -144,6 +144,7 @@ class Detect(Task):
     config = DetectConfig()
     conventions = MappingProxyType({"mmdet": MMDET})
     draws_own_weights = True
+    behind_a_choice = ("proposals.coder", "box_head", "mask_head")
     is_dense = True
     prediction = DetectionPrediction
     targets = "instances"
