@@ -13,7 +13,7 @@ from cnx_deploy.core.gates import GATES
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.model import deploy, deploy_blocks, deploy_layers, folds
 from cnx_deploy.model.checkpoint import hash_weights
-from cnx_deploy.model.convnextv2 import ConvNeXtV2
+from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.model.deploy import DeployedConvNeXtV2, deploy_form
 from cnx_deploy.model.deploy_blocks import TokenBlock
 from cnx_deploy.model.deploy_layers import (
@@ -26,6 +26,8 @@ from cnx_deploy.model.deploy_layers import (
 )
 from cnx_deploy.model.folds import gain_moves_fewer_bytes_in_weight
 from cnx_deploy.model.tasks import pooled
+from cnx_deploy.model.tasks.base import find_task
+from cnx_deploy.model.tasks.upernet import TokenLateral
 from cnx_deploy.verification.parity import differences
 
 EXACT = 1e-12
@@ -193,13 +195,26 @@ FOLD_SHOWS = {
     "patches": lambda deployed: isinstance(deployed.downsample_layers[0][0], PatchConvolution),
     "stem-norm": lambda deployed: deployed.norm_on_patches,
     "blocked": lambda deployed: isinstance(deployed.stages[0][0].grn, PooledResponseGain),
+    "lateral-affine": lambda deployed: deployed.pyramid.norms[0].gain is None,
+    "finest-level": lambda deployed: deployed.pyramid.is_split,
+    "gathered-resize": lambda deployed: isinstance(deployed.decode_head.lateral_convs[0], TokenLateral),
 }
+NARROW = {"channels": 8, "box_channels": 8, "mask_channels": 8}
+OF_TASK = {
+    "lateral-affine": ("detect", NARROW),
+    "finest-level": ("detect", NARROW),
+    "gathered-resize": ("segment", {"channels": 8}),
+}
+"""The folds of a task's head, and a small one of it."""
 
 
 @pytest.mark.parametrize("fold", FOLDS)
 def test_the_switch_of_a_fold_takes_it_out(request, tiny_model, tiny_v1_model, fold):
     layout = "cpu" if fold == "blocked" else "gpu"
     model = tiny_v1_model if fold == "layer-scale" else tiny_model
+    if fold in OF_TASK:
+        task, options = OF_TASK[fold]
+        model = random_model("tiny-test", 3, task=find_task(task).configured(options))
     if fold == "stem-norm":
         request.getfixturevalue("norm_on_patches")
     made = deploy_form(model, DeploySpec("fp64", BOTH_GAINS_PX, layout=layout))
