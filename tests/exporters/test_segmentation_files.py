@@ -118,8 +118,6 @@ def test_every_layer_is_compared_also_the_norms_that_the_exporter_merges(cnx: Co
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("canvas", [(512, 512), (800, 1344)])
-@pytest.mark.slow
 @pytest.mark.parametrize("kept", [("stages.1.0",), ("stages.1.0", "downsample_layers.2")], ids=str)
 def test_a_stage_in_fp32_before_a_downsampling_in_half_has_two_norms(kept, tmp_path):
     words = {"task": "segment", "task_options": OPTIONS, "num_classes": 5, "image_size": CANVAS, "crop_ratio": 1.0}
@@ -129,6 +127,8 @@ def test_a_stage_in_fp32_before_a_downsampling_in_half_has_two_norms(kept, tmp_p
     assert {result.passed for result in file.manifest.facts.parity} == {True}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("canvas", [(512, 512), (800, 1344)])
 def test_plain_half_is_nan_at_dense_sizes_where_the_file_with_islands_passes(tmp_path, canvas):
     """GRN's sum of squares leaves FP16 with ordinary weights (facebookresearch/ConvNeXt-V2 issue 66)."""
     network = random_model("atto", 5, task=find_task("segment").configured(OPTIONS))
