@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.gates import GATES, Differences
+from cnx_deploy.core.gates import GATES, Differences, ParityResult
+from cnx_deploy.core.strict_json import typed
 from cnx_deploy.model.tasks.base import find_task
 from cnx_deploy.verification.metrics import RunningComparison
 from cnx_deploy.verification.parity import OutputComparison, verdicts
@@ -132,6 +134,7 @@ def test_verify_judges_detections_as_one_output_and_tells_their_figures() -> Non
     sides = (drawn(), drawn())
     (verdict,) = verdicts(*sides, SPECS, GATES["fp32"], ("candidate", "reference"), [IMAGES])
     assert (verdict.output, verdict.passed) == ("detections", True)
+    assert typed(msgspec.to_builtins(verdict), ParityResult) == verdict  # as a manifest keeps it
     running = RunningComparison(SPECS)
     running.add(*sides, [str(at) for at in range(IMAGES)])
     (verdict,) = running.results(("candidate", "reference"), GATES["fp32"])
