@@ -1,5 +1,6 @@
 """Detection is torchvision's: the training form, the deploy form in float64, the exported file, and the options."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -25,9 +26,10 @@ from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.model.deploy import deploy_form
+from cnx_deploy.model.tasks import detection_heads
 from cnx_deploy.model.tasks.base import find_task
 from cnx_deploy.model.tasks.detection import MMDET, Detect, training_losses
-from cnx_deploy.model.tasks.detection_deploy import GatheredRoIAlign, fixed_point_nms
+from cnx_deploy.model.tasks.detection_deploy import BoxDecoder, GatheredRoIAlign, fixed_point_nms
 from cnx_deploy.verification.verify import verify_export
 
 CANVAS = (128, 192)
@@ -349,6 +351,25 @@ def test_mmdets_anchors_are_not_rounded_and_evenly_apart() -> None:
     rounded = own.proposals.get_buffer("anchors4")  # type: ignore[union-attr,operator]
     assert torch.equal(rounded, rounded.round())
     assert float(rounded[3, 0] - rounded[0, 0]) == 224 // 4
+
+
+@pytest.mark.parametrize("clips_small", [True, False])
+def test_both_forms_decode_as_mmdets_delta2bbox_or_as_torchvision(clips_small: bool) -> None:
+    generator, stds = torch.Generator().manual_seed(0), torch.tensor([0.1, 0.1, 0.2, 0.2], dtype=torch.float64)
+    config = Detect().configured({"clips_small": clips_small}).config
+    changes = 30 * torch.randn(200, 4, generator=generator, dtype=torch.float64)
+    corners = torch.rand(200, 2, generator=generator, dtype=torch.float64) * 90
+    boxes = torch.cat([corners, corners + 1 + 60 * torch.rand(200, 2, generator=generator)], dim=1)
+    deltas, limit = changes * stds, abs(math.log(16 / 1000))
+    sides, centres = boxes[:, 2:] - boxes[:, :2], (boxes[:, :2] + boxes[:, 2:]) / 2
+    grown = sides * deltas[:, 2:].clamp(-limit if clips_small else -math.inf, limit).exp()
+    moved = centres + sides * deltas[:, :2]
+    expected = torch.cat([moved - grown / 2, moved + grown / 2], dim=1)
+    coder = detection_heads.Coder(config.box_weights, clips_small=clips_small)
+    torch.testing.assert_close(coder.decode_single(changes, boxes), expected, rtol=0, atol=1e-9)
+    expected[:, 0::2], expected[:, 1::2] = expected[:, 0::2].clamp(0, CANVAS[1]), expected[:, 1::2].clamp(0, CANVAS[0])
+    decoder = BoxDecoder(config.box_weights, CANVAS, config, torch.float64)
+    torch.testing.assert_close(decoder(changes, boxes), expected, rtol=0, atol=1e-9)
 
 
 def test_what_detection_cannot_give_is_refused() -> None:

@@ -93,8 +93,8 @@ class Coder(BoxCoder):
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Changes (n, 4 K) of boxes (n, 4) -> boxes (n, 4 K)."""
         if self.clips_small:
-            lowest = torch.tensor([-math.inf, -math.inf, *(-BOX_CLIP * weight for weight in self.weights[2:])])
-            rel_codes = rel_codes.maximum(lowest.to(rel_codes).repeat(rel_codes.shape[1] // 4))
+            lowest = rel_codes.new_tensor([-math.inf, -math.inf, *(-BOX_CLIP * weight for weight in self.weights[2:])])
+            rel_codes = rel_codes.maximum(lowest.repeat(rel_codes.shape[1] // 4))
         decoded: Tensor = super().decode_single(rel_codes, boxes)
         return decoded
 
