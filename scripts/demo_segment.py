@@ -1,7 +1,7 @@
 """Train UPerNet on atto on scenes of digits, export, verify, evaluate, draw, and say in one table what was made.
 
-Every step is a command that a reader can run alone; each is printed before it runs. The training takes 300 seconds of
-one processor.
+Every step is a command that a reader can run alone; each is printed before it runs. The training takes some 250 seconds
+of one processor.
 """
 
 import resource
@@ -13,7 +13,7 @@ from demo import cnx_json, run, step
 
 ROOT = Path("demo-segment")
 DATA, RUN, EXPORT = ROOT / "scenes", ROOT / "run", ROOT / "export"
-EPOCHS = 7
+EPOCHS = 5
 SIDE = 96
 TRAINING = (
     "--task segment --variant atto --task-option channels=64 --task-option auxiliary_channels=64 --batch-size 8 "
