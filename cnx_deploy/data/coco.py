@@ -28,7 +28,8 @@ from cnx_deploy.data.image_source import ImageFiles
 from cnx_deploy.data.preprocessing import cropped, placement
 
 __all__ = [
-    "InstanceFiles", "ObjectRecord", "find_instance_dataset", "find_instance_images", "instance_lines", "object_mask",
+    "InstanceFiles", "ObjectRecord", "find_instance_dataset", "find_instance_images", "has_instances",
+    "instance_lines", "object_mask",
 ]  # fmt: skip
 
 MAX_COCO_BYTES = 2 << 30
@@ -221,6 +222,14 @@ def find_instance_images(root: Path, *, image_folder: Path | None = None) -> Ins
     if "val" not in sides and "" not in sides:
         raise InputError(f"{root} has annotations of training images alone. Add some of val, or name a file.")
     return replace(sides["val" if "val" in sides else ""], description=str(root))
+
+
+def has_instances(root: Path) -> bool:
+    """Whether a path is a file of annotations, or a folder that has them where COCO and its tools put them."""
+    if root.is_file():
+        return root.suffix == ".json"
+    patterns = ("annotations/*.json", "*/_annotations.coco.json", "train.json", "val.json")
+    return any(path.is_file() for pattern in patterns for path in root.glob(pattern))
 
 
 def instance_lines(dataset: Dataset) -> Iterator[str]:

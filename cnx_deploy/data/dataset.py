@@ -110,11 +110,13 @@ def image_source(
 def images_to_run(data: Path | str | ImageSource, image_folder: Path | None = None, *, targets: str) -> ImageSource:
     """The images of a path for work that takes them without labels too, with those of a task where they are there.
 
-    A table of several labels and a folder of pictures and masks have them; of any other folder all images are taken.
+    A table of several labels, a folder of pictures and masks and COCO's annotations have them; of any other folder all
+    images are taken.
     """
+    from cnx_deploy.data.coco import has_instances  # which read folders by the functions here
     from cnx_deploy.data.segmentation import has_masks
 
-    has = {"label-sets": is_csv, "masks": has_masks}.get(targets)
+    has = {"label-sets": is_csv, "masks": has_masks, "instances": has_instances}.get(targets)
     has_targets = has is not None and not isinstance(data, ImageSource) and has(Path(data))
     return image_source(data, image_folder, targets=targets if has_targets else "class")
 

@@ -1,19 +1,26 @@
-"""Two runners on images with a class for each pixel: what both make of them, and how far their mean IoU is apart."""
+"""Two runners on images with a class for each pixel, or with objects: how far apart the metrics of both are."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cnx_deploy.core.gates import ParityResult
+from cnx_deploy.model.tasks.detection_metrics import RunningDetections
 from cnx_deploy.model.tasks.segmentation_metrics import confusion_of, labels_of, mean_iou
 
-__all__ = ["MAX_IOU_CHANGE", "MapResult", "RunningMapComparison"]
+__all__ = [
+    "MAX_IOU_CHANGE", "MAX_PRECISION_CHANGE", "MapResult", "PrecisionResult", "RunningMapComparison",
+    "RunningPrecisionComparison",
+]  # fmt: skip
 
 MAX_IOU_CHANGE = 1e-3
 """Largest change of mean IoU, 0 to 1: seen of a trained network in FP16 at 96 px, 1e-5."""
+MAX_PRECISION_CHANGE: Mapping[str, float] = MappingProxyType({"fp32": 1e-4})
+"""Largest change of COCO's average precision, 0 to 1, by gate; of the others 0.005."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,4 +85,67 @@ class RunningMapComparison:
         return MapResult(
             verdict.candidate, verdict.reference, verdict.gate, verdict.batches, verdict.output, verdict.differences,
             failures, self._images, int(self._matrices[1].sum()), self._changed, reference, candidate,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionResult(ParityResult):
+    """A verdict over images with objects: the gate's, and a failure where average precision changes by too much.
+
+    `reference_precision` and `candidate_precision` are COCO's AP, 0 to 1, by what is compared: "boxes" and "masks".
+    `images` counts those whose detections are exact.
+    """
+
+    images: int
+    objects: int
+    reference_precision: Mapping[str, float]
+    candidate_precision: Mapping[str, float]
+
+    def lines(self) -> list[str]:
+        """How detections match, and average precision of both sides."""
+        told = "; ".join(
+            f"{kind} AP {self.reference} {value:.5f}, {self.candidate} {self.candidate_precision[kind]:.5f} "
+            f"(change {self.candidate_precision[kind] - value:+.1e})"
+            for kind, value in self.reference_precision.items()
+        )
+        return [*ParityResult.lines(self), f"objects, {self.images} images, {self.objects:,} objects: {told}"]
+
+
+class RunningPrecisionComparison:
+    """Average precision of both sides, batch by batch.
+
+    `names`: the network's classes. `positions`: its class of each class of the data.
+    """
+
+    def __init__(self, names: Sequence[str], positions: Sequence[int]) -> None:
+        self._positions = torch.tensor(positions)
+        self._sides = [RunningDetections(names) for _ in range(2)]
+
+    def add(
+        self, candidate: Mapping[str, Tensor], reference: Mapping[str, Tensor], targets: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        """Outputs of both sides for the same images, and objects as `data.coco.InstanceFiles.sample` gives them.
+
+        An image on which `exact` is not 1 is left out of both; the gate fails because of it.
+        """
+        moved = [{**target, "labels": self._positions[target["labels"]]} for target in targets]
+        exact = (candidate["exact"].flatten() == 1.0).nonzero().flatten().tolist()
+        for metrics, outputs in zip(self._sides, (candidate, reference), strict=True):
+            own = {name: tensor[exact] for name, tensor in outputs.items()}
+            own["labels"] = own["labels"].long()  # places in a file of FP32 are exact
+            metrics.add(own, [moved[at] for at in exact], [""] * len(exact))
+
+    def result(self, verdict: ParityResult) -> PrecisionResult:
+        """The verdict with what was counted."""
+        candidate, reference = (side.result() for side in self._sides)
+        figures = [{kind: own["AP"] for kind, own in side.figures.items()} for side in (candidate, reference)]
+        limit = MAX_PRECISION_CHANGE.get(verdict.gate.name, 5e-3)
+        failures = verdict.failures + tuple(
+            f"AP of {kind} changes by {figures[0][kind] - value:+.2e}, gate {limit:g}"
+            for kind, value in figures[1].items()
+            if not abs(figures[0][kind] - value) <= limit  # NaN fails too
+        )
+        return PrecisionResult(
+            verdict.candidate, verdict.reference, verdict.gate, verdict.batches, verdict.output, verdict.differences,
+            failures, candidate.count, candidate.objects, figures[1], figures[0],
         )  # fmt: skip

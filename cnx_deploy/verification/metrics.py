@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cnx_deploy.core.gates import Gate, OutputSpec, ParityResult
 from cnx_deploy.core.preprocessing import BrokenImage
-from cnx_deploy.verification.maps import RunningMapComparison
+from cnx_deploy.verification.maps import RunningMapComparison, RunningPrecisionComparison
 from cnx_deploy.verification.parity import NOISE_MARGIN, OutputComparison, RunningDifferences, margins
 from cnx_deploy.verification.retrieval import RetrievalResult, RunningRetrieval
 
@@ -196,7 +196,7 @@ class RunningComparison:
         class_names: a name for every label where the images have labels, else none.
         class_output: the output that labels are compared with, with a score for every name.
         label_names: a name for every score that is decided by itself; where there are none, its index.
-        maps: compares with the classes of pixels, of images that have them.
+        maps: compares with the classes of pixels or the objects, of images that have them.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class RunningComparison:
         class_names: Sequence[str] = (),
         class_output: str | None = None,
         label_names: Sequence[str] = (),
-        maps: RunningMapComparison | None = None,
+        maps: RunningMapComparison | RunningPrecisionComparison | None = None,
     ) -> None:
         self.maps = maps
         self.class_names = tuple(class_names)
@@ -253,7 +253,8 @@ class RunningComparison:
     ) -> tuple[ParityResult, ...]:
         """The verdict of each output: a RetrievalResult for embeddings, a LabelledResult for labelled class scores.
 
-        Of images with a class for each pixel the first output has a MapResult.
+        Of images with a class for each pixel the first output has a MapResult, of those with objects the detections a
+        PrecisionResult.
 
         `names`: candidate and reference. `sizes`: batch sizes in place of those that were added. `available` and
         `broken` are of the source, whose images need not all have been run.
