@@ -231,7 +231,7 @@ def test_suppression_is_torchvisions_on_drawn_sets() -> None:
 @pytest.mark.slow
 def test_suppression_is_torchvisions_on_a_thousand_sets() -> None:
     assert check_suppression(1000, passes=60) == (1000, 0)
-    assert check_suppression(1000, passes=3)[1] > 100
+    assert check_suppression(1000, passes=3)[1] > 50
 
 
 @pytest.mark.parametrize("aligned", [False, True])
