@@ -105,8 +105,11 @@ class RescueRequest:
             numbers = () if value is None else (value,) if isinstance(value, int | float) else tuple(value)
             if not all(math.isfinite(number) and (number > 0 or name == "mean") for number in numbers):
                 raise InputError(f"{name} must be finite{' and positive' * (name == 'std')}; got {value}.")
-        if self.task is not None and not find_task(self.task).has_classes:
-            taken = ", ".join(name for name in task_names() if find_task(name).has_classes)
+        # Of scores an image: the outputs of a dense task are of its own head.
+        taken_tasks = [name for name in task_names() if find_task(name).has_classes and not find_task(name).is_dense]
+        if self.task is not None and self.task not in taken_tasks:
+            find_task(self.task)  # says which tasks there are
+            taken = ", ".join(taken_tasks)
             raise InputError(
                 f"The task {self.task} says nothing of a file from elsewhere; expected one of {taken}. Leave --task "
                 "(task) out for values without a meaning."

@@ -347,7 +347,7 @@ def test_pictures_are_drawn_of_a_file_and_of_a_checkpoint(
         ({"outputs": ("logits", "maps"), "tta": "flip"}, "cannot average maps over an image and its mirror"),
         ({"outputs": ("embedding",), "temperature": 2.0}, "A temperature divides logits, and embedding have none"),
         ({"task": "features", "num_classes": 5}, "The task features has no classes"),
-        ({"task": "feature"}, "Choose one of: classification, features, multi-label"),
+        ({"task": "feature"}, "Choose one of: classification, detect, features, multi-label, segment"),
         ({"outputs": ("class-maps",), "image_size": (64, 96, 128)}, "class-maps has a size that follows the image's"),
     ],
 )

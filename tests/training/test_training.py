@@ -217,7 +217,7 @@ def test_a_run_holds_its_whole_configuration_and_deterministic_algorithms_are_on
     [
         ({"variant": "micro"}, "micro"),
         ({"optimizer": "adam"}, "adamw, sgd"),
-        ({"schedule": "step"}, "cosine, linear, constant"),
+        ({"schedule": "steps"}, "cosine, linear, step, constant"),
         ({"precision": "int8"}, "fp32, bf16, fp16"),
         ({"epochs": 0}, "at least 1"),
         ({"batch_size": 0}, "at least 1"),
