@@ -155,6 +155,7 @@ def test_modules_of_one_output_are_compared_by_layer_and_a_fault_of_the_neck_is_
     assert beginnings(found) == {"onnxruntime": "neck.coarse"}
 
 
+@pytest.mark.slow
 def test_the_form_with_rounded_operators_is_the_file_and_its_head_is_kept_as_a_whole(
     task: Maps, tiny_variant: Variant, tmp_path: Path
 ) -> None:
