@@ -204,9 +204,13 @@ class _KeptOutputs:
         found, nonfinite = worst.differences, sum(result.differences.nonfinite_count for result in judged)
         if nonfinite:
             return Correctness(len(calls), None, None, None, None, nonfinite, failures)
+        if found.detections is not None:  # of all outputs together: corners in pixels
+            largest = found.detections.box_max
+        else:
+            largest = float((given[worst.output] - wanted[worst.output]).abs().max())
         return Correctness(
             calls=len(calls),
-            max_abs=float((given[worst.output] - wanted[worst.output]).abs().max()),
+            max_abs=largest,
             relative_l2=found.relative_l2_max,
             centred_cosine=found.centred_cosine_min,
             top1_agreement=found.top1_agreement,

@@ -376,3 +376,25 @@ def test_a_gpu_that_takes_no_process_more_does_not_stop_a_row(gpu, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "init", refuse)
     assert opened_on("cpu", lambda index: 1.0).device_memory_mib is None
+
+
+def test_detections_are_judged_by_their_partners_and_a_moved_box_is_told_in_pixels(clock, runner):
+    shapes = {"boxes": (2, 4), "scores": (2,), "labels": (2,), "exact": (1,)}
+    specs = tuple(OutputSpec(name, shape, "value") for name, shape in shapes.items())
+    found = {
+        "boxes": torch.tensor([[[0.0, 0.0, 20.0, 20.0], [30.0, 30.0, 60.0, 60.0]]]),
+        "scores": torch.tensor([[0.9, 0.8]]), "labels": torch.tensor([[0, 1]]), "exact": torch.ones(1, 1),
+    }  # fmt: skip
+    moved = {**found, "boxes": found["boxes"] + 0.25}
+    for answer, status, pixels in ((found, "OK", 0.0), (moved, "INVALID", 0.25)):
+
+        class Detector(KnownSpeed):
+            outputs = answer
+
+            def run(self, images: Tensor) -> dict[str, Tensor]:
+                super().run(images)
+                return self.outputs
+
+        steady = runner(8.0)
+        (timing,) = timings(Detector(steady.wait, steady.milliseconds), expected=Expected(found, specs))
+        assert (timing.status, timing.correctness.max_abs) == (status, pytest.approx(pixels))
