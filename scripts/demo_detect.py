@@ -37,7 +37,7 @@ def main() -> int:
     run("cnx-deploy", "export", *weights, "--name", "digits", "--output-dir", str(EXPORT))
     step("Verify both files against PyTorch on the validation images: detections matched by overlap and label")
     folders = ["--export-dir", str(EXPORT), "--engines-dir", str(ROOT / "engines")]
-    verified = cnx_json("verify", *folders, "--data", str(DATA / "images" / "val"))
+    verified = cnx_json("verify", *folders, "--data", str(DATA))
     step("COCO's average precision on the validation images")
     files = sorted(EXPORT.glob("*.onnx"))
     found = {file.name: cnx_json("eval", str(file), str(DATA)) for file in files}
