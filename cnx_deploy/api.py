@@ -5,6 +5,7 @@ Every function takes plain values, returns a typed record that prints itself, an
 
 import difflib
 import gc
+import importlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -15,20 +16,23 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from cnx_deploy.core.artifacts import find_artifacts, open_artifact, select_artifacts
 from cnx_deploy.core.class_names import ClassNames, names_of
 from cnx_deploy.core.deploy_spec import DeploySpec, InputKind, Layout, TestTimeAugmentation
+from cnx_deploy.core.eight_bits import Method
 from cnx_deploy.core.errors import InputError, MissingRequirementError
+from cnx_deploy.core.hidden_tensor import FusedMode
 from cnx_deploy.core.image_size import ImageSize
 from cnx_deploy.core.manifest import Artifact, EngineManifest, OnnxManifest
 from cnx_deploy.core.precision import find_precision
-from cnx_deploy.core.system import this_machine
+from cnx_deploy.core.preprocessing import Preprocessing
+from cnx_deploy.core.system import find_gpus, this_machine
 from cnx_deploy.core.targets import find_target
 from cnx_deploy.core.thresholds import ASSUMED_THRESHOLD, Thresholds, thresholds_of
-from cnx_deploy.data import ImageSource, image_source, images_to_run
+from cnx_deploy.data import ImageSource, InputSpec, image_source, images_to_run
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.backend import default_targets, load_backend, require_gpu
 from cnx_deploy.exporters.trt.builder import BuildSpec
 from cnx_deploy.exporters.trt.builder import build_engine as build_one_engine
 from cnx_deploy.exporters.trt.compiling import limits_for
-from cnx_deploy.model.checkpoint import ModelRequest
+from cnx_deploy.model.checkpoint import LoadedModel, ModelRequest
 from cnx_deploy.model.deploy import check_parts
 from cnx_deploy.model.recorded import model_record, recorded_task
 from cnx_deploy.runners.registry import find_runner
@@ -42,23 +46,36 @@ if TYPE_CHECKING:
     from cnx_deploy.bench.record import BenchmarkRecord
     from cnx_deploy.diagnosis.headroom import Headroom
     from cnx_deploy.model.tasks.multi_label_metrics import ThresholdFit
+    from cnx_deploy.serving.batch import BatchResult
+    from cnx_deploy.serving.hub import HubFolder
+    from cnx_deploy.serving.serve import Serving
+    from cnx_deploy.serving.triton_check import RepositoryCheck
     from cnx_deploy.training import TrainingResult
     from cnx_deploy.verification.inspect import Inspection
     from cnx_deploy.verification.rescue import Rescued
     from cnx_deploy.verification.temperature import TemperatureFit
 
 __all__ = [
-    "BuildRequest", "ExportRequest", "Model", "VerifyReport", "VerifyRequest", "benchmark", "build_engine", "evaluate",
-    "export", "fit_temperature", "fit_thresholds", "headroom", "inspect", "load", "predict", "rescue", "run_builds",
-    "run_exports", "run_verifications", "train", "verify",
+    "BuildRequest", "ExportRequest", "Model", "PushRequest", "VerifyReport", "VerifyRequest", "batch", "benchmark",
+    "build_engine", "check_package", "evaluate", "export", "fit_temperature", "fit_thresholds", "headroom", "inspect",
+    "load", "package", "predict", "push", "rescue", "run_builds", "run_exports", "run_push", "run_verifications",
+    "serve", "train", "verify",
 ]  # fmt: skip
 
 Note = Callable[[str], None]
 Source = Artifact | Path | str
 """An artifact, or the path of one."""
 Request = TypeVar("Request")
+FORMATS = ("onnx", "pt2")
+"""What `export` writes: ONNX files in any case, and programs of torch.export."""
+PACKAGES = {kind: f"cnx_deploy.serving.{kind}" for kind in ("triton", "deepstream", "browser")}
+"""Kind of package -> the module whose `write_package` writes it, as its `PackageRequest` says."""
 START = ("checkpoint", "init", "soup", "pretrained", "reset_head", "ema", "entry")
 """What `train` takes of weights to start from."""
+MADE_UP_IMAGES = (
+    "{} is {}, whose scales were measured on images: how it differs from PyTorch on made-up ones says nothing. Give "
+    "images that the network will see with --data (data)."
+)
 Images = Any
 """A path, a PIL image, an array or a tensor; or a list of them. See `Model.predict`."""
 
@@ -78,10 +95,12 @@ def export(
 
     Args:
         variant: one of `cnx-deploy variants`, for example "atto".
-        precision: "fp32", "fp16" or "bf16", or several of them for several files from one load of the weights.
+        precision: "fp32", "fp16", "bf16", "fp8" or "int8", or several of them for several files from one load of the
+            weights.
         note: is told what was chosen or assumed, a line at a time; `print` shows it.
         **options: fields of `ExportRequest`: checkpoint, soup, ema, entry, pretrained, task, outputs, image_size,
-            batch, keep_fp32, tta, temperature, output_dir, force …
+            batch, keep_fp32, tta, temperature, output_dir, force …; for "fp8" and "int8" calibration, samples,
+            calibration_method, keep_fp16, gate_targets and no_engine_gates.
 
     Returns:
         The artifact, or a list of them where several precisions were asked for.
@@ -106,7 +125,7 @@ def build_engine(
             machine's GPU.
             TensorRT-RTX builds for another GPU on a machine without one.
         note: is told what is built, a line at a time.
-        **options: fields of `BuildRequest`: batches, runtime, allow_tf32, output_dir, force.
+        **options: fields of `BuildRequest`: batches, runtime, allow_tf32, fused, launcher, output_dir, force.
 
     Raises:
         BuildError: TensorRT makes no engine, or one that computes in another precision than the file says.
@@ -124,7 +143,7 @@ def verify(
         artifacts: artifacts or paths; none means everything in `export/` and `engines/`.
         note: is told what is verified, a line at a time.
         progress: is told a text and the images done.
-        **options: fields of `VerifyRequest`: data, samples, runners, export_dir, engines_dir, save_outputs …
+        **options: fields of `VerifyRequest`: data, samples, backends, export_dir, engines_dir, save_outputs …
 
     Returns:
         The report; `report.passed` says whether every gate held, `print(report)` shows the table.
@@ -141,6 +160,7 @@ def benchmark(
     *,
     batch: int | Sequence[int] = (1, 8),
     compare: Sequence[str] = (),
+    backends: str | Sequence[str] = (),
     note: Note = _silent,
     progress: Callable[[str, float], None] | None = None,
     **options: Any,
@@ -151,6 +171,7 @@ def benchmark(
         artifacts: artifacts or paths; none means everything recorded.
         batch: images a call; several are measured one after the other.
         compare: peers in the same turns: "torch", "compile", "timm", "timm-whole", "timm-18"; first the baseline.
+        backends: what runs ONNX files, each in the same turns, such as ("onnxruntime", "fused"); none means the usual.
         note: is told of recorded artifacts that are not here, and of reasons to doubt the figures.
         progress: is told a text and the share that is done.
         **options: fields of `bench.comparison.BenchSpec`: duration_seconds, threads, spin, seed, sweep_to …
@@ -162,7 +183,8 @@ def benchmark(
 
     batches = (batch,) if isinstance(batch, int) else tuple(batch)
     options.setdefault("omp_threads", os.environ.get("OMP_NUM_THREADS"))
-    spec = _request(BenchSpec, options, files=_paths_of(artifacts), batches=batches, compare=tuple(compare))
+    words = {"compare": tuple(compare), "backends": (backends,) if isinstance(backends, str) else tuple(backends)}
+    spec = _request(BenchSpec, options, files=_paths_of(artifacts), batches=batches, **words)
     return run_benchmark(spec, note, progress)
 
 
@@ -170,6 +192,8 @@ def load(
     model: Source,
     *,
     device: str = "cpu",
+    backend: str | None = None,
+    allow_engine_code: bool = False,
     class_names: ClassNames | None = None,
     white_level: float | None = None,
     image_size: ImageSize | None = None,
@@ -187,6 +211,9 @@ def load(
     Args:
         model: an artifact or a path; what the file is, is told by its content.
         device: "cpu" or "cuda" for checkpoints and ONNX files; an engine runs on its GPU.
+        backend: what runs it, such as "onnxruntime" or "fused"; None is PyTorch for a checkpoint, ONNX Runtime for an
+            ONNX file and TensorRT for an engine.
+        allow_engine_code: an engine with own kernels may run them, and the launcher that travels in it.
         class_names: the names of its outputs in their order, or a file of them; None takes what it records.
         white_level: the stored value that is white, such as 4095 for 12 bits; None takes what it records.
         image_size: side of a square in pixels, or (height, width), for a checkpoint or a file of open sizes.
@@ -206,6 +233,7 @@ def load(
     """
     words: dict[str, Any] = {"class_names": names_of(class_names), "white_level": white_level, "image_size": image_size}
     words |= {"ema": ema, "entry": entry, "soup": tuple(soup), "tta": tta, "temperature": temperature}
+    words |= {"backend": backend, "allow_engine_code": allow_engine_code}
     words |= {
         "task": task,
         "outputs": (outputs,) if isinstance(outputs, str) else tuple(outputs),
@@ -218,6 +246,77 @@ def predict(model: Source, images: Images, *, top: int | None = None, **options:
     """Answer for images with a checkpoint, an ONNX file or an engine; see `Model.predict`, and `load` for options."""
     with load(model, **options) as opened:
         return opened.predict(images, top=top)
+
+
+def batch(
+    model: Source,
+    images: Path | str | Sequence[Path | str],
+    out: Path | str,
+    *,
+    engine: Literal["local", "ray"] = "local",
+    class_names: ClassNames | None = None,
+    note: Note = _silent,
+    progress: Callable[[str, float], None] | None = None,
+    **options: Any,
+) -> "BatchResult":
+    """Answer for many images and write Parquet files, as `cnx-deploy batch` does; the same call goes on.
+
+    Args:
+        model: an artifact or a path of a checkpoint, an ONNX file or an engine.
+        images: folders, patterns such as "shards/*.tar", image files, CSV tables of paths, Parquet files of image bytes
+            or WebDataset tars.
+        out: the folder to write; its `rows` are read with `pyarrow.parquet.read_table(out + "/rows")`.
+        engine: "local" works in this process, "ray" in processes of Ray Data (extra `ray`).
+        class_names: the names of the outputs in their order, or a file of them; None takes what the model records.
+        note: is told what was listed and what is there already, a sentence each.
+        progress: is told a text and the share that is done.
+        **options: fields of `serving.batch.BatchRequest`: top, probabilities, keep, batch_size, part_size, actors,
+            address …; and of a checkpoint ema, entry, soup, tta, temperature, thresholds, task and outputs, see `load`.
+
+    Returns:
+        The counts: `rows`, and `errors`, which are rows of images that have no answer.
+
+    Raises:
+        OutputExistsError: `out` holds something else, or rows of another model, other images or other options.
+        MissingRequirementError: an extra is missing, or a cluster has too few processors.
+    """
+    from cnx_deploy.serving.batch import BatchRequest, run_batch
+
+    of_checkpoint = ("ema", "entry", "soup", "tta", "temperature", "thresholds", "task", "outputs")
+    checkpoint = _with_paths({name: options.pop(name) for name in of_checkpoint if name in options})
+    words = (images,) if isinstance(images, Path | str) else tuple(images)
+    request = _request(
+        BatchRequest, {name: tuple(value) if name == "keep" else value for name, value in options.items()},
+        model=_path_of(model), images=tuple(map(str, words)), out=Path(out), engine=engine,
+        class_names=names_of(class_names), checkpoint=checkpoint,
+    )  # fmt: skip
+    return run_batch(request, note, progress or (lambda text, share: None))
+
+
+def serve(model: Source, *, class_names: ClassNames | None = None, note: Note = _silent, **options: Any) -> "Serving":
+    """Serve a model over HTTP, as `cnx-deploy serve` does; needs the extra `ray`.
+
+    Args:
+        model: an artifact or a path of a checkpoint, an ONNX file or an engine.
+        class_names: the names of the outputs in their order, or a file of them; None takes what the model records.
+        note: is told what was assumed and what is started, a sentence each.
+        **options: fields of `serving.serve.ServeRequest`: host, port, token, replicas, max_batch, max_wait_ms,
+            max_queue …; and of `load` device, backend, allow_engine_code, white_level, image_size, thresholds, task and
+            outputs.
+
+    Returns:
+        The running endpoint, a context manager that stops it: `url`, `reload()`, `stop()`.
+
+    Raises:
+        InputError: the port is taken, or an address that others reach has no token.
+        MissingRequirementError: the extra `ray` is not installed.
+    """
+    from cnx_deploy.serving.serve import ServeRequest, start
+
+    names = ("device", "backend", "allow_engine_code", "white_level", "image_size", "thresholds", "task", "outputs")
+    opened = _with_paths({name: options.pop(name) for name in names if name in options})
+    opened["class_names"] = names_of(class_names)
+    return start(_request(ServeRequest, options, artifact=_path_of(model), model_options=opened), note)
 
 
 def evaluate(
@@ -240,7 +339,8 @@ def evaluate(
         reduce_zero_label: of masks, 0 is not counted and each value is one class lower, as in ADE20K.
         batch_size: images run at once.
         note: is told how the data were understood and what was assumed, a sentence each; the result's `notes`.
-        **options: device, class_names, white_level, image_size, ema, entry, soup, tta and temperature, see `load`.
+        **options: device, backend, class_names, white_level, image_size, ema, entry, soup, tta and temperature, see
+            `load`.
 
     Returns:
         What the model's task counts: `model.tasks.classification_metrics.Evaluation` of a classifier,
@@ -328,6 +428,26 @@ def headroom(checkpoint: Path | str | None = None, *, note: Note = _silent, **op
     return run_headroom(_request(HeadroomRequest, options, checkpoint=path), note)
 
 
+def push(source: Source, to: Path | str, *, note: Note = _silent, **options: Any) -> "HubFolder":
+    """Write a network as a folder that timm and transformers load, as `cnx-deploy push` does; nothing is sent unasked.
+
+    Args:
+        source: a checkpoint, or an artifact whose weights are meant.
+        to: the folder to write.
+        note: is told what was read and assumed, and what the libraries' files cannot say, a line at a time.
+        **options: fields of `PushRequest`: artifacts, library, repo_id, public, force; of a checkpoint also
+            class_names, image_size, mean, std, crop_ratio, crop_mode, interpolation, ema, entry, soup and task.
+
+    Returns:
+        What was written; `print` shows it.
+
+    Raises:
+        InputError: the libraries do not have such a network.
+        OutputExistsError: something is in the folder; `force=True` replaces a hub folder.
+    """
+    return run_push(_request(PushRequest, options, source=_path_of(source), to=Path(to)), note)
+
+
 def rescue(file: Path | str, *, note: Note = _silent, **options: Any) -> "Rescued":
     """Write any ONNX file in FP16 with its GRN and LayerNorm in FP32, and prove it, as `cnx-deploy rescue` does.
 
@@ -348,6 +468,43 @@ def rescue(file: Path | str, *, note: Note = _silent, **options: Any) -> "Rescue
     if not isinstance(file, str | os.PathLike):
         raise InputError(f"rescue takes the path of an ONNX file; got {file!r}.")
     return rescue_file(_request(RescueRequest, options, file=Path(file)), note)
+
+
+def package(
+    artifacts: Source | Sequence[Source], kind: str = "triton", *, to: Path | str, note: Note = _silent, **options: Any
+) -> Any:
+    """Write what a server or another tool takes of artifacts, as `cnx-deploy package` does.
+
+    Args:
+        artifacts: ONNX files or engines, or their paths.
+        kind: "triton" for a model repository, "deepstream" for a configuration of nvinfer, "browser" for a page.
+        to: the folder to write; it is written whole or not at all.
+        note: is told what has to be known of the result, a sentence each.
+        **options: fields of the kind's `PackageRequest`, of "triton" that of `serving.triton`.
+
+    Returns:
+        What was written: its folder, and the notes.
+
+    Raises:
+        InputError: the artifact cannot be used so; the message says why.
+        OutputExistsError: something is at the place.
+    """
+    if kind not in PACKAGES:
+        raise InputError(f"No package is called {kind!r}. Choose one of: {', '.join(PACKAGES)}.")
+    module = importlib.import_module(PACKAGES[kind])
+    request = _request(module.PackageRequest, options, files=_paths_of(artifacts), to=Path(to))
+    return module.write_package(request, note)
+
+
+def check_package(folder: Path | str) -> "RepositoryCheck":
+    """Say what is wrong with a model repository of Triton, as `cnx-deploy package check` does; no server is needed.
+
+    Returns:
+        The findings; `passed` says whether there are none, `print` shows them.
+    """
+    from cnx_deploy.serving.triton_check import check_repository
+
+    return check_repository(Path(folder))
 
 
 def inspect(file: Source) -> "Inspection":
@@ -404,7 +561,7 @@ def _with_paths(options: dict[str, Any]) -> dict[str, Any]:
     """The same options with the path of a file or folder as one, where it is given as text."""
     names = (
         "checkpoint", "init", "output_dir", "export_dir", "engines_dir", "save_inputs", "save_outputs", "data",
-        "image_folder", "inputs", "thresholds",
+        "image_folder", "inputs", "thresholds", "calibration",
     )  # fmt: skip
     more: dict[str, Any] = {"soup": tuple(map(Path, options["soup"]))} if "soup" in options else {}
     more |= {name: Path(value) for name, value in options.items() if name in names and isinstance(value, str)}
@@ -435,7 +592,10 @@ class ExportRequest(ModelRequest):
     `batch` None is the task's usual range. `keep_fp32` is of the half-precision files alone. `task` "features" takes a
     classifier's weights without the head. `outputs` are the task's words for what the file gives, such as ("logits",
     "embedding"). `image_size` of three, (smallest, typical, largest), leaves height and width open between the first
-    and the last.
+    and the last. `formats`: "pt2" writes, beside each half-precision ONNX file, the program of `verification.program`.
+    `calibration`: images for precisions in eight bits, as a folder, a CSV file or a `data.ImageSource`; `samples` of
+    them are calibrated on, the others judge. `keep_fp16`: parts that stay in FP16. `gate_targets`: GPUs, as
+    `build_engine` takes them, whose engines judge the file; none is sm89. `no_engine_gates`: compile nothing.
     """
 
     precisions: tuple[str, ...] = ("fp32", "fp16")
@@ -451,8 +611,46 @@ class ExportRequest(ModelRequest):
     thresholds: Thresholds | None = None
     output_dir: Path = Path("export")
     name: str | None = None
+    formats: tuple[str, ...] = ("onnx",)
     no_verify: bool = False
     force: bool = False
+    calibration: Path | str | ImageSource | None = None
+    samples: int = 200
+    calibration_method: Method = "max"
+    keep_fp16: tuple[str, ...] = ()
+    gate_targets: tuple[str, ...] = ()
+    no_engine_gates: bool = False
+
+    def __post_init__(self) -> None:
+        eight = [name for name in self.precisions if find_precision(name).placement is not None]
+        if eight and self.calibration is None:
+            raise InputError(
+                f"{eight[0]} stores tensors in eight bits, on scales that are measured. Give images that the network "
+                "will see, some of which are held out to judge by: --calibration DATA."
+            )
+        given = {
+            "--calibration": self.calibration is not None,
+            "--calibration-method": self.calibration_method != "max",
+            "--keep-fp16": bool(self.keep_fp16),
+            "--gate-target": bool(self.gate_targets),
+            "--no-engine-gates": self.no_engine_gates,
+        }
+        if not eight and (unused := [name for name, is_given in given.items() if is_given]):
+            raise InputError(
+                f"{unused[0]} is of files in eight bits, and none is asked for. Add --precision fp8 or int8."
+            )
+        if unknown := set(self.formats) - set(FORMATS):
+            raise InputError(f"No format is called {sorted(unknown)[0]!r}. Choose one of: {', '.join(FORMATS)}.")
+        if self.gate_targets and self.no_engine_gates:
+            raise InputError("--gate-target names GPUs to compile for, and --no-engine-gates compiles nothing.")
+        for target in map(find_target, self.gate_targets):
+            for name in eight:
+                find_precision(name).check_runs_on(target, "The file")
+        if eight and "pt2" in self.formats:
+            raise InputError(
+                f"A program (pt2) computes in fp16 or bf16, and {eight[0]} is asked for. Export {eight[0]} by itself, "
+                "without --format pt2."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -460,7 +658,7 @@ class BuildRequest:
     """What `cnx-deploy build-trt` takes. Without `files`, every FP16 file recorded in `export_dir`.
 
     `batches` empty means the range that each file was exported for; `targets` empty means this machine's GPU, or
-    without one `trt.backend.DEFAULT_TARGETS`.
+    without one `trt.backend.DEFAULT_TARGETS`. `fused` and `launcher`: see `trt.compiling.BuildSpec`.
     """
 
     files: tuple[Path, ...] = ()
@@ -470,6 +668,8 @@ class BuildRequest:
     targets: tuple[str, ...] = ()
     batches: tuple[tuple[int, int, int], ...] = ()
     allow_tf32: bool = False
+    fused: FusedMode | None = None
+    launcher: Path | None = None
     force: bool = False
 
 
@@ -479,7 +679,8 @@ class VerifyRequest:
 
     `data`: a folder of images or of one for each class, a CSV file or a `data.ImageSource`; `image_folder`: where a CSV
     file's paths begin. Images with labels, and those of a network that gives an embedding, are all used unless
-    `samples` limits them; otherwise, and without `data`, None is 64. `runners`: see `verification.verify_artifact`.
+    `samples` limits them; otherwise, and without `data`, None is 64. `backends` and `device`: see
+    `verification.verify_artifact`.
     `save_inputs`: folder for images and PyTorch's outputs in Polygraphy's formats, one folder a network; of labelled
     images 64, or `samples`. `save_outputs`: new folder for the outputs of both sides, to be judged again. `class_names`
     and `white_level` take the place of what the artifacts record, see `load`.
@@ -493,14 +694,81 @@ class VerifyRequest:
     samples: int | None = None
     save_inputs: Path | None = None
     save_outputs: Path | None = None
-    runners: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ()
+    device: str = "cpu"
+    allow_engine_code: bool = False
     class_names: ClassNames | None = None
     white_level: float | None = None
 
 
-def run_exports(request: ExportRequest, note: Note) -> list[Artifact[OnnxManifest]]:
-    """Export one model in each precision asked for; each file is compared with PyTorch before it is put into place."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushRequest(ModelRequest):
+    """What `cnx-deploy push` takes: weights from `source`, a checkpoint or an artifact, to the folder `to`.
+
+    `artifacts`: recorded files of the same weights, for the figures of the model card. `library`, `force`: see
+    `serving.hub.write_hub_folder`. `repo_id`: upload the folder there, see `serving.hub.upload_folder`; None sends
+    nothing. The fields of a `ModelRequest` are of a checkpoint alone.
+    """
+
+    source: Path
+    to: Path
+    artifacts: tuple[Any, ...] = ()
+    library: Literal["timm", "transformers"] | None = None
+    repo_id: str | None = None
+    public: bool = False
+    force: bool = False
+
+
+def run_push(request: PushRequest, note: Note) -> "HubFolder":
+    """Load the weights, write the folder and, where a repository is named, upload it."""
+    from cnx_deploy.model.recorded import recorded_model
+    from cnx_deploy.serving.hub import check_repo_id, upload_folder, write_hub_folder
+    from cnx_deploy.verification.inspect import kind_of_file
+
+    if request.public and request.repo_id is None:
+        raise InputError("Nothing is uploaded, so nothing can be public. Name a repository with --repo-id (repo_id).")
+    if request.repo_id is not None:
+        check_repo_id(request.repo_id)
+    artifacts = [open_artifact(_path_of(source)) for source in request.artifacts]
+    if request.source.is_file() and kind_of_file(request.source) in ("onnx", "engine"):
+        own = {each.name for each in fields(PushRequest)} - {each.name for each in fields(ModelRequest)}
+        given = [f"--{each.name.replace('_', '-')} ({each.name})" for each in fields(ModelRequest)
+                 if each.name not in own and getattr(request, each.name) not in (None, (), {}, 0, False)]  # fmt: skip
+        if given:
+            raise InputError(
+                f"{request.source} is an artifact whose manifest says how it was made, so {' and '.join(given)} has "
+                "nothing to change. Leave it out, or push from the checkpoint."
+            )
+        artifacts.insert(0, open_artifact(request.source))
+        record = artifacts[0].manifest.model
+        loaded = replace(
+            recorded_model(artifacts[0]), class_names=record.class_names, preprocessing=record.preprocessing,
+            origins=record.origins, head_is_new=record.head_is_new, weights=record.weights,
+        )  # fmt: skip
+        preprocessing = record.preprocessing
+    else:
+        loaded, preprocessing = replace(request, checkpoint=request.source).load(note)
+    made = write_hub_folder(
+        loaded, preprocessing, request.to, artifacts=artifacts, library=request.library, force=request.force
+    )
+    for text in made.notes:
+        note(f"Note: {text}")
+    if request.repo_id is not None:
+        note(f"Uploading {made.path} to {request.repo_id}")
+        made = replace(made, url=upload_folder(made, request.repo_id, public=request.public))
+    return made
+
+
+def run_exports(
+    request: ExportRequest, note: Note, progress: Callable[[str, float], None] | None = None
+) -> list[Artifact[OnnxManifest]]:
+    """Export one model in each precision asked for; each file is compared with PyTorch before it is put into place.
+
+    `progress` is told a text and the share of the images that a calibration, or the judge of eight bits, has run.
+    """
     halves = [name for name in request.precisions if find_precision(name).has_islands]
+    if "pt2" in request.formats and not halves:
+        raise InputError("A program (pt2) is of half precision, and none is asked for. Add --precision fp16 or bf16.")
     if request.keep_fp32 and not halves:
         raise InputError("--keep-fp32 is of half-precision files, and none is asked for. Add --precision fp16 or bf16.")
     size_range = None
@@ -537,8 +805,11 @@ def run_exports(request: ExportRequest, note: Note) -> list[Artifact[OnnxManifes
         loaded.model.task.check_allowed(deploy)  # before what is there already is looked at
         spec = ExportSpec(deploy=deploy, batch=request.batch or loaded.model.task.usual_batch, name=name)
         record = model_record(loaded, preprocessing, request.output_dir)
-        check = None if request.no_verify else partial(verify_export, model=loaded.model)
-        artifact = export_onnx(loaded.model, record, spec, request.output_dir, force=request.force, verify=check)
+        words: dict[str, Any] = {} if request.no_verify else {"verify": partial(verify_export, model=loaded.model)}
+        if deploy.row.placement is not None:
+            spec, prove = _calibrated(request, spec, loaded, preprocessing, note, progress)
+            words = {} if request.no_verify else {"prove": prove}
+        artifact = export_onnx(loaded.model, record, spec, request.output_dir, force=request.force, **words)
         gc.collect()  # the exporter's graphs are cycles that hold the weights: huge in two precisions needs them gone
         if artifact.reused:
             note(f"{artifact.path} is there and was made from the same inputs: reused")
@@ -549,7 +820,60 @@ def run_exports(request: ExportRequest, note: Note) -> list[Artifact[OnnxManifes
             )
             note(f"{artifact.path} ({artifact.size_bytes / 1e6:.1f} MB), {error}")
         made.append(artifact)
+        if "pt2" in request.formats and precision in halves:
+            from cnx_deploy.verification.program import write_program
+
+            note(str(write_program(artifact, verify=not request.no_verify, force=request.force)))
     return made
+
+
+def _calibrated(
+    request: ExportRequest,
+    spec: ExportSpec,
+    loaded: LoadedModel,
+    preprocessing: Preprocessing,
+    note: Note,
+    progress: Callable[[str, float], None] | None,
+) -> tuple[ExportSpec, Callable[[Artifact[OnnxManifest]], Any]]:
+    """The same with scales measured on images, and what judges the file by the images that were held out."""
+    from cnx_deploy.diagnosis.calibration import calibrate
+    from cnx_deploy.verification.eight_bits import GATE_TARGETS, Calibration, prove
+
+    if loaded.weights.origin == "random":
+        raise InputError(
+            "The weights are random: scales of such a network say nothing, and a gate that it passes proves nothing. "
+            "Give trained ones with --checkpoint or --pretrained."
+        )
+    assert request.calibration is not None
+    images = images_to_run(request.calibration, targets=loaded.model.task.targets)
+    calibration = Calibration.split(images, request.samples, preprocessing)
+    targets = tuple(map(find_target, request.gate_targets)) or GATE_TARGETS
+    inputs, done = InputSpec.of(spec.deploy, 1, None), 0
+
+    def seen(images: int) -> None:
+        nonlocal done
+        done += images
+        if progress is not None:
+            share = done % len(calibration.chosen) / len(calibration.chosen)
+            progress(f"pass {1 + (done - 1) // len(calibration.chosen)} of the calibration", share or 1.0)
+
+    record = calibrate(
+        loaded.model,
+        spec.deploy,
+        lambda: (batch.images for batch in calibration.batches(inputs, calibration.chosen)),
+        method=request.calibration_method,
+        kept=request.keep_fp16,
+        targets=targets,
+        progress=seen,
+    )
+    kept = f"; in FP16 stay {', '.join(record.kept)}" if record.kept else ""
+    note(f"Calibrated on {record.images} of {len(images)} images ({record.method}){kept}")
+    for text in (*images.notes, *images.observed()):
+        note(text)
+    words: dict[str, Any] = {"model": loaded.model, "calibration": calibration, "note": note, "progress": progress}
+    words["engines"] = not request.no_engine_gates
+    words["targets"] = targets
+    return replace(spec, deploy=replace(spec.deploy, eight_bits=record)), partial(prove, **words)
 
 
 def run_builds(
@@ -574,8 +898,17 @@ def run_builds(
     for artifact in present:
         batches = request.batches or (artifact.manifest.batch,)
         for target in targets:
-            spec = BuildSpec(runtime=backend.name, target=target, batches=batches, allow_tf32=request.allow_tf32)
+            spec = BuildSpec(
+                runtime=backend.name,
+                target=target,
+                batches=batches,
+                allow_tf32=request.allow_tf32,
+                fused=request.fused,
+                launcher=None if request.launcher is None else str(request.launcher),
+            )
             note(f"Building {artifact.path.name} for {target} with {backend.name} {backend.version}")
+            if (unknown := _not_judged(artifact, target)) is not None:
+                note(f"  {unknown}")
             limits = limits_for(artifact.size_bytes)
             words = (artifact, spec, request.output_dir)
             engine = build_one_engine(*words, force=request.force, progress=progress, limits=limits)
@@ -583,6 +916,19 @@ def run_builds(
             size = f"{engine.manifest.files[0].size_bytes / 1e6:.1f} MB"
             note(f"  {engine.path} ({'made from the same inputs: reused' if engine.reused else size})")
     return engines
+
+
+def _not_judged(artifact: Artifact, target: str) -> str | None:
+    """What to know where no engine for `target` has judged a file in eight bits; None of other files."""
+    if artifact.manifest.precision.placement is None or not isinstance(artifact.manifest, OnnxManifest):
+        return None
+    facts = artifact.manifest.facts.eight_bits
+    gpu = find_gpus()[0].target if target == "current" else target
+    judged = facts.targets if facts is not None else ()
+    if gpu in judged:
+        return None
+    known = f"Its engines were compared with FP16's on {' and '.join(judged)}" if judged else "No engine judged it"
+    return f"{known}: what it saves on {gpu} is not known. Export it again with --gate-target {gpu}."
 
 
 def run_verifications(request: VerifyRequest, note: Note, progress: Progress | None = None) -> list[Verification]:
@@ -595,12 +941,19 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
     found: list[Verification] = []
     told: set[int] = set()
     saved = SavedResults(request.save_outputs) if request.save_outputs is not None else None
+    given: dict[str, Any] = {"saved": saved, "device": request.device, "allow_engine_code": request.allow_engine_code}
     reference: Reference | None = None
     words: dict[str, Any] = {"class_names": names_of(request.class_names), "white_level": request.white_level}
     for artifact in select_artifacts(request.files, request.export_dir, request.engines_dir, note):
         note(f"Verifying {artifact.path.name}")
         if request.files and artifact.manifest.kind == "engine":
             require_gpu()  # an engine that was named is asked for; before any weight is loaded
+        if artifact.manifest.deploy.eight_bits is not None and request.data is None:
+            reason = MADE_UP_IMAGES.format(artifact.path.name, artifact.manifest.precision.name.upper())
+            if request.files:
+                raise InputError(reason)
+            found.append(Verification(artifact.path.name, artifact.manifest.kind, (), not_run=(reason,)))
+            continue
         if reference is None or not reference.matches(artifact):
             task = recorded_task(artifact.manifest.model)
             images = (
@@ -615,7 +968,7 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
         if unfit and not runners:
             found.append(Verification(artifact.path.name, artifact.manifest.kind, (), not_run=unfit))
             continue
-        verification = verify_artifact(artifact, reference, progress, runners=runners, saved=saved)
+        verification = verify_artifact(artifact, reference, progress, runners=runners, **given)
         check, record = compare_with_source(artifact), artifact.manifest.model
         assumption = record.preprocessing.assumption(record.origins) if request.data is not None else None
         has_failed = check is not None and not check.passed
@@ -647,9 +1000,9 @@ def run_verifications(request: VerifyRequest, note: Note, progress: Progress | N
 def _fitting(request: VerifyRequest, artifact: Artifact) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The runners asked for that fit a recorded file, and why others do not; a file that was named takes them all."""
     if request.files or artifact.manifest.kind != "onnx":
-        return request.runners, ()
-    machine = this_machine()
-    reasons = {name: find_runner(name).reason_against(artifact, machine) for name in request.runners}
+        return request.backends, ()
+    machine = this_machine(request.device)
+    reasons = {name: find_runner(name).reason_against(artifact, machine) for name in request.backends}
     fitting = tuple(name for name, reason in reasons.items() if reason is None)
     return fitting, tuple(str(reason) for reason in reasons.values() if reason is not None)
 

@@ -1,14 +1,17 @@
 """Compile our FP16 graph and the peers' with the same TensorRT-RTX and print kernels and MB an image of each.
 
 usage: compare_traffic.py [VARIANT ...] [--task segment|detect] [--batch 64] [--target sm89] [--image-size 224]
-       [--only-ours] [--record FILE] (default: atto; options that take several values are repeated)
+       [--fused stored|recomputed|auto] [--only-ours] [--record FILE] [--resume]
+       (default: atto; options that take several values are repeated)
 
 The peers are timm's and transformers' models, `.half()`, exported by torch.onnx.export as they are. For Turing (sm75)
 our graph is written as `build-trt` writes it, with depthwise convolutions in groups. With --task segment they are
 UPerNet of 150 classes: ours with logits at a quarter of the canvas and with labels of the canvas; transformers' as it
 is, which brings the logits to the canvas, with an argmax behind it, and without that resize. With --task detect they
 are our Mask R-CNN of 80 classes, with masks and with boxes alone: no exporter takes a peer's to this compiler. Each
-kernel's inputs, constants and outputs count once, also where a kernel reads a tensor in two places.
+kernel's inputs, constants and outputs count once, also where a kernel reads a tensor in two places. With --fused our
+graph is counted with own kernels too: the bytes of those are what they declare to the compiler. The record is written
+anew after each graph; with --resume the rows that it has already are kept, where the same versions made them.
 """
 
 import argparse
@@ -26,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cnx_deploy.core.deploy_spec import DeploySpec
+from cnx_deploy.core.hidden_tensor import FUSED_MODES, FusedMode, hidden_by_stage
 from cnx_deploy.core.image_size import ImageSize, parse_image_size, size_text
 from cnx_deploy.core.manifest import ModelRecord, WeightsRecord
 from cnx_deploy.core.preprocessing import Preprocessing
@@ -34,8 +38,12 @@ from cnx_deploy.core.variants import VARIANTS, find_variant
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.backend import load_backend
 from cnx_deploy.exporters.trt.compiled import measure_compiled
+from cnx_deploy.exporters.trt.compiling import measure_isolated
 from cnx_deploy.exporters.trt.depthwise import written_for
+from cnx_deploy.exporters.trt.plugins import parser_environment
 from cnx_deploy.model.convnextv2 import random_model
+
+ROWS_DEPEND_ON = ("cnx-deploy", "tensorrt-rtx", "torch", "onnx", "onnxscript", "timm", "transformers")
 
 
 def main() -> int:
@@ -48,11 +56,14 @@ def main() -> int:
         "--image-size", type=parse_image_size, action="append", help="224, or height and width: 800x1344"
     )
     parser.add_argument("--task", choices=sorted(GRAPHS), default="classification")
+    parser.add_argument("--fused", choices=FUSED_MODES, action="append", default=[])
     parser.add_argument("--only-ours", action="store_true")
     parser.add_argument("--record", type=Path)
+    parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
+    options.known = known_rows(options.record) if options.resume and options.record else {}
     options.batch, options.target = options.batch or [64], options.target or ["sm89"]
-    rows = []
+    rows: list[dict[str, Any]] = []
     print(f"{'variant':8} {'px':>4} {'target':6} {'batch':>5} {'graph':22} {'kernels':>8} {'MB an image':>12} of peer")
     for name, size in itertools.product(options.variants, options.image_size or [224]):
         for row in measured(name, size, options):
@@ -63,37 +74,82 @@ def main() -> int:
                 flush=True,
             )
             rows.append(row)
-    if options.record:
-        peers = {name: package_version(name) or "not installed" for name in ("timm", "transformers")}
-        document = {
-            "date": datetime.date.today().isoformat(),
-            "command": " ".join(["scripts/compare_traffic.py", *sys.argv[1:]]),
-            "tools": {**tool_versions(), **peers},
-            "rows": rows,
-        }
-        options.record.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            if options.record:
+                done = {key_of(row) for row in rows}
+                record(options.record, [*rows, *(row for key, row in options.known.items() if key not in done)])
     return 0
+
+
+def record(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the rows with date, command and versions; one line a row, for there may be hundreds."""
+    peers = {name: package_version(name) or "not installed" for name in ("timm", "transformers")}
+    document = {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["scripts/compare_traffic.py", *sys.argv[1:]]),
+        "tools": {**tool_versions(), **peers},
+    }
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    text = json.dumps({**document, "rows": []}, indent=1).replace('"rows": []', f'"rows": [\n{lines}\n]')
+    path.write_text(f"{text}\n", encoding="utf-8")
 
 
 def measured(name: str, size: ImageSize, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of one variant at one size: each graph is exported once and compiled for every target and batch."""
-    backend, shown = load_backend("tensorrt-rtx"), size if isinstance(size, int) else list(size)
+    shown = size if isinstance(size, int) else list(size)
     graphs = [row for row in GRAPHS[options.task] if row.peers or not options.only_ours]
     with tempfile.TemporaryDirectory() as folder:
-        paths = {row.graph: row.export(name, size, Path(folder)) for row in graphs}
+        paths: dict[str, Path] = {}
         for target, batch in itertools.product(options.target, options.batch):
+            found = {"variant": name, "image_size": shown, "target": target, "batch": batch}
             bytes_of: dict[str, float] = {}
+            compiled: dict[tuple[str, ...], dict[str, Any]] = {}  # two modes may choose alike in every stage
             for row in graphs:
-                with written_for(paths[row.graph], target if row.peers else "as exported") as written:
-                    compiled = measure_compiled(written, batch=batch, target=target, backend=backend)
-                moved = bytes_of[row.graph] = compiled.megabytes_per_image
-                best = min((bytes_of[peer] for peer in row.peers if peer in bytes_of), default=None)
-                yield {
-                    "variant": name, "image_size": shown, "target": target, "batch": batch, "graph": row.graph,
-                    "kernels": compiled.kernels, "megabytes_per_image": round(moved, 3),
-                    "plan_megabytes": round((compiled.plan_bytes or 0) / 1e6, 2),
-                    "of_best_peer": round(moved / best, 4) if best else None,
-                }  # fmt: skip
+                modes = options.fused if row.peers else []
+                for mode in (None, *modes):
+                    graph = row.graph if mode is None else f"{row.graph}, {mode}"
+                    known = options.known.get(key_of({**found, "graph": graph}))
+                    if known is None:
+                        if row.graph not in paths:
+                            paths[row.graph] = row.export(name, size, Path(folder))
+                        best = min((bytes_of[peer] for peer in row.peers if peer in bytes_of), default=None)
+                        key = (row.graph, *(hidden_by_stage(mode, find_variant(name).dims, target) if mode else ()))
+                        if key not in compiled:
+                            compiled[key] = figures(paths[row.graph], target, batch, row, mode, best)
+                        known = {**found, "graph": graph, **compiled[key]}
+                    bytes_of[graph] = known["megabytes_per_image"]
+                    yield known
+
+
+def known_rows(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The rows of an earlier record by variant, size, target, batch and graph."""
+    document = json.loads(path.read_bytes())
+    now = {**tool_versions(), **{name: package_version(name) for name in ("timm", "transformers")}}
+    if other := [name for name in ROWS_DEPEND_ON if document["tools"].get(name) != now.get(name)]:
+        raise SystemExit(f"{path} was made with another {', '.join(other)}: leave --resume out")
+    return {key_of(row): row for row in document["rows"]}
+
+
+def key_of(row: dict[str, Any]) -> tuple[str, ...]:
+    """What a row is of."""
+    return tuple(str(row[name]) for name in ("variant", "image_size", "target", "batch", "graph"))
+
+
+def figures(
+    path: Path, target: str, batch: int, row: "Row", mode: FusedMode | None, best: float | None
+) -> dict[str, Any]:
+    """Compile a graph, with own kernels in a `mode`. `best`: megabytes an image of the better peer."""
+    if mode is None:
+        with written_for(path, target if row.peers else "as exported") as written:
+            compiled = measure_compiled(written, batch=batch, target=target, backend=load_backend("tensorrt-rtx"))
+    else:
+        with parser_environment() as environment:
+            compiled = measure_isolated(path, target, batch, fused=mode, environment=environment)
+    return {
+        "kernels": compiled.kernels,
+        "megabytes_per_image": round(compiled.megabytes_per_image, 3),
+        "plan_megabytes": round((compiled.plan_bytes or 0) / 1e6, 2),
+        "of_best_peer": round(compiled.megabytes_per_image / best, 4) if best else None,
+    }
 
 
 def own_file(

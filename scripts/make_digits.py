@@ -7,6 +7,7 @@ not at all; one that is complete already is left as it is.
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 SIDE = 64
@@ -19,18 +20,23 @@ def main() -> int:
     """Make the folder; exit code 2 when something else is at its place."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", type=Path, help="folder to make")
+    return make_folder(parser, f"{COUNT} digits", COUNT, write_images)
+
+
+def make_folder(parser: argparse.ArgumentParser, what: str, count: int, write: Callable[[Path], None]) -> int:
+    """Have `count` images written below the folder that the command line names, unless they are there."""
     directory: Path = parser.parse_args().directory
     found = len(list(directory.glob("*/*/*.png")))
-    if directory.exists() and found != COUNT:
-        parser.error(f"{directory} exists with {found} images, not the {COUNT} digits: remove it or name another")
+    if directory.exists() and found != count:
+        parser.error(f"{directory} exists with {found} images, not the {what}: remove it or name another")
     if directory.exists():
-        print(f"{directory} holds the {COUNT} digits already.")
+        print(f"{directory} holds the {what} already.")
         return 0
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
-        write_images(Path(temporary) / "digits")
-        (Path(temporary) / "digits").rename(directory)
-    print(f"Wrote {COUNT} digits to {directory}.")
+        write(Path(temporary) / "images")
+        (Path(temporary) / "images").rename(directory)
+    print(f"Wrote {what} to {directory}.")
     return 0
 
 

@@ -27,6 +27,9 @@ settings.load_profile("repeatable")
 
 TINY_TEST = Variant("tiny-test", (1, 1, 2, 1), (8, 16, 32, 64), 138_104, 0.0)
 TINY_V1_TEST = Variant("tiny-v1-test", (1, 1, 2, 1), (8, 16, 32, 64), 137_040, None, version=1)
+NARROW_TEST = Variant("narrow-test", (1, 1, 1, 1), (16, 32, 64, 128), 363_208, None)
+"""Half of atto's width: INT8 moves 0.79 of FP16's bytes, where that of tiny-test stays above the gate."""
+register_variant(NARROW_TEST)
 register_variant(TINY_TEST)  # so that commands and the Python API take it by name
 
 Command = Callable[..., tuple[int, str, str]]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cnx_deploy.bench.bounds import DEVICES, Bound, bound_of, find_device, work_of
+from cnx_deploy.bench.bounds import Bound, bound_of, work_of
 from cnx_deploy.bench.conditions import conditions_now, doubts, gpu_states, throttling
 from cnx_deploy.bench.peers import PEERS, PeerSetup, place_of_peers
 from cnx_deploy.bench.record import (
@@ -32,23 +32,28 @@ from cnx_deploy.bench.record import (
 from cnx_deploy.bench.statistics import knees, sweep_batches, sweep_is_over
 from cnx_deploy.bench.timing import Contender, Expected, Progress, TimingSpec, measure_together, open_contender
 from cnx_deploy.core.artifacts import find_artifacts, open_artifact, select_artifacts
-from cnx_deploy.core.errors import InputError, MissingRequirementError
+from cnx_deploy.core.devices import DEVICES, find_device
+from cnx_deploy.core.errors import InputError, MissingRequirementError, RefusedArtifactError
 from cnx_deploy.core.image_size import size_text
 from cnx_deploy.core.manifest import Artifact, OnnxFacts
 from cnx_deploy.core.precision import PRECISIONS, find_precision
-from cnx_deploy.core.system import cpu_count
+from cnx_deploy.core.system import cpu_count, this_machine
 from cnx_deploy.data import image_like_batches, runner_input
 from cnx_deploy.data.preprocessing import normalise
 from cnx_deploy.exporters.trt.backend import require_gpu
 from cnx_deploy.model.recorded import recorded_gate, recorded_outputs
-from cnx_deploy.runners.registry import RunnerOptions, default_runner, open_runner
+from cnx_deploy.runners.registry import RunnerOptions, default_runner, find_runner, open_runner
 from cnx_deploy.verification.originals import ReferenceNetwork, reference_network
 from cnx_deploy.verification.parity import outputs_of
 
-__all__ = ["BenchSpec", "bound_of_row", "plan_benchmark", "run_benchmark"]
+__all__ = ["BenchSpec", "bound_of_row", "gains_nothing", "plan_benchmark", "run_benchmark"]
 
 Note = Callable[[str], None]
 
+PROVES_ALONE = (
+    "{} proves arithmetic here and takes seconds an image, so that it is not timed: a GPU is needed, or another backend"
+)
+NOT_JUDGED = "its outputs are not judged: it was calibrated on images, and these are made up. verify --data judges it"
 REFERENCE_BATCH = 8
 """The reference runs in pieces of this size: a large batch of it would take the memory of the contenders."""
 
@@ -58,9 +63,12 @@ class BenchSpec:
     """What to time, and how. Without `files`, everything recorded in both folders.
 
     `compare`: words of `bench.peers.PEERS`; the first is the baseline of the table. `duration_seconds` is for a row.
+    `backends`: runners of ONNX files (`runners.registry`), each of them a row; none means the usual one.
+    `device`: "cpu" or "cuda", where ONNX files run.
     `sweep_to`: batches 1, 2, 4, … up to this one instead of `batches`; `slo_ms` finds the largest batch within it.
     `threads` None means all processors. `spin`, `thread_per_image`: see `runners.onnxruntime.OrtRunner`.
-    `cuda_graph`: engines replay a captured graph. `omp_threads`: the value of OMP_NUM_THREADS, to warn of.
+    `cuda_graph`: engines replay a captured graph. `allow_engine_code`: see `runners.tensorrt.TensorRTRunner`.
+    `omp_threads`: the value of OMP_NUM_THREADS, to warn of.
     """
 
     files: tuple[Path, ...] = ()
@@ -70,11 +78,14 @@ class BenchSpec:
     sweep_to: int | None = None
     slo_ms: float | None = None
     compare: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ()
+    device: str = "cpu"
     duration_seconds: float = 3.0
     threads: int | None = None
     spin: bool = True
     thread_per_image: bool = True
     cuda_graph: bool = False
+    allow_engine_code: bool = False
     seed: int = 0
     omp_threads: str | None = None
 
@@ -82,6 +93,8 @@ class BenchSpec:
         unknown = [word for word in self.compare if word not in PEERS]
         if unknown:
             raise InputError(f"compare takes {', '.join(PEERS)}, got {unknown[0]!r}.")
+        for name in self.backends:
+            find_runner(name)
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -93,7 +106,13 @@ class BenchSpec:
         """How files are opened. A thread gets images of its own only where a batch has one for each, as it costs."""
         alone = self.thread_per_image and max(self.batch_sizes) >= (self.threads or cpu_count())
         return RunnerOptions(
-            threads=self.threads, spin=self.spin, thread_per_image=alone, cuda_graph=self.cuda_graph, hashes_hold=True
+            device=self.device,
+            threads=self.threads,
+            spin=self.spin,
+            thread_per_image=alone,
+            cuda_graph=self.cuda_graph,
+            allow_engine_code=self.allow_engine_code,
+            hashes_hold=True,
         )
 
 
@@ -247,13 +266,19 @@ def _planned(group: Sequence[Artifact], spec: BenchSpec) -> Iterator[PlannedRow]
             yield PlannedRow(network, peer.row_name(precision), batch, peer.missing())
         for artifact in group:
             smallest, _, largest = artifact.manifest.batch
-            if smallest <= batch <= largest:
+            for name, backend in _rows_of(artifact, spec) if smallest <= batch <= largest else ():
                 missing = None
-                try:
-                    default_runner(artifact)
-                except MissingRequirementError as error:
-                    missing = str(error)
-                yield PlannedRow(network, artifact.path.name, batch, missing)
+                if backend is not None:
+                    entry = find_runner(backend)
+                    reason = entry.reason_against(artifact, this_machine(spec.device))
+                    missing = str(reason) if reason is not None else PROVES_ALONE.format(backend)
+                    missing = missing if reason is not None or entry.is_slow else None
+                else:
+                    try:
+                        default_runner(artifact, spec.device)
+                    except MissingRequirementError as error:
+                        missing = str(error)
+                yield PlannedRow(network, name, batch, missing)
 
 
 def _place_of_peers(artifacts: Sequence[Artifact]) -> tuple[str, str]:
@@ -297,20 +322,36 @@ def _open_peers(network: _Network, spec: BenchSpec, stack: ExitStack) -> None:
 
 
 def _open_artifacts(network: _Network, spec: BenchSpec, stack: ExitStack) -> None:
-    for artifact in network.artifacts:
-        name, make = artifact.path.name, partial(open_runner, artifact, options=spec.runner_options)
+    rows = [(artifact, *row) for artifact in network.artifacts for row in _rows_of(artifact, spec)]
+    for artifact, name, backend in rows:
+        make = partial(open_runner, artifact, backend, spec.runner_options)
         try:
-            contender = open_contender(name, network.name, make, recorded_gate(artifact), stack)
+            if backend is not None and find_runner(backend).is_slow:
+                raise MissingRequirementError(PROVES_ALONE.format(backend))
+            is_eight = artifact.manifest.deploy.eight_bits is not None
+            gate = None if is_eight else recorded_gate(artifact)
+            contender = open_contender(name, network.name, make, gate, stack)
+            if is_eight:
+                contender = replace(contender, remarks=(NOT_JUDGED,))
             if artifact.manifest.deploy.input_kind == "normalised":
                 take = partial(normalise, preprocessing=artifact.manifest.model.preprocessing)
                 contender = replace(contender, input_from_pixels=take)
             network.contenders.append(contender)
-        except MissingRequirementError as error:
-            compiled = network.facts.files[name].compiled
+        except (MissingRequirementError, InputError, RefusedArtifactError) as error:
+            if isinstance(error, InputError) and backend is None:
+                raise
+            compiled = network.facts.files[artifact.path.name].compiled
             figures = (compiled.batch, compiled.kernels, compiled.megabytes_per_image)
             network.not_run.append(NotRun(name, network.name, *figures, str(error)))
     if not spec.compare and network.contenders:
         network.contenders[0] = replace(network.contenders[0], is_peer=True)
+
+
+def _rows_of(artifact: Artifact, spec: BenchSpec) -> list[tuple[str, str | None]]:
+    """The rows of an artifact: name and runner. `atto-224-fp32.onnx [fused]` where ONNX files have named backends."""
+    if artifact.manifest.kind == "engine" or not spec.backends:
+        return [(artifact.path.name, None)]
+    return [(f"{artifact.path.name} [{backend}]", backend) for backend in spec.backends]
 
 
 def _measure(network: _Network, batch: int, spec: BenchSpec, progress: Progress | None) -> None:
@@ -338,7 +379,21 @@ def _measure(network: _Network, batch: int, spec: BenchSpec, progress: Progress 
     images = [contender.images_from_pixels(pixels) for contender in fitting]
     timing = TimingSpec(duration_seconds=spec.duration_seconds, seed=spec.seed)
     rows = measure_together(fitting, images, timing, expected=expected, progress=progress)
+    rows = [replace(row, remarks=(*row.remarks, *gains_nothing(row, rows, network.facts))) for row in rows]
     network.rows.extend(replace(row, roofline=bound_of_row(row, network.facts)) for row in rows)
+
+
+def gains_nothing(row: Timing, rows: Sequence[Timing], network: NetworkFacts) -> Iterator[str]:
+    """Say of a file in eight bits that another of the network, in the same backend, is as fast or faster without."""
+    own = network.file_of(row.name)
+    if own is None or find_precision(own.precision).placement is None:
+        return
+    files = [(other, network.file_of(other.name)) for other in rows if other.backend == row.backend]
+    wider = [other for other, file in files if file is not None and find_precision(file.precision).placement is None]
+    fastest = max(wider, key=lambda other: other.images_per_second, default=None)
+    if fastest is not None and (times := fastest.images_per_second / row.images_per_second) >= 1.0:
+        name = own.precision.upper()
+        yield f"{name} gains nothing here: {fastest.name} runs {times:.2f} times as many images a second"
 
 
 def bound_of_row(row: Timing, network: NetworkFacts) -> Bound | None:
@@ -356,7 +411,8 @@ def bound_of_row(row: Timing, network: NetworkFacts) -> Bound | None:
     work = work_of(
         network.variant, network.image_size, precision, network.num_classes, network.in_chans, network.passes
     )
-    compiled = network.files[row.name].compiled if row.name in network.files else CompiledFacts()
+    file = network.file_of(row.name)
+    compiled = file.compiled if file is not None else CompiledFacts()
     known = compiled.megabytes_per_image if compiled.batch == row.batch else None
     moved = known * 1e6 if known else None
     return bound_of(work, device, batch=row.batch, compiled_bytes=moved, measured=row.images_per_second)

@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 from cnx_deploy.bench.record import Conditions, GpuState
-from cnx_deploy.core.system import cpu_count, cpu_name, tool_versions
+from cnx_deploy.core.system import cpu_count, cpu_name, package_version, tool_versions
 
 __all__ = ["conditions_now", "doubts", "gpu_states", "isa_flags", "states_from_csv", "throttling"]
 
@@ -20,6 +20,9 @@ ISA_FLAGS = (
     "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "sve",
 )  # fmt: skip
 """Instruction sets that decide how fast matrix products are, as /proc/cpuinfo names them."""
+
+PEER_TOOLS = ("openvino", "timm")
+"""What is timed and shapes no artifact."""
 
 THROTTLE_BITS = {
     0x04: "power cap",
@@ -42,7 +45,7 @@ def conditions_now(*, threads: int | None = None, duration_seconds: float, seed:
     return Conditions(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         commit=_commit(Path(__file__).parents[2]),
-        tools=tool_versions(),
+        tools=tool_versions() | {name: version for name in PEER_TOOLS if (version := package_version(name))},
         system=platform.platform(),
         cpu=cpu_name(),
         isa=isa_flags(),

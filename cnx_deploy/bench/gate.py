@@ -92,9 +92,10 @@ def _figures(
 ) -> tuple[str, float, float]:
     """What is compared, then and now: the ratio to the first common peer, else images a second."""
     # A ratio to another of our files is none to a peer: both would get slower together and the ratio would hide it.
-    theirs = {ratio.peer: ratio.ratio for ratio in now.ratios if ratio.peer not in current.networks[now.network].files}
+    ours_then, ours_now = baseline.networks[before.network].file_of, current.networks[now.network].file_of
+    theirs = {ratio.peer: ratio.ratio for ratio in now.ratios if ours_now(ratio.peer) is None}
     for ratio in before.ratios:
-        if ratio.peer in theirs and ratio.peer not in baseline.networks[before.network].files:
+        if ratio.peer in theirs and ours_then(ratio.peer) is None:
             # The release of the peer's backend: one that got faster itself looks like a regression of ours.
             earlier, later = (
                 next((row.version for row in record.rows if row.name == ratio.peer), "unknown")

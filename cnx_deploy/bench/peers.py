@@ -1,9 +1,10 @@
-"""What our files are measured against: the same weights in PyTorch, compiled PyTorch, and timm's model on ONNX Runtime.
+"""What our files are measured against: the same weights in PyTorch, compiled PyTorch, and timm's model in two runtimes.
 
-On a CPU a peer computes in FP32, as ONNX Runtime does there even with FP16 files. On a GPU PyTorch's peers compute as
-our files do: FP16 files against FP16 under autocast, for FP32 would flatter them. Beside a file that averages an
-image and its mirror, or that divides by a temperature, every peer does so too, in two passes. Each peer is prepared
-first (exported, where that is needed) and then made, so that what making it takes is comparable.
+On a CPU a peer computes in FP32, as ONNX Runtime and OpenVINO do there even with FP16 files. On a GPU PyTorch's peers
+compute as our files do: FP16 files against FP16 under autocast, for FP32 would flatter them; or, as "half", with
+everything in FP16, which is faster and overflows where the network is hot. Beside a file that averages an image and its
+mirror, or that divides by a temperature, every peer does so too, in two passes. Each peer is prepared first (exported,
+where that is needed) and then made, so that what making it takes is comparable.
 """
 
 import importlib.util
@@ -31,10 +32,12 @@ from cnx_deploy.model.layouts import official_state
 from cnx_deploy.model.tasks.base import Outputs
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.onnxruntime import OrtRunner
+from cnx_deploy.runners.openvino import OpenVinoRunner
+from cnx_deploy.runners.openvino_library import MISSING
 from cnx_deploy.runners.pytorch import AnsweringModel, TorchRunner, reference_runner
 from cnx_deploy.runners.registry import RunnerOptions
 
-__all__ = ["PEERS", "CompiledRunner", "HalfAutocast", "Peer", "PeerSetup", "place_of_peers", "timm_twin"]
+__all__ = ["PEERS", "CompiledRunner", "Half", "HalfAutocast", "Peer", "PeerSetup", "place_of_peers", "timm_twin"]
 
 OPSET, OLDER_OPSET = 20, 18
 """The exporter's default in torch 2.14, and an older one: in 18 GELU is five operators, which costs 1 to 12 %."""
@@ -62,16 +65,21 @@ class PeerSetup:
 class Peer:
     """One word of `--compare`. `prepare` returns what makes the runner.
 
-    `is_timm`: timm's model on ONNX Runtime's CPU provider in FP32, which takes normalised images. Other peers run
-    where PyTorch does and take what our files take.
+    `is_timm`: timm's model exported, which takes normalised images, in FP32 unless `is_half`; ONNX Runtime runs it, or
+    OpenVINO where `in_openvino`. Other peers run where PyTorch does and take what our files take. `is_half`: weights
+    and tensors are FP16, statistics included.
     """
 
     title: str
     prepare: Callable[[PeerSetup], Callable[[], Runner]]
     is_timm: bool = False
+    is_half: bool = False
+    in_openvino: bool = False
 
     def precision_here(self, torch_precision: str) -> str:
         """The precision it computes in, where PyTorch's peers compute in `torch_precision`."""
+        if self.is_half:
+            return "fp16"
         return "fp32" if self.is_timm else torch_precision
 
     def row_name(self, torch_precision: str) -> str:
@@ -80,8 +88,9 @@ class Peer:
 
     def missing(self) -> str | None:
         """What it lacks on this machine, None where it can be prepared."""
-        has_timm = importlib.util.find_spec("timm") is not None
-        return TIMM_MISSING if self.is_timm and not has_timm else None
+        if self.is_timm and importlib.util.find_spec("timm") is None:
+            return TIMM_MISSING
+        return MISSING if self.in_openvino and importlib.util.find_spec("openvino") is None else None
 
     def input_from_pixels(self, deploy: DeploySpec) -> Callable[[Tensor], Tensor] | None:
         """(N, S, S, C) uint8 pixels -> the peer's input; None where it takes what our files take."""
@@ -112,6 +121,20 @@ class HalfAutocast(nn.Module):
         """Raw images -> float32 outputs."""
         with torch.autocast(self.device_type, dtype=self.dtype):
             return tree_map(lambda output: output.float(), self.module(images))
+
+
+class Half(nn.Module):
+    """A module in FP16 as `.half()` makes it, channels last, from float32 images to float32 outputs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module.half().to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Any:
+        """Images -> float32 outputs; indices stay what they are."""
+        images = images.half() if images.is_floating_point() else images
+        given = self.module(images)
+        return tree_map(lambda output: output.float() if output.is_floating_point() else output, given)
 
 
 class CompiledRunner(TorchRunner):
@@ -168,12 +191,15 @@ def timm_twin(model: ConvNeXtV2) -> nn.Module:
     return twin.eval()
 
 
-def _torch(setup: PeerSetup, *, compiles: bool = False) -> Callable[[], TorchRunner]:
+def _torch(setup: PeerSetup, *, compiles: bool = False, is_half: bool = False) -> Callable[[], TorchRunner]:
     model = setup.model.to(setup.device)
 
     def make() -> TorchRunner:
         runner, half = reference_runner(model, setup.deploy), find_precision(setup.precision)
-        if half.has_islands:
+        if is_half:
+            info = replace(runner.info, precision="fp16", arithmetic="fp16", details=(("weights", "fp16"),))
+            runner = TorchRunner(Half(runner.module).to(setup.device), runner.input_spec, info, runner.outputs)
+        elif half.has_islands:
             info = replace(runner.info, precision=half.name, arithmetic=half.name, details=(("autocast", half.name),))
             module = HalfAutocast(runner.module, setup.device, getattr(torch, half.dtype)).to(setup.device)
             runner = TorchRunner(module, runner.input_spec, info, runner.outputs)
@@ -182,15 +208,23 @@ def _torch(setup: PeerSetup, *, compiles: bool = False) -> Callable[[], TorchRun
     return make
 
 
-def _timm(setup: PeerSetup, opset: int = OPSET, *, in_whole_batches: bool = False) -> Callable[[], Runner]:
-    """Export timm's model; run it as our files are, so that a ratio is the graph's alone, or by ONNX Runtime alone."""
+def _timm(
+    setup: PeerSetup,
+    opset: int = OPSET,
+    *,
+    in_whole_batches: bool = False,
+    is_half: bool = False,
+    in_openvino: bool = False,
+) -> Callable[[], Runner]:
+    """Export timm's model; run it as our files are, so that a ratio is the graph's alone, or by the runtime alone."""
     if setup.model.task.name != "classification":
         raise MissingRequirementError(f"timm's model classifies: it has no counterpart of {setup.model.task.name}.")
     if setup.deploy.outputs not in ((), ("logits",)):
         raise MissingRequirementError(f"timm's model gives logits: it has no {', '.join(setup.deploy.outputs)}.")
     path = setup.folder / "timm.onnx"
     # It answers as our files do: a mean over two passes against one pass would compare different work.
-    twin = AnsweringModel(timm_twin(setup.model.cpu()), setup.deploy, setup.model.task).eval()
+    twin: nn.Module = AnsweringModel(timm_twin(setup.model.cpu()), setup.deploy, setup.model.task).eval()
+    twin = Half(twin) if is_half else twin
     example = torch.zeros(2, setup.deploy.in_chans, *sides(setup.deploy.image_size))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's notes to its own developers
@@ -198,12 +232,21 @@ def _timm(setup: PeerSetup, opset: int = OPSET, *, in_whole_batches: bool = Fals
             twin, (example,), path, dynamo=True, opset_version=opset, input_names=["images"], output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},), verbose=False,
         )  # fmt: skip
-    alone = setup.options.thread_per_image and not in_whole_batches
+    words: dict[str, Any] = {
+        "threads": setup.options.threads,
+        "thread_per_image": setup.options.thread_per_image and not in_whole_batches,
+    }
 
-    def make() -> OrtRunner:
-        runner = OrtRunner(path, threads=setup.options.threads, spin=setup.options.spin, thread_per_image=alone)
+    def make() -> Runner:
+        runner: Runner
+        if in_openvino:
+            runner = OpenVinoRunner(path, fixed_shapes=not in_whole_batches, **words)
+        else:
+            runner = OrtRunner(path, device=setup.options.device, spin=setup.options.spin, **words)
         details = (("timm", str(package_version("timm"))), *runner.info.details)
-        runner.info = replace(runner.info, precision="fp32", details=details)
+        precision = "fp16" if is_half else "fp32"
+        arithmetic = precision if setup.options.device == "cuda" and not in_openvino else "fp32"
+        runner.info = replace(runner.info, precision=precision, arithmetic=arithmetic, details=details)
         return runner
 
     return make
@@ -212,8 +255,18 @@ def _timm(setup: PeerSetup, opset: int = OPSET, *, in_whole_batches: bool = Fals
 PEERS = {
     "torch": Peer("torch eager", _torch),
     "compile": Peer("torch.compile", partial(_torch, compiles=True)),
+    "torch-half": Peer("torch eager .half()", partial(_torch, is_half=True), is_half=True),
+    "compile-half": Peer("torch.compile .half()", partial(_torch, compiles=True, is_half=True), is_half=True),
     "timm": Peer("timm.onnx", _timm, is_timm=True),
+    "timm-half": Peer("timm.onnx .half()", partial(_timm, is_half=True), is_timm=True, is_half=True),
     "timm-whole": Peer("timm.onnx whole batch", partial(_timm, in_whole_batches=True), is_timm=True),
+    "timm-openvino": Peer(
+        "timm.onnx in OpenVINO", partial(_timm, in_openvino=True), is_timm=True, in_openvino=True
+    ),
+    "timm-openvino-whole": Peer(
+        "timm.onnx in OpenVINO whole batch", partial(_timm, in_whole_batches=True, in_openvino=True), is_timm=True,
+        in_openvino=True,
+    ),
     "timm-18": Peer("timm.onnx opset 18", partial(_timm, opset=OLDER_OPSET, in_whole_batches=True), is_timm=True),
-}
+}  # fmt: skip
 """The peers by the word that `--compare` takes."""

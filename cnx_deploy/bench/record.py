@@ -222,6 +222,10 @@ class NetworkFacts:
     in_chans: Positive = 3
     passes: Positive = 1
 
+    def file_of(self, row: str) -> FileFacts | None:
+        """The file of a row, by the row's name with or without its backend: "x.onnx [fused]"; None of a peer."""
+        return self.files.get(row.partition(" [")[0])
+
 
 @dataclass(frozen=True, slots=True)
 class GpuState:

@@ -77,7 +77,8 @@ def _work(network: NetworkFacts) -> tuple[str, str, str]:
 def _head_lines(conditions: Conditions, networks: Mapping[str, NetworkFacts]) -> Iterator[str]:
     tools = conditions.tools
     commit = f" (commit {conditions.commit})" if conditions.commit else ""
-    runtimes = ", ".join(f"{name} {tools[name]}" for name in tools if name.startswith(("torch", "onnxrun", "tensorrt")))
+    timed = ("torch", "onnxrun", "openvino", "tensorrt")
+    runtimes = ", ".join(f"{name} {tools[name]}" for name in tools if name.startswith(timed))
     yield f"cnx-deploy {tools['cnx-deploy']}{commit}, {runtimes}, {conditions.system}, {conditions.date}"
     yield (
         f"{conditions.cpu} ({' '.join(conditions.isa)}), {conditions.processors} processors, {conditions.threads} "

@@ -91,7 +91,8 @@ class Contender:
     `device_memory_mib` is what free device memory fell by from before it was made until after its first call, on its
     smallest batch and without CUDA's context. It is right only when the process is alone on the GPU, and None on a CPU
     and where free memory did not fall. `is_peer`: the others' speed is given as a ratio to this one.
-    `input_from_pixels` makes another input than our files take of (N, S, S, C) uint8 pixels.
+    `input_from_pixels` makes another input than our files take of (N, S, S, C) uint8 pixels. `gate` None: its outputs
+    are not judged, but for NaN and infinity. `remarks`: what else its row says.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Contender:
     cold_call_ms: float | None = None
     input_from_pixels: Callable[[Tensor], Tensor] | None = None
     device_memory_mib: float | None = None
+    remarks: tuple[str, ...] = ()
 
     def images_from_pixels(self, pixels: Tensor) -> Tensor:
         """(N, S, S, C) uint8 pixels -> the batch this contender takes, in host memory."""
@@ -117,7 +119,9 @@ class Contender:
         return spec.min_batch <= batch and (spec.max_batch is None or batch <= spec.max_batch)
 
 
-def open_contender(name: str, network: str, make: Callable[[], Runner], gate: Gate, stack: ExitStack) -> Contender:
+def open_contender(
+    name: str, network: str, make: Callable[[], Runner], gate: Gate | None, stack: ExitStack
+) -> Contender:
     """Make a runner, which `stack` closes, and call it once on its smallest batch, which the memory includes.
 
     Where there is a GPU, CUDA's context is made before, and is in no runner's time or memory.
@@ -350,7 +354,7 @@ def _timing(sample: _Sample, peers: Sequence[_Sample], expected: Expected | None
             if peer is not sample and peer.contender.runner.device.type == contender.runner.device.type
         ),
         status="INVALID" if wrong else "UNSTABLE" if unsteady else "OK",
-        remarks=(*wrong, *unsteady, *limits),
+        remarks=(*wrong, *unsteady, *limits, *contender.remarks),
         device_memory_mib=contender.device_memory_mib,
     )
 

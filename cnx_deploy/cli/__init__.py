@@ -35,6 +35,10 @@ COMMANDS = {
     "rescue": ("rescue", "Make a proven FP16 file of anybody's ONNX file."),
     "inspect": ("inspect", "Say what a file is: checkpoint, ONNX file or engine."),
     "predict": ("predict", "Classify image files."),
+    "package": ("package", "Package artifacts for a server or another tool."),
+    "batch": ("batch", "Answer for many images, as Parquet files; resumes, runs on Ray."),
+    "push": ("push", "Write a folder that timm and transformers load."),
+    "serve": ("serve", "Serve a checkpoint, ONNX file or engine over HTTP."),
     "report": ("report", "Write the index and tables from the manifests, or one HTML page."),
 }
 """Command -> its module in this package, and its line of help."""

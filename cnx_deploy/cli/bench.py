@@ -9,8 +9,12 @@ import click
 
 from cnx_deploy.cli import options
 from cnx_deploy.core.errors import CheckFailedError
+from cnx_deploy.runners.registry import runner_names
 
-PEERS = ("torch", "compile", "timm", "timm-whole", "timm-18")
+PEERS = (
+    "torch", "compile", "torch-half", "compile-half", "timm", "timm-half", "timm-whole", "timm-openvino",
+    "timm-openvino-whole", "timm-18",
+)  # fmt: skip
 
 
 def _peers(ctx: click.Context, param: click.Parameter, given: Sequence[str]) -> tuple[str, ...]:
@@ -38,15 +42,24 @@ compare = click.option(
 )  # fmt: skip
 
 
+backends = click.option(
+    "--backend", "backends", multiple=True,
+    type=click.Choice([name for name in runner_names() if name != "tensorrt"]),
+    help="What runs ONNX files, each a row (repeat for several) [default: ONNX Runtime].",
+)  # fmt: skip
+
+
 def timing_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add how runners are timed and what is printed, the same for a benchmark and a sweep."""
     for option in (
         options.as_json,
+        options.device,
         click.option("--csv", "as_csv", is_flag=True, help="Print CSV with timm's column names first."),
+        options.allow_engine_code,
         click.option("--cuda-graph", is_flag=True, help="Capture engines in a CUDA graph."),
         click.option(
             "--thread-per-image/--whole-batch", default=True, show_default=True,
-            help="ONNX Runtime's threads get images of their own, or share each operator.",
+            help="Threads of ONNX Runtime and OpenVINO get images of their own, or share each operator.",
         ),
         click.option(
             "--spin/--no-spin", default=True, show_default=True, help="ONNX Runtime's threads wait by spinning."
@@ -67,6 +80,7 @@ def timing_options(command: Callable[..., None]) -> Callable[..., None]:
 @options.engines_dir
 @batches
 @compare
+@backends
 @timing_options
 def measure(as_csv: bool, as_json: bool, **values: Any) -> None:
     """Time ONNX FILES and engines; by default everything recorded that can run here.
@@ -85,6 +99,7 @@ def measure(as_csv: bool, as_json: bool, **values: Any) -> None:
 )
 @click.option("--slo-ms", type=click.FloatRange(min=0, min_open=True), help="Find the largest batch within this time.")
 @compare
+@backends
 @timing_options
 def sweep(as_csv: bool, as_json: bool, **values: Any) -> None:
     """Time batches 1, 2, 4, …, and find the smallest that is nearly as good as the best."""
@@ -97,6 +112,7 @@ def sweep(as_csv: bool, as_json: bool, **values: Any) -> None:
 @options.engines_dir
 @batches
 @compare
+@backends
 @options.as_json
 def plan(batch: tuple[int, ...], as_json: bool, **values: Any) -> None:
     """Print what would be measured and the bounds of GPUs; measure nothing."""

@@ -88,21 +88,34 @@ def chain(files: tuple[Path, ...], as_json: bool, **arguments: Any) -> None:
 @click.argument("file", type=options.PATH)
 @DATA
 @options.white_level
-@click.option("--samples", type=click.IntRange(min=1), default=4, show_default=True, help="Images to judge on.")
 @click.option(
-    "--gate", type=click.Choice(["fp16", "bf16", "tf32-engine", "fp32-engine", "fp32"]),
+    "--samples", type=click.IntRange(min=1), help="Images to judge on [default: 4, at most 500 for eight bits]."
+)
+@click.option(
+    "--gate", type=click.Choice(["fp16", "bf16", "fp8", "int8", "tf32-engine", "fp32-engine", "fp32"]),
     help="What has to hold [default: that of the file's precision].",
 )  # fmt: skip
+@click.option("--no-engine-gates", is_flag=True, help="Compile no engine to judge an FP8 or INT8 file by.")
 @options.as_json
-def bisect(file: Path, as_json: bool, **arguments: Any) -> None:
-    """Find the smallest set of modules to keep in FP32 with which a recorded FP16 or BF16 ONNX FILE passes its gate.
+def bisect(file: Path, as_json: bool, samples: int | None, no_engine_gates: bool, **words: Any) -> None:
+    """Find the smallest set of modules to keep in a wider type with which a recorded ONNX FILE passes its gate.
 
-    Exit code 0 when there is one or none is needed, 3 when nothing helps.
+    Of an FP16 or BF16 file they stay in FP32. Of an FP8 or INT8 file, which needs --data, they stay in FP16, and the
+    error of each part alone is told. Exit code 0 when there is a set or none is needed, 3 when nothing helps.
     """
-    from cnx_deploy.diagnosis.bisect import failure, report_lines, run_bisection
+    from cnx_deploy.diagnosis import bisect, eight_bit_search
 
-    bisection = run_bisection(file, options.note, **arguments)
-    _show(bisection.to_dict(), [report_lines(bisection)], failure(bisection), as_json=as_json)
+    if samples is not None:
+        words["samples"] = samples
+    if bisect.file_to_search(file).manifest.deploy.eight_bits is not None:
+        search = eight_bit_search.run_bisection(file, options.note, no_engine_gates=no_engine_gates, **words)
+        report, error = eight_bit_search.report_lines(search), eight_bit_search.failure(search)
+        _show(search.to_dict(), [report], error, as_json=as_json)
+        return
+    if no_engine_gates:
+        raise click.UsageError(f"--no-engine-gates is of files in FP8 and INT8, and {file} is none. Leave it out.")
+    found = bisect.run_bisection(file, options.note, **words)
+    _show(found.to_dict(), [bisect.report_lines(found)], bisect.failure(found), as_json=as_json)
 
 
 @diagnose.command()
@@ -125,7 +138,8 @@ def bisect(file: Path, as_json: bool, **arguments: Any) -> None:
 @options.white_level
 @click.option("--samples", type=click.IntRange(min=1), default=16, show_default=True, help="Images, at most.")
 @click.option("--margin", type=click.FloatRange(min=1.0), default=4.0, show_default=True, help="Factor to be kept.")
-@click.option("--all", "lists_all", is_flag=True, help="List every tensor, not the largest alone.")
+@click.option("--per-image", is_flag=True, help="Also name the images whose values exceed those of all others.")
+@click.option("--all", "lists_all", is_flag=True, help="List every tensor and image, not the largest alone.")
 @PLOT
 @options.as_json
 def headroom(lists_all: bool, plot: Path | None, as_json: bool, **arguments: Any) -> None:

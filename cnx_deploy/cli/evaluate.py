@@ -13,10 +13,9 @@ from cnx_deploy.cli import options
 @click.argument("artifact", type=options.PATH)
 @click.argument("data", type=options.PATH)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images run at once.")
-@click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
-    help="Where a checkpoint or an ONNX file runs; an engine runs on its GPU.",
-)  # fmt: skip
+@options.device
+@options.backend
+@options.allow_engine_code
 @options.image_folder
 @options.reduce_zero_label
 @options.class_names

@@ -16,14 +16,15 @@ from cnx_deploy.core.errors import CnxDeployError
 from cnx_deploy.core.image_size import CROP_MODES, INTERPOLATIONS, MAX_CHANNELS, parse_image_size, parse_image_sizes
 from cnx_deploy.core.targets import find_target
 from cnx_deploy.core.variants import ALL_VARIANTS
+from cnx_deploy.runners.registry import runner_names
 
 __all__ = [
-    "BATCH_RANGE", "CHANNELS", "EXISTING", "FILE", "FOLDER", "IMAGE_SIZE", "IMAGE_SIZES", "PATH", "TARGET", "VARIANT",
-    "DefaultGroup", "SectionedCommand", "as_json", "checkpoint", "class_names", "echo", "echo_artifacts", "echo_json",
-    "engines_dir", "export_dir", "fail", "files", "force", "image_folder", "image_size", "image_sizes", "in_chans",
-    "note", "num_classes", "other_size", "output_dir", "outputs", "pixels", "preprocessing", "pretrained",
-    "reduce_zero_label", "reporter", "reset_head", "seed", "soup", "task", "task_options", "temperature", "thresholds",
-    "tta", "variant", "white_level",
+    "BATCH_RANGE", "CHANNELS", "EXISTING", "FILE", "FOLDER", "IMAGE_SIZE", "IMAGE_SIZES", "PATH", "TARGET",
+    "VARIANT", "DefaultGroup", "SectionedCommand", "allow_engine_code", "as_json", "backend", "checkpoint",
+    "class_names", "device", "echo", "echo_artifacts", "echo_json", "engines_dir", "export_dir", "fail", "files",
+    "force", "image_folder", "image_size", "image_sizes", "in_chans", "note", "num_classes", "other_size", "output_dir",
+    "outputs", "pixels", "preprocessing", "pretrained", "reduce_zero_label", "reporter", "reset_head", "seed",
+    "soup", "task", "task_options", "temperature", "thresholds", "tta", "variant", "white_level",
 ]  # fmt: skip
 
 
@@ -120,7 +121,19 @@ VARIANT: dict[str, Any] = {
     "help": "atto to huge, or of ConvNeXt V1 v1-atto to v1-xlarge: see cnx-deploy variants.",
 }
 
+device = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+    help="Where a checkpoint or an ONNX file runs; an engine runs on its GPU.",
+)  # fmt: skip
 files = click.argument("files", nargs=-1, type=PATH)
+allow_engine_code = click.option(
+    "--allow-engine-code", is_flag=True,
+    help="Let an engine with own kernels run them, and the launcher in it. Its hash has to be its manifest's.",
+)  # fmt: skip
+backend = click.option(
+    "--backend", type=click.Choice(runner_names()),
+    help="What runs it [default: PyTorch for a checkpoint, ONNX Runtime for an ONNX file, TensorRT for an engine].",
+)  # fmt: skip
 variant = click.option("--variant", required=True, **VARIANT)
 checkpoint = click.option(
     "--checkpoint", type=click.Path(exists=True, path_type=Path),

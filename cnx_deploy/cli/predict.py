@@ -18,6 +18,9 @@ from cnx_deploy.core.errors import InputError
     help="Classes named for each image [default: 5; of several labels all that reach their thresholds].",
 )  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images run at once.")
+@options.device
+@options.backend
+@options.allow_engine_code
 @options.class_names
 @options.white_level
 @options.other_size

@@ -30,10 +30,12 @@ if TYPE_CHECKING:
 @options.class_names
 @options.white_level
 @click.option(
-    "--runner", "runners", multiple=True,
+    "--backend", "backends", multiple=True,
     type=click.Choice([name for name in runner_names() if name != "tensorrt"]),
     help="What runs ONNX files, on all images (repeat for several) [default: what proves most].",
 )  # fmt: skip
+@options.device
+@options.allow_engine_code
 @click.option(
     "--save-inputs", type=options.FOLDER,
     help="Folder for the images and PyTorch's logits in Polygraphy's formats.",

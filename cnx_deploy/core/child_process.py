@@ -61,6 +61,7 @@ def run_isolated(
     what: str,
     failure: type[CnxDeployError],
     tick: Callable[[float], None] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Any:
     """Run a function in a child process and return its result.
 
@@ -71,6 +72,7 @@ def run_isolated(
         what: The work as messages name it, for example "Building a.onnx".
         failure: The error to raise where the child was ended by a signal or a limit, or gave no answer.
         tick: Called twenty times a second with the seconds so far.
+        environment: Variables that the child has beside this process's own.
 
     Raises:
         CnxDeployError: The child's own error as it was raised there, or `failure`.
@@ -84,7 +86,7 @@ def run_isolated(
                 # -P: the child imports nothing from the folder it is run in.
                 [sys.executable, "-P", "-m", "cnx_deploy.core.child_process", folder],
                 stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(environment or {})},
             )  # fmt: skip
         try:
             reason = _watch(child, limits, log, tick)

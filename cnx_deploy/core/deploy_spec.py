@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from cnx_deploy.core.eight_bits import EightBits
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.image_size import ImageSize, SizeRange, canonical_size, check_size_range, size_text
 from cnx_deploy.core.precision import Precision, find_precision
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ANSWER_DEFAULTS", "FOLDS", "TEMPERATURES", "DeploySpec", "InputKind", "Layout", "TestTimeAugmentation"]
 
-Layout = Literal["gpu", "cpu"]
+Layout = Literal["gpu", "cpu", "openvino"]
 InputKind = Literal["float", "uint8", "normalised"]
 TestTimeAugmentation = Literal["flip"]
 
@@ -37,9 +38,18 @@ FOLDS = {
     "residual": "the second pointwise layer as a 1x1 convolution that adds the residual, elsewhere (gpu)",
     "patches": "the stem as a 1x1 convolution over 4x4 patches (gpu)",
     "stem-norm": "the stem's LayerNorm onto the patches, before their convolution, where that moves fewer bytes (gpu)",
+    "norm-gain": "powers of two that even out the LayerNorm's output into the first pointwise weight (int8)",
+    "product-gain": "the same of the first product into the first pointwise weight (int8)",
+    "hidden-gain": "the same of the hidden tensor into GRN's gain or the second weight (int8)",
+    "scaled-gain": "the same of the scaled hidden tensor into GRN's gain and the second weight (fp8, int8)",
+    "output-gain": "the same of the second product into the second pointwise weight (fp8, int8)",
     "blocked": "GRN's mean square by pooling, its gain and the stem's affine by convolutions (cpu)",
+    "channels-last": "norms over tokens, GRN's norm as one reduction, the stem's affine as a convolution (openvino)",
 }
 """What a deploy form folds or rewrites, by the name that leaves it out (`DeploySpec.leave_out`)."""
+
+NEEDED_FOLDS = frozenset({"grn-beta", "grn-gain", "layer-scale", "residual"})
+"""Those that blocks in eight bits are made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +63,13 @@ class DeploySpec:
     mean and divided by std.
     `size_range` (smallest, largest) leaves height and width open between them; `image_size` is then the typical size.
     `precision` names a row of `precision.PRECISIONS`. `layout` None means tokens ("gpu") for a precision with FP32
-    islands and channels-first ("cpu") otherwise. `leave_out` names folds (`FOLDS`) that are not to be made; the
-    function stays. `keep_fp32` names modules (`model.deploy.parts_of`) that stay in FP32 in half precision.
+    islands and channels-first ("cpu") otherwise; "openvino" is channels-first as OpenVINO runs it best. `leave_out`
+    names folds (`FOLDS`) that are not to be made; the function stays. `keep_fp32` names modules
+    (`model.deploy.parts_of`) that stay in FP32 in half precision.
     `tta` "flip" answers the mean of the outputs for an image and its left-right mirror. The class scores are divided
     by `temperature`. A task may refuse either (`model.tasks`).
     `outputs` are words of the task for what the file gives, such as "embedding"; none is what the task gives by itself.
+    `eight_bits` are the scales of the tensors that are stored in eight bits, which a precision such as "int8" needs.
     """
 
     precision: str = "fp32"
@@ -72,6 +84,7 @@ class DeploySpec:
     tta: TestTimeAugmentation | None = None
     temperature: float = 1.0
     outputs: tuple[str, ...] = ()
+    eight_bits: EightBits | None = None
 
     def __post_init__(self) -> None:
         words: Any = self.outputs
@@ -95,6 +108,8 @@ class DeploySpec:
                 f"Parts are kept in FP32 in a file of half precision, not in {self.precision}. Leave keep_fp32 out, "
                 "or ask for fp16."
             )
+        if self.eight_bits is not None or self.row.placement is not None:
+            self._check_eight_bits()
         if len(self.mean) != len(self.std):
             raise InputError(f"mean and std have a number for each channel; got {self.mean} and {self.std}.")
         if self.tta is not None:
@@ -106,6 +121,17 @@ class DeploySpec:
             )
         if any(value <= 0.0 for value in self.std):
             raise InputError(f"Every std of the normalisation must be positive, got {self.std}.")
+
+    def _check_eight_bits(self) -> None:
+        if self.eight_bits is not None and self.row.placement not in (None, self.eight_bits.placement):
+            raise InputError(
+                f"The scales are of {self.eight_bits.placement}, not of {self.precision}. Calibrate for "
+                f"{self.precision}."
+            )
+        if self.layout != "gpu":
+            raise InputError(f"Eight bits are of the layout gpu, not {self.layout}. Leave --optimize-for out.")
+        if missing := sorted(NEEDED_FOLDS & set(self.leave_out)):
+            raise InputError(f"Eight bits need the fold {missing[0]}. Leave --without-fold {missing[0]} out.")
 
     @property
     def size_text(self) -> str:
@@ -178,6 +204,11 @@ class DeploySpec:
     def reads_patches(self) -> bool:
         """Whether the stem takes the images as they come, in whichever layout."""
         return self.layout == "gpu" and "patches" in self.folds and self.size_range is None
+
+    @property
+    def flattens_norms(self) -> bool:
+        """Whether norms of maps run over tokens of three axes; where sizes are open their number is not known."""
+        return self.layout == "openvino" and "channels-last" in self.folds and self.size_range is None
 
     @property
     def full_scale(self) -> float:

@@ -14,17 +14,17 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from filelock import FileLock
 
-from cnx_deploy.core.errors import DiskFullError, InputError
+from cnx_deploy.core.errors import DiskFullError, InputError, OutputExistsError
 
 __all__ = [
     "check_file", "flush", "hidden_path", "kind_of_weights", "make_folder", "open_regular", "place_errors",
-    "room_errors", "sha256_of_file", "temporary_folder", "whole_file", "write_text",
+    "room_errors", "sha256_of_file", "temporary_folder", "whole_file", "whole_folder", "write_text",
 ]  # fmt: skip
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -73,6 +73,48 @@ def whole_file(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
         with place_errors(path.parent):
             (folder / path.name).replace(path)
         flush(path.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(
+    path: Path, *, force: bool = False, is_own: Callable[[Path], bool] = lambda path: False, needed_bytes: int = 0
+) -> Iterator[Path]:
+    """Give an empty folder to fill; when the block ends without an error, it becomes `path`.
+
+    Folders on the way are made. Another process that writes the same folder is waited for. A folder that is replaced
+    goes between two renames: a process that is killed there leaves no folder, and never a part of one.
+
+    Args:
+        path: The folder to make. One that is there and empty is taken.
+        force: Replace what is there.
+        is_own: Whether the folder that is there was written by the same command; no other is replaced.
+        needed_bytes: The size of what will be in it, as far as it is known.
+
+    Raises:
+        InputError: No folder can be put at `path`; raised before the block, as OutputExistsError where something is
+            there.
+        DiskFullError: Room is short, before or while files are written.
+    """
+    path = Path(path)
+    make_folder(path.absolute().parent)
+    with temporary_folder(path.absolute(), needed_bytes) as folder:
+        if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+            if not force:
+                raise OutputExistsError(f"{path} is there already. Use --force (force) to replace it. {OTHER_PLACE}")
+            if path.is_symlink() or not path.is_dir() or not is_own(path):
+                raise OutputExistsError(
+                    f"{path} holds something else than this command writes, so it is not replaced. {OTHER_PLACE}"
+                )
+        new, old = folder / "new", folder / "old"
+        new.mkdir()
+        yield new
+        for written in (*new.rglob("*"), new):
+            flush(written)
+        with place_errors(path.parent):
+            if path.is_dir():
+                path.replace(old)
+            new.replace(path)
+        flush(path.absolute().parent)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -125,7 +125,8 @@ class Differences:
 class Gate:
     """What a pair must satisfy. Limits on the worst sample (relative L2, cosine) and over all (top-1, KL).
 
-    Top-1 and KL are limits of scores; they hold for outputs without decisions.
+    Top-1 and KL are limits of scores; they hold for outputs without decisions. `flip_share_max` limits decisions that
+    differ, excused ones included, and `relative_l2_median_max` the median sample; None does not, and is not written.
     """
 
     name: str
@@ -133,6 +134,8 @@ class Gate:
     centred_cosine_min: float
     top1_agreement_min: float
     mean_kl_max: float
+    flip_share_max: float | None = None
+    relative_l2_median_max: float | None = None
 
     def failures(self, measured: Differences) -> tuple[str, ...]:
         """The limits that `measured` breaks, in words; empty when it passes. NaN and infinity never pass."""
@@ -143,7 +146,7 @@ class Gate:
         if measured.detections is not None:
             limits = DETECTION_LIMITS.get(self.name.partition(",")[0], DETECTION_LIMITS["fp32"])
             return limits.failures(measured.detections)
-        upper = (
+        upper: tuple[tuple[str, float | None, float], ...] = (
             ("relative L2", measured.relative_l2_max, self.relative_l2_max),
             ("mean KL", measured.mean_kl, self.mean_kl_max),
         )
@@ -151,6 +154,10 @@ class Gate:
             ("centred cosine", measured.centred_cosine_min, self.centred_cosine_min),
             ("top-1 agreement", measured.top1_agreement, self.top1_agreement_min),
         )
+        if self.relative_l2_median_max is not None:
+            upper = (*upper, ("median relative L2", measured.relative_l2_median, self.relative_l2_median_max))
+        if self.flip_share_max is not None and measured.top1_agreement is not None:
+            upper = (*upper, ("share of flips", measured.flips / measured.samples, self.flip_share_max))
         broken = [(name, value, limit) for name, value, limit in upper if value is not None and not value <= limit]
         broken += [(name, value, limit) for name, value, limit in lower if value is not None and not value >= limit]
         return tuple(f"{name} {value:.3g}, gate {limit:g}" for name, value, limit in broken)
@@ -199,6 +206,10 @@ GATES: Mapping[str, Gate] = MappingProxyType(
             Gate("fp16", 1.5e-2, 0.999, 0.995, 1e-3),
             # BF16 keeps eight bits where FP16 keeps eleven.
             Gate("bf16", 4e-2, 0.998, 0.99, 5e-3),
+            # Eight bits, on images that were held out from the calibration: no flip beyond noise, and few at all. An
+            # image of small logits differs by more: the worst one may, as far as the cosine lets it.
+            Gate("fp8", 4.5e-2, 0.999, 1.0, 1e-3, flip_share_max=0.01, relative_l2_median_max=2e-2),
+            Gate("int8", 4.5e-2, 0.999, 1.0, 1e-3, flip_share_max=0.01, relative_l2_median_max=2e-2),
         )
     }
 )
@@ -213,6 +224,9 @@ DETECTION_LIMITS: Mapping[str, DetectionLimits] = MappingProxyType(
         "fp16": DetectionLimits(1e-2, 0.5, 1e-2, 5e-3),
         # Three bits fewer than FP16.
         "bf16": DetectionLimits(5e-2, 4.0, 5e-2, 4e-2),
+        # Not measured of a detector: errors of the order of BF16's.
+        "fp8": DetectionLimits(5e-2, 4.0, 5e-2, 4e-2),
+        "int8": DetectionLimits(5e-2, 4.0, 5e-2, 4e-2),
     }
 )
 """What detections are judged by, by the name of the gate; those of any other gate by the limits of fp32."""

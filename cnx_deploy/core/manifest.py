@@ -17,8 +17,10 @@ import msgspec
 from typing_extensions import TypeVar
 
 from cnx_deploy.core.deploy_spec import ANSWER_DEFAULTS, DeploySpec
+from cnx_deploy.core.eight_bits import EightBitFacts
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.gates import Gate, ParityResult
+from cnx_deploy.core.hidden_tensor import FusedMode, Hidden
 from cnx_deploy.core.image_size import ImageSize, canonical_size
 from cnx_deploy.core.precision import Precision, find_precision
 from cnx_deploy.core.preprocessing import Positive, Preprocessing
@@ -43,11 +45,14 @@ __all__ = [
     "Grouping",
     "Kernel",
     "KernelTotal",
+    "Launcher",
     "Manifest",
     "ModelRecord",
     "OnnxFacts",
     "OnnxManifest",
     "OnnxRequest",
+    "OwnKernel",
+    "OwnKernels",
     "Positive",
     "Sha256",
     "SoupFile",
@@ -228,15 +233,23 @@ class OnnxRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
-    """What an engine was asked for: the ONNX file's request and what `trt.builder.BuildSpec` adds."""
+    """What an engine was asked for: the ONNX file's request and what `trt.builder.BuildSpec` adds.
+
+    `fused`: blocks are computed by own kernels, None where by the compiler's. `launcher_sha256`: of the library that
+    launches them, where one travels in the engine. Both are written only where they are set.
+    """
 
     onnx: OnnxRequest
     runtime: Literal["tensorrt", "tensorrt-rtx"]
     target: Target
     batches: Annotated[tuple[Batches, ...], msgspec.Meta(min_length=1)]
     allow_tf32: bool
+    fused: FusedMode | None = None
+    launcher_sha256: Sha256 | None = None
 
     def __post_init__(self) -> None:
+        if self.launcher_sha256 is not None and self.fused is None:
+            raise ValueError("a launcher is recorded of an engine with own kernels alone")
         for sizes in self.batches:
             _check_rises(sizes)
 
@@ -245,7 +258,8 @@ class EngineRequest:
 class OnnxFacts:
     """What an export found of the file it wrote. `half_share`: share of tensors in half precision.
 
-    `parity` has a verdict for each output; it is empty for a file that was not compared with PyTorch.
+    `parity` has a verdict for each output; it is empty for a file that was not compared with PyTorch. `eight_bits`:
+    what a file in FP8 or INT8 was found to be worth.
     """
 
     operators: Mapping[str, Count]
@@ -254,6 +268,7 @@ class OnnxFacts:
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
     parity: tuple[ParityResult, ...] = ()
+    eight_bits: EightBitFacts | None = None
 
     @property
     def worst_parity(self) -> ParityResult | None:
@@ -373,11 +388,47 @@ class TypeCensus:
     float_layers: Mapping[str, Count]
 
 
+Launcher = Literal["python", "engine"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnKernel:
+    """A compiled kernel of `cnx_deploy.kernels` that an engine carries.
+
+    `channels`: C of the blocks that it is for. `tile`: positions, output channels and channels reduced at a time.
+    `sha256` is over the image that the driver loads.
+    """
+
+    kernel: str
+    channels: Positive
+    target: Capability
+    tile: tuple[Count, Count, Count]
+    warps: Positive
+    stages: Positive
+    sha256: Sha256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnKernels:
+    """The own kernels of an engine, and for each stage where its blocks keep the hidden tensor.
+
+    `compiler`: what made them, with its version. `launcher`: who gives them to the driver, this package in Python or a
+    library that travels in the engine. `needs` says it in words: what has to be there beside the runtime.
+    """
+
+    hidden: tuple[Hidden, ...]
+    kernels: Annotated[tuple[OwnKernel, ...], msgspec.Meta(min_length=1)]
+    compiler: str
+    launcher: Launcher
+    needs: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFacts:
     """What a build found. `gpu`: what "current" was; `run`: whether the engine was run where it was built.
 
-    `compiled` None: this runtime's log lists no kernels, or they were not asked for.
+    `compiled` None: this runtime's log lists no kernels, or they were not asked for. `own_kernels`: of an engine built
+    with some; written only there.
     """
 
     runtime_version: str
@@ -391,6 +442,10 @@ class EngineFacts:
     run: str = "not run"
     gpu: Capability | None = None
     compiled: Compiled | None = None
+    own_kernels: OwnKernels | None = None
+
+
+OPTIONAL_LIMITS: Mapping[str, Any] = {"flip_share_max": None, "relative_l2_median_max": None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -428,7 +483,11 @@ class Manifest:
             *((record, {"entry": None, "soup": ()}) for record in (weights, *weights["soup"])),
             *((tensor, {"unit": None}) for tensors in _tensors_of(plain) for tensor in tensors.values()),
             *((result["differences"], {"detections": None}) for result in plain["facts"].get("parity", ())),
-            (deploy, {"size_range": None, "outputs": (), **ANSWER_DEFAULTS}),
+            *((result["gate"], OPTIONAL_LIMITS) for result in plain["facts"].get("parity", ())),
+            (deploy, {"size_range": None, "outputs": (), "eight_bits": None, **ANSWER_DEFAULTS}),
+            (plain["facts"], {"eight_bits": None}),
+            (plain["request"], {"fused": None, "launcher_sha256": None}),
+            (plain["facts"], {"own_kernels": None}),
         ]
         for record, defaults in later:
             for name in [name for name, default in defaults.items() if name in record and record[name] == default]:

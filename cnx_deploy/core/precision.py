@@ -32,6 +32,8 @@ class Precision:
     engine_gate: Gate | None = None
     tf32_engine_gate: Gate | None = None
     smallest_capability: int | None = None
+    placement: str | None = None
+    """Which tensors are stored in eight bits (`core.eight_bits.PLACEMENTS`): their scales are measured on images."""
     rounding: float = 5e-7
     """Relative error of one operator in this type: half the distance of neighbouring numbers, with room for sums."""
 
@@ -42,6 +44,18 @@ class Precision:
     def runs_on(self, target: str) -> bool:
         """Whether a GPU computes it, by its compute capability, for example "sm89"."""
         return self.smallest_capability is None or int(target.removeprefix("sm")) >= self.smallest_capability
+
+    def check_runs_on(self, target: str, file: str) -> None:
+        """Raise InputError, which names what does, for a GPU that does not compute it. `file` is of this precision."""
+        if self.runs_on(target):
+            return
+        name, others = self.name.upper(), ["fp16"]
+        if self.placement is not None:
+            others = [row.name for row in PRECISIONS.values() if row.placement and row.runs_on(target)] + others
+        raise InputError(
+            f"{file} is {name}, and {target} has no {name} arithmetic; sm{self.smallest_capability} is the first that "
+            f"has. Build it for such a target, or export with --precision {' or '.join(others)} for this GPU."
+        )
 
 
 # Opset 20 is the lowest with one Gelu operator, which ONNX Runtime and TensorRT fuse; 22 the lowest whose Conv takes
@@ -81,6 +95,30 @@ PRECISIONS: dict[str, Precision] = {
             proven_by=("emulate-bf16",),
             smallest_capability=80,
             rounding=4e-3,
+        ),
+        Precision(
+            name="fp8",
+            dtype="float16",
+            storage_bytes=1,
+            has_islands=True,
+            gate=GATES["fp8"],
+            opset=21,
+            proven_by=("onnxruntime", "emulate-fp16"),
+            smallest_capability=89,
+            rounding=3e-2,
+            placement="fp8",
+        ),
+        Precision(
+            name="int8",
+            dtype="float16",
+            storage_bytes=1,
+            has_islands=True,
+            gate=GATES["int8"],
+            opset=21,
+            proven_by=("onnxruntime", "emulate-fp16"),
+            smallest_capability=75,
+            rounding=4e-3,
+            placement="int8",
         ),
         Precision(name="fp64", dtype="float64", storage_bytes=8, has_islands=False, gate=GATES["fp32"], opset=None),
     )

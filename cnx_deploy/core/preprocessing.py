@@ -77,7 +77,7 @@ class Preprocessing:
 
     `mean` and `std` are in units of a [0, 1] image, one number for each channel: their count, 1 to 16, is that of the
     images, of which 3 are RGB; see `data.bands` for others.
-    `white_level`: the stored value that is white, see `data.decoding`; None is the largest that the file's type holds.
+    `white_level`: the stored value that is white, see `data.pixels`; None is the largest that the file's type holds.
     `pad_value`: what "border" and "corner" fill with, 0 to 255, one number for each channel; None is the mean colour.
     """
 

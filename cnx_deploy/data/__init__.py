@@ -4,7 +4,7 @@ from cnx_deploy.data.bands import picture_of, pixels_of
 from cnx_deploy.data.checks import ClassBalance, ImageCheck, check_images, class_balance, without_broken
 from cnx_deploy.data.coco import InstanceFiles, find_instance_dataset, find_instance_images, instance_lines
 from cnx_deploy.data.dataset import Dataset, few_labels, find_dataset, find_images, image_source, images_to_run
-from cnx_deploy.data.decoding import MAX_PIXELS, SUFFIXES, load_image, upright
+from cnx_deploy.data.image_files import SUFFIXES
 from cnx_deploy.data.image_source import (
     GivenImages,
     ImageBatch,
@@ -17,6 +17,7 @@ from cnx_deploy.data.image_source import (
 )  # fmt: skip
 from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.data.multi_label import label_lines
+from cnx_deploy.data.pixels import MAX_PIXELS, load_image, upright
 from cnx_deploy.data.preprocessing import normalise, placement, runner_input, to_pixels
 from cnx_deploy.data.segmentation import (
     MaskReading,

@@ -6,6 +6,7 @@ network has channels, the last where two are. Bands are resized one by one; Pill
 resizes, as it does under timm.
 """
 
+import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,17 +18,8 @@ import torch
 from PIL import Image
 
 from cnx_deploy.core.errors import InputError, MissingRequirementError
-from cnx_deploy.data.decoding import (
-    MAX_PIXELS,
-    MODES,
-    TURNS,
-    UNREADABLE,
-    eight_bits,
-    is_numpy_file,
-    load_image,
-    quiet,
-    upright,
-)  # fmt: skip
+from cnx_deploy.data.image_files import is_numpy_file, numpy_header
+from cnx_deploy.data.pixels import MAX_PIXELS, MODES, TURNS, UNREADABLE, eight_bits, load_image, quiet, upright
 
 __all__ = ["Bands", "Picture", "picture_of", "pixels_of"]
 
@@ -62,19 +54,20 @@ def pixels_of(picture: Picture) -> np.ndarray:
 def picture_of(given: Any, white_level: float | None = None, in_chans: int = 3) -> Picture:
     """What a caller or a file has -> an upright picture of 8 bits with `in_chans` channels.
 
-    Takes a path; a PIL image; an array (H, W), (H, W, C) or (C, H, W), or a tensor (C, H, W), of integers or floats.
-    uint8 stays; other types are brought to 8 bits by `white_level`, see `decoding`, without which integers other than
-    uint16 are refused. Raises InputError for anything
-    else, and for another number of channels than the network's.
+    Takes a path, or the bytes of a file; a PIL image; an array (H, W), (H, W, C) or (C, H, W), or a tensor (C, H, W),
+    of integers or floats. uint8 stays; other types are brought to 8 bits by `white_level`, see `pixels`, without which
+    integers other than uint16 are refused. Raises InputError for anything else, and for another number of channels than
+    the network's.
     """
-    if isinstance(given, str | Path):
-        path = Path(given)
-        if is_numpy_file(path):
-            return _of_array(_numpy_file(path), white_level, in_chans, str(path))
-        if (stored := _tiff_bands(path, in_chans)) is not None:
+    if isinstance(given, str | Path | bytes):
+        file = given if isinstance(given, bytes) else Path(given)
+        name = "The file" if isinstance(file, bytes) else str(file)
+        if is_numpy_file(file):
+            return _of_array(_numpy_file(file, name), white_level, in_chans, name)
+        if (stored := _tiff_bands(file, name, in_chans)) is not None:
             values, turn = stored
-            return _of_array(values, white_level, in_chans, str(path), turn)
-        return upright(load_image(path, white_level), white_level, in_chans)
+            return _of_array(values, white_level, in_chans, name, turn)
+        return upright(load_image(file, white_level), white_level, in_chans)
     if isinstance(given, Image.Image):
         return upright(given, white_level, in_chans)
     if isinstance(given, torch.Tensor):
@@ -85,8 +78,8 @@ def picture_of(given: Any, white_level: float | None = None, in_chans: int = 3) 
     if isinstance(given, np.ndarray):
         return _of_array(given, white_level, in_chans, "The array")
     raise InputError(
-        f"An image must be a path, a PIL image, an array (H, W, {in_chans}) or (H, W) or a tensor ({in_chans}, H, W) "
-        f"of integers or floats, got {type(given).__name__}."
+        f"An image must be a path, the bytes of a file, a PIL image, an array (H, W, {in_chans}) or (H, W) or a tensor "
+        f"({in_chans}, H, W) of integers or floats, got {type(given).__name__}."
     )
 
 
@@ -125,32 +118,35 @@ def _of_array(
     return Bands(tuple(planes), info)
 
 
-def _numpy_file(path: Path) -> np.ndarray:
+def _numpy_file(file: Path | bytes, name: str) -> np.ndarray:
     """The array of an .npy file of numbers. Its size is checked before it is read; nothing is unpickled."""
     try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-        _check_size(values.shape, path)
+        if isinstance(file, bytes):
+            shape, dtype = numpy_header(io.BytesIO(file))
+            _check_size(shape, name)
+            if math.prod(shape) * dtype.itemsize > len(file):  # NumPy allocates what the header says
+                raise ValueError(f"it says {shape} {dtype} and has {len(file):,} bytes")
+            return np.lib.format.read_array(io.BytesIO(file), allow_pickle=False)
+        values = np.load(file, mmap_mode="r", allow_pickle=False)
+        _check_size(values.shape, name)
         return np.array(values)
     except UNREADABLE as error:
         raise InputError(
-            f"{path} cannot be read as an array ({error}): expected a whole .npy file of numbers, (H, W, C) or "
+            f"{name} cannot be read as an array ({error}): expected a whole .npy file of numbers, (H, W, C) or "
             "(C, H, W). Replace or remove it."
         ) from error
 
 
-def _tiff_bands(path: Path, in_chans: int) -> tuple[np.ndarray, int | None] | None:
+def _tiff_bands(file: Path | bytes, name: str, in_chans: int) -> tuple[np.ndarray, int | None] | None:
     """The bands or pages of a TIFF and its orientation; None for another file, or a TIFF that Pillow reads whole."""
     if in_chans == 3:
         return None
-    try:
-        with path.open("rb") as stream:
-            if stream.read(4) not in TIFF_MAGIC:
-                return None
-    except OSError:
+    if not _begins_as_tiff(file):
         return None
+    opened = io.BytesIO(file) if isinstance(file, bytes) else file
     if in_chans in MODES:
         try:
-            with quiet(), Image.open(path) as image:
+            with quiet(), Image.open(opened) as image:
                 if image.mode in COLOURS or (image.mode != "RGBX" and getattr(image, "n_frames", 1) == 1):
                     return None
         except UNREADABLE:
@@ -159,25 +155,35 @@ def _tiff_bands(path: Path, in_chans: int) -> tuple[np.ndarray, int | None] | No
         import tifffile
     except ImportError as error:
         raise MissingRequirementError(
-            f'{path} is a TIFF of bands, which tifffile reads and is not installed: pip install "cnx-deploy[bands]".'
+            f'{name} is a TIFF of bands, which tifffile reads and is not installed: pip install "cnx-deploy[bands]".'
         ) from error
     try:
-        with tifffile.TiffFile(path) as file:
-            series = file.series[0]
-            _check_size(series.shape, path)
+        with tifffile.TiffFile(opened) as tiff:
+            series = tiff.series[0]
+            _check_size(series.shape, name)
             tag = series.keyframe.tags.get(ORIENTATION)
             return series.asarray(), None if tag is None else int(tag.value)
     except (*UNREADABLE, tifffile.TiffFileError) as error:
         raise InputError(
-            f"{path} cannot be read as a TIFF of bands ({error}): expected a whole file of one size, of "
+            f"{name} cannot be read as a TIFF of bands ({error}): expected a whole file of one size, of "
             f"{in_chans} bands or pages. Replace or remove it."
         ) from error
 
 
-def _check_size(shape: tuple[int, ...], path: Path) -> None:
+def _begins_as_tiff(file: Path | bytes) -> bool:
+    if isinstance(file, bytes):
+        return file[:4] in TIFF_MAGIC
+    try:
+        with file.open("rb") as stream:
+            return stream.read(4) in TIFF_MAGIC
+    except OSError:
+        return False
+
+
+def _check_size(shape: tuple[int, ...], name: str) -> None:
     """Raise InputError before anything is decoded that takes too much memory."""
     count = math.prod(shape)
     if count > 4 * MAX_PIXELS:
         raise InputError(
-            f"{path} holds {count:,} numbers, over {4 * MAX_PIXELS // 1_000_000} million. Cut it into smaller images."
+            f"{name} holds {count:,} numbers, over {4 * MAX_PIXELS // 1_000_000} million. Cut it into smaller images."
         )

@@ -9,7 +9,7 @@ import csv
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TextIO
@@ -17,11 +17,11 @@ from typing import NoReturn, TextIO
 from cnx_deploy.core.class_names import MAX_NAME, is_class_name
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.strict_json import shortened
-from cnx_deploy.data.decoding import SUFFIXES
+from cnx_deploy.data.image_files import SUFFIXES
 from cnx_deploy.data.image_source import ImageFiles
 from cnx_deploy.data.label_sets import LabelCells
 
-__all__ = ["CsvDataset", "is_csv", "read_csv"]
+__all__ = ["CsvDataset", "is_csv", "path_rows", "read_csv"]
 
 COLUMNS = {
     "path": ("path", "filename", "file", "file_name", "image", "image_id", "image_name", "image_path", "img", "fname"),
@@ -103,7 +103,7 @@ def read_csv(path: Path, image_folder: Path | None = None, *, multi_label: bool 
         raise InputError(f"{image_folder} is no folder: expected the one that the paths of {path} begin at. Check it.")
     folder, columns, count = path.parent if image_folder is None else image_folder, _Columns({}, {}, ""), 0
     file_of, absent = _file_finder(path, str(folder)), list[tuple[int, str]]()
-    for line, columns, values in _rows(path, multi_label):
+    for line, columns, values in _rows(path, lambda header, mark: _columns(header, mark, path, multi_label)):
         split, place = _split_and_path(path, line, columns, values)
         label = "" if multi_label else _label(path, line, columns, values)
         full, count = file_of(line, place), count + 1
@@ -159,8 +159,39 @@ class _Columns:
     understood: str
 
 
-def _rows(path: Path, multi_label: bool) -> Iterator[tuple[int, _Columns, list[str]]]:
-    """The number of each line, the columns, and the line's values."""
+def path_rows(path: Path, column: str | None = None, id_column: str | None = None) -> Iterator[tuple[str, str | None]]:
+    """Yield the path of each row as it is written, and its id where `id_column` names a column of them.
+
+    `column` None: a name that `read_csv` takes for the path's. Labels are neither asked for nor read, no file is looked
+    for, and a path may be there twice. Raises InputError as `read_csv` does.
+    """
+    given = {"path": column, "id": id_column}
+    for line, columns, values in _rows(path, lambda header, delimiter: _path_columns(header, delimiter, path, given)):
+        if not (place := values[columns.places["path"]].strip()):
+            _refuse(path, line, "the path is empty")
+        yield place, values[columns.places["id"]].strip() if id_column is not None else None
+
+
+def _path_columns(header: list[str], delimiter: str, path: Path, given: Mapping[str, str | None]) -> _Columns:
+    names = [name.strip() for name in header]
+    places: dict[str, int] = {}
+    for column in (name for name, value in given.items() if value is not None):
+        if names.count(str(given[column])) != 1:
+            _refuse(path, 1, f"the header has no one column {given[column]}, only {shortened(', '.join(names))}")
+        places[column] = names.index(str(given[column]))
+    if "path" in places:
+        return _Columns(places, {}, delimiter)
+    found = [at for at, name in enumerate(names) if name.lower() in COLUMNS["path"] and at not in places.values()]
+    if len(found) != 1:
+        held = shortened(", ".join(names[at] for at in found) or ", ".join(header)) or "nothing"
+        _refuse(path, 1, f"the header has {held}, where one column of paths was expected. --column (column) names it")
+    return _Columns({**places, "path": found[0]}, {}, delimiter)
+
+
+def _rows(
+    path: Path, columns_of: Callable[[list[str], str], _Columns]
+) -> Iterator[tuple[int, _Columns, list[str]]]:  # fmt: skip
+    """The number of each line, the columns, which are told by the header, and the line's values."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is a folder, a device or a pipe: expected a CSV file. Check the path.")
     reader = None
@@ -171,7 +202,7 @@ def _rows(path: Path, multi_label: bool) -> Iterator[tuple[int, _Columns, list[s
             header = next(lines, "")
             delimiter = max(DELIMITERS, key=re.sub('"[^"]*"', "", header).count)
             reader = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
-            columns = _columns(next(reader, []), delimiter, path, multi_label)
+            columns = columns_of(next(reader, []), delimiter)
             last = max(*columns.places.values(), *columns.classes.values(), 0)
             for values in reader:
                 if not values:

@@ -9,7 +9,7 @@ import torch
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.data.csv_dataset import is_csv, read_csv
-from cnx_deploy.data.decoding import SUFFIXES, is_image_file
+from cnx_deploy.data.image_files import SUFFIXES, is_image_file
 from cnx_deploy.data.image_source import ImageFiles, ImageSource
 
 __all__ = [

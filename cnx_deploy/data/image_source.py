@@ -23,7 +23,7 @@ from cnx_deploy.core.image_size import ImageSize, sides, size_text
 from cnx_deploy.core.preprocessing import BrokenImage, Preprocessing
 from cnx_deploy.core.system import cpu_count
 from cnx_deploy.data.bands import Picture, picture_of
-from cnx_deploy.data.decoding import Observations
+from cnx_deploy.data.image_files import Observations
 from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.data.preprocessing import cropped, runner_input
 
@@ -86,6 +86,11 @@ class ImageSource(ABC):
     @abstractmethod
     def pixels(self, index: int, preprocessing: Preprocessing) -> Tensor:
         """(H, W, C) uint8 of one image, RGB where C is 3. Raises InputError, which names it, where that fails."""
+
+    @property
+    def workers(self) -> int:
+        """Threads that decode its images."""
+        return cpu_count() if self.is_thread_safe else 1
 
     def name(self, index: int) -> str:
         """What reports call an image."""
@@ -187,7 +192,7 @@ class ImageBatches(Iterable[ImageBatch]):
 
     def _readable(self) -> Iterator[tuple[int, Tensor, Any]]:
         """Index, pixels and target of every image that can be read, in order; a few are decoded ahead."""
-        workers = cpu_count() if self.source.is_thread_safe else 1
+        workers = self.source.workers
         with ThreadPoolExecutor(workers) as pool:
             for start in range(0, len(self.indices), 2 * workers):
                 some = self.indices[start : start + 2 * workers]

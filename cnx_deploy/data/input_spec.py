@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from cnx_deploy.core.deploy_spec import DeploySpec
-from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.errors import CorruptArtifactError, InputError
 from cnx_deploy.core.image_size import (
     MAX_CHANNELS,
     STRIDE,
@@ -79,6 +80,22 @@ class InputSpec:
         if not 1 <= channels <= MAX_CHANNELS or min(height, width) < STRIDE:
             return None
         return cls(kind, canonical_size((height, width)), min_batch, max_batch, in_chans=channels)
+
+    def limited_to(self, batch: object, batch_range: str | None, path: Path) -> Self:
+        """With the batch that a graph fixes, or, where it is open, within the range that its file was exported for.
+
+        Raises CorruptArtifactError where the range is none; `path` is the file.
+        """
+        if isinstance(batch, int):
+            return replace(self, min_batch=batch, max_batch=batch)
+        if batch_range is None:
+            return self
+        sizes = batch_range.split(":")
+        if len(sizes) != 3 or not all(size.isdecimal() for size in sizes):
+            raise CorruptArtifactError(
+                f"{path} says {batch_range!r} of its batch, expected 1:8:64 or such. Export it again."
+            )
+        return replace(self, min_batch=int(sizes[0]), max_batch=int(sizes[2]))
 
     @property
     def dtype(self) -> torch.dtype:

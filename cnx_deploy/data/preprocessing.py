@@ -4,7 +4,6 @@
 timm's evaluation transform (`timm.data.create_transform`) and transformers' processors to within 1/255.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.image_size import sides
-from cnx_deploy.core.preprocessing import PADDING_MODES, Preprocessing
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.data.bands import Bands, Picture, picture_of
-from cnx_deploy.data.decoding import MAX_PIXELS
+from cnx_deploy.data.pixels import cropped_pixels, resized_and_offset
 
 __all__ = ["Placement", "cropped", "normalise", "placement", "runner_input", "to_pixels"]
 
@@ -104,58 +103,14 @@ def cropped(picture: Picture, preprocessing: Preprocessing) -> Tensor:
 
     Raises InputError when the image is so long and thin that it cannot be resized within the memory limit.
     """
-    rows, columns = sides(preprocessing.image_size)
-    place = placement(picture.size, preprocessing)
-    width, height = place.size
-    if width * height > MAX_PIXELS:
-        raise InputError(
-            f"An image of {picture.size[0]}x{picture.size[1]} is too long and thin: before its centre is cropped it "
-            f"would be resized to {width}x{height}, over {MAX_PIXELS // 1_000_000} million pixels. Crop it first."
-        )
-    left, top = place.offset
-    fill, done = preprocessing.fill, list[np.ndarray]()
-    for part in picture.planes if isinstance(picture, Bands) else (picture,):
-        cut = part.resize((width, height), Image.Resampling[preprocessing.interpolation.upper()])
-        if width >= columns and height >= rows:
-            cut = cut.crop((-left, -top, columns - left, rows - top))
-        else:
-            colour = fill[len(done) : len(done) + len(part.getbands())]
-            canvas = Image.new(part.mode, (columns, rows), colour)
-            canvas.paste(cut, (left, top))
-            cut = canvas
-        done.append(np.atleast_3d(np.array(cut)))
-    return torch.from_numpy(done[0] if len(done) == 1 else np.concatenate(done, axis=2))
+    planes = picture.planes if isinstance(picture, Bands) else (picture,)
+    return torch.from_numpy(cropped_pixels(planes, preprocessing))
 
 
 def placement(size: tuple[int, int], preprocessing: Preprocessing) -> Placement:
     """Where `cropped` puts a picture of width and height `size` on the canvas, which is `preprocessing.image_size`."""
     height, width = sides(preprocessing.image_size)
-    resized = _resized_size(size, preprocessing)
-    if preprocessing.crop_mode == "corner":
-        return Placement(size, resized, (0, 0), (width, height))
-    left, top = (-_margin(spare, preprocessing.crop_mode) for spare in (resized[0] - width, resized[1] - height))
-    return Placement(size, resized, (left, top), (width, height))
-
-
-def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
-    """Width and height before the crop of a picture of width and height `size`."""
-    height, width = (math.floor(side / preprocessing.crop_ratio) for side in sides(preprocessing.image_size))
-    if preprocessing.crop_mode == "squash":
-        return width, height
-    pads = preprocessing.crop_mode in PADDING_MODES
-    if height == width and not pads:  # torchvision's arithmetic, which timm uses for squares
-        width, height = (height * length // min(size) for length in size)
-        return width, height
-    ratios = size[0] / width, size[1] / height
-    ratio = max(ratios) if pads else min(ratios)
-    return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
-
-
-def _margin(spare: int, crop_mode: str) -> int:
-    """Pixels that are cut off on the left or at the top when `spare` are too many; negative where some are missing."""
-    if spare < 0:
-        return -(-spare // 2)
-    return spare // 2 if crop_mode == "center-floor" else round(spare / 2)
+    return Placement(size, *resized_and_offset(size, preprocessing), (width, height))
 
 
 def normalise(images: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -26,8 +26,8 @@ from cnx_deploy.core.strict_json import bounded_content, shortened
 from cnx_deploy.core.system import cpu_count
 from cnx_deploy.data.bands import Picture
 from cnx_deploy.data.dataset import VALIDATION_NAMES, Dataset, LeftOut, child_folder, images_below, notes_of
-from cnx_deploy.data.decoding import load_image
 from cnx_deploy.data.image_source import ImageFiles
+from cnx_deploy.data.pixels import load_image
 from cnx_deploy.data.preprocessing import cropped, placement
 
 __all__ = [

@@ -3,6 +3,7 @@
 Sets are tried on the form that would be exported (`mixed_precision.MixedForm`), block by block first, then by the parts
 of each block found. The result is exported and run by the emulator, and so is each set that lacks one of its names: the
 whole has to pass and none of those. Where files and probes disagree, the search is made again with a file a probe.
+`eight_bit_search` has the same for files in eight bits.
 """
 
 import json
@@ -35,7 +36,10 @@ from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.deploy import FORM, block_parts
 from cnx_deploy.model.recorded import recorded_model
 
-__all__ = ["Bisection", "CachedProbes", "bisect_artifact", "export_command", "failure", "report_lines", "run_bisection"]
+__all__ = [
+    "Bisection", "CachedProbes", "bisect_artifact", "command_like", "export_command", "failure", "file_to_search",
+    "report_lines", "run_bisection", "without_one",
+]  # fmt: skip
 
 SCHEMA_VERSION = 1
 
@@ -99,17 +103,18 @@ class Bisection:
 class CachedProbes:
     """A judge of sets that remembers its verdicts; each new one is told to `note`.
 
-    The verdict over the file as it is is known where that keeps nothing.
+    The verdict over the file as it is is known where that keeps nothing. `kept_in`: what sets are kept in.
     """
 
     judge: Callable[[Collection[str]], Probe]
-    recorded: RecordedProbe
+    recorded: RecordedProbe | None
     units: tuple[str, ...]
     note: Note
+    kept_in: str = "FP32"
     probes: dict[frozenset[str], Probe] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.recorded.probe.kept:
+        if self.recorded is not None and not self.recorded.probe.kept:
             self.probes[frozenset()] = self.recorded.probe
 
     def passes(self, kept: Collection[str]) -> bool:
@@ -125,13 +130,14 @@ class CachedProbes:
             error = f"relative L2 {probe.found.relative_l2_max:.1e}"
             verdict = f"pass, {error}" if probe.passed else f"FAIL: {'; '.join(probe.failures)}"
             names = "everything" if set(self.units) <= set(kept) else " ".join(probe.kept) or "nothing"
-            self.note(f"  {how}, in FP32: {names}: {verdict}")
+            self.note(f"  {how}, in {self.kept_in}: {names}: {verdict}")
         return self.probes[key]
 
     @property
     def made(self) -> tuple[Probe, ...]:
         """The verdicts beyond the one over the file that was there."""
-        return tuple(probe for probe in self.probes.values() if probe is not self.recorded.probe)
+        known = None if self.recorded is None else self.recorded.probe
+        return tuple(probe for probe in self.probes.values() if probe is not known)
 
 
 def run_bisection(
@@ -149,17 +155,25 @@ def run_bisection(
     `gate` names one of `gates.GATES`, by default that of the file's precision. Raises InputError for another kind of
     artifact, and whatever `artifacts.open_artifact` and `model.recorded_model` raise.
     """
-    artifact = open_artifact(file)
-    if not is_onnx(artifact) or not artifact.manifest.precision.has_islands:
-        raise InputError(f"{artifact.path.name} is no ONNX file of half precision; FP16 and BF16 files are searched.")
-    check_recorded(artifact)
-    if artifact.manifest.request.form != FORM:
-        raise InputError(f"{artifact.path.name} has an earlier deploy form. Export it again with --force.")
+    artifact = file_to_search(file)
     if samples < 1:
         raise InputError(f"samples must be at least 1, got {samples}: a file is judged on images.")
     judged_by = GATES[gate] if gate else artifact.manifest.precision.gate
     words: dict[str, Any] = {"gate": judged_by, "data": data, "samples": samples, "white_level": white_level}
     return bisect_artifact(artifact, recorded_model(artifact), note, **words)
+
+
+def file_to_search(file: Path) -> Artifact[OnnxManifest]:
+    """Open a file whose parts can be kept in a wider type. Raises InputError for another kind of artifact."""
+    artifact = open_artifact(file)
+    if not is_onnx(artifact) or not artifact.manifest.precision.has_islands:
+        raise InputError(
+            f"{artifact.path.name} is no ONNX file of half precision; files of FP16, BF16, FP8 and INT8 are searched."
+        )
+    check_recorded(artifact)
+    if artifact.manifest.request.form != FORM:
+        raise InputError(f"{artifact.path.name} has an earlier deploy form. Export it again with --force.")
+    return artifact
 
 
 def bisect_artifact(
@@ -246,9 +260,15 @@ def failure(bisection: Bisection) -> CheckFailedError | None:
 
 
 def export_command(artifact: Artifact[OnnxManifest], kept: Sequence[str], final: ExportedProbe) -> str:
-    """Return the `cnx-deploy export` that writes the file again with `kept` in FP32, from the weights it was made of.
+    """Return the `cnx-deploy export` that writes the file again with `kept` in FP32, from the weights of before."""
+    words = [word for part in kept for word in ("--keep-fp32", part)]
+    return command_like(artifact, [*words, "--force"] if final.verifies else [*words, "--force", "--no-verify"])
 
-    Options beyond the defaults are named, so that the same file is written in the same place.
+
+def command_like(artifact: Artifact[OnnxManifest], others: Sequence[str], precision: str | None = None) -> str:
+    """Return the `cnx-deploy export` that writes the file again from the weights it was made of, with `others` behind.
+
+    Options beyond the defaults are named, so that the same file is written in the same place; `--keep-fp32` is not.
     """
     manifest, deploy = artifact.manifest, artifact.manifest.deploy
     name = manifest.stem.removesuffix(f"-{size_text(deploy.image_size)}-{deploy.precision}")
@@ -256,7 +276,7 @@ def export_command(artifact: Artifact[OnnxManifest], kept: Sequence[str], final:
     words += ["--task", manifest.model.task] if manifest.model.task != "classification" else []
     for option, value in manifest.model.task_config.items():
         words += ["--task-option", f"{option}={json.dumps(value)}"]
-    words += ["--image-size", size_text(manifest.model.image_size), "--precision", deploy.precision]
+    words += ["--image-size", size_text(manifest.model.image_size), "--precision", precision or deploy.precision]
     words += _image_options(manifest)
     words += ["--batch", ":".join(map(str, manifest.batch))] if manifest.batch != ExportSpec().batch else []
     words += ["--input", deploy.input_kind] if deploy.input_kind != "float" else []
@@ -266,9 +286,7 @@ def export_command(artifact: Artifact[OnnxManifest], kept: Sequence[str], final:
     words += [word for output in deploy.outputs for word in ("--output", output)]
     words += ["--name", name] if name != manifest.model.variant else []
     words += ["--output-dir", os.path.normpath(artifact.path.parent)]
-    words += [word for part in kept for word in ("--keep-fp32", part)]
-    words += ["--force"] if final.verifies else ["--force", "--no-verify"]
-    return shlex.join(["cnx-deploy", "export", *words])
+    return shlex.join(["cnx-deploy", "export", *words, *others])
 
 
 def _image_options(manifest: OnnxManifest) -> list[str]:
@@ -310,15 +328,15 @@ def _confirmed(result: Bisection, kept: tuple[str, ...], case: Case, note: Note)
     exports = CachedProbes(judge, result.recorded, case.units, note)
     note("Writing files with the result, and with all of it but one")
     confirmed: tuple[str, ...] | None = kept
-    if not exports.passes(kept) or any(exports.passes(fewer) for fewer in _without_one(kept)):
+    if not exports.passes(kept) or any(exports.passes(fewer) for fewer in without_one(kept)):
         note("The files contradict the probes: searching again with a file a probe")
         confirmed = find_kept(case.units, exports.passes, block_parts(case.loaded.model.variant))
-    neighbours = tuple(exports.probe(fewer) for fewer in _without_one(confirmed or ()))
+    neighbours = tuple(exports.probe(fewer) for fewer in without_one(confirmed or ()))
     final = None if confirmed is None else files[frozenset(confirmed)]
     probes = (*result.probes, *exports.made)
     return replace(result, probes=probes, kept=confirmed, final=final, neighbours=neighbours)
 
 
-def _without_one(kept: Sequence[str]) -> list[list[str]]:
+def without_one(kept: Sequence[str]) -> list[list[str]]:
     """Return the sets that lack one name."""
     return [[other for other in kept if other != name] for name in kept]

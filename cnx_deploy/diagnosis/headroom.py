@@ -7,7 +7,7 @@ verdict decides. The naive form keeps GRN's sum of squares and LayerNorm's squar
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,22 @@ from cnx_deploy.diagnosis.ranges import (
     worst,
 )
 from cnx_deploy.model.checkpoint import LoadedModel, ModelRequest
-from cnx_deploy.model.deploy import BLOCK_PARTS
+from cnx_deploy.model.convnextv2 import ConvNeXtV2
+from cnx_deploy.model.deploy import BLOCK_PARTS, DeployedConvNeXtV2
 from cnx_deploy.model.recorded import recorded_model
 from cnx_deploy.verification.inspect import kind_of_file, recorded_artifact
 
-__all__ = ["Headroom", "HeadroomRequest", "failure", "measure_headroom", "report_lines", "run_headroom"]
+__all__ = [
+    "Headroom", "HeadroomRequest", "ImageRange", "compare_images", "failure", "measure_headroom", "report_lines",
+    "run_headroom",
+]  # fmt: skip
 
 SCHEMA_VERSION = 1
 BATCH = 4
 """Images run at once. Every statistic is an image's own, so that this decides speed and memory alone."""
 MOST_LISTED = 8
 """Tensors that are listed unless all are asked for."""
+TINY = 1e-30
 MOST_PARTS = 6
 """Parts that are named in a message. With more, a file of BF16 is the simpler way out."""
 
@@ -57,7 +62,7 @@ class HeadroomRequest(ModelRequest):
     `data` None means seeded image-like batches; else a folder of images, of which at most `samples` are taken.
     `white_level`: as in `core.preprocessing`, in place of the recorded one. `margin` is a factor of at least 1: on a
     stored tensor's largest absolute value, and on the naive form's sums of squares and squares. `tta` and
-    `temperature`: those of the file, as in `core.deploy_spec`.
+    `temperature`: those of the file, as in `core.deploy_spec`. `per_image`: also compare the images with each other.
     """
 
     data: Path | None = None
@@ -66,6 +71,7 @@ class HeadroomRequest(ModelRequest):
     white_level: float | None = None
     tta: TestTimeAugmentation | None = None
     temperature: float = 1.0
+    per_image: bool = False
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -89,6 +95,21 @@ class Summary:
         return {"name": self.name, **{kind: entry.to_dict() if entry else None for kind, entry in kinds.items()}}
 
 
+@dataclass(frozen=True, slots=True)
+class ImageRange:
+    """One image beside the others: in how many tensors it has the largest value, and where it exceeds them most.
+
+    `over_next` is its largest value of `tensor` over the largest of all other images. A calibration of eight bits gives
+    that tensor so much coarser levels for this one image.
+    """
+
+    image: str
+    leads: int
+    tensor: str
+    largest: float
+    over_next: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Headroom:
     """A network's ranges. `network` says which weights, `source` which images; ranges are in order of depth."""
@@ -102,6 +123,7 @@ class Headroom:
     responses: tuple[ResponseRange, ...]
     norms: tuple[NormRange, ...]
     parameters: tuple[ParameterRange, ...]
+    per_image: tuple[ImageRange, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.tensors:
@@ -192,6 +214,7 @@ class Headroom:
                 "largest_image_size": self.naive_image_size,
             },
             **{name: [entry.to_dict() for entry in getattr(self, name)] for name in lists},
+            **({"per_image": [asdict(entry) for entry in self.per_image]} if self.per_image else {}),
         }
 
     def _parts_of(self, tensor: TensorRange) -> tuple[str, ...]:
@@ -262,7 +285,35 @@ def run_headroom(
     )
     for text in images.observed():
         note(text)
+    if request.per_image:
+        singly = images.batches(preprocessing, spec, 1, evenly(len(images), request.samples))
+        pairs = ((images.name(index), batch.images) for batch in singly for index in batch.indices)
+        form = recorded_form(loaded.model, preprocessing, tta=deploy.tta, temperature=deploy.temperature)
+        measured = replace(measured, per_image=compare_images(form, loaded.model, preprocessing, pairs))
     return measured
+
+
+def compare_images(
+    form: DeployedConvNeXtV2, model: ConvNeXtV2, preprocessing: Preprocessing, images: Iterable[tuple[str, Tensor]]
+) -> tuple[ImageRange, ...]:
+    """Measure images one by one, (1, S, S, C) uint8 with a name; the one that exceeds the others most comes first."""
+    names: list[str] = []
+    largest: dict[str, list[float]] = {}
+    for name, pixels in images:
+        recorder = Recorder(form, model, preprocessing)
+        recorder.run([pixels])
+        names.append(name)
+        for tensor in recorder.tensors:
+            largest.setdefault(tensor.name, []).append(tensor.largest)
+    if len(names) < 2:
+        raise InputError(f"One image cannot be compared with others: {len(names)} given. Give more, or more --samples.")
+    ranges = []
+    for at, name in enumerate(names):
+        others = {tensor: max(*values[:at], *values[at + 1 :], TINY) for tensor, values in largest.items()}
+        over = {tensor: values[at] / others[tensor] for tensor, values in largest.items()}
+        most, leads = max(over, key=lambda tensor: rank(over[tensor])), sum(ratio > 1.0 for ratio in over.values())
+        ranges.append(ImageRange(name, leads, most, largest[most][at], over[most]))
+    return tuple(sorted(ranges, key=lambda entry: -entry.over_next))
 
 
 def _recorded(
@@ -281,7 +332,7 @@ def _recorded(
             "weights, or a recorded file. Give the checkpoint; `cnx-deploy export` records what it exports."
         )
     artifact = open_artifact(path)
-    own = {"checkpoint", "data", "samples", "margin", "white_level"}
+    own = {"checkpoint", "data", "samples", "margin", "white_level", "per_image"}
     usual, names = HeadroomRequest(), (each.name for each in fields(request) if each.name not in own)
     given = [name for name in names if getattr(request, name) != getattr(usual, name)]
     if given:
@@ -362,6 +413,12 @@ def report_lines(headroom: Headroom, *, lists_all: bool = False) -> Iterator[str
     for tensor in headroom.tensors if lists_all else largest:
         yield f"{tensor.name:40} {tensor.largest:>9.4g} {_percent(tensor.share):>9}"
     yield ""
+    if headroom.per_image:
+        yield f"{'image':40} {'leads in':>9} {'most in':40} {'max |x|':>9} {'× next':>7}"
+        for entry in headroom.per_image if lists_all else headroom.per_image[:MOST_LISTED]:
+            where = f"{entry.tensor:40} {entry.largest:>9.4g} {entry.over_next:>7.2f}"
+            yield f"{entry.image[-40:]:40} {entry.leads:>9} {where}"
+        yield ""
     yield from _verdicts(headroom)
 
 

@@ -54,7 +54,8 @@ MAX_IMAGES = 8
 
 MARKS = {"ok": " ", "jumps": "^"}
 LEGEND = (
-    "! fails, ^ more than all before explain. Relative L2 against PyTorch in FP32, the largest of the block's modules"
+    "! fails, ^ more than all before explain. Relative L2 against PyTorch in FP32, which rounds to a file's eight bits "
+    "too, the largest of the block's modules"
 )
 
 

@@ -1,4 +1,4 @@
-"""How accurate a half-precision network is with a set of its modules in FP32: on its deploy form, and on a file.
+"""How accurate a network is with a set of its modules in a wider type: on its deploy form, and on a file.
 
 A set is tried without an export on two deploy forms of the same weights: one in half, one with everything kept in FP32.
 A part that is kept is taken from the second, weights not rounded, and put into the first; parts cast their inputs to
@@ -8,19 +8,19 @@ emulator's graph, which rounds after every operator in the types that the file h
 """
 
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from cnx_deploy.core.deploy_spec import DeploySpec
+from cnx_deploy.core.eight_bits import PARTS
 from cnx_deploy.core.errors import InputError, ParityError
 from cnx_deploy.core.gates import Differences, Gate
 from cnx_deploy.core.manifest import Artifact, ModelRecord, OnnxManifest
@@ -29,7 +29,7 @@ from cnx_deploy.diagnosis.search import in_order, units_of
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.model.checkpoint import LoadedModel
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
-from cnx_deploy.model.deploy import deploy_form
+from cnx_deploy.model.deploy import DeployedConvNeXtV2, deploy_form
 from cnx_deploy.model.tasks.base import Outputs, joined, named_outputs, network_outputs
 from cnx_deploy.runners.emulator.graph import Graph
 from cnx_deploy.runners.emulator.operators import OPERATORS
@@ -38,8 +38,8 @@ from cnx_deploy.verification.parity import verdicts, worst_verdict
 from cnx_deploy.verification.verify import verify_export
 
 __all__ = [
-    "Case", "ExportedProbe", "MixedForm", "Probe", "RecordedProbe", "RoundedOperators", "case_of", "export_and_probe",
-    "probe_recorded",
+    "Case", "EightBitForm", "ExportedProbe", "MixedForm", "Probe", "RecordedProbe", "RoundedOperators", "case_of",
+    "export_and_probe", "is_kept", "outputs_with", "probe_recorded",
 ]  # fmt: skip
 
 BACKBONE = ("flip_mean", "normalise", "downsample_layers", "stages")
@@ -142,25 +142,61 @@ class MixedForm:
 
     def outputs(self, batches: Sequence[Tensor], kept: Collection[str] = ()) -> Outputs:
         """Run raw images with the modules called `kept` in FP32 and return float32 outputs (N, ...)."""
-        rounded = RoundedOperators()  # type: ignore[no-untyped-call]
-        with self._keeping(kept), torch.inference_mode(), rounded:
-            return joined([named_outputs(self.half(images), self.half.output_specs) for images in batches])
-
-    @contextmanager
-    def _keeping(self, names: Collection[str]) -> Iterator[None]:
-        """Put the named modules of the FP32 form into the half one until the context ends."""
-        whole = [name for name in names if name != "head"]
-        if "head" in names:
+        whole = [name for name in kept if name != "head"]
+        if "head" in kept:
             whole += [name for name, _ in self.half.named_children() if name not in BACKBONE]
         outermost = [name for name in whole if not any(name.startswith(f"{other}.") for other in whole)]
-        own = {name: self.half.get_submodule(name) for name in outermost}
-        try:
-            for name in outermost:
-                self.half.set_submodule(name, self.single.get_submodule(name))
-            yield
-        finally:
-            for name, module in own.items():
-                self.half.set_submodule(name, module)
+        return outputs_with(self.half, {name: self.single.get_submodule(name) for name in outermost}, batches)
+
+
+class EightBitForm:
+    """A deploy form in eight bits, whose parts can be kept in FP16 from one call to the next, on the same scales.
+
+    Gains stay: they change nothing but what is rounded.
+    """
+
+    def __init__(self, model: ConvNeXtV2, spec: DeploySpec) -> None:
+        assert spec.eight_bits is not None
+        self._blocks = spec.eight_bits.blocks
+        self._form = deploy_form(model, spec)
+        self._half = deploy_form(model, replace(spec, eight_bits=spec.eight_bits.without_rounding()))
+
+    def outputs(self, batches: Sequence[Tensor], kept: Collection[str] = ()) -> Outputs:
+        """Run raw images with the parts called `kept` in FP16 and return float32 outputs (N, ...)."""
+        replaced: dict[str, nn.Module] = {}
+        for name, block in self._blocks.items():
+            taps = self._form.get_submodule(f"{name}.taps")
+            for letter in block.scales:
+                part = f"{name}.{PARTS[letter]}"
+                if not is_kept(part, kept):
+                    continue
+                if letter in dict(taps.named_children()):
+                    replaced[f"{name}.taps.{letter}"] = nn.Identity()
+                else:
+                    replaced[f"{part}.constant"] = self._half.get_submodule(f"{part}.constant")
+        return outputs_with(self._form, replaced, batches)
+
+
+def is_kept(part: str, kept: Collection[str]) -> bool:
+    """Whether a part ("stages.2.3.grn") or what it belongs to is among the names."""
+    return any(f"{part}.".startswith(f"{name}.") for name in kept)
+
+
+def outputs_with(form: DeployedConvNeXtV2, replaced: Mapping[str, nn.Module], batches: Sequence[Tensor]) -> Outputs:
+    """Run raw images with some modules of a form replaced by name, and return float32 outputs (N, ...).
+
+    Operators are rounded as `RoundedOperators` says. The form is left as it was.
+    """
+    own = {name: form.get_submodule(name) for name in replaced}
+    rounded = RoundedOperators()  # type: ignore[no-untyped-call]
+    try:
+        for name, module in replaced.items():
+            form.set_submodule(name, module)
+        with torch.inference_mode(), rounded:
+            return joined([named_outputs(form(images), form.output_specs) for images in batches])
+    finally:
+        for name, module in own.items():
+            form.set_submodule(name, module)
 
 
 class RoundedOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]

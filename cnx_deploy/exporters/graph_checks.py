@@ -212,14 +212,14 @@ def check_export(
 ) -> GraphFacts:
     """Check a file that `exporters.onnx` wrote, on top of `check_graph`.
 
-    One Gelu a block and, but in V1, one GRN statistic (a pool in the "cpu" layout, else a sum); each of the network's
-    norms one LayerNormalization, or, in the "gpu" layout, spelled out over the channel axis for the channels-first ones
-    (four and what the head adds); opset as written; batch axis named.
+    One Gelu a block and, but in V1, one GRN statistic, a pool ("cpu"), a norm ("openvino") or a sum; each of the
+    network's norms one LayerNormalization, or, in the "gpu" layout, spelled out over the channel axis for the
+    channels-first ones (four and what the head adds); opset as written; batch axis named.
 
     Args:
         path: the file as it was written.
         variant: the network's size and version.
-        layout: "cpu" or "gpu", the deploy form's layout.
+        layout: "cpu", "gpu" or "openvino", the deploy form's layout.
         batch: smallest, typical and largest batch; equal ends give a fixed axis.
         opset: the opset that was asked for.
         outputs: what the task declares.
@@ -227,7 +227,7 @@ def check_export(
         leave_out: folds that the export was to leave out.
         norm_on_patches: whether the stem's norm is a sum over the patches' channels.
         image_shape: the axes of the input after the batch, open ones by name; None: not checked.
-        open_size: whether height and width are open: GRN's statistic is then a sum in either layout.
+        open_size: whether height and width are open: GRN's statistic is then a sum in the first two layouts.
         mirrored_axes: the images' width where the export averages over the mirrored images, else nothing.
 
     Raises:
@@ -237,8 +237,11 @@ def check_export(
     token_norms = variant.block_count + head_operators.get("LayerNormalization", 0)
     first_norms = 4 + head_operators.get("ChannelsFirstNorm", 0)
     responses = variant.block_count if variant.version == 2 else 0
-    is_pooled = layout == "cpu" and "blocked" not in leave_out and not open_size
-    statistic = "AveragePool" if is_pooled else "ReduceSum"
+    statistic = "ReduceSum"
+    if layout == "cpu" and "blocked" not in leave_out and not open_size:
+        statistic = "AveragePool"
+    elif layout == "openvino" and "channels-last" not in leave_out:
+        statistic = "ReduceL2"
     expected = {
         "Gelu": variant.block_count + head_operators.get("Gelu", 0),
         statistic: responses + norm_on_patches + head_operators.get(statistic, 0),

@@ -18,6 +18,7 @@ import torch
 
 from cnx_deploy.core.artifacts import artifact_stem, is_onnx, reusable_artifact, stage_artifact
 from cnx_deploy.core.deploy_spec import DeploySpec
+from cnx_deploy.core.eight_bits import EightBitFacts
 from cnx_deploy.core.errors import ExportError, InputError, OutputExistsError
 from cnx_deploy.core.gates import OutputSpec, ParityResult
 from cnx_deploy.core.image_size import STRIDE, sides
@@ -28,6 +29,7 @@ from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.exporters.graph_checks import GraphFacts, check_export
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy import FORM, DeployedConvNeXtV2, deploy_form, separate_norms
+from cnx_deploy.model.quantised import ONNX_TRANSLATIONS
 
 __all__ = ["EXTERNAL_DATA_BYTES", "ExportSpec", "export_onnx", "facts_record"]
 
@@ -81,11 +83,13 @@ def export_onnx(
     *,
     force: bool = False,
     verify: Callable[[Artifact[OnnxManifest]], tuple[ParityResult, ...]] | None = None,
+    prove: Callable[[Artifact[OnnxManifest]], tuple[tuple[ParityResult, ...], EightBitFacts]] | None = None,
 ) -> Artifact[OnnxManifest]:
     """Export `model` to `<output_dir>/<name>-<size>-<precision>.onnx` with its manifest.
 
     `verify` is called with the written file before it is put into place; it raises to stop the export, and what it
-    returns goes into the manifest's facts. The artifact says whether it was made before and used again.
+    returns goes into the manifest's facts. `prove` does the same in its place for a file in eight bits. The artifact
+    says whether it was made before and used again.
 
     Raises OutputExistsError when other inputs made what is there, ExportError when torch cannot export,
     GraphCheckError when the graph is not what it should be. `model` is left as it was.
@@ -130,6 +134,9 @@ def export_onnx(
         if verify is not None:
             parity = verify(Artifact(path, manifest))
             manifest = replace(manifest, facts=replace(manifest.facts, parity=parity))
+        if prove is not None:
+            parity, proven = prove(Artifact(path, manifest))
+            manifest = replace(manifest, facts=replace(manifest.facts, parity=parity, eight_bits=proven))
         return staging.commit(manifest)
 
 
@@ -181,6 +188,7 @@ def _graph_from_module(module: DeployedConvNeXtV2, spec: ExportSpec) -> ir.Model
                 output_names=[spec.name for spec in module.output_specs],
                 dynamic_shapes=(axes,) if axes else None,
                 verbose=False,
+                custom_translation_table=None if spec.deploy.eight_bits is None else dict(ONNX_TRANSLATIONS),
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportError(f"torch {torch.__version__} cannot export the model: {error}") from error
@@ -261,7 +269,7 @@ def _metadata(record: ModelRecord, spec: ExportSpec) -> dict[str, str]:
         entries["soup"] = ",".join(file.sha256 for file in record.weights.soup)
     if record.task != "classification":
         entries["task"] = record.task
-    if assumed := [name for name, origin in record.origins.items() if origin == ASSUMED]:
+    if assumed := sorted(name for name, origin in record.origins.items() if origin == ASSUMED):
         entries["assumed"] = ",".join(assumed)
     if record.task_config:
         entries["task_config"] = json.dumps(record.task_config, sort_keys=True)

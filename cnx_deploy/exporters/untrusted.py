@@ -21,8 +21,9 @@ from google.protobuf.message import DecodeError, Message
 from cnx_deploy.core.child_process import Limits, run_isolated
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, MissingRequirementError, RefusedArtifactError
 from cnx_deploy.core.files import open_regular, sha256_of_file
-from cnx_deploy.core.manifest import Artifact
+from cnx_deploy.core.manifest import Artifact, Launcher
 from cnx_deploy.exporters.trt.backend import Backend, load_backend
+from cnx_deploy.exporters.trt.plugins import prepare_runtime
 
 __all__ = [
     "EngineDescription",
@@ -238,8 +239,12 @@ class EngineDescription:
     tensors: tuple[EngineTensor, ...]
 
 
-def describe_engine(path: Path, runtime: str | None = None, limits: Limits = ENGINE_LIMITS) -> EngineDescription:
+def describe_engine(
+    path: Path, runtime: str | None = None, limits: Limits = ENGINE_LIMITS, *, launcher: Launcher | None = None
+) -> EngineDescription:
     """Deserialise an engine in a child process and describe it; without `runtime`, by its first bytes.
+
+    `launcher`: of the own kernels that it was allowed to bring; None reads it with host code off and without creators.
 
     An engine is native code and may run in the child what it likes: the child bounds a crash, not an attack. Read only
     engines whose origin is known. Up to the driver this needs no GPU.
@@ -250,7 +255,7 @@ def describe_engine(path: Path, runtime: str | None = None, limits: Limits = ENG
     """
     answer = run_isolated(
         "cnx_deploy.exporters.untrusted:description_task",
-        {"engine": str(path.resolve()), "runtime": runtime or runtime_of(path)},
+        {"engine": str(path.resolve()), "runtime": runtime or runtime_of(path), "launcher": launcher},
         limits,
         what=f"Reading {path.name}",
         failure=CorruptArtifactError,
@@ -274,10 +279,10 @@ def runtime_of(path: Path) -> str:
     return RUNTIMES[head]
 
 
-def description_task(engine: str, runtime: str) -> dict[str, Any]:
+def description_task(engine: str, runtime: str, launcher: Launcher | None = None) -> dict[str, Any]:
     """`describe_engine` for the child."""
     backend = load_backend(runtime)
-    read = _deserialised(backend, Path(engine))
+    read = _deserialised(backend, Path(engine), launcher)
     tensors = tuple(_engine_tensor(backend, read, read.get_tensor_name(index)) for index in range(read.num_io_tensors))
     described: dict[str, Any] = msgspec.to_builtins(
         EngineDescription(backend.name, backend.version, int(read.num_layers), tensors)
@@ -285,11 +290,11 @@ def description_task(engine: str, runtime: str) -> dict[str, Any]:
     return described
 
 
-def _deserialised(backend: Backend, path: Path) -> Any:
-    """The engine, host code off. The API answers None where it refuses one."""
+def _deserialised(backend: Backend, path: Path, launcher: Launcher | None) -> Any:
+    """The engine, host code off unless its launcher is in it. The API answers None where it refuses one."""
     log = backend.recording_logger()
     runtime = backend.trt.Runtime(log)
-    runtime.engine_host_code_allowed = False
+    prepare_runtime(backend, runtime, launcher)
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is not None:
         return engine

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -33,6 +33,7 @@ from cnx_deploy.model.layouts import (
     format_shape,
     official_state,
     shape_differences,
+    state_for,
     structure_of,
     variant_with_structure,
 )
@@ -434,12 +435,13 @@ def save_checkpoint(
     licence: str = "MIT",
     extra: Mapping[str, Any] | None = None,
     thresholds: Sequence[float] | None = None,
+    library: Literal["timm", "transformers"] | None = None,
 ) -> Path:
     """Write a model as `.safetensors`, float32, whole or not at all; the same arguments give the same bytes.
 
-    `extra` goes into the header as it is. `thresholds` None takes those of the model's task, where it has any. An
-    existing file is replaced. Raises InputError when the path cannot be written, has another suffix, or the class names
-    are not one a class.
+    `extra` goes into the header as it is. `thresholds` None takes those of the model's task, where it has any.
+    `library`: whose names the tensors have; None is the reference code's. An existing file is replaced. Raises
+    InputError when the path cannot be written, has another suffix, or the class names are not one a class.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -467,7 +469,11 @@ def save_checkpoint(
     if clash := sorted(known.keys() & (extra or {}).keys()):
         raise InputError(f"The header already has {', '.join(clash)}: expected other names in extra. Rename them.")
     header = json.dumps({**known, **(extra or {})}, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    _write_whole(path, state, {METADATA_KEY: header})
+    named = state if library is None else state_for(library, state, version=model.variant.version)
+    # Earlier transformers takes a file of format pt and no other: so it takes its own, and refuses one of timm's names,
+    # of which it would keep nothing and say so in a warning alone.
+    formats = {"format": "pt"} if library == "transformers" else {}
+    _write_whole(path, named, {METADATA_KEY: header, **formats})
     return path
 
 
@@ -490,12 +496,26 @@ def _write_whole(path: Path, state: dict[str, Tensor], metadata: dict[str, str])
     try:
         with whole_file(path, needed_bytes=size) as temporary:
             save_file(state, temporary, metadata)
+            if len(metadata) > 1:
+                _sort_entries(temporary)
             temporary.chmod(0o644)  # the library makes files that only their owner can read
     except SafetensorError as error:  # the library has no other word for a full disk
         raise DiskFullError(
             f"Cannot write {path} ({error}): expected room for {size / 1e6:,.1f} MB. Free some, or choose another "
             "place."
         ) from error
+
+
+def _sort_entries(path: Path) -> None:
+    """Put the entries of a safetensors header into order: the library writes several in another order each time."""
+    with path.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        content = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(content) <= length, "the library writes its header as compactly as JSON can be"
+        stream.seek(8)
+        stream.write(content.ljust(length))
 
 
 def _check_same_network(one: LoadedModel, other: LoadedModel) -> None:

@@ -1,7 +1,8 @@
 """Training form to deploy form: the same function, written for the engine that will run it.
 
-Two layouts. `gpu`: channels-last tokens (N, HW, C), so that the compiler fuses matmul, bias and GELU. `cpu`:
+Three layouts. `gpu`: channels-last tokens (N, HW, C), so that the compiler fuses matmul, bias and GELU. `cpu`:
 channels-first throughout with pointwise layers as 1×1 convolutions, which ONNX Runtime's blocked kernels want.
+`openvino`: the same, with norms and statistics from operators that OpenVINO runs on maps that it keeps channels last.
 Modules keep the training form's names (`stages.2.3.grn`), and so do the nodes of the exported graph.
 
 Precision is part of the module: in FP16 or BF16 every parameter is half, but each LayerNorm, the pooling and each GRN
@@ -24,7 +25,6 @@ from cnx_deploy.core.variants import Variant
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.deploy_blocks import ChannelsFirstBlock, TokenBlock
 from cnx_deploy.model.deploy_layers import (
-    ChannelsFirstNorm,
     InputNormalisation,
     MirrorMean,
     NormedPatchConvolution,
@@ -32,6 +32,7 @@ from cnx_deploy.model.deploy_layers import (
     convolution,
     depthwise,
     doubles,
+    map_norm,
     type_of,
 )
 from cnx_deploy.model.folds import (
@@ -41,6 +42,7 @@ from cnx_deploy.model.folds import (
     norm_moves_fewer_bytes_on_patches,
 )
 from cnx_deploy.model.layers import Block
+from cnx_deploy.model.quantised import QuantisedBlock
 from cnx_deploy.model.tasks.base import network_outputs, sole_or_named
 
 __all__ = [
@@ -73,6 +75,8 @@ class DeployedConvNeXtV2(nn.Module):
         self.spec = spec
         self.task = model.task
         check_parts(spec.keep_fp32, model.variant)
+        if spec.row.placement is not None and spec.eight_bits is None:
+            raise InputError(f"{spec.precision} needs scales. Calibrate on images: --calibration DATA.")
         model.task.check_allowed(spec)
         self.output_specs = network_outputs(model.task, model.variant, model.num_classes, spec)
         self.flip_mean = MirrorMean() if spec.tta == "flip" else None
@@ -140,19 +144,18 @@ def _stem(model: ConvNeXtV2, spec: DeploySpec) -> nn.Sequential:
                 )
             )
         patches = PatchConvolution(weight, bias, image_size=size, channels_last=channels_last)
-        return nn.Sequential(patches, ChannelsFirstNorm(True, gain, shift))
-    if spec.layout == "cpu" and "blocked" in spec.folds:
+        return nn.Sequential(patches, map_norm(spec, gain, shift))
+    if {"cpu": "blocked", "openvino": "channels-last"}.get(str(spec.layout)) in spec.folds:
         affine = depthwise(gain[:, None, None, None], shift)
-        return nn.Sequential(convolution(weight, bias, stride=4), ChannelsFirstNorm(False), affine)
-    return nn.Sequential(convolution(weight, bias, stride=4), ChannelsFirstNorm(spec.layout == "gpu", gain, shift))
+        return nn.Sequential(convolution(weight, bias, stride=4), map_norm(spec), affine)
+    return nn.Sequential(convolution(weight, bias, stride=4), map_norm(spec, gain, shift))
 
 
 def _downsampling(norm: nn.LayerNorm, conv: nn.Conv2d, spec: DeploySpec) -> nn.Sequential:
-    dense, affine, spelled_out = doubles(conv), doubles(norm), spec.layout == "gpu"
+    dense, affine = doubles(conv), doubles(norm)
     if "downsample-affine" in spec.folds:
-        folded = fold_affine_into_conv(*dense, *affine)
-        return nn.Sequential(ChannelsFirstNorm(spelled_out), convolution(*folded, stride=2))
-    return nn.Sequential(ChannelsFirstNorm(spelled_out, *affine), convolution(*dense, stride=2))
+        return nn.Sequential(map_norm(spec), convolution(*fold_affine_into_conv(*dense, *affine), stride=2))
+    return nn.Sequential(map_norm(spec, *affine), convolution(*dense, stride=2))
 
 
 def _stages(model: ConvNeXtV2, spec: DeploySpec) -> Iterator[Iterator[nn.Module]]:
@@ -166,14 +169,19 @@ def _stages(model: ConvNeXtV2, spec: DeploySpec) -> Iterator[Iterator[nn.Module]
 
 def _block(block: Block, spec: DeploySpec, stage: int, index: int, depth: int) -> nn.Module:
     stream_type, open_size = spec.dtype_of(f"stages.{stage}.{index}"), spec.size_range is not None
-    if spec.layout == "cpu":
-        return ChannelsFirstBlock(block, folds=spec.folds, stream_type=stream_type, open_size=open_size)
+    if spec.layout != "gpu":
+        return ChannelsFirstBlock(block, spec, stream_type)
     in_weight = gain_moves_fewer_bytes_in_weight(
         block.dwconv.in_channels,
         math.prod(stage_sides(spec.image_size, stage)),
         before_downsampling=index == depth - 1 and stage < 3,
     )
-    return TokenBlock(block, gain_in_weight=in_weight, folds=spec.folds, stream_type=stream_type, open_size=open_size)
+    words: dict[str, Any] = {"gain_in_weight": in_weight, "folds": spec.folds, "stream_type": stream_type}
+    words["open_size"] = open_size
+    scales = None if spec.eight_bits is None else spec.eight_bits.of(f"stages.{stage}.{index}")
+    if spec.eight_bits is None or scales is None:
+        return TokenBlock(block, **words)
+    return QuantisedBlock(block, scales, spec.eight_bits.placement, **words)
 
 
 def _rounded(module: nn.Module, name: str, spec: DeploySpec) -> Any:

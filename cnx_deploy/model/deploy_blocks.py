@@ -1,4 +1,4 @@
-"""The block of the deploy form in both layouts: tokens for a GPU, channels first for a CPU.
+"""The block of the deploy form: on tokens for a GPU, channels first for a CPU.
 
 `folds` names the folds that are made (`folds.FOLDS`); one that is not leaves the training form's operation in place.
 `stream_type` is the type of the tensor that runs through the blocks; each part casts its input to its own type.
@@ -10,9 +10,10 @@ from collections.abc import Set
 import torch
 from torch import Tensor, nn
 
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.model.deploy_layers import (
-    ChannelsFirstNorm,
     GainedLinear,
+    NormResponseGain,
     PooledResponseGain,
     ResponseGain,
     TokenNorm,
@@ -20,12 +21,13 @@ from cnx_deploy.model.deploy_layers import (
     depthwise,
     doubles,
     linear,
+    map_norm,
     type_of,
 )
 from cnx_deploy.model.folds import fold_affine_into_linear, fold_grn_beta, fold_layer_scale
 from cnx_deploy.model.layers import Block, GlobalResponseNorm
 
-__all__ = ["ChannelsFirstBlock", "TokenBlock"]
+__all__ = ["ChannelsFirstBlock", "TokenBlock", "images_from_tokens"]
 
 
 class TokenBlock(nn.Module):
@@ -81,7 +83,7 @@ class TokenBlock(nn.Module):
     def _branch(self, hidden: Tensor, gain: Tensor | None, size: torch.Size) -> Tensor:
         """Hidden tensor and gain -> what is added to the stream, (N, C, H, W)."""
         if self.gain_in_weight:
-            return _images_from_tokens(self.pwconv2(hidden, gain), size)
+            return images_from_tokens(self.pwconv2(hidden, gain), size)
         if isinstance(self.pwconv2, nn.Conv2d):
             # Unflattened before it is scaled: the other way round TensorRT stores the squares at batch 1.
             if not self.open_size:
@@ -90,7 +92,7 @@ class TokenBlock(nn.Module):
             branch: Tensor = self.pwconv2(scaled.to(type_of(self.pwconv2)).permute(0, 3, 1, 2))
             return branch
         scaled = self._scaled(hidden, gain)
-        return _images_from_tokens(self.pwconv2(scaled.to(type_of(self.pwconv2))), size)
+        return images_from_tokens(self.pwconv2(scaled.to(type_of(self.pwconv2))), size)
 
     def _scaled(self, hidden: Tensor, gain: Tensor | None) -> Tensor:
         if gain is None:
@@ -99,23 +101,22 @@ class TokenBlock(nn.Module):
 
 
 class ChannelsFirstBlock(nn.Module):
-    """The block with pointwise layers as 1×1 convolutions. (N, C, H, W) -> (N, C, H, W)."""
+    """The block with pointwise layers as 1×1 convolutions, as ONNX Runtime or as OpenVINO runs it best.
 
-    def __init__(self, block: Block, *, folds: Set[str], stream_type: torch.dtype, open_size: bool = False) -> None:
+    Shape: (N, C, H, W) -> (N, C, H, W).
+    """
+
+    def __init__(self, block: Block, spec: DeploySpec, stream_type: torch.dtype) -> None:
         super().__init__()
-        self.stream_type, self.open_size = stream_type, open_size
+        folds, self.open_size = spec.folds, spec.size_range is not None
+        self.stream_type = stream_type
         self.dwconv = depthwise(*doubles(block.dwconv))
         affine, (weight, bias) = _first_pointwise(block, folds)
-        self.norm = ChannelsFirstNorm(False, *affine)
+        self.norm = map_norm(spec, *affine)
         self.pwconv1 = convolution(weight[:, :, None, None], bias)
         self.act = nn.GELU()
         gamma = _grn_gamma(block)
-        self.grn: PooledResponseGain | ResponseGain | None = None
-        if gamma is not None:
-            is_pooled = "blocked" in folds and not open_size  # a pool of the whole map has a size
-            self.grn = (
-                PooledResponseGain(gamma) if is_pooled else ResponseGain(gamma, channel_axis=1, open_size=open_size)
-            )
+        self.grn = None if gamma is None else _gain_of_maps(gamma, spec)
         beta, (weight, bias) = _second_pointwise(block, folds)
         self.beta = None if beta is None else nn.Parameter(beta[:, None, None])
         self.pwconv2 = convolution(weight[:, :, None, None], bias)
@@ -133,14 +134,24 @@ class ChannelsFirstBlock(nn.Module):
     def _scaled(self, hidden: Tensor) -> Tensor:
         if self.grn is None:
             return hidden
-        if isinstance(self.grn, PooledResponseGain) or self.open_size:
-            scaled: Tensor = hidden * self.grn(hidden)
+        if isinstance(self.grn, ResponseGain) and not self.open_size:
+            scaled: Tensor = hidden * self.grn(hidden.flatten(2))[..., None]
         else:
-            scaled = hidden * self.grn(hidden.flatten(2))[..., None]
+            scaled = hidden * self.grn(hidden)
         return scaled if self.beta is None else scaled + self.beta
 
 
 Affine = tuple[Tensor, Tensor] | tuple[()]
+
+
+def _gain_of_maps(gamma: Tensor, spec: DeploySpec) -> nn.Module:
+    """GRN's gain of hidden tensors (N, 4C, H, W), from operators that the layout's runtime runs best."""
+    if spec.layout == "openvino" and "channels-last" in spec.folds:
+        return NormResponseGain(gamma)
+    open_size = spec.size_range is not None
+    if spec.layout == "cpu" and "blocked" in spec.folds and not open_size:  # a pool of the whole map has a size
+        return PooledResponseGain(gamma)
+    return ResponseGain(gamma, channel_axis=1, open_size=open_size)
 
 
 def _first_pointwise(block: Block, folds: Set[str]) -> tuple[Affine, tuple[Tensor, Tensor]]:
@@ -160,7 +171,7 @@ def _second_pointwise(block: Block, folds: Set[str]) -> tuple[Tensor | None, tup
     return (None, (weight, fold_grn_beta(weight, bias, beta))) if "grn-beta" in folds else (beta, (weight, bias))
 
 
-def _images_from_tokens(tokens: Tensor, size: torch.Size) -> Tensor:
+def images_from_tokens(tokens: Tensor, size: torch.Size) -> Tensor:
     """(N, HW, C) -> (N, C, H, W). Unflattened before it is permuted: the other way round costs TensorRT a kernel."""
     if tokens.ndim == 4:
         return tokens.permute(0, 3, 1, 2)

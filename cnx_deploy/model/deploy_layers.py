@@ -1,4 +1,4 @@
-"""The layers of the deploy form: norms, GRN's gain in both layouts, the stem over patches.
+"""The layers of the deploy form: norms, GRN's gain in each layout, the stem over patches.
 
 Each takes constants in float64 and is cast as a whole; `widen` marks where an FP32 island begins.
 """
@@ -7,15 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.image_size import ImageSize, sides
 from cnx_deploy.model.folds import fold_norm_into_patches, fold_patches
 from cnx_deploy.model.layers import EPS
 
 __all__ = [
     "ChannelsFirstNorm",
+    "FlattenedNorm",
     "GainedLinear",
     "InputNormalisation",
     "MirrorMean",
+    "NormResponseGain",
     "NormedPatchConvolution",
     "PatchConvolution",
     "PooledResponseGain",
@@ -25,6 +28,7 @@ __all__ = [
     "depthwise",
     "doubles",
     "linear",
+    "map_norm",
     "type_of",
     "widen",
 ]
@@ -73,6 +77,19 @@ class ChannelsFirstNorm(nn.Module):
         return normed.to(images.dtype)
 
 
+class FlattenedNorm(TokenNorm):
+    """The same over tokens: (N, C, H, W) to (N, HW, C) and back, which costs nothing where maps are channels last.
+
+    OpenVINO has one operator for a norm over the last of three axes, and takes that of four apart.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalise; see the class for shapes."""
+        channels, size = images.shape[1], images.shape[2:]
+        tokens = super().forward(images.permute(0, 2, 3, 1).flatten(1, 2))
+        return tokens.reshape(-1, *size, channels).permute(0, 3, 1, 2)
+
+
 class ResponseGain(nn.Module):
     """GRN's gain 1 + gamma·n, one number a sample and hidden channel; statistics in FP32.
 
@@ -119,6 +136,20 @@ class PooledResponseGain(nn.Module):
         share = rms / (rms.mean(dim=1, keepdim=True) + EPS / (height * width) ** 0.5)
         gain: Tensor = self.affine(share.to(type_of(self.affine)))
         return gain
+
+
+class NormResponseGain(nn.Module):
+    """The same as it is defined, from one reduction. Shape: hidden (N, 4C, H, W), gamma (4C,) -> (N, 4C, 1, 1)."""
+
+    def __init__(self, gamma: Tensor) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(gamma[:, None, None])
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden tensor -> gain, in gamma's type."""
+        norm = torch.linalg.vector_norm(widen(hidden), dim=(2, 3), keepdim=True)
+        gain: Tensor = 1.0 + widen(self.gamma) * (norm / (norm.mean(dim=1, keepdim=True) + EPS))
+        return gain.to(self.gamma.dtype)
 
 
 class GainedLinear(nn.Module):
@@ -232,6 +263,11 @@ class MirrorMean(nn.Module):
     def forward(self, output: Tensor) -> Tensor:
         """Average in the output's own type, which is FP32 at least."""
         return output.reshape(2, -1, *output.shape[1:]).mean(dim=0)
+
+
+def map_norm(spec: DeploySpec, *affine: Tensor) -> nn.Module:
+    """The LayerNorm over the channels of maps (N, C, H, W) in a deployment's layout; `affine` is gain and shift."""
+    return FlattenedNorm(*affine) if spec.flattens_norms else ChannelsFirstNorm(spec.layout == "gpu", *affine)
 
 
 def widen(tensor: Tensor) -> Tensor:

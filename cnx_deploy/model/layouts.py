@@ -21,7 +21,8 @@ from cnx_deploy.core.variants import ALL_VARIANTS, Variant
 
 __all__ = [
     "HEADS", "TOP", "Difference", "Heads", "Layout", "Network", "difference_table", "find_networks", "format_shape",
-    "mixed_layouts", "official_state", "shape_differences", "structure_of", "unknown_layout", "variant_with_structure",
+    "mixed_layouts", "official_state", "shape_differences", "state_for", "structure_of", "unknown_layout",
+    "variant_with_structure",
 ]  # fmt: skip
 
 Layout = Literal["official", "fcmae", "timm", "transformers", "mmpretrain", "torchvision"]
@@ -119,6 +120,33 @@ RENAMES: dict[Layout, tuple[tuple[str, str], ...]] = {
         *((rf"{FEATURES}\.{2 * stage + 1}\.(\d+)\.layer_scale$", rf"stages.{stage}.\1.gamma") for stage in range(4)),
         (r"classifier\.0\.", "norm."),
         (r"classifier\.2\.", "head."),
+    ),
+}
+
+# The way back, of networks with a pooled head: names of the reference code to those of a library that reads them.
+WRITTEN: dict[Literal["timm", "transformers"], tuple[tuple[str, str], ...]] = {
+    "timm": (
+        (r"downsample_layers\.0\.", "stem."),
+        (r"downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
+        (r"stages\.(\d+)\.(\d+)\.dwconv\.", r"stages.\1.blocks.\2.conv_dw."),
+        (r"stages\.(\d+)\.(\d+)\.pwconv", r"stages.\1.blocks.\2.mlp.fc"),
+        (r"stages\.(\d+)\.(\d+)\.grn\.gamma", r"stages.\1.blocks.\2.mlp.grn.weight"),
+        (r"stages\.(\d+)\.(\d+)\.grn\.beta", r"stages.\1.blocks.\2.mlp.grn.bias"),
+        (r"stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+        (r"norm\.", "head.norm."),
+        (r"head\.", "head.fc."),
+    ),
+    "transformers": (
+        (r"downsample_layers\.0\.0\.", "embeddings.patch_embeddings."),
+        (r"downsample_layers\.0\.1\.", "embeddings.layernorm."),
+        (r"downsample_layers\.(\d+)\.", r"encoder.stages.\1.downsampling_layer."),
+        (r"stages\.(\d+)\.(\d+)\.norm\.", r"encoder.stages.\1.layers.\2.layernorm."),
+        (r"stages\.(\d+)\.(\d+)\.grn\.gamma", r"encoder.stages.\1.layers.\2.grn.weight"),
+        (r"stages\.(\d+)\.(\d+)\.grn\.beta", r"encoder.stages.\1.layers.\2.grn.bias"),
+        (r"stages\.(\d+)\.(\d+)\.gamma", r"encoder.stages.\1.layers.\2.layer_scale_parameter"),
+        (r"stages\.(\d+)\.(\d+)\.", r"encoder.stages.\1.layers.\2."),
+        (r"norm\.", "layernorm."),
+        (r"head\.", "classifier."),
     ),
 }
 
@@ -306,6 +334,28 @@ def official_state(tensors: Mapping[str, Tensor], where: str) -> tuple[Layout, d
     for name in [name for name in state if name.endswith(".running_mean")]:  # torch counted no batches before 0.4.1
         state.setdefault(name.replace(".running_mean", ".num_batches_tracked"), torch.zeros(()))
     return layout, state
+
+
+def state_for(
+    library: Literal["timm", "transformers"], state: Mapping[str, Tensor], *, version: int
+) -> dict[str, Tensor]:
+    """The tensors of a network with a pooled head, or with none, under a library's names; `official_state` reads them.
+
+    `version`: 2 or 1, which transformers calls differently. Without a head its names have no prefix, as those of its
+    network without one. Raises KeyError for a name that the library has none for.
+    """
+    family = ("convnextv2." if version == 2 else "convnext.") if "head.weight" in state else ""
+    written: dict[str, Tensor] = {}
+    for official, tensor in state.items():
+        pattern, replacement = next((row for row in WRITTEN[library] if re.match(row[0], official)), (None, ""))
+        if pattern is None:
+            raise KeyError(official)
+        name = re.sub(f"^{pattern}", replacement, official)
+        if library == "transformers" and not name.startswith("classifier."):
+            name = family + name
+        # timm keeps GRN's parameters as (C,), the reference code and transformers as (1, 1, 1, C).
+        written[name] = tensor.flatten() if library == "timm" and ".grn." in name else tensor
+    return written
 
 
 def mixed_layouts(reason: object, where: str) -> CheckpointError:

@@ -90,8 +90,11 @@ def examine(folder: Path) -> tuple[Finding, ...]:
         *gpu_findings(gpus),
         torch_finding(gpus),
         *onnxruntime_findings(gpus),
+        openvino_finding(),
         *(tensorrt_finding(name, gpus) for name in ("tensorrt-rtx", "tensorrt")),
-        train_finding({name: package_version(name) for name in ("lightning", "torchmetrics")}),
+        packages_finding("training", "train", _versions("lightning", "torchmetrics")),
+        packages_finding("batch", "parquet", _versions("pyarrow")),
+        packages_finding("serve", "ray", _versions("ray", "starlette", "python-multipart")),
         memory_finding(_memory_gb()),
         disk_finding(folder, shutil.disk_usage(existing).free / 1e9),
     )
@@ -177,6 +180,20 @@ def onnxruntime_findings(gpus: Sequence[Gpu]) -> Iterator[Finding]:
             yield provider_finding("CUDAExecutionProvider")
 
 
+def openvino_finding() -> Finding:
+    """Say whether OpenVINO is installed, and what it computes in on this processor."""
+    from cnx_deploy.runners.openvino_library import capabilities
+
+    try:
+        types = capabilities()
+    except MissingRequirementError as error:
+        what, _, remedy = str(error).partition(": ")
+        return Finding("openvino", "missing", what, remedy.rstrip("."))
+    no_bf16 = "" if "BF16" in types else "; BF16 takes a processor with AMX or AVX512-BF16"
+    computed = " and ".join(name for name in ("FP32", "BF16") if name in types)
+    return Finding("openvino", "ok", f"openvino {package_version('openvino')} computes {computed} here{no_bf16}")
+
+
 def wheel_finding(wheels: Mapping[str, str | None]) -> Finding:
     """Both wheels install into one folder, so only one may be there (microsoft/onnxruntime issue 26996)."""
     present = [f"{name} {version}" for name, version in wheels.items() if version]
@@ -223,12 +240,13 @@ def tensorrt_finding(name: str, gpus: Sequence[Gpu]) -> Finding:
     return Finding(name, status, f"{name} {backend.version}: {builds}; {runs}", other if targets else BUILD_AHEAD)
 
 
-def train_finding(installed: Mapping[str, str | None]) -> Finding:
-    """Say whether what `cnx-deploy train` needs beyond the base is installed."""
+def packages_finding(topic: str, extra: str, installed: Mapping[str, str | None]) -> Finding:
+    """Say whether what a topic needs beyond the base, an extra of the package, is installed."""
     absent = " and ".join(name for name, version in installed.items() if not version)
     if absent:
-        return Finding("training", "missing", f"{absent} not installed", 'pip install "cnx-deploy[train]"')
-    return Finding("training", "ok", ", ".join(f"{name} {version}" for name, version in installed.items()))
+        place = ", in an environment without tools of development" if extra == "ray" else ""
+        return Finding(topic, "missing", f"{absent} not installed", f'pip install "cnx-deploy[{extra}]"{place}')
+    return Finding(topic, "ok", ", ".join(f"{name} {version}" for name, version in installed.items()))
 
 
 def memory_finding(memory_gb: float | None) -> Finding:
@@ -276,6 +294,10 @@ def _session_providers(provider: str) -> list[str]:
     except (ValueError, RuntimeError, raised.Fail, raised.EPFail, raised.RuntimeException):
         return []
     return list(session.get_providers())
+
+
+def _versions(*names: str) -> dict[str, str | None]:
+    return {name: package_version(name) for name in names}
 
 
 def _memory_gb() -> float | None:

@@ -33,8 +33,8 @@ class EmulatedRunner(HoldsNothing):
 
     def __init__(self, path: Path) -> None:
         self.graph = Graph(path)
-        narrow = {NARROW[tensor.dtype] for tensor in self.graph.constants.values() if tensor.dtype in NARROW}
-        if len(narrow) != 1:
+        arithmetic = {NARROW[tensor.dtype] for tensor in self.graph.constants.values() if tensor.dtype in NARROW}
+        if len(arithmetic) != 1:
             raise InputError(
                 f"{path} holds no FP16 or BF16 weights, so there is no rounding to emulate. Run it in ONNX Runtime, "
                 "or export --precision fp16."
@@ -45,8 +45,8 @@ class EmulatedRunner(HoldsNothing):
             backend="emulator",
             version=str(torch.__version__),
             device=cpu_name(),
-            precision=narrow.copy().pop(),
-            arithmetic=narrow.pop(),
+            precision=self.graph.metadata.get("cnx_deploy.precision", *arithmetic),
+            arithmetic=arithmetic.pop(),
             details=(("rounding", "after every operator"),),
         )
 
@@ -83,7 +83,7 @@ def _reason(emulated: torch.dtype, artifact: Artifact, machine: Machine) -> CnxD
         return None
     name = NARROW[emulated]
     return InputError(
-        f"{artifact.path.name} is {row.name.upper()}: --runner emulate-{name} has no {name.upper()} to emulate."
+        f"{artifact.path.name} is {row.name.upper()}: --backend emulate-{name} has no {name.upper()} to emulate."
     )
 
 

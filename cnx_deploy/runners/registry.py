@@ -13,7 +13,9 @@ from cnx_deploy.core.errors import CnxDeployError, InputError, MissingRequiremen
 from cnx_deploy.core.system import Machine, this_machine
 
 if TYPE_CHECKING:
+    from cnx_deploy.core.deploy_spec import DeploySpec
     from cnx_deploy.core.manifest import Artifact, ArtifactKind
+    from cnx_deploy.model.convnextv2 import ConvNeXtV2
     from cnx_deploy.runners.base import Runner
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "RunnerOptions",
     "default_runner",
     "find_runner",
+    "open_network",
     "open_runner",
     "register_runner",
     "runner_names",
@@ -30,6 +33,9 @@ __all__ = [
 BUILT_IN = {
     "onnxruntime": "cnx_deploy.runners.onnxruntime",
     "onnxruntime-plain": "cnx_deploy.runners.onnxruntime",
+    "openvino": "cnx_deploy.runners.openvino",
+    "openvino-bf16": "cnx_deploy.runners.openvino",
+    "fused": "cnx_deploy.runners.fused",
     "emulate-fp16": "cnx_deploy.runners.emulated",
     "emulate-bf16": "cnx_deploy.runners.emulated",
     "tensorrt": "cnx_deploy.runners.tensorrt",
@@ -42,7 +48,8 @@ class RunnerOptions:
     """How a runner is opened; each takes what concerns it. The defaults are for checks, which share the machine.
 
     `threads` None: all processors this process may use. `spin`, `thread_per_image`: see `onnxruntime.OrtRunner`.
-    `cuda_graph`, `in_child_first`: see `tensorrt.TensorRTRunner`. `hashes_hold`: they were checked by this command.
+    `cuda_graph`, `in_child_first`, `allow_engine_code`: see `tensorrt.TensorRTRunner`. `hashes_hold`: they were checked
+    by this command.
     """
 
     device: str = "cpu"
@@ -51,16 +58,19 @@ class RunnerOptions:
     thread_per_image: bool = False
     cuda_graph: bool = False
     in_child_first: bool = False
+    allow_engine_code: bool = False
     hashes_hold: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerEntry:
-    """One runner. `name` is the word of `--runner`; `kinds` are the artifacts it takes.
+    """One runner. `name` is the word of `--backend`; `kinds` are the artifacts it takes.
 
     `can_run` gives the error that says why it cannot run an artifact of these kinds on a machine, and the way out:
     InputError where another choice helps, MissingRequirementError where the machine lacks something; None where it can.
     `open` makes the runner of an artifact whose hashes hold. `is_default`: it is taken where no runner is named.
+    `open_network` makes one of a network in PyTorch and its deployment, for checkpoints; None where it takes files
+    alone.
     `is_slow`: seconds an image, so that checks take a few images unless they are asked for more.
     `widens_half`: it computes FP16 files in FP32, which proves the graph and not the precision.
     """
@@ -72,6 +82,7 @@ class RunnerEntry:
     is_default: bool = False
     is_slow: bool = False
     widens_half: bool = False
+    open_network: Callable[["ConvNeXtV2", "DeploySpec", RunnerOptions], "Runner"] | None = None
 
     def reason_against(self, artifact: "Artifact", machine: Machine) -> CnxDeployError | None:
         """Why it cannot run the artifact here; None where it can."""
@@ -118,6 +129,18 @@ def default_runner(artifact: "Artifact", device: str = "cpu") -> RunnerEntry:
             return entry
         reasons.append(reason)
     raise MissingRequirementError(str(reasons[0]))
+
+
+def open_network(model: "ConvNeXtV2", spec: "DeploySpec", name: str, options: RunnerOptions) -> "Runner":
+    """Open the runner called `name` for a network in PyTorch; InputError where it takes files alone."""
+    entry = find_runner(name)
+    if entry.open_network is None:
+        able = [other for other in runner_names() if find_runner(other).open_network is not None]
+        raise InputError(
+            f"The backend {name} runs exported files, and this is a checkpoint. Export it with cnx-deploy export, or "
+            f"choose {' or '.join(able) or 'no backend'}."
+        )
+    return entry.open_network(model, spec, options)
 
 
 def open_runner(artifact: "Artifact", name: str | None = None, options: RunnerOptions | None = None) -> "Runner":

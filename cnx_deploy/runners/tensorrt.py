@@ -21,12 +21,14 @@ from cnx_deploy.core.errors import (
     CorruptArtifactError,
     InputError,
     MissingRequirementError,
+    RefusedArtifactError,
 )
-from cnx_deploy.core.manifest import Artifact, EngineManifest
+from cnx_deploy.core.manifest import Artifact, EngineManifest, Launcher
 from cnx_deploy.core.system import Machine
 from cnx_deploy.data.input_spec import InputSpec, check_input
 from cnx_deploy.exporters.graph_checks import ELEMENTS
 from cnx_deploy.exporters.trt.backend import Backend, load_backend, require_gpu
+from cnx_deploy.exporters.trt.plugins import prepare_runtime
 from cnx_deploy.exporters.untrusted import describe_engine
 from cnx_deploy.model.recorded import recorded_outputs
 from cnx_deploy.model.tasks.base import Outputs
@@ -51,16 +53,19 @@ class _Buffers:
 class EngineSession:
     """A deserialised plan and its execution context on `device`; every answer of TensorRT's API is checked.
 
-    The runtime reads the plan with host code off. A context serves one call at a time. Use it as a context manager.
+    The runtime reads the plan with host code off, unless `launcher` says that the own kernels' launcher travels in it.
+    A context serves one call at a time. Use it as a context manager.
 
     Raises CorruptArtifactError when the runtime refuses the plan, BuildError when a call to it fails.
     """
 
-    def __init__(self, backend: Backend, plan: bytes, name: str, device: torch.device) -> None:
+    def __init__(
+        self, backend: Backend, plan: bytes, name: str, device: torch.device, launcher: Launcher | None = None
+    ) -> None:
         self.device = device
         self._log = backend.recording_logger()
         self._runtime = backend.trt.Runtime(self._log)
-        self._runtime.engine_host_code_allowed = False
+        prepare_runtime(backend, self._runtime, launcher)
         self.engine = self._runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
             raise CorruptArtifactError(
@@ -131,24 +136,32 @@ class TensorRTRunner:
     """Run an engine on torch's current CUDA device; see `runners.base.Runner`.
 
     The engine is given to the deserialiser only after its hash has matched its manifest, with host code off.
+    `allow_engine_code`: an engine with own kernels may run them, and the launcher that travels in it.
     `cuda_graph`: each batch size is captured at its first call and replayed with one launch from then on.
     `in_child_first`: have a child process read it before this one does, so that what ends the reader is an error.
     A context serves one call at a time, so threads that share a runner wait for each other in `run`. With a CUDA graph,
     and in `run_phases`, every call gives the same buffer: threads that read it later take a runner each.
 
-    Raises MissingRequirementError without a GPU, for an engine of another release or another
-    GPU; CorruptArtifactError when the runtime refuses it all the same or it takes other types than its manifest says.
+    Raises RefusedArtifactError for own kernels that are not allowed; MissingRequirementError without a GPU, for an
+    engine of another release or another GPU; CorruptArtifactError when the runtime refuses it all the same or it takes
+    other types than its manifest says.
     """
 
     def __init__(
-        self, artifact: Artifact[EngineManifest], *, cuda_graph: bool = False, in_child_first: bool = False
+        self,
+        artifact: Artifact[EngineManifest],
+        *,
+        cuda_graph: bool = False,
+        in_child_first: bool = False,
+        allow_engine_code: bool = False,
     ) -> None:
+        _check_allowed(artifact, allow_engine_code)
         require_gpu()
         backend = load_backend(artifact.manifest.request.runtime)
         _check_release(artifact, backend)
         _check_gpu(artifact, _current_target())
         if in_child_first:
-            describe_engine(artifact.path, backend.name)
+            describe_engine(artifact.path, backend.name, launcher=_launcher(artifact))
         # TensorRT deserialises onto the current device, so that is the one to name.
         self._start(artifact, backend, torch.device("cuda", torch.cuda.current_device()), cuda_graph)
 
@@ -158,7 +171,9 @@ class TensorRTRunner:
         """Deserialise and make the execution context; apart from the checks so that a double can stand in."""
         request = artifact.manifest.request
         self.device = device
-        self._session = EngineSession(backend, artifact.path.read_bytes(), artifact.path.name, device)
+        self._session = EngineSession(
+            backend, artifact.path.read_bytes(), artifact.path.name, device, _launcher(artifact)
+        )
         _check_types(self._session, artifact)
         self._profiles = list(request.batches)
         self._input = _input_name(artifact)
@@ -182,6 +197,7 @@ class TensorRTRunner:
                 ("kernel specialisation", self._session.specialisation),
                 ("tf32", "on" if request.allow_tf32 else "off"),
                 ("cuda graph", "on" if cuda_graph else "off"),
+                *((("own kernels", request.fused),) if request.fused is not None else ()),
             ),
         )
 
@@ -296,6 +312,22 @@ class TensorRTRunner:
         self._session.select_profile(min(holding, key=lambda index: self._profiles[index][2]))
 
 
+def _check_allowed(artifact: Artifact[EngineManifest], allowed: bool) -> None:
+    """Raise RefusedArtifactError for an engine with own kernels unless the user allows what it brings."""
+    own = artifact.manifest.facts.own_kernels
+    if own is not None and not allowed:
+        brings = "host code that launches them" if own.launcher == "engine" else "code that this process launches"
+        raise RefusedArtifactError(
+            f"{artifact.path.name} is refused: it carries {len(own.kernels)} own kernels and {brings}. Its hash is "
+            "that of its manifest; if you trust who wrote both, add --allow-engine-code (allow_engine_code=True)."
+        )
+
+
+def _launcher(artifact: Artifact[EngineManifest]) -> Launcher | None:
+    own = artifact.manifest.facts.own_kernels
+    return None if own is None else own.launcher
+
+
 def _check_release(artifact: Artifact[EngineManifest], backend: Backend) -> None:
     built_with = artifact.manifest.facts.runtime_version
     if built_with != backend.version:
@@ -358,7 +390,12 @@ def _reason(artifact: Artifact, machine: Machine) -> CnxDeployError | None:
 
 def _opened(artifact: Artifact, options: RunnerOptions) -> TensorRTRunner:
     assert is_engine(artifact)
-    return TensorRTRunner(artifact, cuda_graph=options.cuda_graph, in_child_first=options.in_child_first)
+    return TensorRTRunner(
+        artifact,
+        cuda_graph=options.cuda_graph,
+        in_child_first=options.in_child_first,
+        allow_engine_code=options.allow_engine_code,
+    )
 
 
 register_runner(RunnerEntry(name="tensorrt", kinds=("engine",), can_run=_reason, open=_opened, is_default=True))

@@ -14,13 +14,12 @@ from typing import Any, Literal
 import msgspec
 
 from cnx_deploy.core.artifacts import is_engine, is_onnx, open_artifact, sha256_of_file
-from cnx_deploy.core.child_process import run_isolated
-from cnx_deploy.core.errors import BuildError, InputError
+from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.files import kind_of_weights, open_regular
 from cnx_deploy.core.image_size import size_text
 from cnx_deploy.core.manifest import MAX_MANIFEST_BYTES, Artifact, Compiled, EngineManifest, Grouping, OnnxManifest
 from cnx_deploy.core.preprocessing import Preprocessing
-from cnx_deploy.core.strict_json import bounded_content, strict_json, typed
+from cnx_deploy.core.strict_json import bounded_content, strict_json
 from cnx_deploy.core.targets import find_target
 
 __all__ = [
@@ -124,22 +123,16 @@ def with_compiled(
     if found.kind != "onnx":
         raise InputError(f"{found.path} is {found.description}; only an ONNX file is compiled. Leave out --compile.")
     from cnx_deploy.exporters.trt.backend import load_backend
-    from cnx_deploy.exporters.trt.compiling import limits_for
+    from cnx_deploy.exporters.trt.compiling import measure_isolated
 
     backend = load_backend("tensorrt-rtx")
     target = find_target(target)
     backend.check_target(target)
-    answer = run_isolated(
-        "cnx_deploy.exporters.trt.compiling:measure_task",
-        {"onnx": str(found.path.resolve()), "target": target, "batch": batch},
-        limits_for(found.size_bytes),
-        what=f"Compiling {found.path.name}",
-        failure=BuildError,
-        tick=None if progress is None else lambda seconds: progress(f"{found.path.name} {seconds:.0f} s", 0.0),
-    )
+    tick = None if progress is None else lambda seconds: progress(f"{found.path.name} {seconds:.0f} s", 0.0)
+    compiled = measure_isolated(found.path, target, batch, what=f"Compiling {found.path.name}", tick=tick)
     facts = {**found.facts, "runtime": backend.name, "runtime_version": backend.version}
     notes = (*found.notes, "Compiled now and not run: the figures are no latency.")
-    return replace(found, facts=facts, notes=notes, compiled=typed(answer, Compiled))
+    return replace(found, facts=facts, notes=notes, compiled=compiled)
 
 
 def trusted_engine(found: Inspection) -> Inspection:
@@ -241,6 +234,8 @@ def _onnx_facts(path: Path, artifact: Artifact[OnnxManifest] | None) -> tuple[di
     else:
         graph, parity = check_graph(path, artifact.file_names), artifact.manifest.facts.worst_parity
         more = {**_manifest_facts(artifact), "parity": parity.to_dict() if parity else None}
+        if (proven := artifact.manifest.facts.eight_bits) is not None:
+            more["eight_bits"] = {**more["eight_bits"], **msgspec.to_builtins(proven)}
     facts = {
         "opset": graph.opset,
         "operators": dict(graph.operators),
@@ -269,7 +264,11 @@ def _engine_facts(artifact: Artifact[EngineManifest] | None) -> tuple[dict[str, 
         "source": {"onnx": manifest.source_name, "sha256": manifest.source_sha256},
         "run": manifest.facts.run,
     }
-    return {**facts, **_manifest_facts(artifact)}, ("An engine cannot be read without a GPU: this is its manifest.",)
+    notes = ["An engine cannot be read without a GPU: this is its manifest."]
+    if (own := manifest.facts.own_kernels) is not None:
+        facts["own_kernels"] = msgspec.to_builtins(own)
+        notes.append(f"It carries {len(own.kernels)} own kernels. To run it needs {own.needs}.")
+    return {**facts, **_manifest_facts(artifact)}, tuple(notes)
 
 
 def _told(names: tuple[str, ...] | None, preprocessing: Preprocessing, origins: Mapping[str, str]) -> dict[str, Any]:
@@ -284,7 +283,8 @@ def _told(names: tuple[str, ...] | None, preprocessing: Preprocessing, origins: 
 def _manifest_facts(artifact: Artifact) -> dict[str, Any]:
     """What every manifest says; the hashes have been checked by then."""
     manifest, model = artifact.manifest, artifact.manifest.model
-    count, soup = len(manifest.files), model.weights.soup
+    count, soup, eight = len(manifest.files), model.weights.soup, manifest.deploy.eight_bits
+    calibration = ("placement", "method", "images", "data_sha256", "kept")
     return {
         "variant": model.variant,
         "task": model.task,
@@ -294,6 +294,7 @@ def _manifest_facts(artifact: Artifact) -> dict[str, Any]:
         **({"training": dict(model.training)} if model.training else {}),
         **({"thresholds": list(model.thresholds)} if model.thresholds is not None else {}),
         "precision": manifest.precision.name,
+        **({"eight_bits": {name: getattr(eight, name) for name in calibration}} if eight is not None else {}),
         **manifest.deploy.answer,
         **({"chosen_outputs": list(manifest.deploy.outputs)} if manifest.deploy.outputs else {}),
         "weights": {name: getattr(model.weights, name) for name in ("origin", "reference", "sha256")},

@@ -23,7 +23,7 @@ from cnx_deploy.core.strict_json import strict_json, typed
 from cnx_deploy.core.thresholds import ASSUMED_THRESHOLD, Thresholds, thresholds_of
 from cnx_deploy.data import GivenImages, ImageBatch, ImageFiles, ImageSource
 from cnx_deploy.data.dataset import LeftOut, images_below, notes_of
-from cnx_deploy.data.decoding import FORMATS
+from cnx_deploy.data.pixels import FORMATS
 from cnx_deploy.data.preprocessing import placement, runner_input
 from cnx_deploy.exporters.graph_checks import admit_onnx
 from cnx_deploy.exporters.untrusted import limits_for
@@ -35,10 +35,13 @@ from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.ort_session import trial_run
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.runners.registry import RunnerOptions, open_runner
+from cnx_deploy.runners.registry import RunnerOptions, open_network, open_runner
 from cnx_deploy.verification.inspect import ONNX_CHECKS, kind_of_file, recorded_artifact
 
-__all__ = ["Model", "OutputsFile", "find_image_files", "open_predictor", "outputs_of_pixels", "predict_images"]
+__all__ = [
+    "Model", "OutputsFile", "find_image_files", "open_predictor", "outputs_of_images", "outputs_of_pixels",
+    "predict_images",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +143,13 @@ def open_predictor(
     path: Path,
     *,
     many: bool = False,
+    threads: int | None = None,
     device: str = "cpu",
     class_names: Sequence[str] | None = None,
     white_level: float | None = None,
     image_size: ImageSize | None = None,
+    backend: str | None = None,
+    allow_engine_code: bool = False,
     explains: bool = False,
     thresholds: Thresholds | None = None,
     **checkpoint: Any,
@@ -154,12 +160,14 @@ def open_predictor(
     after `graph_checks.admit_onnx` and a trial run have let it in. An engine without its manifest is refused. Raises
     InputError for other files and for an ONNX file that does not say what images it takes, MissingRequirementError for
     a device or engine that this machine lacks.
-    `many`: whole batches will come, so ONNX Runtime's threads get images of their own (`OrtRunner`). `class_names`,
-    one for each output, `thresholds` (`core.thresholds`) and `white_level` (`core.preprocessing`) take the place of
-    what the artifact records, and so does `image_size` for a checkpoint and for a file of open sizes. `checkpoint` is
-    of a checkpoint alone: `ema`, `entry`, `soup` and `task` as in `model.checkpoint`, `tta`, `temperature` and
-    `outputs` as in `core.deploy_spec`.
+    `many`: whole batches will come, so ONNX Runtime's threads get images of their own (`OrtRunner`). `threads` None:
+    all processors this process may use. `class_names`, one for each output, `thresholds` (`core.thresholds`) and
+    `white_level` (`core.preprocessing`) take the place of what the artifact records, and so does `image_size` for a
+    checkpoint and for a file of open sizes. `checkpoint` is of a checkpoint alone: `ema`, `entry`, `soup` and `task` as
+    in `model.checkpoint`, `tta`, `temperature` and `outputs` as in `core.deploy_spec`.
     `explains`: a checkpoint gives class maps beside its logits.
+    `backend`: which runner of `runners.registry`; None is PyTorch for a checkpoint and the usual one for a file.
+    `allow_engine_code`: see `runners.tensorrt.TensorRTRunner`.
     """
     given = {
         name: value
@@ -170,7 +178,10 @@ def open_predictor(
         raise InputError(f"Pictures are drawn of classes, and the task {given['task']} has none. Leave --explain out.")
     if explains and kind_of_file(weights_in(path) if path.is_dir() else path) not in ("onnx", "engine"):
         given["outputs"] = tuple(dict.fromkeys((*given.get("outputs", ()), "logits", "class-maps")))
-    model = _opened(path, many, device, given, image_size)
+    options = RunnerOptions(
+        device=device, threads=threads, thread_per_image=many, allow_engine_code=allow_engine_code, hashes_hold=True
+    )
+    model = _opened(path, options, backend, given, image_size)
     if class_names is not None:
         check_class_count(class_names, model.num_classes or len(class_names), str(path))
         model = replace(model, class_names=tuple(class_names))
@@ -192,7 +203,9 @@ def open_predictor(
     return model
 
 
-def _opened(path: Path, many: bool, device: str, checkpoint: dict[str, Any], image_size: ImageSize | None) -> Model:
+def _opened(
+    path: Path, options: RunnerOptions, backend: str | None, checkpoint: dict[str, Any], image_size: ImageSize | None
+) -> Model:
     path = weights_in(path) if path.is_dir() else path
     kind = kind_of_file(path)
     artifact = recorded_artifact(path)
@@ -201,16 +214,21 @@ def _opened(path: Path, many: bool, device: str, checkpoint: dict[str, Any], ima
         named = " and ".join(f"--{flags.get(name, name)} ({name})" for name in checkpoint)
         raise InputError(f"{path} is no checkpoint, so {named} has nothing to choose from. Leave it out.")
     if artifact is not None:
-        return _recorded_model(artifact, many, device)
+        return _recorded_model(artifact, options, backend)
     if kind == "engine":
         raise refused_engine(path)
     if kind == "onnx":
-        return _unrecorded_onnx(path, many, device)
+        if backend not in (None, "onnxruntime"):
+            raise InputError(
+                f"{path} has no manifest beside it, and only onnxruntime runs such a file. Leave --backend (backend) "
+                "out, or put the manifest beside it."
+            )
+        return _unrecorded_onnx(path, options)
     if kind == "unknown":
         raise InputError(
             f"{path} is neither a checkpoint, nor an ONNX file, nor an engine by its content; only these can predict."
         )
-    return _checkpoint_model(path, device, checkpoint, image_size)
+    return _checkpoint_model(path, options, backend, checkpoint, image_size)
 
 
 class OutputsFile:
@@ -310,25 +328,25 @@ def predict_images(
         yield unread(index)
 
 
-def _recorded_model(artifact: Artifact, many: bool, device: str) -> Model:
+def _recorded_model(artifact: Artifact, options: RunnerOptions, backend: str | None) -> Model:
     model = artifact.manifest.model
     seed = f"The weights are random (seed {model.weights.reference}): the answers mean nothing."
     notes: tuple[str, ...] = (seed,) if model.weights.origin == "random" else ()
     notes += tuple(filter(None, (model.preprocessing.assumption(model.origins),)))
     assumed = [name for name, origin in model.origins.items() if origin == ASSUMED]
     if model.graph is not None and assumed:
-        options = ", ".join("--" + name.replace("_", "-") for name in assumed)
+        flags = ", ".join("--" + name.replace("_", "-") for name in assumed)
         raise InputError(
             f"{artifact.path.name} was made from {model.weights.reference}, which does not say how its images are "
-            f"made: {', '.join(assumed)} are not known. Rescue it again with {options} and --force."
+            f"made: {', '.join(assumed)} are not known. Rescue it again with {flags} and --force."
         )
-    runner = open_runner(artifact, options=RunnerOptions(device=device, thread_per_image=many, hashes_hold=True))
+    runner = open_runner(artifact, backend, options)
     temperature, given = artifact.manifest.deploy.temperature, tuple(spec.name for spec in recorded_outputs(artifact))
     task, classes = recorded_task(model), model.num_classes
     return Model(runner, task, model.preprocessing, model.class_names, notes, classes, temperature, given)
 
 
-def _unrecorded_onnx(path: Path, many: bool, device: str) -> Model:
+def _unrecorded_onnx(path: Path, options: RunnerOptions) -> Model:
     admission = admit_onnx(path)
     metadata = admission.facts.metadata
     if "cnx_deploy.preprocessing" not in metadata:
@@ -336,7 +354,7 @@ def _unrecorded_onnx(path: Path, many: bool, device: str) -> Model:
             f"{path} does not say what images it takes: expected cnx-deploy's manifest or metadata. "
             "Export the model with cnx-deploy export."
         )
-    if device == "cpu" and "BFLOAT16" in admission.facts.types:
+    if options.device == "cpu" and "BFLOAT16" in admission.facts.types:
         raise MissingRequirementError(
             f"{path.name} computes in BF16, which ONNX Runtime does not on a CPU. Export it in FP32 or FP16."
         )
@@ -363,7 +381,7 @@ def _unrecorded_onnx(path: Path, many: bool, device: str) -> Model:
     assumed = dict.fromkeys(filter(None, metadata.get("cnx_deploy.assumed", "").split(",")), ASSUMED)
     if assumed.keys() <= {each.name for each in fields(Preprocessing)}:
         notes += filter(None, (preprocessing.assumption(assumed),))
-    runner = OrtRunner(path, device=device, thread_per_image=many)
+    runner = OrtRunner(path, device=options.device, threads=options.threads, thread_per_image=options.thread_per_image)
     _, scores = admission.facts.outputs.get(task.class_output_of(admission.facts.outputs) or "", ("", ()))
     num_classes = scores[-1] if scores and isinstance(scores[-1], int) else None
     words = tuple(filter(None, metadata.get("cnx_deploy.outputs", "").split(",")))
@@ -371,8 +389,10 @@ def _unrecorded_onnx(path: Path, many: bool, device: str) -> Model:
     return Model(runner, task, preprocessing, names or None, tuple(notes), num_classes, temperature, given)
 
 
-def _checkpoint_model(path: Path, device: str, checkpoint: dict[str, Any], image_size: ImageSize | None) -> Model:
-    if device == "cuda" and not torch.cuda.is_available():
+def _checkpoint_model(
+    path: Path, options: RunnerOptions, backend: str | None, checkpoint: dict[str, Any], image_size: ImageSize | None
+) -> Model:
+    if options.device == "cuda" and not torch.cuda.is_available():
         raise MissingRequirementError("PyTorch finds no GPU here, so the device cuda cannot be used. Use --device cpu.")
     answer = {name: checkpoint.pop(name) for name in (*ANSWER_DEFAULTS, "outputs") if name in checkpoint}
     loaded = load_checkpoint(path, **checkpoint)
@@ -381,9 +401,13 @@ def _checkpoint_model(path: Path, device: str, checkpoint: dict[str, Any], image
         loaded.check_canvas(image_size)
         preprocessing = replace(preprocessing, image_size=image_size)
     spec = DeploySpec(image_size=preprocessing.image_size, mean=preprocessing.mean, std=preprocessing.std, **answer)
-    model = loaded.model.to(device)
+    model = loaded.model
+    if backend is None:
+        runner: Runner = reference_runner(model.to(options.device), spec)
+    else:
+        runner = open_network(model, spec, backend, options)
     return Model(
-        reference_runner(model, spec),
+        runner,
         model.task,
         preprocessing,
         loaded.class_names,
@@ -405,6 +429,16 @@ def outputs_of_pixels(predictor: Model, pixels: Tensor, name: str) -> Outputs:
     filled = torch.cat([pixels, pixels[:1].expand(missing, *pixels.shape[1:])])
     images = runner_input(filled, spec.kind, predictor.preprocessing)
     return _outputs_of(predictor, ImageBatch(images, tuple(range(len(pixels))), (name,) * len(pixels), None))
+
+
+def outputs_of_images(predictor: Model, images: Tensor, name: str) -> Outputs:
+    """What the model gives for images (n, ...) as its runner takes them; fewer than its smallest batch are filled up.
+
+    Raises InputError for another shape or type, see `InputSpec`.
+    """
+    missing = max(0, predictor.runner.input_spec.min_batch - len(images))
+    filled = torch.cat([images, images[:1].expand(missing, *images.shape[1:])])
+    return _outputs_of(predictor, ImageBatch(filled, tuple(range(len(images))), (name,) * len(images), None))
 
 
 def _outputs_of(predictor: Model, batch: ImageBatch) -> Outputs:

@@ -8,7 +8,6 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from cnx_deploy.core.child_process import run_isolated
 from cnx_deploy.core.errors import (
     BuildError,
     CheckFailedError,
@@ -19,11 +18,10 @@ from cnx_deploy.core.gates import GATES, Differences, Gate, OutputSpec, ParityRe
 from cnx_deploy.core.manifest import (
     Compiled,
 )
-from cnx_deploy.core.strict_json import typed
 from cnx_deploy.core.system import cpu_count
 from cnx_deploy.exporters.graph_checks import load_model
 from cnx_deploy.exporters.rescue.conversion import Conversion, convert, prepared_model, save_model
-from cnx_deploy.exporters.trt.compiling import limits_for as compile_limits
+from cnx_deploy.exporters.trt.compiling import measure_isolated
 from cnx_deploy.runners.emulator.graph import Graph
 from cnx_deploy.runners.ort_session import LOAD_ERRORS, STATE, open_session
 from cnx_deploy.verification.parity import RunningDifferences
@@ -105,19 +103,14 @@ class Proof:
         for name, path in files.items():
             self._note(f"Compiling the {name} graph for {target}")
             try:
-                answer = run_isolated(
-                    "cnx_deploy.exporters.trt.compiling:measure_task",
-                    {"onnx": str(path.resolve()), "target": target, "batch": batch},
-                    compile_limits(path.stat().st_size),
-                    what=f"Compiling the {name} graph of {self._source.name}",
-                    failure=BuildError,
-                )
+                what = f"Compiling the {name} graph of {self._source.name}"
+                compiled = measure_isolated(path, target, batch, what=what)
             except BuildError as error:
                 if name != "naive":
                     raise
                 self._note(f"The naive graph was not compiled: {str(error).splitlines()[0]}")
             else:
-                made[name] = typed(answer, Compiled)
+                made[name] = compiled
         return made
 
     def _check_widened(self) -> None:

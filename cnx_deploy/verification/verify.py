@@ -19,7 +19,13 @@ from torch import Tensor
 
 from cnx_deploy.core.artifacts import is_onnx, open_artifact
 from cnx_deploy.core.deploy_spec import DeploySpec
-from cnx_deploy.core.errors import GraphCheckError, InputError, MissingRequirementError, ParityError
+from cnx_deploy.core.errors import (
+    GraphCheckError,
+    InputError,
+    MissingRequirementError,
+    ParityError,
+    RefusedArtifactError,
+)
 from cnx_deploy.core.gates import GATES, Gate, OutputSpec, ParityResult
 from cnx_deploy.core.image_size import size_text
 from cnx_deploy.core.manifest import Artifact, OnnxManifest, TensorSpec
@@ -326,6 +332,8 @@ def verify_artifact(
     *,
     runners: Sequence[str] = (),
     saved: SavedResults | None = None,
+    device: str = "cpu",
+    allow_engine_code: bool = False,
 ) -> Verification:
     """Run an artifact here, as far as that is possible, and judge it against `reference`.
 
@@ -335,6 +343,8 @@ def verify_artifact(
         progress: told of images while they are run.
         runners: names of `runners.registry` for an ONNX file, by default those that prove most.
         saved: where both sides' logits go.
+        device: "cpu" or "cuda", where an ONNX file runs.
+        allow_engine_code: an engine with own kernels may run them; without, it is reported as not run.
 
     Raises CorruptArtifactError when its bytes are not what the manifest says, GraphCheckError when its inputs or
     outputs are not. A runner that this machine lacks the hardware for is reported, not raised.
@@ -342,8 +352,9 @@ def verify_artifact(
     artifact = open_artifact(artifact.path)
     if not is_onnx(artifact):
         try:
-            engine = open_runner(artifact, options=RunnerOptions(in_child_first=True, hashes_hold=True))
-        except MissingRequirementError as error:
+            options = RunnerOptions(in_child_first=True, allow_engine_code=allow_engine_code, hashes_hold=True)
+            engine = open_runner(artifact, options=options)
+        except (MissingRequirementError, RefusedArtifactError) as error:
             return Verification(artifact.path.name, "engine", (), not_run=(str(error),))
         with engine:
             candidate = Candidate(artifact, engine, engine.input_spec, recorded_gate(artifact))
@@ -358,7 +369,7 @@ def verify_artifact(
     unknown: list[str] = []
     for name in runners or row.proven_by:
         try:
-            opened = open_runner(artifact, name, RunnerOptions(hashes_hold=True))
+            opened = open_runner(artifact, name, RunnerOptions(device=device, hashes_hold=True))
         except InputError as error:
             if runners or artifact.manifest.model.graph is None:
                 raise
@@ -372,7 +383,8 @@ def verify_artifact(
             results.extend(reference.judge(candidate, progress, saved))
             for end in candidate.at_ends():
                 results.extend(reference.judge(end, progress))
-    widens = row.dtype == "float16" and any(find_runner(name).widens_half for name in runners or row.proven_by)
+    widens = device == "cpu" and row.dtype == "float16"
+    widens = widens and any(find_runner(name).widens_half for name in runners or row.proven_by)
     notes = (*unknown, HIDES_OVERFLOW) if widens else tuple(unknown)
     return Verification(artifact.path.name, "onnx", tuple(results), notes=(*notes, *reference.notes))
 

@@ -13,12 +13,13 @@ import torch
 from click.testing import CliRunner, Result
 from onnx import numpy_helper
 
-from cnx_deploy.bench.bounds import bound_of, find_device, work_of
+from cnx_deploy.bench.bounds import bound_of, work_of
 from cnx_deploy.bench.comparison import BenchSpec, bound_of_row, plan_benchmark, run_benchmark
 from cnx_deploy.bench.record import BenchmarkRecord
 from cnx_deploy.bench.report import record_lines
 from cnx_deploy.cli import cli
 from cnx_deploy.core.artifacts import open_artifact, sha256_of_file
+from cnx_deploy.core.devices import find_device
 from cnx_deploy.core.errors import CheckFailedError, InputError, MissingRequirementError
 from cnx_deploy.core.system import find_gpus
 from tests.support import bench_rows
@@ -115,10 +116,10 @@ def test_a_sweep_goes_by_powers_of_two_through_the_range_and_has_a_knee(folder: 
 
 
 def test_nothing_else_than_the_known_peers_can_be_compared_with() -> None:
-    with pytest.raises(InputError, match="compare takes torch, compile, timm"):
+    with pytest.raises(InputError, match=r"compare takes torch, compile, torch-half, .*, got .jax"):
         BenchSpec(compare=("torch", "jax"))
     result = CliRunner().invoke(cli, ["bench", "--compare", "timm,jax"])
-    assert (result.exit_code, "'jax' is not one of torch, compile, timm" in result.output) == (2, True)
+    assert (result.exit_code, "'jax' is not one of torch, compile, torch-half" in result.output) == (2, True)
 
 
 def test_the_command_prints_one_document_or_csv(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The peers compute the same network: the same logits from their own code, or an honest refusal."""
 
+import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def made(word: str, model: ConvNeXtV2, folder: Path, spec: DeploySpec = SPEC) ->
 @pytest.mark.parametrize("kind", ["float", pytest.param("uint8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("answer", [{}, {"tta": "flip", "temperature": 2.5}], ids=["plain", "flip"])
 @pytest.mark.parametrize(
-    "word", ["torch", *(pytest.param(word, marks=pytest.mark.slow) for word in ("timm", "timm-18"))]
+    "word", ["torch", *(pytest.param(word, marks=pytest.mark.slow) for word in ("timm", "timm-18", "timm-openvino"))]
 )
 def test_a_peer_gives_the_logits_of_the_reference(
     tiny_model: ConvNeXtV2, tmp_path: Path, word: str, kind: str, answer: dict[str, Any]
@@ -47,6 +48,16 @@ def test_a_peer_gives_the_logits_of_the_reference(
     runner, logits = made(word, tiny_model, tmp_path, spec)
     assert not GATES["fp32"].failures(differences(logits, expected))
     assert runner.info.precision in ("fp32", "float32")
+
+
+@pytest.mark.parametrize("word", ["torch-half", pytest.param("timm-half", marks=pytest.mark.slow)])
+def test_a_peer_in_half_says_so_and_agrees(tiny_model: ConvNeXtV2, tmp_path: Path, word: str) -> None:
+    expected = reference_runner(tiny_model, SPEC).run(runner_input(PIXELS, "float"))["logits"].clone()
+    runner, logits = made(word, tiny_model, tmp_path)
+    found = differences(logits, expected)
+    assert not GATES["fp16"].failures(found)
+    assert found.relative_l2_max > 1e-5, "it is not FP32"
+    assert (runner.info.precision, PEERS[word].row_name("fp32").endswith(".half() fp16")) == ("fp16", True)
 
 
 def test_pytorchs_peers_compute_in_fp32_on_a_cpu_and_as_our_files_do_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +106,8 @@ def test_timms_peer_takes_any_batch_and_says_its_version_and_provider(tiny_model
         ("timm", "images of its own", "Gelu"),
         pytest.param("timm-whole", "a share of each operator", "Gelu", marks=pytest.mark.slow),
         pytest.param("timm-18", "a share of each operator", "Erf", marks=pytest.mark.slow),
+        pytest.param("timm-openvino", "images of its own", "Gelu", marks=pytest.mark.slow),
+        pytest.param("timm-openvino-whole", "a share of each operator", "Gelu", marks=pytest.mark.slow),
     ],
 )
 def test_timms_peer_runs_as_our_files_do_or_as_it_is_found_and_has_the_logits_of_the_reference(
@@ -116,6 +129,36 @@ def test_without_timm_its_peer_is_a_missing_requirement(
     monkeypatch.setitem(sys.modules, "timm.models.convnext", None)
     with pytest.raises(MissingRequirementError, match="timm is not installed"):
         PEERS["timm"].prepare(PeerSetup(tiny_model, SPEC, QUIET, tmp_path))
+
+
+def test_in_openvino_timms_graph_has_fixed_shapes_as_ours_or_open_ones_as_it_is_found(
+    tiny_model: ConvNeXtV2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = PeerSetup(tiny_model, SPEC, RunnerOptions(threads=2, thread_per_image=True), tmp_path)
+    exported: list[Path] = []
+    real = torch.onnx.export
+
+    def once(model: torch.nn.Module, args: Any, path: Path, **words: Any) -> None:
+        if not exported:
+            real(model, args, path, **words)
+            exported.append(path)
+
+    monkeypatch.setattr(torch.onnx, "export", once)
+    told = {}
+    for word in ("timm-openvino", "timm-openvino-whole"):
+        with PEERS[word].prepare(setup)() as runner:
+            info = runner.info
+            told[word] = (info.backend, info.precision, info.arithmetic, dict(info.details)["shapes"])
+            logits = runner.run(PEERS[word].input_from_pixels(SPEC)(PIXELS))["logits"]
+        expected = reference_runner(tiny_model, SPEC).run(runner_input(PIXELS, "float"))["logits"]
+        assert not GATES["fp32"].failures(differences(logits, expected))
+    assert told == {
+        "timm-openvino": ("openvino", "fp32", "fp32", "fixed for each batch"),
+        "timm-openvino-whole": ("openvino", "fp32", "fp32", "open"),
+    }
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else True)
+    missing = [PEERS[word].missing() for word in ("timm", "timm-openvino")]
+    assert missing == [None, 'OpenVINO is not installed: pip install "cnx-deploy[openvino]".']
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def test_every_direct_dependency_is_pinned_in_its_range() -> None:
 def test_the_pins_satisfy_what_the_pinned_packages_need_of_each_other() -> None:
     # Of what is installed at its pin; scripts/check-constraints asks pip's resolver for the rest.
     here = [name for name, version in PINS.items() if installed_version(name) == version]
-    if len(here) < 0.8 * len(PINS):
+    if len(here) < 0.7 * len(PINS):  # Ray and what it needs are in an environment of their own
         pytest.skip(f"only {len(here)} of {len(PINS)} packages are installed at their pins")
     broken = {name: unmet(metadata.requires(name) or ()) for name in here}
     assert {name: lines for name, lines in broken.items() if lines} == {}

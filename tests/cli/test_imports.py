@@ -14,6 +14,9 @@ from cnx_deploy.cli import main
 
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "tensorrt", "tensorrt_rtx", "numpy", "lightning", "PIL", "rich")
 
+OF_RAY = ("ray", "starlette", "prometheus_client", "python_multipart")
+"""What the extra `ray` brings, which has an environment of its own."""
+
 
 def modules_after(code: str) -> set[str]:
     """Top-level names in sys.modules of a fresh interpreter once `code` has ended the way a command does."""
@@ -25,7 +28,9 @@ def modules_after(code: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("words", ["--help", "export --help", "predict --help", "doctor --help", "train --help"])
+@pytest.mark.parametrize(
+    "words", ["--help", "export --help", "predict --help", "doctor --help", "train --help", "package triton --help"]
+)
 def test_help_loads_click_and_no_heavy_package(words: str) -> None:
     loaded = modules_after(f"import cnx_deploy.cli; cnx_deploy.cli.main({words.split()})")
     assert "click" in loaded
@@ -38,7 +43,11 @@ def test_importing_the_package_loads_nothing_else() -> None:
 
 def test_every_module_imports() -> None:
     for module in pkgutil.walk_packages(cnx_deploy.__path__, "cnx_deploy."):
-        importlib.import_module(module.name)
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            if str(error.name).partition(".")[0] not in OF_RAY:
+                raise
 
 
 @pytest.mark.parametrize(("command", "policy"), [("variants", "passive"), ("bench", None)])

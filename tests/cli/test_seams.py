@@ -8,14 +8,19 @@ import torch
 from torch import Tensor
 
 import cnx_deploy as cnx
+from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.errors import CnxDeployError, InputError
 from cnx_deploy.core.gates import Gate
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.precision import PRECISIONS, Precision, register_precision
+from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import Machine
 from cnx_deploy.data.input_spec import InputSpec, check_input
+from cnx_deploy.model.checkpoint import save_checkpoint
+from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.runners import registry
 from cnx_deploy.runners.base import HoldsNothing, RunnerInfo
+from cnx_deploy.runners.pytorch import TorchRunner, reference_runner
 from cnx_deploy.runners.registry import RunnerEntry, RunnerOptions, register_runner
 
 pytestmark = pytest.mark.usefixtures("quick_timing")
@@ -89,11 +94,58 @@ def zeros_runner(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_runner_from_outside_is_verified_timed_and_used(
     tiny_onnx_fp32: cnx.Artifact, half_opset_21: cnx.Artifact, zeros_runner: None
 ) -> None:
-    report = cnx.verify(tiny_onnx_fp32, samples=2, runners=("zeros",))
+    report = cnx.verify(tiny_onnx_fp32, samples=2, backends=("zeros",))
     assert not report.passed, "zeros are not the network's answers"
     assert report.results[0].results[0].candidate == "zeros fp32"
     timed = cnx.benchmark(tiny_onnx_fp32, batch=1, duration_seconds=0.05)
     assert [(row.backend, row.status) for row in timed.rows] == [("zeros", "INVALID")]
     assert {score.probability for score in cnx.predict(tiny_onnx_fp32, PICTURE).scores} == {0.1}
     with pytest.raises(InputError, match="zeros takes FP32 files only"):
-        cnx.verify(half_opset_21, runners=("zeros",))
+        cnx.verify(half_opset_21, backends=("zeros",))
+
+
+def test_a_runner_is_chosen_by_name_in_every_command(
+    tiny_onnx_fp32: cnx.Artifact, half_opset_21: cnx.Artifact, zeros_runner: None
+) -> None:
+    register_runner(RunnerEntry(name="usual", kinds=("onnx",), can_run=takes_fp32, open=opened, is_default=True))
+    assert {score.probability for score in cnx.predict(tiny_onnx_fp32, PICTURE, backend="zeros").scores} == {0.1}
+    timed = cnx.benchmark(tiny_onnx_fp32, batch=1, backends=("zeros", "usual"), duration_seconds=0.05)
+    name = tiny_onnx_fp32.path.name
+    assert [row.name for row in timed.rows] == [f"{name} [zeros]", f"{name} [usual]"]
+    (refused,) = cnx.benchmark(half_opset_21, batch=1, backends="zeros", duration_seconds=0.05).not_run
+    assert (refused.name, refused.reason) == (f"{half_opset_21.path.name} [zeros]", "zeros takes FP32 files only.")
+    with pytest.raises(InputError, match="No runner is called 'ones'"):
+        cnx.load(tiny_onnx_fp32, backend="ones")
+
+
+def test_a_runner_that_takes_networks_runs_a_checkpoint(
+    tiny_model: ConvNeXtV2, tmp_path: Path, zeros_runner: None
+) -> None:
+    checkpoint = tmp_path / "tiny.safetensors"
+    save_checkpoint(checkpoint, tiny_model, preprocessing=Preprocessing(image_size=32))
+    with pytest.raises(InputError, match="zeros runs exported files, and this is a checkpoint"):
+        cnx.load(checkpoint, backend="zeros")
+    made: list[str] = []
+
+    def open_network(model: object, spec: DeploySpec, options: RunnerOptions) -> TorchRunner:
+        made.append(spec.size_text)
+        return reference_runner(model, spec)  # type: ignore[arg-type]
+
+    register_runner(RunnerEntry(name="own", kinds=(), can_run=takes_fp32, open=opened, open_network=open_network))
+    assert len(cnx.load(checkpoint, backend="own").predict(PICTURE).scores) == 5
+    assert made == ["32"]
+
+
+def test_a_device_is_handed_to_the_runner_by_every_command(tiny_onnx_fp32: cnx.Artifact, zeros_runner: None) -> None:
+    asked: list[str] = []
+
+    def on_device(artifact: Artifact, options: RunnerOptions) -> Zeros:
+        asked.append(options.device)
+        return Zeros(artifact)
+
+    register_runner(RunnerEntry(name="zeros", kinds=("onnx",), can_run=takes_fp32, open=on_device, is_default=True))
+    cnx.predict(tiny_onnx_fp32, PICTURE, device="cuda")
+    cnx.verify(tiny_onnx_fp32, samples=2, backends=("zeros",), device="cuda")
+    cnx.benchmark(tiny_onnx_fp32, batch=1, duration_seconds=0.05, device="cuda")
+    assert set(asked) == {"cuda"}
+    assert len(asked) >= 3

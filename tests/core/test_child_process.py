@@ -45,6 +45,12 @@ def test_an_answer_comes_back_whatever_is_printed() -> None:
     assert seconds == sorted(seconds) != []
 
 
+def test_a_child_has_the_variables_it_was_given_beside_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OURS", "1")
+    words = {"what": "", "failure": BuildError, "environment": {"GIVEN": "2"}}
+    assert [run_isolated("os:getenv", {"key": name}, ROOMY, **words) for name in ("OURS", "GIVEN")] == ["1", "2"]  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("name", "limits", "reason"),
     [

@@ -14,12 +14,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from cnx_deploy.core.errors import DiskFullError, InputError
-from cnx_deploy.core.files import check_file, make_folder, whole_file, write_text
+from cnx_deploy.core.errors import DiskFullError, InputError, OutputExistsError
+from cnx_deploy.core.files import check_file, make_folder, whole_file, whole_folder, write_text
 from cnx_deploy.model.checkpoint import save_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.training.run_folder import keep_state
@@ -233,3 +234,45 @@ def test_a_link_pipe_or_folder_in_place_of_lock_or_temporary_folder_is_told_or_s
     else:
         assert (tmp_path / "a.csv").read_text(encoding="utf-8") == "ours"
     assert contents(tmp_path / "theirs") == {"thesis.tex": b"theirs"}
+
+
+def test_a_folder_is_made_whole_replaced_whole_or_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = Path("made")
+
+    def write(text: str, *, fails: bool = False, **words: Any) -> None:
+        with whole_folder(place, **words) as folder:
+            (folder / "below").mkdir()
+            (folder / "below" / text).write_text(text)
+            if fails:
+                raise ValueError("stopped")
+
+    place.mkdir()  # an empty one is taken
+    write("first")
+    with pytest.raises(OutputExistsError, match="--force"):
+        write("second")
+    with pytest.raises(OutputExistsError, match="something else"):
+        write("second", force=True)
+    with pytest.raises(ValueError, match="stopped"):
+        write("second", force=True, is_own=lambda path: True, fails=True)
+    assert [path.name for path in (place / "below").iterdir()] == ["first"]
+    write("second", force=True, is_own=lambda path: (path / "below").is_dir())
+    assert [path.name for path in (place / "below").iterdir()] == ["second"]
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+@pytest.mark.parametrize("what", ["file", "link"])
+def test_a_file_or_link_in_the_place_of_a_folder_stays(what: str, tmp_path: Path) -> None:
+    place = tmp_path / "made"
+    if what == "file":
+        place.write_text("mine")
+    else:
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "mine").touch()
+        place.symlink_to(tmp_path / "other")
+    with (
+        pytest.raises(OutputExistsError, match="something else"),
+        whole_folder(place, force=True, is_own=lambda path: True),
+    ):
+        pass
+    assert place.read_text() == "mine" if what == "file" else (tmp_path / "other" / "mine").exists()

@@ -8,8 +8,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "cnx_deploy"
 FLOORS = (
-    {"core"}, {"data", "model"}, {"exporters", "training"}, {"runners"}, {"verification"}, {"bench", "diagnosis"},
-    {"report"}, {"api"}, {"cli"}, {"__main__"},
+    {"core"}, {"kernels"}, {"data", "model"}, {"exporters", "training"}, {"runners"}, {"verification"},
+    {"bench", "diagnosis", "serving"}, {"report"}, {"api"}, {"cli"}, {"__main__"},
 )  # fmt: skip
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

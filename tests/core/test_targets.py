@@ -2,7 +2,7 @@
 
 import pytest
 
-from cnx_deploy.bench.bounds import DEVICES
+from cnx_deploy.core.devices import DEVICES
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.targets import GPUS, find_target
 from tests.conftest import Command

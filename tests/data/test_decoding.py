@@ -1,7 +1,10 @@
 """Files of every format and depth become the pixels that other libraries and plain arithmetic give."""
 
 import io
+import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -14,7 +17,9 @@ from torchvision.transforms import v2
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.data import GivenImages, ImageFiles, InputSpec, find_images, load_image, upright
-from cnx_deploy.data.decoding import FORMATS, is_image_file
+from cnx_deploy.data import pixels as pixels_module
+from cnx_deploy.data.image_files import is_image_file
+from cnx_deploy.data.pixels import FORMATS
 from cnx_deploy.data.preprocessing import to_pixels
 
 RNG = np.random.default_rng(0)
@@ -322,3 +327,39 @@ def test_arrays_and_tensors_follow_the_rule_of_files(tmp_path: Path, dtype: type
     assert len(given.observed()) == (dtype == np.uint16 and level is None)
     with pytest.raises(InputError, match="finite values from 0"):
         GivenImages([-values.astype(np.float32)]).pixels(0, preprocessing)
+
+
+# --- bytes, and the file by itself ------------------------------------------------------------------------------------
+
+
+def test_the_bytes_of_a_file_give_the_pixels_of_its_path(tmp_path: Path) -> None:
+    deep = put(tmp_path / "deep.png", png16(np.full((40, 50, 3), 3000, np.uint16)))
+    picture().save(tmp_path / "a.jpg")
+    np.save(tmp_path / "b.npy", np.asarray(picture()))
+    for path, white in ((tmp_path / "a.jpg", None), (tmp_path / "b.npy", None), (deep, 4095.0)):
+        preprocessing = Preprocessing(32, white_level=white)
+        assert torch.equal(to_pixels(path.read_bytes(), preprocessing), to_pixels(path, preprocessing))
+
+
+def test_bytes_that_are_no_image_are_refused_and_a_header_that_lies_allocates_nothing(tmp_path: Path) -> None:
+    huge = np.lib.format.magic(1, 0)
+    text = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000, 90000, 3)}"
+    lie = huge + struct.pack("<H", len(text) + 1) + text + b"\n" + b"\0" * 64
+    for content, said in ((b"", "The file cannot be read"), (b"text", "The file cannot be read"), (lie, "and has")):
+        with pytest.raises(InputError, match=said):
+            to_pixels(content, Preprocessing(32))
+
+
+def test_a_copy_of_the_file_makes_the_same_pixels_without_the_package(tmp_path: Path) -> None:
+    source = Path(pixels_module.__file__)
+    shutil.copy(source, tmp_path / "pixels.py")
+    picture().save(tmp_path / "a.jpg")
+    script = (
+        "import sys; sys.modules['cnx_deploy'] = sys.modules['torch'] = None; import pixels, types, numpy as np;"
+        "p = types.SimpleNamespace(image_size=32, crop_ratio=0.875, crop_mode='center', interpolation='bicubic',"
+        "white_level=None, fill=(0, 0, 0), in_chans=3);"
+        "np.save('out.npy', pixels.pixels_of_file(open('a.jpg', 'rb').read(), p))"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=60)
+    made = torch.from_numpy(np.load(tmp_path / "out.npy"))
+    assert torch.equal(made, to_pixels(tmp_path / "a.jpg", Preprocessing(32)))

@@ -45,11 +45,11 @@ def test_a_file_of_a_fixed_batch_is_verified_in_that_batch(inside) -> None:
 
 @pytest.mark.slow
 def test_a_runner_that_does_not_fit_a_recorded_file_leaves_that_file_out(inside) -> None:
-    found = run("verify", "--runner", "emulate-bf16", "--samples", "4")
+    found = run("verify", "--backend", "emulate-bf16", "--samples", "4")
     assert found.exit_code == 0, found.output
     assert "atto-32-fp32.onnx" in found.output
     assert "has no BF16 to emulate" in found.output
-    named = run("verify", "--runner", "emulate-bf16", "export/atto-32-fp32.onnx")
+    named = run("verify", "--backend", "emulate-bf16", "export/atto-32-fp32.onnx")
     assert isinstance(named.exception, InputError)
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cnx_deploy.core.deploy_spec import DeploySpec
+from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import Variant
@@ -334,6 +336,33 @@ def test_the_plot_has_a_panel_a_stage_and_says_what_it_leaves_out(tiny_model: Co
     text = plot_headroom(measured(tiny_model), tmp_path / "a.svg").read_text()
     assert "stage 4: 1 NaN or infinite, not drawn" in text
     assert text.count("not drawn") == 1
+
+
+def test_the_image_that_exceeds_the_others_is_named_first(tiny_model: ConvNeXtV2, tmp_path: Path) -> None:
+    """Noise among flat images; of two alike neither exceeds the other."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, picture in {
+        "flat": Image.new("RGB", (32, 32), (120, 120, 120)),
+        "alike": Image.new("RGB", (32, 32), (120, 120, 120)),
+        "noise": Image.effect_noise((32, 32), 200).convert("RGB"),
+    }.items():
+        picture.save(folder / f"{name}.png")
+    words: dict[str, Any] = {"variant": "tiny-test", "num_classes": 10, "image_size": 32, "data": folder}
+    found = run_headroom(HeadroomRequest(**words, per_image=True), print)
+    first, *others = found.per_image
+    assert Path(first.image).name == "noise.png"
+    assert first.leads > len(found.tensors) / 4
+    assert first.over_next > 1.5
+    largest = {tensor.name: tensor.largest for tensor in found.tensors}
+    assert first.largest == pytest.approx(largest[first.tensor], rel=1e-5)
+    assert {entry.over_next <= 1.0 + 1e-6 or entry.leads > 0 for entry in others} == {True}
+    assert "× next" in "\n".join(report_lines(found))
+    assert [entry["image"] for entry in found.to_dict()["per_image"]] == [entry.image for entry in found.per_image]
+    plain = run_headroom(HeadroomRequest(**words), print)
+    assert plain.to_dict() == {name: value for name, value in found.to_dict().items() if name != "per_image"}
+    with pytest.raises(InputError, match="One image cannot be compared"):
+        run_headroom(HeadroomRequest(**words, samples=1, per_image=True), print)
 
 
 def test_the_command_prints_what_the_function_finds(cnx: Command, tmp_path: Path) -> None:

@@ -154,6 +154,15 @@ BLOCK = "stages.1.0"
             ("stages.1.0.pwconv1/Add", "stages.1.0.act/Gelu", "stages.1.0.grn/ReduceL2", "stages.1.0.grn/Cast"),
             "pwconv1 bias+gelu+grn statistic", BLOCK,
         ),
+        # Rounding to eight bits moves data; the product's gain is part of its bias.
+        (
+            "__myl_FcMulAddDivCastErfMulCast_myl0_1", "runtime_fusion",
+            (
+                "stages.1.0.pwconv1/MatMul", "stages.1.0.pwconv1/Mul", "stages.1.0.pwconv1/Add", "stages.1.0.act/Gelu",
+                "stages.1.0.taps.h/QuantizeLinear", "stages.1.0.taps.h/DequantizeLinear",
+            ),
+            "pwconv1+gelu", BLOCK,
+        ),
         # A GELU is a source of the kernel that reads its result; only one whose steps have Erf computes it.
         (
             "__myl_ReshAddDivMulMulAddCastMulResh_myl0_1", "kgen",

@@ -7,12 +7,14 @@ import torch
 
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.gates import GATES
+from cnx_deploy.core.hidden_tensor import FusedMode
 from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import find_gpus
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.backend import default_targets, load_backend
 from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
+from cnx_deploy.kernels.settings import SHARED_BYTES
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.runners.tensorrt import TensorRTRunner
@@ -41,6 +43,23 @@ def test_an_engine_agrees_with_pytorch(engine: Artifact, batch: int) -> None:
     with TensorRTRunner(engine) as runner:
         found = differences(runner.run(images.cuda())["logits"], expected)
     assert not GATES["fp16"].failures(found)
+
+
+@pytest.mark.parametrize("mode", ["stored", "recomputed", "auto"])
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_an_engine_with_own_kernels_agrees_with_pytorch(engine: Artifact, mode: FusedMode, cuda_graph: bool) -> None:
+    target = find_gpus()[0].target
+    if target not in load_backend("tensorrt-rtx").targets or target not in SHARED_BYTES:
+        pytest.skip(f"no engine with own kernels is built for {target}: not run")
+    spec = BuildSpec(runtime="tensorrt-rtx", target="current", batches=((1, 8, 64),), fused=mode)
+    onnx = engine.path.parent / engine.manifest.source_name
+    built = build_engine(onnx, spec, engine.path.parent / mode)
+    reference = reference_runner(random_model("atto"), SPEC)
+    with TensorRTRunner(built, allow_engine_code=True, cuda_graph=cuda_graph) as runner:
+        for batch in (1, 7, 64, 7):
+            images = torch.rand(batch, 3, 64, 64, generator=torch.Generator().manual_seed(batch))
+            found = differences(runner.run(images.cuda())["logits"], reference.run(images)["logits"])
+            assert not GATES["fp16"].failures(found), batch
 
 
 def test_a_permuted_view_gives_the_logits_of_its_values(engine: Artifact) -> None:

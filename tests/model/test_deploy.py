@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cnx_deploy.core.deploy_spec import FOLDS, DeploySpec
+from cnx_deploy.core.eight_bits import GAIN_FOLDS
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.gates import GATES
 from cnx_deploy.data import image_like_batches, runner_input
@@ -18,7 +19,9 @@ from cnx_deploy.model.deploy import DeployedConvNeXtV2, deploy_form
 from cnx_deploy.model.deploy_blocks import TokenBlock
 from cnx_deploy.model.deploy_layers import (
     ChannelsFirstNorm,
+    FlattenedNorm,
     GainedLinear,
+    NormResponseGain,
     PatchConvolution,
     PooledResponseGain,
     ResponseGain,
@@ -33,7 +36,7 @@ from cnx_deploy.verification.parity import differences
 EXACT = 1e-12
 """Largest difference over largest logit in float64; seen 4e-15. A wrong fold gives 1e-3 and more."""
 
-LAYOUTS = ("gpu", "cpu")
+LAYOUTS = ("gpu", "cpu", "openvino")
 KINDS = ("float", "uint8")
 BOTH_GAINS_PX = 64
 
@@ -195,6 +198,7 @@ FOLD_SHOWS = {
     "patches": lambda deployed: isinstance(deployed.downsample_layers[0][0], PatchConvolution),
     "stem-norm": lambda deployed: deployed.norm_on_patches,
     "blocked": lambda deployed: isinstance(deployed.stages[0][0].grn, PooledResponseGain),
+    "channels-last": lambda deployed: isinstance(deployed.stages[0][0].norm, FlattenedNorm),
     "lateral-affine": lambda deployed: deployed.pyramid.norms[0].gain is None,
     "finest-level": lambda deployed: deployed.pyramid.is_split,
     "gathered-resize": lambda deployed: isinstance(deployed.decode_head.lateral_convs[0], TokenLateral),
@@ -208,9 +212,10 @@ OF_TASK = {
 """The folds of a task's head, and a small one of it."""
 
 
-@pytest.mark.parametrize("fold", FOLDS)
+# Those of eight bits come from a calibration: tests/diagnosis/test_calibration.py leaves each out.
+@pytest.mark.parametrize("fold", sorted(FOLDS.keys() - set(GAIN_FOLDS.values())))
 def test_the_switch_of_a_fold_takes_it_out(request, tiny_model, tiny_v1_model, fold):
-    layout = "cpu" if fold == "blocked" else "gpu"
+    layout = {"blocked": "cpu", "channels-last": "openvino"}.get(fold, "gpu")
     model = tiny_v1_model if fold == "layer-scale" else tiny_model
     if fold in OF_TASK:
         task, options = OF_TASK[fold]
@@ -278,7 +283,7 @@ def test_dropping_grn_gamma_changes_the_function(tiny_model, layout):
     spec = DeploySpec("fp64", BOTH_GAINS_PX, layout=layout)
     deployed = deploy_form(tiny_model, spec)
     for gain in deployed.modules():
-        if isinstance(gain, ResponseGain):
+        if isinstance(gain, (ResponseGain, NormResponseGain)):
             gain.gamma.zero_()
         elif isinstance(gain, PooledResponseGain):
             gain.affine.weight.zero_()
@@ -294,14 +299,15 @@ def test_grn_keeps_a_norm_beyond_the_fp16_range():
     assert torch.equal(gain(hidden), torch.full((1, 1, 8), 2.0, dtype=torch.float16))
 
 
-def test_pooled_grn_keeps_squares_beyond_the_fp16_range():
-    gain = PooledResponseGain(torch.ones(8)).half()
+@pytest.mark.parametrize("form", [PooledResponseGain, NormResponseGain])
+def test_grn_of_maps_keeps_squares_beyond_the_fp16_range(form):
+    gain = form(torch.ones(8)).half()
     hidden = torch.full((1, 8, 7, 7), 2000.0, dtype=torch.float16)  # square 4,000,000 > 65,504
     assert torch.equal(gain(hidden), torch.full((1, 8, 1, 1), 2.0, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-7, 1.0, 6e4])
-@pytest.mark.parametrize("form", [ResponseGain, PooledResponseGain])
+@pytest.mark.parametrize("form", [ResponseGain, PooledResponseGain, NormResponseGain])
 def test_grn_of_equal_channels_is_its_formula_over_the_whole_fp16_range(form, value):
     """n = norm / (norm + eps) for channels alike; at zero the gain is 1, not NaN."""
     value = float(torch.tensor(value, dtype=torch.float16))
@@ -311,10 +317,10 @@ def test_grn_of_equal_channels_is_its_formula_over_the_whole_fp16_range(form, va
     assert torch.allclose(gain.float(), torch.full_like(gain.float(), expected), atol=1e-3)
 
 
-@pytest.mark.parametrize("spelled_out", [True, False])
-def test_channels_first_norm_takes_values_whose_squares_leave_the_fp16_range(spelled_out):
+@pytest.mark.parametrize("norm", [ChannelsFirstNorm(True), ChannelsFirstNorm(False), FlattenedNorm()])
+def test_norms_of_maps_take_values_whose_squares_leave_the_fp16_range(norm):
     images = torch.tensor([-1000.0, 1000.0], dtype=torch.float16).view(1, 2, 1, 1)
-    assert ChannelsFirstNorm(spelled_out)(images).flatten().tolist() == [-1.0, 1.0]
+    assert norm(images).flatten().tolist() == [-1.0, 1.0]
 
 
 def test_token_norm_takes_values_whose_squares_leave_the_fp16_range():
@@ -366,7 +372,7 @@ def test_the_deploy_form_of_a_training_model_is_in_evaluation_mode(tiny_model):
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"precision": "int8"}, "int8"),
+        ({"precision": "int4"}, "int4"),
         ({"image_size": 16}, "16x16"),
         ({"input_kind": "bytes"}, "bytes"),
         ({"layout": "tpu"}, "tpu"),

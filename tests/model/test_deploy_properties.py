@@ -23,7 +23,7 @@ specs = st.builds(
     precision=st.just("fp64"),
     image_size=st.sampled_from([32, 64, 96]),
     input_kind=st.sampled_from(["float", "uint8"]),
-    layout=st.sampled_from(["gpu", "cpu"]),
+    layout=st.sampled_from(["gpu", "cpu", "openvino"]),
     mean=st.tuples(*[st.floats(0.0, 1.0)] * 3),
     std=st.tuples(*[st.floats(0.05, 1.0)] * 3),
     leave_out=st.sets(st.sampled_from(sorted(FOLDS)), max_size=4).map(tuple),
@@ -55,7 +55,7 @@ def test_batch_invariance_of_the_deploy_form(variant, batch, seed) -> None:
     model = random_model(variant, 4, seed=seed).double()
     images = torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
-    for layout in ("gpu", "cpu"):
+    for layout in ("gpu", "cpu", "openvino"):
         runner = deployed_runner(model, DeploySpec("fp64", 32, layout=layout))
         alone = torch.cat([runner.run(image[None])["logits"] for image in images])
         torch.testing.assert_close(runner.run(images[order])["logits"], alone[order], rtol=1e-10, atol=1e-10)
@@ -67,7 +67,7 @@ def test_whatever_is_kept_in_fp32_the_file_passes_the_half_gate(variant, data) -
     model = random_model(variant, 10, seed=0)
     images = runner_input(next(image_like_batches(2, 32, batch_size=2)), "float")
     expected = reference_runner(model, DeploySpec(image_size=32)).run(images)["logits"]
-    for layout in ("gpu", "cpu"):
+    for layout in ("gpu", "cpu", "openvino"):
         kept = tuple(data.draw(st.sets(st.sampled_from(parts_of(variant)), max_size=5)))
         spec = DeploySpec("fp16", 32, layout=layout, keep_fp32=kept)
         found = differences(deployed_runner(model, spec).run(images)["logits"], expected)

@@ -175,6 +175,7 @@ def test_the_training_form_gives_torchvisions_detections(masks: bool) -> None:
     [
         ("gpu", (), {}),
         ("cpu", (), {"masks": False}),
+        ("openvino", (), {"masks": False}),
         ("gpu", ("lateral-affine",), {"passes": 40, "detections": 8}),
         ("gpu", ("finest-level",), {"masks": False, "candidates": 200, "proposals": 60}),
         ("gpu", (), {**MMDET, "sampling_limit": 16, "anchor_ratios": [0.5, 2.0]}),

@@ -56,7 +56,7 @@ def types_by_node(path: Path) -> dict[str, str]:
 
 
 def test_with_every_part_kept_nothing_is_rounded(tiny_model, tiny_variant) -> None:
-    for layout in ("gpu", "cpu"):
+    for layout in ("gpu", "cpu", "openvino"):
         spec = DeploySpec("fp16", SIZE, layout=layout, keep_fp32=parts_of(tiny_variant))
         images = (images_for(SIZE) * 255).round() / 255  # what enters is rounded in any case, and these are exact
         found = deployed_runner(tiny_model, spec).run(images)["logits"]
@@ -65,7 +65,7 @@ def test_with_every_part_kept_nothing_is_rounded(tiny_model, tiny_variant) -> No
         )
 
 
-@pytest.mark.parametrize("layout", ["gpu", "cpu"])
+@pytest.mark.parametrize("layout", ["gpu", "cpu", "openvino"])
 @pytest.mark.parametrize("part", ["stages.1.0", "stages.1.0.dwconv", "stages.1.0.pwconv1", "stages.1.0.grn", "head"])
 def test_the_parameters_of_a_kept_part_are_float_and_all_others_half(tiny_model, layout, part) -> None:
     deployed = deploy_form(tiny_model, DeploySpec("fp16", SIZE, layout=layout, keep_fp32=(part,)))
@@ -156,7 +156,7 @@ def test_onnx_runtime_is_not_asked_for_bf16_on_a_cpu_nor_the_emulator_for_anothe
 ) -> None:
     with pytest.raises(InputError, match="no BF16 convolution on a CPU"):
         open_runner(bf16, "onnxruntime")
-    with pytest.raises(InputError, match="is FP16: --runner emulate-bf16 has no BF16"):
+    with pytest.raises(InputError, match="is FP16: --backend emulate-bf16 has no BF16"):
         open_runner(tiny_onnx_fp16, "emulate-bf16")
 
 

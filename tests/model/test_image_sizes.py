@@ -31,7 +31,7 @@ def test_logits_are_those_of_timm(tmp_path, size):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("input_kind", ["float", "uint8"])
-@pytest.mark.parametrize("layout", ["gpu", "cpu"])
+@pytest.mark.parametrize("layout", ["gpu", "cpu", "openvino"])
 def test_the_deploy_form_is_exact_in_float64(size, input_kind, layout):
     model = random_model("tiny-test", 10, seed=1)
     form = deploy_form(model, DeploySpec("fp64", size, input_kind, layout))

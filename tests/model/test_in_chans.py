@@ -73,7 +73,7 @@ def test_three_are_three_and_other_counts_are_not_adapted(tmp_path, rgb):
 
 @pytest.mark.parametrize("count", [1, 4, 16])
 @pytest.mark.parametrize("input_kind", ["float", "uint8"])
-@pytest.mark.parametrize("layout", ["gpu", "cpu"])
+@pytest.mark.parametrize("layout", ["gpu", "cpu", "openvino"])
 def test_the_deploy_form_is_exact_in_float64(count, input_kind, layout):
     model = random_model("tiny-test", 10, seed=1, in_chans=count)
     preprocessing = Preprocessing(40).for_channels(count)

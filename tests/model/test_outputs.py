@@ -87,7 +87,7 @@ def by_timm(model: ConvNeXtV2, images: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("leave_out", [(), ("head-affine",)])
-@pytest.mark.parametrize("layout", ["gpu", "cpu"])
+@pytest.mark.parametrize("layout", ["gpu", "cpu", "openvino"])
 def test_every_output_is_timms_in_float64(tiny_model: ConvNeXtV2, layout: Any, leave_out: tuple[str, ...]) -> None:
     model, images = tiny_model.double(), torch.rand(2, 3, *SIZE, dtype=torch.float64)
     for words in (EVERY, ("class-maps",), ("maps",), ("top5", "logits")):  # an embedding keeps the norm's affine apart

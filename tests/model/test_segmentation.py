@@ -71,7 +71,7 @@ def test_gradients_reach_every_parameter_in_training(images):
     assert without == []
 
 
-@pytest.mark.parametrize("layout", ["gpu", "cpu"])
+@pytest.mark.parametrize("layout", ["gpu", "cpu", "openvino"])
 @pytest.mark.parametrize(
     "left_out", [(), ("lateral-affine", "gathered-resize"), ("downsample-affine", "norm-affine", "grn-gain")]
 )
@@ -199,7 +199,7 @@ def test_labels_are_compared_by_the_references_scores_of_them():
         assert torch.equal(ours["labels"], theirs["labels"]) is is_same
 
 
-@pytest.mark.parametrize("layout", ["gpu", "cpu"])
+@pytest.mark.parametrize("layout", ["gpu", "cpu", "openvino"])
 def test_the_label_map_takes_the_first_of_equal_classes(layout):
     spec = DeploySpec("fp32", CANVAS, layout=layout, outputs=("labels",))
     logits = torch.randn(2, CLASSES, 16, 24, generator=torch.Generator().manual_seed(0))

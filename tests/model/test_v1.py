@@ -159,7 +159,7 @@ def test_every_parameter_has_a_gradient(tiny_v1_model):
 
 
 @pytest.mark.parametrize("leave_out", [(), *((fold,) for fold in FOLDS), tuple(FOLDS)])
-@pytest.mark.parametrize("layout", ["gpu", "cpu"])
+@pytest.mark.parametrize("layout", ["gpu", "cpu", "openvino"])
 def test_in_float64_the_deploy_form_is_the_training_form(tiny_v1_model, layout, leave_out):
     assert relative_difference(tiny_v1_model, DeploySpec("fp64", SIZE, layout=layout, leave_out=leave_out)) < EXACT
 
@@ -169,7 +169,7 @@ def test_in_float64_the_deploy_form_is_the_training_form(tiny_v1_model, layout, 
     [lambda weight, bias, gamma: (weight, bias), lambda weight, bias, gamma: (weight * gamma[:, None], bias)],
     ids=["not folded", "bias not scaled"],
 )
-@pytest.mark.parametrize("layout", ["gpu", "cpu"])
+@pytest.mark.parametrize("layout", ["gpu", "cpu", "openvino"])
 def test_a_layer_scale_folded_wrongly_changes_the_function(tiny_v1_model, monkeypatch, layout, broken):
     monkeypatch.setattr(deploy_blocks, "fold_layer_scale", broken)
     assert relative_difference(tiny_v1_model, DeploySpec("fp64", SIZE, layout=layout)) > 1e-3

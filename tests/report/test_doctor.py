@@ -28,7 +28,8 @@ def test_every_topic_is_reported_once_and_what_is_not_ok_has_a_remedy(tmp_path):
     topics = [finding.topic for finding in findings if finding.topic != "gpu"]
     assert len(topics) == len(set(topics))
     assert set(topics) >= {
-        "python", "torch", "onnxruntime", "onnxruntime CPU", "tensorrt-rtx", "tensorrt", "training", "memory", "disk",
+        "python", "torch", "onnxruntime", "onnxruntime CPU", "openvino", "tensorrt-rtx", "tensorrt", "training",
+        "batch", "serve", "memory", "disk",
     }  # fmt: skip
     assert [finding.topic for finding in findings if finding.status != "ok" and not finding.remedy] == []
     disk = next(finding for finding in findings if finding.topic == "disk")
@@ -55,7 +56,7 @@ def test_the_needs_are_those_that_were_measured():
         (lambda: doctor.provider_finding("NoSuchExecutionProvider"), "problem", "got none"),
         (lambda: doctor.gpu_findings(())[0], "missing", "no NVIDIA GPU"),
         (lambda: doctor.gpu_findings((LAPTOP,))[0], "ok", "GeForce RTX 4070, sm89, driver 580.65, 8188 MiB"),
-        (lambda: doctor.train_finding({"lightning": "2.6.6", "torchmetrics": None}), "missing",
+        (lambda: doctor.packages_finding("training", "train", {"lightning": "2.6.6", "torchmetrics": None}), "missing",
          "torchmetrics not installed"),
         (lambda: doctor.memory_finding(16.0), "ok", "every variant fits"),
         (lambda: doctor.memory_finding(4.0), "problem",

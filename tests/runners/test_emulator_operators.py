@@ -22,7 +22,7 @@ TOLERANCE = {"float32": 2e-6, "float16": 4e-3, "bfloat16": 2e-2}
 """Relative and absolute, of values around 1: a few units in the last place."""
 
 
-OWN_TYPE = ("Cast", "ConstantOfShape", "OneHot", "Range")
+OWN_TYPE = ("Cast", "ConstantOfShape", "DequantizeLinear", "OneHot", "Range")
 """Operators whose result need not have the type of the network's weights."""
 
 
@@ -87,6 +87,7 @@ WRONG = [
     (Case("Gelu", [half(50, scale=2)]), {"approximate": "tanh"}),
     (Case("ArgMax", [np.array([[1, 1, 0]], np.float16)], {"axis": 1}), {"select_last_index": 1}),
     (Case("Mod", [np.array([-7.0], np.float16), np.array([3.0], np.float16)], {"fmod": 1}), {"fmod": 0}),
+    (Case("QuantizeLinear", [half(3, 3), np.float16([0.01, 0.1, 1])], {"axis": 0, "output_dtype": 3}, 21), {"axis": 1}),
 ]
 
 
@@ -123,8 +124,8 @@ def test_pools_with_ceil_mode_are_torch_s(
 
 
 ROUNDS_ON_THE_WAY = {
-    "GroupNormalization", "LayerNormalization", "Mean", "RMSNormalization", "ReduceL2", "ReduceLogSum",
-    "ReduceLogSumExp", "ReduceSumSquare", "Sum",
+    "GroupNormalization", "LayerNormalization", "Mean", "QuantizeLinear", "RMSNormalization", "ReduceL2",
+    "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare", "Sum",
 }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.emulated import EmulatedRunner
 from cnx_deploy.runners.onnxruntime import OrtRunner
+from cnx_deploy.runners.openvino import OpenVinoRunner
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
 from cnx_deploy.verification.parity import differences
 from cnx_deploy.verification.predict import open_predictor
@@ -45,6 +46,8 @@ MADE: dict[str, Callable[[ConvNeXtV2, Artifact, Artifact, pytest.MonkeyPatch], R
     "torch deployed": lambda model, onnx, engine, patch: deployed_runner(model, FP32),
     "onnxruntime": lambda model, onnx, engine, patch: OrtRunner(onnx.path),
     "onnxruntime-each": lambda model, onnx, engine, patch: OrtRunner(onnx.path, threads=2, thread_per_image=True),
+    "openvino": lambda model, onnx, engine, patch: OpenVinoRunner(onnx.path),
+    "openvino-each": lambda model, onnx, engine, patch: OpenVinoRunner(onnx.path, threads=2, thread_per_image=True),
     "emulator": lambda model, onnx, engine, patch: EmulatedRunner(onnx.path),
     "tensorrt": lambda model, onnx, engine, patch: make_runner(engine, onnx, patch)[0],
 }

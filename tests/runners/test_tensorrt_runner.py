@@ -12,9 +12,10 @@ import torch
 
 from cnx_deploy.bench.timing import Contender, TimingSpec, measure_together
 from cnx_deploy.core.errors import BuildError, CnxDeployError, CorruptArtifactError, InputError, MissingRequirementError
-from cnx_deploy.core.manifest import Artifact
+from cnx_deploy.core.manifest import Artifact, Launcher, OwnKernel, OwnKernels
 from cnx_deploy.core.system import Gpu
 from cnx_deploy.exporters.trt import backend as backend_module
+from cnx_deploy.exporters.trt import plugins
 from cnx_deploy.exporters.trt.backend import Backend, load_backend
 from cnx_deploy.runners import tensorrt as tensorrt_runner
 from cnx_deploy.runners.base import PhasedRunner
@@ -36,9 +37,11 @@ def make_runner(
     images_type: str = "FLOAT",
     profiles: Sequence[tuple[int, int, int]] = PROFILES,
     cuda_graph: bool = False,
+    host_code: bool = False,
 ) -> tuple[TensorRTRunner, trt_double.DoubleContext]:
     real = load_backend("tensorrt-rtx").trt
-    module, context = trt_double.double_of(real, onnx.path, list(profiles), fail=fail, images_type=images_type)
+    words = {"fail": fail, "images_type": images_type, "host_code": host_code}
+    module, context = trt_double.double_of(real, onnx.path, list(profiles), **words)
     monkeypatch.setattr(tensorrt_runner, "CudaStream", trt_double.DoubleStream)
     runner = TensorRTRunner.__new__(TensorRTRunner)
     request = replace(engine.manifest.request, batches=tuple(profiles))
@@ -55,6 +58,20 @@ def test_logits_are_those_of_the_same_file_on_onnx_runtime(
     images = torch.rand(batch, 3, 32, 32)
     expected = OrtRunner(tiny_onnx_fp16.path).run(images)["logits"]
     torch.testing.assert_close(runner.run(images)["logits"], expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("launcher", ["python", "engine"])
+def test_own_kernels_get_their_creator_or_host_code_before_the_engine_is_read(
+    tiny_engine: Artifact, tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch, launcher: Launcher
+) -> None:
+    kernel = OwnKernel(kernel="k", channels=8, target="sm89", tile=(8, 8, 8), warps=4, stages=1, sha256="0" * 64)
+    own = OwnKernels(hidden=("stored",), kernels=(kernel,), compiler="triton", launcher=launcher, needs="")
+    manifest = replace(tiny_engine.manifest, facts=replace(tiny_engine.manifest.facts, own_kernels=own))
+    registered: list[Backend] = []
+    monkeypatch.setattr(plugins, "register_creator", registered.append)
+    engine = replace(tiny_engine, manifest=manifest)
+    make_runner(engine, tiny_onnx_fp16, monkeypatch, host_code=launcher == "engine")
+    assert len(registered) == (launcher == "python")
 
 
 def test_a_permuted_view_gives_the_logits_of_its_values(

@@ -43,9 +43,13 @@ def drawn(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     facts = {"machine": "some CPU", "targets": ["sm89"], "help_seconds": 0.2}
     record(folder, "traffic", {**HEAD, "rows": traffic})
     record(folder, "traffic-targets", {**HEAD, "rows": [*traffic, *graphs("base", timm=100.0, ours=125.0)]})
+    record(folder, "traffic-fused", {**HEAD, "rows": [*own_kernels("sm89", 10.0), *own_kernels("sm120", 11.0)]})
+    record(folder, "eight-bits", eight_bits())
     record(folder, "traffic-segmentation", {**HEAD, "rows": dense("transformers", "cnx-deploy")})
     record(folder, "cpu", benchmark())
+    record(folder, "cpu-avx2", runtimes())
     record(folder, "cost", {**HEAD, **facts, "rows": cost})
+    record(folder, "servers", served())
     assert script.main(["--docs-dir", str(folder)]) == 0
     return folder
 
@@ -74,6 +78,52 @@ def graphs(variant: str, *, ours: float, **peers: float) -> list[dict[str, Any]]
     return [{**condition, "graph": graph, "megabytes_per_image": megabytes} for graph, megabytes in moved.items()]
 
 
+def own_kernels(target: str, recomputed: float) -> list[dict[str, Any]]:
+    """The graphs of atto, and ours with own kernels."""
+    rows = graphs("atto", timm=50.0, transformers=40.0, ours=30.0)
+    modes = {"stored": 20.0, "recomputed": recomputed, "auto": 12.0}
+    rows += [{**rows[-1], "graph": f"cnx-deploy, {mode}", "megabytes_per_image": mb} for mode, mb in modes.items()]
+    return [{**row, "target": target} for row in rows]
+
+
+def eight_bits() -> dict[str, Any]:
+    """Engines of atto for a target with FP8 and one without, ModelOpt's of timm's graph, and a network's accuracy."""
+
+    def engines(part: str, target: str, **megabytes: float) -> list[dict[str, Any]]:
+        words = {"part": part, "variant": "atto", "image_size": 224, "target": target, "batch": 64, "kernels": 9}
+        words |= {"graph": "timm", "modelopt": "0.47"} if part == "modelopt" else {}
+        return [{**words, "precision": name, "megabytes_per_image": moved} for name, moved in megabytes.items()]
+
+    case = {"network": "digits", "variant": "atto", "change": "", "images": "held out", "judge": "torch-deploy"}
+    case |= {"count": 50, "relative_l2_median": 0.001, "relative_l2_worst": 0.002, "centred_cosine": 0.99999}
+    judged = {**case, "part": "accuracy", "top1": 96.0, "reference_top1": 98.0, "flips": 3, "excused_flips": 2}
+    int8 = {"precision": "int8", "method": "max", "gains": True}
+    shares = {f"{name}_at_{k}": k / 20 for k in (1, 5, 10) for name in ("overlap", "recall")}
+    labels = {"reference_label_at_1": 0.75, "candidate_label_at_1": 0.5}
+    rows = [
+        *engines("traffic", "sm89", fp16=40.0, fp8=20.0, int8=30.0),
+        *engines("traffic", "sm86", fp16=50.0, int8=30.0),
+        *engines("modelopt", "sm89", fp16=80.0, int8=100.0),
+        {**judged, "precision": "fp16", "method": "", "gains": False, "top1": 98.0},
+        {**judged, **int8},
+        {**judged, **int8, "method": "mse", "gains": False, "top1": 95.0},
+        {**judged, **int8, "change": "outliers", "gains": False, "top1": 40.0},
+        {**judged, **int8, "judge": "onnxruntime", "top1": 97.0},
+        {**case, **int8, "part": "features", **shares, **labels},
+    ]
+    return {**HEAD, "command": "record it", "commands": ["record traffic", "record accuracy"], "note": "A note.",
+            "rows": rows}  # fmt: skip
+
+
+def served() -> dict[str, Any]:
+    """A bare loop, and a server that takes half as much processor time again."""
+    row = {"clients": 1, "requests": 1000, "failures": 0, "images_a_second": 50.0, "p50_ms": 20.0, "p99_ms": 30.0}
+    bare = {"server": "bare loop", **row, "processor_ms": 10.0}
+    ratios = {"processor_ms": 15.0, "speed_of_bare": 0.8, "processor_of_bare": 1.5}
+    ours = {"server": "cnx-deploy serve", **row, "clients": 8, "images_a_second": 40.0, **ratios}
+    return {**HEAD, "machine": "some CPU", "file": "a file", "rows": [bare, ours]}
+
+
 def grown(variant: str, parameters: int) -> dict[str, Any]:
     """Seconds grow with the square root of the parameters."""
     sizes = {"export_peak_mib": 700, "build_peak_mib": 900, "onnx_megabytes": 7.5, "engine_megabytes": 11.5}
@@ -86,7 +136,44 @@ def benchmark() -> dict[str, Any]:
     ratio = (Ratio(BASELINE, 1.25, 1.2, 1.3), Ratio(WHOLE, 1.5, 1.4, 1.6))
     rows = (row(1, 80, name=BASELINE), row(1, 100, name="atto-32-fp32.onnx", ratios=ratio, status="UNSTABLE"))
     missing = (NotRun("atto-32-fp16-rtx-sm89.engine", "atto-32", 64, 98, 31.2, "no GPU"),)
-    return record_of(*rows, not_run=missing).to_document()
+    return record_of(*rows, files=("atto-32-fp32.onnx",), not_run=missing).to_document()
+
+
+IN_OPENVINO, ALONE = "timm.onnx in OpenVINO fp32", "timm.onnx in OpenVINO whole batch fp32"
+
+
+def runtimes() -> dict[str, Any]:
+    """One file in two runtimes beside timm's export in both. Its fastest row gives wrong answers."""
+    speeds = {WHOLE: 80, BASELINE: 90, ALONE: 100, IN_OPENVINO: 125}
+
+    def ours(backend: str, speed: float, status: str = "OK") -> Any:
+        ratios = tuple(Ratio(peer, speed / other, 0.5, 2.5) for peer, other in speeds.items())
+        return row(1, speed, name=f"atto-32-fp32.onnx [{backend}]", ratios=ratios, status=status)
+
+    rows = [row(1, speed, name=name) for name, speed in speeds.items()]
+    rows += [ours("onnxruntime", 110), ours("openvino", 140, "UNSTABLE"), ours("fused", 900, "INVALID")]
+    return record_of(*rows, files=("atto-32-fp32.onnx",)).to_document()
+
+
+def test_the_fastest_right_row_of_ours_stands_over_each_peer_and_the_fastest_of_them(docs: Path) -> None:
+    interval = " (0.50–2.50)"
+    ratios = [f"1.75{interval}", f"1.40{interval}", "not run", f"1.40{interval}", f"1.12{interval}"]
+    name = "`atto-32-fp32.onnx [openvino]` (UNSTABLE)"
+    assert cells(docs, "cpu-avx2") == [["atto", "1", name, "140.0", *ratios]]
+
+
+def test_bf16_has_a_column_of_its_own_and_is_not_our_fastest(script: ModuleType) -> None:
+    document = runtimes()
+    half = {**document["rows"][-2], "name": "atto-32-bf16.onnx [openvino-bf16]", "arithmetic": "bf16", "status": "OK"}
+    half |= {"images_per_second": 180.0, "ratios": [{"peer": ALONE, "ratio": 1.8, "low": 1.7, "high": 1.9}]}
+    (network,) = document["networks"].values()
+    network["files"]["atto-32-bf16.onnx"] = {}
+    text = script.runtimes_text({**document, "rows": [*document["rows"], half]})
+    (line,) = [line for line in text.splitlines() if line.startswith("| atto")]
+    assert line.split(" | ")[2].startswith("`atto-32-fp32.onnx [openvino]`")
+    assert line.endswith(" | 1.80 (1.70–1.90) |")
+    assert "| BF16 in OpenVINO, × the fastest |" in text
+    assert "BF16" not in script.runtimes_text(document)
 
 
 def part(docs: Path, name: str) -> str:
@@ -101,10 +188,29 @@ def cells(docs: Path, name: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in lines[2:]]
 
 
+def tables(docs: Path, name: str) -> dict[str, list[list[str]]]:
+    """The tables of a section, each by the title of a column that no table before it has."""
+    found: dict[str, list[list[str]]] = {}
+    for text in part(docs, name).split("\n\n"):
+        if text.startswith("| "):
+            titles, _, *rows = ([cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines())
+            for title in titles:
+                found.setdefault(title, rows)
+    return found
+
+
 def test_another_process_draws_the_same_bytes_and_a_changed_figure_is_found(
     script: ModuleType, docs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert {path.stem for path in (docs / "plots").iterdir()} == {"traffic", "traffic-targets", "cpu", "cost"}
+    assert {path.stem for path in (docs / "plots").iterdir()} == {
+        "traffic",
+        "traffic-fused",
+        "eight-bits",
+        "traffic-targets",
+        "cpu",
+        "cpu-avx2",
+        "cost",
+    }
     command = [sys.executable, str(SCRIPT), "--check", "--docs-dir", str(docs)]
     seeded = {**os.environ, "PYTHONHASHSEED": "7"}
     done = subprocess.run(command, cwd=docs, env=seeded, capture_output=True, text=True, check=False)
@@ -128,6 +234,77 @@ def test_a_table_of_a_dense_task_has_a_row_for_each_graph_and_no_plot(docs: Path
     rows = [["atto", "64x96", "sm89", "8", name] for name in ("transformers", "cnx-deploy")]
     assert cells(docs, "traffic-segmentation") == [[*rows[0], "5", "40.0"], [*rows[1], "5", "30.0", "0.750"]]
     assert "Not recorded yet." in part(docs, "traffic-detection")
+
+
+def test_the_records_of_each_card_make_its_tables(script: ModuleType, docs: Path) -> None:
+    assert "Not run: no machine with an NVIDIA GPU was there." in (docs / "performance.md").read_text()
+    row = {"variant": "atto", "batch": 64, "row": "a.onnx [fused]", "images_s": 12345.6, "status": "OK"}
+    record = {"device": "CARD", "date": "2030-01-02T03:04:05", "command": "scripts/gpu", "seconds": 9, "latency": [row]}
+    (docs / "data" / "gpu").mkdir()
+    (docs / "data" / "gpu" / "card.json").write_text(json.dumps(record))
+    assert script.main(["--docs-dir", str(docs)]) == 0
+    page = (docs / "performance.md").read_text()
+    assert "### CARD" in page
+    assert "| atto | 64 | a.onnx [fused] | 1.23e+04 | – | – | – | OK |" in page
+
+
+def test_own_kernels_are_told_at_the_usual_target_and_their_ratios_at_all(docs: Path) -> None:
+    work = work_of("atto", 224, "fp16")
+    stored, recomputed = (
+        f"{(moved + work.weight_bytes / 64) / 1e6:.1f}" for moved in (work.fused_bytes, work.recomputed_bytes)
+    )
+    figures, ratios = cells(docs, "traffic-fused")[0], cells(docs, "traffic-fused")[-1]
+    own = ["9", "20.0", "0.500", "9", "10.0", "0.250", "9", "12.0", "0.300"]
+    assert figures == ["atto", "40.0", "9", "30.0", *own, stored, recomputed]
+    assert ratios == ["atto", "64", "0.500", "0.250–0.275", "0.300"]
+    assert "where those recorded of sm89, sm120 agree" in part(docs, "traffic-fused")
+    assert "The bytes of own kernels are what they declare" in part(docs, "traffic-fused")
+    assert "20 or 10<" in (docs / "plots" / "traffic-fused.svg").read_text(encoding="utf-8")
+
+
+def test_eight_bits_are_told_beside_fp16_of_the_same_graph_and_target(docs: Path) -> None:
+    by_title = tables(docs, "eight-bits")
+    assert by_title["÷ FP16's"] == [["atto", "9", "40.0", "9", "20.0", "0.500", "9", "30.0", "0.750"]]
+    assert by_title["batch 64, INT8"] == [
+        ["atto", "sm89", "20.0 (0.500)", "30.0 (0.750)"],
+        ["atto", "sm86", "none", "30.0 (0.600)"],
+    ]
+    others, ours = by_title["graph"]
+    assert others == ["atto", "timm, ModelOpt", "9", "80.0", "not run", "not run", "–", "9", "100.0", "1.250"]
+    assert ours == ["atto", "cnx-deploy, its own placement", "9", "40.0", "9", "20.0", "0.500", "9", "30.0", "0.750"]
+    assert "nvidia-modelopt 0.47" in part(docs, "eight-bits")
+    assert "record traffic\nrecord accuracy" in part(docs, "eight-bits")
+    plot = (docs / "plots" / "eight-bits.svg").read_text(encoding="utf-8")
+    assert "ModelOpt, timm" in plot
+    assert "ModelOpt, transformers" not in plot
+
+
+def test_accuracy_in_eight_bits_has_a_table_for_each_question(docs: Path) -> None:
+    by_title = tables(docs, "eight-bits")
+    figures = ["50", "98.00", "96.00", "1.0e-03", "2.0e-03", "3 (2)", "0.99999"]
+    trained = [["digits (atto)", "held out", name, "50", "98.00", top1, *figures[3:]]
+               for name, top1 in (("FP16", "98.00"), ("INT8", "96.00"))]  # fmt: skip
+    assert by_title["count"] == trained
+    key, difference = ["digits (atto)", "held out", "INT8"], "1.0e-03, 2.0e-03, 3"
+    assert by_title["percentile"] == [
+        [*key, "yes", difference, "not run", "not run"],
+        [*key, "no", "not run", difference, "not run"],
+    ]
+    assert by_title["weights"] == [
+        ["digits (atto)", "outliers", "held out", "INT8", "no", "50", "98.00", "40.00", *figures[3:]]
+    ]
+    assert by_title["run by"] == [["digits (atto)", "INT8", "onnxruntime", "50", "98.00", "97.00", *figures[3:]]]
+    shares = ["5.00", "5.00", "25.00", "25.00", "50.00", "50.00", "75.00", "50.00"]
+    assert by_title["nearest among 5, %"] == [["digits (atto)", "held out", "INT8", "1.0e-03", "2.0e-03", *shares]]
+
+
+def test_a_part_of_eight_bits_that_was_not_recorded_is_named(script: ModuleType) -> None:
+    document = eight_bits()
+    document["rows"] = [row for row in document["rows"] if row["part"] == "traffic"]
+    text = script.eight_bits_text(document)
+    for title in ("**NVIDIA's ModelOpt**", "**Accuracy**", "**Features**"):
+        assert f"{title}\n\nNot run." in text
+    assert "Not recorded: femto," in text
 
 
 def test_a_section_without_data_says_so_and_loses_its_plot(script: ModuleType, docs: Path) -> None:
@@ -161,6 +338,10 @@ def test_tables_have_the_rows_of_the_data_and_say_what_is_missing(docs: Path) ->
     assert baseline[3:] == [BASELINE, "80.0", "baseline", "–", "OK"]
     assert ours[3:] == ["atto-32-fp32.onnx", "100.0", "1.25 (1.20–1.30)", "1.50 (1.40–1.60)", "**UNSTABLE**"]
     assert "Not run: atto-32-fp16-rtx-sm89.engine (no GPU)." in part(docs, "cpu")
+    assert cells(docs, "servers") == [
+        ["bare loop", "1", "1,000", "0", "50.0", "–", "20", "30", "1.50", "10.0", "–"],
+        ["cnx-deploy serve", "8", "1,000", "0", "40.0", "0.80", "20", "30", "1.50", "15.0", "1.50"],
+    ]
     for name in ("traffic", "traffic-targets", "cost"):
         assert "Recorded 2026-01-02 with `record it`." in part(docs, name)
         assert "no gpu" in part(docs, name).lower()
@@ -168,7 +349,8 @@ def test_tables_have_the_rows_of_the_data_and_say_what_is_missing(docs: Path) ->
 
 
 def test_the_committed_page_and_plots_are_what_the_data_say(script: ModuleType) -> None:
-    names = [name for name, section in script.SECTIONS.items() if section[-1] is not None]
+    recorded = {path.stem for path in (ROOT / "docs" / "data").glob("*.json")}
+    names = [name for name, section in script.SECTIONS.items() if section[-1] is not None and name in recorded]
     drawn = [(ROOT / "docs" / "plots" / f"{name}.svg").read_text(encoding="utf-8") for name in names]
     if not all(f"Matplotlib v{matplotlib.__version__}," in text for text in drawn):
         pytest.skip(f"another matplotlib than {matplotlib.__version__} drew the plots")

@@ -49,12 +49,13 @@ class Visit:
     addresses: tuple[str, ...]
 
 
-def visit(page: Path, *flags: str) -> Visit:
-    """Open a file with a profile of its own, which is thrown away."""
+def visit(page: Path | str, *flags: str) -> Visit:
+    """Open a file, or an address, with a profile of its own, which is thrown away."""
     with _folder() as folder:
         log = folder / "net.json"
-        own = (f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", NO_NAMES)
-        command = [str(BROWSER), *FLAGS, *own, *flags, page.as_uri()]
+        hosts = NO_NAMES if isinstance(page, Path) else f"{NO_NAMES}, EXCLUDE 127.0.0.1"
+        own = (f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", hosts)
+        command = [str(BROWSER), *FLAGS, *own, *flags, page.as_uri() if isinstance(page, Path) else page]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
         console = tuple(line for line in done.stderr.splitlines() if ":CONSOLE" in line)
         return Visit(done.stdout, console, tuple(_addresses(json.loads(log.read_text(encoding="utf-8")))))

@@ -400,4 +400,15 @@ def _moved() -> Iterator[Case]:
         yield Case("Trilu", [half(4, 5), np.array(1)], {"upper": upper})
 
 
-CASES = [*_elementwise(), *_products(), *_reductions(), *_spatial(), *_moved(), *_hostile()]
+def _quantized() -> Iterator[Case]:
+    """In INT8 and UINT8; float8 has its own tests, because numpy does not hold it."""
+    for dtype, zero in ((np.int8, -5), (np.uint8, 130)):
+        zeros = np.array([zero, 0, 3], dtype)
+        yield Case("QuantizeLinear", [half(40, scale=9), number(0.1), np.array(zero, dtype)], {}, 19)
+        yield Case("QuantizeLinear", [half(2, 3, 4), np.float16([0.01, 0.02, 0.1]), zeros], {"axis": -2}, 13)
+        integers = np.arange(24).reshape(2, 3, 4).astype(dtype)
+        yield Case("DequantizeLinear", [integers, np.float16([0.01, 0.02, 0.1]), zeros], {"axis": -2}, 21)
+        yield Case("DequantizeLinear", [integers, number(0.1)], {"output_dtype": TensorProto.FLOAT}, 23)
+
+
+CASES = [*_elementwise(), *_products(), *_reductions(), *_spatial(), *_moved(), *_hostile(), *_quantized()]

@@ -115,13 +115,14 @@ class DoubleRuntime:
 
     engine: DoubleEngine | None = None
     plans: list[bytes]
+    host_code = False
 
     def __init__(self, logger: Any) -> None:
         self.logger = logger
-        self.engine_host_code_allowed = True  # so that a runner that forgets to turn it off is seen
+        self.engine_host_code_allowed = not self.host_code  # so that a runner that forgets to set it is seen
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> DoubleEngine | None:
-        assert self.engine_host_code_allowed is False, "host code must be off before an engine is read"
+        assert self.engine_host_code_allowed is self.host_code, "host code must be off, or on for a launcher alone"
         self.plans.append(serialized_engine)
         return self.engine
 
@@ -181,13 +182,21 @@ def double_of(
     *,
     fail: str | None = None,
     images_type: str = "FLOAT",
+    host_code: bool = False,
 ) -> tuple[Any, DoubleContext]:
-    """A module to take TensorRT's place, and the context it will hand out. `fail="deserialize"` gives no engine."""
+    """A module to take TensorRT's place, and the context it will hand out. `fail="deserialize"` gives no engine.
+
+    `host_code`: whether it has to be allowed when an engine is read.
+    """
     session = onnxruntime.InferenceSession(str(onnx_path), providers=["CPUExecutionProvider"])
     context = DoubleContext(session, profiles, fail)
     types = {"images": images_type, "logits": "FLOAT"}
     engine = DoubleEngine(None if fail == "create_execution_context" else context, types)
-    runtime = type("Runtime", (DoubleRuntime,), {"engine": None if fail == "deserialize" else engine, "plans": []})
+    runtime = type(
+        "Runtime",
+        (DoubleRuntime,),
+        {"engine": None if fail == "deserialize" else engine, "plans": [], "host_code": host_code},
+    )
     module = SimpleNamespace(
         __version__=real_trt.__version__,
         ILogger=real_trt.ILogger,

@@ -185,7 +185,7 @@ def test_both_are_in_the_manifest_and_what_is_recorded_is_what_is_verified(
         document = json.loads(files[0].path.with_suffix(".json").read_text())
         document["request"]["deploy"] |= told
         manifest.write_text(json.dumps(document))
-        assert not api.verify(path, samples=2, runners=("onnxruntime",)).passed, told
+        assert not api.verify(path, samples=2, backends=("onnxruntime",)).passed, told
 
 
 def test_an_engine_has_the_kernels_of_the_plain_one_and_one_more(

@@ -455,7 +455,7 @@ def test_what_was_saved_is_judged_again_without_the_artifact_and_with_the_same_r
 
 
 def test_two_runners_of_one_backend_are_saved_apart(cnx: Cnx) -> None:
-    runners = ("--runner", "onnxruntime", "--runner", "onnxruntime-plain")
+    runners = ("--backend", "onnxruntime", "--backend", "onnxruntime-plain")
     assert cnx("verify", "--samples", "1", *runners, "--save-outputs", "saved")[0] == 0
     first, second = read_saved(Path("saved"))[0].runs
     assert (first.candidate, first.file != second.file) == (second.candidate, True)

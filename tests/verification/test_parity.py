@@ -232,10 +232,29 @@ FOUND = differences(logits(), logits())
         (Gate("g", 1.0, 2.0, 0.0, 1.0), "centred cosine 1, gate 2"),
         (Gate("g", 1.0, 0.0, 2.0, 1.0), "top-1 agreement 1, gate 2"),
         (Gate("g", 1.0, 0.0, 0.0, -1.0), "mean KL 0, gate -1"),
+        (Gate("g", 1.0, 0.0, 0.0, 1.0, relative_l2_median_max=-1.0), "median relative L2 0, gate -1"),
+        (Gate("g", 1.0, 0.0, 0.0, 1.0, flip_share_max=-1.0), "share of flips 0, gate -1"),
     ],
 )
 def test_a_failure_names_the_limit_and_both_numbers(gate, named):
     assert gate.failures(FOUND) == (named,)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_eight_bits_may_flip_one_image_in_a_hundred_and_only_within_noise(name):
+    """Two classes of nearly the same score change places; the others move by 1 %."""
+    reference = torch.randn(200, 10, dtype=torch.float64, generator=torch.manual_seed(0))
+    reference[:, :2] += torch.tensor([20.0, 10.0])
+    reference[:4, 1] = reference[:4, 0] - 1e-3
+    moved = reference + 0.1 * torch.randn(reference.shape, dtype=torch.float64, generator=torch.manual_seed(1))
+    few, many = moved.clone(), moved.clone()
+    for side, count in ((few, 2), (many, 4)):
+        side[:4, 0] = side[:4, 1] + 0.01
+        side[:count, 0] = side[:count, 1] - 0.01
+    assert GATES[name].failures(differences(few, reference)) == ()
+    assert GATES[name].failures(differences(many, reference)) == ("share of flips 0.02, gate 0.01",)
+    few[10, 0] = 0.0
+    assert any("top-1 agreement" in failure for failure in GATES[name].failures(differences(few, reference)))
 
 
 @pytest.mark.parametrize("classes", [1, 2])

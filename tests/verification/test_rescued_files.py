@@ -149,7 +149,7 @@ def test_a_tagger_s_output_is_judged_label_by_label(project) -> None:
     )
     (spec,) = recorded_outputs(found.artifact)
     assert (spec.name, spec.activation) == ("logits", "sigmoid")
-    (result, *_) = cnx.verify(found.path, samples=2, runners=("onnxruntime",)).results[0].results
+    (result, *_) = cnx.verify(found.path, samples=2, backends=("onnxruntime",)).results[0].results
     assert result.passed
     assert result.differences.top1_agreement == 1.0
     with pytest.raises(InputError, match="expected one output"):

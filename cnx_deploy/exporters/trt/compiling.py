@@ -6,17 +6,19 @@ This module loads neither torch nor onnx: a child that starts with it is ready i
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import msgspec
 
-from cnx_deploy.core.child_process import Limits
+from cnx_deploy.core.child_process import Limits, run_isolated
 from cnx_deploy.core.deploy_spec import DeploySpec
+from cnx_deploy.core.devices import find_device
 from cnx_deploy.core.errors import BuildError, InputError
-from cnx_deploy.core.manifest import EngineFacts
+from cnx_deploy.core.hidden_tensor import FusedMode
+from cnx_deploy.core.manifest import Compiled, EngineFacts, Launcher, OwnKernels
 from cnx_deploy.core.strict_json import typed
 from cnx_deploy.core.system import find_gpus
 from cnx_deploy.exporters.trt.backend import Backend, load_backend
@@ -24,7 +26,10 @@ from cnx_deploy.exporters.trt.compiled import measure_compiled
 from cnx_deploy.exporters.trt.kernel_log import kernels_in_log
 from cnx_deploy.exporters.trt.network import NetworkBuild, Progress, half_share, type_census
 
-__all__ = ["BuildSpec", "FilePrecision", "compile_task", "compiled_engine", "limits_for", "measure_task", "task_of"]
+__all__ = [
+    "BuildSpec", "FilePrecision", "compile_task", "compiled_engine", "limits_for", "measure_isolated", "measure_task",
+    "task_of",
+]  # fmt: skip
 
 MIN_HALF_SHARE = 0.95
 """Least share of HALF among matrix products and convolutions of an FP16 file: ours have 1.0, an FP32 graph 0."""
@@ -44,6 +49,8 @@ class BuildSpec:
 
     TF32 lets FP32 matrix products and convolutions keep ten bits of mantissa; it is off unless asked for.
     `measure` compiles the graph a second time for a fixed batch to record kernels and traffic.
+    `fused`: blocks are computed by own kernels, and where they keep the hidden tensor (`core.hidden_tensor`).
+    `launcher`: path of a library made of `launcher/kernel_launcher.cpp`, which then travels in the engine.
     """
 
     runtime: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
@@ -51,12 +58,16 @@ class BuildSpec:
     batches: tuple[tuple[int, int, int], ...] = ((1, 8, 64),)
     allow_tf32: bool = False
     measure: bool = True
+    fused: FusedMode | None = None
+    launcher: str | None = None
 
     def __post_init__(self) -> None:
         if not self.batches or any(not 1 <= low <= typical <= high for low, typical, high in self.batches):
             raise InputError(
                 f"The batch ranges are {self.batches}; each has to be smallest:typical:largest, such as 1:8:64."
             )
+        if self.launcher is not None and self.fused is None:
+            raise InputError(f"{self.launcher} launches own kernels, and the engine has none. Add --fused (fused).")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +94,42 @@ def compile_task(onnx: str, precision: dict[str, Any], spec: dict[str, Any], pla
     return msgspec.to_builtins(facts)
 
 
-def measure_task(onnx: str, target: str, batch: int) -> Any:
-    """What TensorRT-RTX makes of any ONNX file for a fixed batch, for a child process: a `Compiled` record."""
-    with _written_for(Path(onnx), target) as path:
-        backend = load_backend(LISTS_KERNELS)
+def measure_task(onnx: str, target: str, batch: int, fused: FusedMode | None = None) -> Any:
+    """What TensorRT-RTX makes of any ONNX file for a fixed batch, for a child process: a `Compiled` record.
+
+    `fused`: see `BuildSpec`; the child then needs the environment of `plugins.parser_environment`.
+    """
+    backend = load_backend(LISTS_KERNELS)
+    with _written_for(backend, Path(onnx), target, BuildSpec(fused=fused)) as (path, _):
         return msgspec.to_builtins(measure_compiled(path, batch=batch, target=target, backend=backend))
+
+
+def measure_isolated(
+    path: Path,
+    target: str,
+    batch: int,
+    *,
+    what: str | None = None,
+    fused: FusedMode | None = None,
+    tick: Callable[[float], None] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Compiled:
+    """What TensorRT-RTX makes of an ONNX file for a fixed batch, measured in a child process.
+
+    `what` names the work in messages, `fused` is as in `measure_task`; `tick` and `environment` are as in
+    `core.child_process.run_isolated`. Raises BuildError where it cannot be compiled.
+    """
+    size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))  # weights may lie beside the file
+    answer = run_isolated(
+        "cnx_deploy.exporters.trt.compiling:measure_task",
+        {"onnx": str(path.resolve()), "target": target, "batch": batch, "fused": fused},
+        limits_for(size),
+        what=what or f"Compiling {path.name} for {target}, batch {batch}",
+        failure=BuildError,
+        tick=tick,
+        environment=environment,
+    )
+    return typed(answer, Compiled)
 
 
 def limits_for(onnx_bytes: int) -> Limits:
@@ -106,8 +148,7 @@ def compiled_engine(
 ) -> tuple[bytes, EngineFacts]:
     """The engine's bytes, and what was found on the way. `precision`: that of the ONNX file."""
     gpu = find_gpus()[0].target if spec.target == "current" else spec.target
-    rewrites = backend.name == LISTS_KERNELS  # how the other one compiles depthwise convolutions is not known here
-    with _written_for(source, gpu) if rewrites else contextlib.nullcontext(source) as path:
+    with _written_for(backend, source, gpu, spec) as (path, own_kernels):
         start = time.monotonic()
         build, plan, fallback = _serialised(backend, path, precision, spec, progress)
         seconds = round(time.monotonic() - start, 2)
@@ -121,12 +162,13 @@ def compiled_engine(
             census=type_census(build.network),
             half_share_of_products=round(half_share(build.network), 4),
             depthwise_fp32_fallback=fallback,
-            depthwise_in_groups_of=1 if path == source else _channels_per_group(),
+            depthwise_in_groups_of=1 if path == source or own_kernels is not None else _channels_per_group(),
             range_warnings=tuple(build.range_warnings()),
             kernels_by_profile=_kernels_by_profile(build, spec),
             run="not run: built ahead of time" if spec.target != "current" else "not run yet: see verify",
             gpu=gpu if spec.target == "current" else None,
             compiled=compiled,
+            own_kernels=own_kernels,
         )
     return plan, facts
 
@@ -147,7 +189,7 @@ def _serialised(
     TensorRT 11.2 has none on some GPUs (NVIDIA/TensorRT issue 4838).
     """
     try:
-        build = NetworkBuild(backend, path)
+        build = NetworkBuild(backend, path, _libraries(spec))
         _check_half_share(build, precision)
         return build, build.serialise(_config(build, spec), progress), False
     except BuildError as error:
@@ -156,7 +198,7 @@ def _serialised(
     from cnx_deploy.exporters.trt.depthwise import with_depthwise_in_fp32
 
     with with_depthwise_in_fp32(path) as widened:
-        build = NetworkBuild(backend, widened)
+        build = NetworkBuild(backend, widened, _libraries(spec))
         return build, build.serialise(_config(build, spec), progress), True
 
 
@@ -176,15 +218,29 @@ def _check_half_share(build: NetworkBuild, precision: FilePrecision) -> None:
 
 
 @contextlib.contextmanager
-def _written_for(source: Path, gpu: str) -> Iterator[Path]:
-    """The file to compile for a GPU; onnx is loaded only where it has to be written otherwise."""
-    if gpu != "sm75":
-        yield source
-        return
-    from cnx_deploy.exporters.trt.depthwise import written_for
+def _written_for(backend: Backend, source: Path, gpu: str, spec: BuildSpec) -> Iterator[tuple[Path, OwnKernels | None]]:
+    """The file to compile for a GPU, and its own kernels; onnx is loaded only where it has to be written otherwise."""
+    if spec.fused is not None:
+        from cnx_deploy.exporters.trt.fused_graph import with_own_kernels
+        from cnx_deploy.exporters.trt.plugins import make_creator_known
 
-    with written_for(source, gpu) as path:
-        yield path
+        make_creator_known(backend, *_libraries(spec))
+        device = find_device(find_gpus()[0].name) if spec.target == "current" else None
+        launcher: Launcher = "python" if spec.launcher is None else "engine"
+        with with_own_kernels(source, spec.fused, gpu, device, launcher) as (path, own_kernels):
+            yield path, own_kernels
+    elif gpu == "sm75" and backend.name == LISTS_KERNELS:  # how the other one compiles depthwise ones is not known here
+        from cnx_deploy.exporters.trt.depthwise import written_for
+
+        with written_for(source, gpu) as path:
+            yield path, None
+    else:
+        yield source, None
+
+
+def _libraries(spec: BuildSpec) -> tuple[Path, ...]:
+    # Absolute, or the loader looks for a bare name elsewhere.
+    return () if spec.launcher is None else (Path(spec.launcher).resolve(),)
 
 
 def _channels_per_group() -> int:

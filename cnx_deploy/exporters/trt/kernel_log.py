@@ -46,11 +46,14 @@ OPERATIONS = (
     (r"downsample_layers\.0\.\d+/\w+", "stem norm"),
     (r"stages\.\d+\.\d+\.dwconv/Conv", "dwconv"),
     (r"stages\.\d+\.\d+\.norm/\w+", "norm"),
+    (r"stages\.\d+\.\d+\.pwconv1/NormLinearGelu", "norm+pwconv1+gelu+grn statistic"),
     (r"stages\.\d+\.\d+\.pwconv1/(MatMul|Gemm|Conv)", "pwconv1"),
-    (r"stages\.\d+\.\d+\.pwconv1/Add", "pwconv1 bias"),
+    (r"stages\.\d+\.\d+\.pwconv1/(Add|Mul)", "pwconv1 bias"),
     (r"stages\.\d+\.\d+\.act/\w+", "gelu"),
     (r"stages\.\d+\.\d+\.grn/(Reduce\w+|AveragePool|Sqrt)", "grn statistic"),
-    (r"stages\.\d+\.\d+(\.grn/(Reciprocal|Div|Mul|Add)|\.grn\.affine/Conv|\.pwconv2/Mul|/Mul)", "gain"),
+    (r"stages\.\d+\.\d+\.pwconv2/GainedMlpResidual", "norm+pwconv1+gelu+gain+pwconv2+residual"),
+    (r"stages\.\d+\.\d+\.pwconv2/GainedLinearResidual", "gain+pwconv2+residual"),
+    (r"stages\.\d+\.\d+(\.grn/(Reciprocal|Div|Mul|Add|ResponseGain)|\.grn\.affine/Conv|\.pwconv2/Mul|/Mul)", "gain"),
     (r"stages\.\d+\.\d+\.pwconv2/(MatMul|Gemm|Conv)", "pwconv2"),
     (r"stages\.\d+\.\d+\.pwconv2/Add", "pwconv2 bias"),
     (r"stages\.\d+\.\d+/Add", "residual"),
@@ -75,7 +78,7 @@ BLOCK = re.compile(r"(downsample_layers\.\d+|stages\.\d+\.\d+)\b")
 HEAD = re.compile(
     r"norm/.+|(head|pyramid|proposals|box_head|mask_head)(\.[\w.]+)?/.+|model/ReduceMean|(answers|class_maps|flip_mean)/.+"
 )
-MOVES = re.compile(r".+/(Cast|Transpose|Reshape|Squeeze|Unsqueeze|Flatten|Concat|Pad)")
+MOVES = re.compile(r".+/(Cast|Transpose|Reshape|Squeeze|Unsqueeze|Flatten|Concat|Pad|QuantizeLinear|DequantizeLinear)")
 NUMBER = re.compile(r"_\d+$")
 
 # A generated kernel ("kgen") is named after its steps, as in __myl_CastMulReshSum_myl0_6. Where a node's step is not

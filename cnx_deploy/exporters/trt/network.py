@@ -30,11 +30,15 @@ RANGE_WORDS = ("overflow", "subnormal", "out of range", "out-of-range", "underfl
 
 
 class NetworkBuild:
-    """One parse and build with its own builder and log; not to be shared between threads."""
+    """One parse and build with its own builder and log; not to be shared between threads.
 
-    def __init__(self, backend: Backend, onnx_path: Path) -> None:
+    `libraries`: of plugins, which the engine takes along.
+    """
+
+    def __init__(self, backend: Backend, onnx_path: Path, libraries: Sequence[Path] = ()) -> None:
         self.backend = backend
         self.onnx_path = onnx_path
+        self.libraries = tuple(map(str, libraries))
         self.log = backend.recording_logger()
         trt = backend.trt
         self.builder = trt.Builder(self.log)
@@ -81,6 +85,8 @@ class NetworkBuild:
         self.backend.select_target(config, target)
         (config.set_flag if allow_tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        if self.libraries:
+            config.plugins_to_serialize = list(self.libraries)
         dynamic = any(-1 in tuple(self.network.get_input(index).shape) for index in range(self.network.num_inputs))
         for sizes in batches if dynamic else ():
             profile = self.builder.create_optimization_profile()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnx_deploy.core.image_size import sides, stage_sides
-from cnx_deploy.model.deploy_layers import ChannelsFirstNorm, convolution, doubles, linear, type_of, widen
+from cnx_deploy.model.deploy_layers import convolution, doubles, linear, map_norm, type_of, widen
 from cnx_deploy.model.folds import fold_affine_into_conv, fold_finest_level, fold_rows_of_patches
 from cnx_deploy.model.tasks.base import Outputs
 from cnx_deploy.model.tasks.detection_heads import (
@@ -125,10 +125,10 @@ class Pyramid(nn.Module):
             if isinstance(norm, nn.Identity):
                 norms.append(norm)
             elif "lateral-affine" in folds:
-                norms.append(ChannelsFirstNorm(spec.layout == "gpu"))
+                norms.append(map_norm(spec))
                 dense = fold_affine_into_conv(*dense, *doubles(norm))
             else:
-                norms.append(ChannelsFirstNorm(spec.layout == "gpu", *doubles(norm)))
+                norms.append(map_norm(spec, *doubles(norm)))
             if self.is_split and level > 0:
                 dense = _with_ones(*dense, value=float(level == 3))
                 blocks[level] = (F.pad(blocks[level][0], (0, 0, 0, 0, 0, ONES)), blocks[level][1])

@@ -188,10 +188,17 @@ class PooledTask(Task):
         return (0, 1, 2, 3) if "maps" in words else self.levels
 
     def operators_of(self, spec: "DeploySpec") -> Mapping[str, int]:
-        """One LayerNormalization, unless the maps are all that is given; class maps add an epsilon of their own."""
+        """One LayerNormalization, unless the maps are all that is given.
+
+        Class maps add an epsilon of their own, and an embedding of length one its ReduceL2.
+        """
         words = spec.outputs
         needs_norm = not words or bool(set(words) - {"maps", "class-maps"})
-        return {"LayerNormalization": int(needs_norm), "epsilon": int("class-maps" in words)}
+        return {
+            "LayerNormalization": int(needs_norm),
+            "epsilon": int("class-maps" in words),
+            "ReduceL2": int("unit-embedding" in words),
+        }
 
     def class_output_of(self, names: Collection[str]) -> str | None:
         """The logits, or else the probabilities."""

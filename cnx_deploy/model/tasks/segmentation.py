@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cnx_deploy.core.class_names import NOT_COUNTED
 from cnx_deploy.core.gates import Gate, OutputSpec
 from cnx_deploy.core.variants import Variant
-from cnx_deploy.model.deploy_layers import ChannelsFirstNorm, doubles, widen
+from cnx_deploy.model.deploy_layers import doubles, map_norm, widen
 from cnx_deploy.model.layers import LayerNormChannelsFirst
 from cnx_deploy.model.tasks.base import Outputs, Place, Prediction, Task, register_task
 from cnx_deploy.model.tasks.segmentation_metrics import MapOutcome, RunningMaps, labels_on
@@ -192,7 +192,7 @@ class Segment(Task):
             # The last map is read by a padded convolution: its shift is no constant at the edge.
             is_folded = level < 3 and "lateral-affine" in folds
             affines.append(affine if is_folded else None)
-            norms[f"norm{level}"] = ChannelsFirstNorm(spec.layout == "gpu", *(() if is_folded else affine))
+            norms[f"norm{level}"] = map_norm(spec, *(() if is_folded else affine))
         modules = {**norms, "decode_head": DeployedUPerNet(head, affines, spec)}
         if "labels" in spec.outputs:
             modules["label_map"] = LabelMap(model.num_classes, spec)

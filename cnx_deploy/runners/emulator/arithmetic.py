@@ -13,7 +13,9 @@ from torch import Tensor
 
 from cnx_deploy.core.errors import InputError
 
-__all__ = ["ARITHMETIC", "TORCH_TYPES", "Attributes", "Inputs", "Operator", "ints", "needed", "optional", "wide"]
+__all__ = [
+    "ARITHMETIC", "TORCH_TYPES", "Attributes", "Inputs", "Operator", "cast", "ints", "needed", "optional", "wide",
+]  # fmt: skip
 
 Inputs = Sequence[Tensor | None]
 """In the operator's order; None where an optional one is absent."""
@@ -26,14 +28,30 @@ Operator = Callable[[Inputs, Attributes], Tensor | tuple[Tensor, ...]]
 
 TORCH_TYPES = {
     1: torch.float32, 2: torch.uint8, 3: torch.int8, 5: torch.int16, 6: torch.int32, 7: torch.int64, 9: torch.bool,
-    10: torch.float16, 11: torch.float64, 16: torch.bfloat16,
+    10: torch.float16, 11: torch.float64, 16: torch.bfloat16, 17: torch.float8_e4m3fn, 19: torch.float8_e5m2,
 }  # fmt: skip
 """onnx.TensorProto.DataType -> torch."""
 
 
 def wide(tensor: Tensor) -> Tensor:
     """The tensor as it is computed with: FP32 for anything narrower that is not an integer."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, saturate: bool = True) -> Tensor:
+    """The tensor in another type, rounded half to even.
+
+    Beyond its range float8 has its largest value, or without `saturate` NaN (E4M3FN) and infinity (E5M2). NaN stays.
+    Source: ONNX operators, Cast. torch's own cast to E4M3FN saturates or not, depending on its version.
+    """
+    if dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return tensor.to(dtype)
+    values, largest = tensor.float(), torch.finfo(dtype).max
+    if saturate:
+        values = values.clamp(-largest, largest)
+    elif dtype == torch.float8_e4m3fn:
+        values = values.masked_fill(values.abs() > 464, math.nan)  # 464 lies between 448 and what would be 480
+    return values.to(dtype)
 
 
 def needed(inputs: Inputs, index: int = 0) -> Tensor:
@@ -301,7 +319,7 @@ def _cast(inputs: Inputs, attributes: Attributes) -> Tensor:
     if attributes["to"] not in TORCH_TYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TORCH_TYPES.values())
         raise InputError(f"Its attribute to is the element type {attributes['to']}; known are {known}.")
-    return needed(inputs).to(TORCH_TYPES[attributes["to"]])
+    return cast(needed(inputs), TORCH_TYPES[attributes["to"]], bool(attributes.get("saturate", 1)))
 
 
 ARITHMETIC: dict[str, Operator] = {
@@ -312,7 +330,7 @@ ARITHMETIC: dict[str, Operator] = {
     "ArgMin": _arg(torch.argmin),
     "BatchNormalization": _batch_normalization,
     "Cast": _cast,
-    "CastLike": lambda inputs, _: needed(inputs).to(needed(inputs, 1).dtype),
+    "CastLike": lambda inputs, given: cast(needed(inputs), needed(inputs, 1).dtype, bool(given.get("saturate", 1))),
     "Ceil": elementwise(torch.ceil),
     "Clip": _clip,
     "CumSum": _cumulative_sum,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.exporters.graph_checks import load_model
-from cnx_deploy.runners.emulator.arithmetic import Inputs, Operator
+from cnx_deploy.runners.emulator.arithmetic import Inputs, Operator, wide
 from cnx_deploy.runners.emulator.operators import OPERATORS
 
 __all__ = ["Evaluation", "Graph"]
@@ -24,6 +24,13 @@ CONSTANT_TYPES = {
     "value_int": torch.int64, "value_ints": torch.int64,
 }  # fmt: skip
 """Attributes of Constant that hold numbers -> their element type; a tensor has its own."""
+
+WITHOUT_NUMPY_TYPE = {
+    ir.DataType.BFLOAT16: (np.int16, torch.bfloat16),
+    ir.DataType.FLOAT8E4M3FN: (np.uint8, torch.float8_e4m3fn),
+    ir.DataType.FLOAT8E5M2: (np.uint8, torch.float8_e5m2),
+}
+"""Element types that torch has and numpy has not -> the integer of the same bits, and torch's type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +114,7 @@ class Graph:
             for name, result in zip(step.outputs, results, strict=True):
                 if name in wanted or waiting[name]:
                     tensors[name] = result
-                if first_nonfinite is None and result.is_floating_point() and not bool(torch.isfinite(result).all()):
+                if first_nonfinite is None and result.is_floating_point() and not wide(result).isfinite().all():
                     first_nonfinite = step.name
             for name in step.inputs:
                 waiting[name] -= 1
@@ -168,10 +175,11 @@ def _value(attribute: ir.Attr) -> Any:
 
 
 def _tensor(value: ir.TensorProtocol) -> Tensor:
-    """A constant as a torch tensor of the same type, BF16 included, which numpy has no type for."""
+    """A constant as a torch tensor of the same type."""
     array = np.array(value.numpy())  # a copy: the file may be mapped
-    if value.dtype == ir.DataType.BFLOAT16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    if value.dtype in WITHOUT_NUMPY_TYPE:
+        bits, dtype = WITHOUT_NUMPY_TYPE[value.dtype]
+        return torch.from_numpy(array.view(bits)).view(dtype)
     try:
         return torch.from_numpy(array)
     except TypeError as error:

@@ -12,7 +12,7 @@ from typing import cast
 from cnx_deploy.core.errors import CheckpointError, InputError
 from cnx_deploy.data import Dataset, ImageCheck, ImageFiles, check_images, evenly
 from cnx_deploy.data.dataset import VALIDATION_NAMES, LeftOut, images_below, notes_of, training_folder
-from cnx_deploy.data.decoding import FORMATS
+from cnx_deploy.data.pixels import FORMATS
 from cnx_deploy.training.fcmae.autoencoder import MaskedAutoencoder, create_autoencoder
 from cnx_deploy.training.fcmae.spec import PretrainingRecord, PretrainingResult, PretrainingSpec
 from cnx_deploy.training.records import Progress

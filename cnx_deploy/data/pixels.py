@@ -1,29 +1,37 @@
-"""How a file becomes an image: told by its content, decoded whole or refused by name, and made 8-bit.
+"""From a file to the pixels of an evaluation image: decoded whole or refused by name, made 8-bit, resized and cropped.
 
 Deeper images (16 bits, integers of 32 bits, floats) are brought to 8 bits by one rule: a white level, the stored value
 that is white, becomes 255. It is 65535 for integers and 1 for floats unless `Preprocessing.white_level` gives another.
+
+This file stands alone, on NumPy and Pillow: `serving.triton` puts a copy of it into a model repository, so that a
+server makes the same pixels as `predict`.
 """
 
 import contextlib
+import io
 import math
+import re
 import struct
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image
 
-from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.image_size import MAX_CHANNELS
+try:
+    from cnx_deploy.core.errors import InputError
+except ImportError:  # a copy of this file, away from the package
+
+    class InputError(ValueError):  # type: ignore[no-redef]
+        """The image cannot be taken; the message says why."""
+
 
 __all__ = [
-    "FORMATS", "MAX_PIXELS", "MODES", "SUFFIXES", "TURNS", "UNREADABLE", "Observations", "eight_bits", "is_image_file",
-    "is_numpy_file", "load_image", "quiet", "upright",
+    "FORMATS", "MAX_PIXELS", "MODES", "PADDING_MODES", "TURNS", "UNREADABLE", "cropped_pixels", "eight_bits",
+    "load_image", "pixels_of_file", "quiet", "resized_and_offset", "upright",
 ]  # fmt: skip
 
 Image.init()  # else Pillow knows its first five formats only
@@ -31,18 +39,12 @@ FORMATS = tuple(
     kind for kind in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "HEIF") if kind in Image.OPEN
 )
 """AVIF and HEIF only where the installed Pillow reads them."""
-SHORT_SIGNATURES = frozenset({"BMP", "PPM"})
-"""Two letters begin such a file, as they may a text."""
-SUFFIXES = frozenset(suffix for suffix, kind in Image.EXTENSION.items() if kind in FORMATS)
-"""Of the names of files that are taken for images before anything of them is read."""
-NUMPY = b"\x93NUMPY"
-"""Begins an .npy file."""
+PADDING_MODES = ("border", "corner")
+"""Crop modes that fill what a picture lacks."""
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 """What a picture becomes for a network of so many channels."""
 MAX_PIXELS = 89_000_000
 """Largest image that is decoded, 267 MB as RGB; just below the size at which Pillow itself begins to warn."""
-DARK = 1 / 4
-"""A deep image that does not pass this share of the white level may have two bits less than its file, or more."""
 
 TURNS = dict(enumerate((
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
@@ -54,113 +56,23 @@ UNREADABLE = (
     RuntimeError, struct.error, Image.DecompressionBombError,
 )  # fmt: skip
 """What Pillow raises for content that is no image of its format."""
-_REACHED, _WHITE, _TURNED_BLACK, _ANIMATED = "cnx reached", "cnx white", "cnx white is zero", "cnx animated"
-_OPAQUE = "cnx has no alpha"
+REACHED, ANIMATED, OPAQUE = "cnx reached", "cnx animated", "cnx has no alpha"
+_WHITE, _TURNED_BLACK = "cnx white", "cnx white is zero"
 """Entries of a PIL image's `info`: what is known of a decoded file beside its pixels."""
-Reached = tuple[float, float, float, str]
-_FILTERS, _OBSERVED = threading.Lock(), threading.Lock()
+_FILTERS = threading.Lock()
 
 
-@dataclass(slots=True)
-class Observations:
-    """What the images of a source have shown while they were read; filled from any thread.
-
-    `brightest` and `brightest_of_dark`: the largest share of the white level, the value, the white level and the image
-    that holds it, of all images that a white level is of, and of those below `DARK`.
-    """
-
-    animated: set[str] = field(default_factory=set)
-    opaque: set[str] = field(default_factory=set)
-    brightest: Reached | None = None
-    brightest_of_dark: Reached | None = None
-
-    def add(self, name: str, info: Mapping[Any, Any]) -> None:
-        """Take note of the `info` of an image that `upright` or `bands.picture_of` gave."""
-        if info.get(_ANIMATED):
-            self.animated.add(name)
-        if info.get(_OPAQUE):
-            self.opaque.add(name)
-        if (reached := info.get(_REACHED)) is None or reached[0] == 0:
-            return
-        value, white = reached
-        found = (value / white, value, white, name)
-        with _OBSERVED:
-            self.brightest = max(self.brightest or found, found)
-            if found[0] <= DARK:
-                self.brightest_of_dark = max(self.brightest_of_dark or found, found)
-
-    def notes(self) -> tuple[str, ...]:
-        """A sentence for each thing that whoever reads the result should know."""
-        said = []
-        if self.animated:
-            first = min(self.animated)
-            said.append(f"{len(self.animated)} files hold several frames or pages; the first one is taken ({first}).")
-        if self.opaque:
-            said.append(
-                f"Pictures without alpha are taken as opaque, 255: {len(self.opaque)}, the first {min(self.opaque)}."
-            )
-        if self.brightest_of_dark is not None:
-            _, value, white, name = self.brightest_of_dark
-            which = "Images" if self.brightest == self.brightest_of_dark else "Some images"
-            likely = 2 ** math.ceil(value).bit_length() - 1 if value > 1 else 1
-            said.append(
-                f"{which} with more than 8 bits reach {value:g} at most, where white is {white:g}: they are nearly "
-                f"black ({name}). If another value is white, say so: --white-level {likely} (white_level)."
-            )
-        if self.brightest is not None and self.brightest[0] > 1:
-            _, value, white, name = self.brightest
-            said.append(f"Values above the white level {white:g} are clipped; the largest is {value:g} ({name}).")
-        return tuple(said)
-
-
-def is_image_file(path: str) -> bool:
-    """Whether a file is of one of the formats, by its first bytes and, where those are two letters, its header.
-
-    This takes 0.05 ms; with the header of every file it took 0.3 ms (20,000 small files).
-    """
-    try:
-        with open(path, "rb") as stream:  # noqa: PTH123 - a million times
-            prefix = stream.read(16)
-            if prefix.startswith(NUMPY):
-                stream.seek(0)
-                return _holds_an_image(stream)
-        # A plugin that knows a file and cannot read it gives a text.
-        kinds = [kind for kind in FORMATS if (accept := Image.OPEN[kind][1]) is None or accept(prefix) is True]
-        if not kinds or set(kinds) - SHORT_SIGNATURES:
-            return bool(kinds)
-        with quiet(), Image.open(path, formats=tuple(kinds)):
-            return True
-    except UNREADABLE:
-        return False
-
-
-def is_numpy_file(path: Path) -> bool:
-    """Whether a file begins as NumPy's own."""
-    try:
-        with path.open("rb") as stream:
-            return stream.read(len(NUMPY)) == NUMPY
-    except OSError:
-        return False
-
-
-def _holds_an_image(stream: BinaryIO) -> bool:
-    """Whether the header of an .npy file is that of numbers (H, W, C) or (C, H, W); features and masks are left out."""
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(stream)
-    return len(shape) == 3 and dtype.kind in "uif" and 1 <= min(shape[0], shape[2]) <= MAX_CHANNELS
-
-
-def load_image(path: Path, white_level: float | None = None) -> Image.Image:
-    """Decode a file of one of `FORMATS`, told by its content; of several frames or pages the first.
+def load_image(file: Path | bytes, white_level: float | None = None) -> Image.Image:
+    """Decode a file of one of `FORMATS`, by its path or its bytes, told by its content; of several frames the first.
 
     `white_level`: of colour with 16 bits, of which Pillow keeps the upper byte. InputError names the file when it is
     another format, empty, truncated or above MAX_PIXELS; the size is read from the header, before anything is decoded.
     EXIF that cannot be read counts as none.
     """
+    name = _name(file)
     try:
         with quiet():  # the limit below is stricter than the one that Pillow warns of
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
         with image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels, limit {MAX_PIXELS}")
@@ -168,16 +80,17 @@ def load_image(path: Path, white_level: float | None = None) -> Image.Image:
             is_deep_colour = image.mode in ("RGB", "RGBA") and any(";16" in layout for layout in layouts)
             # A camera's JPEG holds previews and maps of brightness beside its picture, which are no frames of it.
             is_animated = image.format not in ("JPEG", "MPO") and bool(getattr(image, "is_animated", False))
-            known = {_ANIMATED: is_animated, **_known_of_tiff(image)}
+            known = {ANIMATED: is_animated, **_known_of_tiff(image)}
             with quiet():
                 image.load()
                 image.getexif()
         image.info.update(known)
-        return _deep_colour(path, image, white_level) if is_deep_colour else image
+        return _deep_colour(file, image, white_level) if is_deep_colour else image
     except UNREADABLE as error:
+        reason = re.sub(r" <_io\.BytesIO[^>]*>", "", str(error))
         raise InputError(
-            f"{path} cannot be read as an image ({error}): expected a whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]} "
-            f"file of at most {MAX_PIXELS // 1_000_000} million pixels. Replace or remove it."
+            f"{name} cannot be read as an image ({reason}): expected a whole {', '.join(FORMATS[:-1])} or "
+            f"{FORMATS[-1]} file of at most {MAX_PIXELS // 1_000_000} million pixels. Replace or remove it."
         ) from error
 
 
@@ -198,24 +111,24 @@ def upright(image: Image.Image, white_level: float | None = None, in_chans: int 
     # Not ImageOps.exif_transpose, which packs the EXIF anew and stumbles over tags that it could read.
     turn = image.getexif().get(ExifTags.Base.Orientation)
     turned = image.transpose(TURNS[turn]) if isinstance(turn, int) and turn in TURNS else image
-    opaque: dict[Any, Any] = {_OPAQUE: True} if in_chans in (2, 4) and not image.has_transparency_data else {}
+    opaque: dict[Any, Any] = {OPAQUE: True} if in_chans in (2, 4) and not image.has_transparency_data else {}
     if turned.mode[0] in "IF":
         info = image.info
         values, reached = eight_bits(np.asarray(turned), white_level, name, white=info.get(_WHITE))
         grey = Image.fromarray(255 - values if info.get(_TURNED_BLACK) else values)
         deep = grey.convert(mode)
-        deep.info.update({**reached, _ANIMATED: info.get(_ANIMATED), **opaque})
+        deep.info.update({**reached, ANIMATED: info.get(ANIMATED), **opaque})
         return deep
     if turned.mode == "P" and "transparency" in turned.info:
         turned = turned.convert("RGBA")
     plain = turned.convert(mode)
     plain.info.update(opaque)
-    has_levels = image.mode in ("L", "LA", "RGB", "RGBA") and _REACHED not in image.info
+    has_levels = image.mode in ("L", "LA", "RGB", "RGBA") and REACHED not in image.info
     if white_level is None or white_level >= 255 or not has_levels:
         return plain
     table = [round(min(value, white_level) * 255 / white_level) for value in range(256)]
     bright = plain.point([level for band in mode for level in (range(256) if band == "A" else table)])
-    bright.info |= {**opaque, _REACHED: (float(np.asarray(plain.convert("RGB")).max()), white_level)}
+    bright.info |= {**opaque, REACHED: (float(np.asarray(plain.convert("RGB")).max()), white_level)}
     return bright
 
 
@@ -251,22 +164,99 @@ def eight_bits(
     else:
         single = values.clip(max=level).astype(np.result_type(values, np.float32), copy=False)
         pixels = np.rint(single * 255.0 / level).astype(np.uint8)
-    return pixels, {_REACHED: (high, level)}
+    return pixels, {REACHED: (high, level)}
 
 
-def _deep_colour(path: Path, image: Image.Image, white_level: float | None) -> Image.Image:
+def pixels_of_file(file: Path | bytes, preprocessing: Any) -> np.ndarray:
+    """A picture's file -> (H, W, C) uint8, upright, resized and cropped. Raises InputError for what is none.
+
+    `preprocessing` has the fields of `core.preprocessing.Preprocessing`.
+    """
+    image = upright(load_image(file, preprocessing.white_level), preprocessing.white_level, preprocessing.in_chans)
+    return cropped_pixels((image,), preprocessing)
+
+
+def cropped_pixels(planes: Sequence[Image.Image], preprocessing: Any) -> np.ndarray:
+    """Upright 8-bit images of one size that hold the channels between them -> (H, W, C) uint8, resized and cropped.
+
+    Raises InputError when they are so long and thin that they cannot be resized within the memory limit.
+    """
+    rows, columns = _sides(preprocessing.image_size)
+    (width, height), (left, top) = resized_and_offset(planes[0].size, preprocessing)
+    if width * height > MAX_PIXELS:
+        raise InputError(
+            f"An image of {planes[0].width}x{planes[0].height} is too long and thin: before its centre is cropped it "
+            f"would be resized to {width}x{height}, over {MAX_PIXELS // 1_000_000} million pixels. Crop it first."
+        )
+    fill, done = preprocessing.fill, list[np.ndarray]()
+    for part in planes:
+        cut = part.resize((width, height), Image.Resampling[preprocessing.interpolation.upper()])
+        if width >= columns and height >= rows:
+            cut = cut.crop((-left, -top, columns - left, rows - top))
+        else:
+            colour = tuple(fill[len(done) : len(done) + len(part.getbands())])
+            canvas = Image.new(part.mode, (columns, rows), colour)
+            canvas.paste(cut, (left, top))
+            cut = canvas
+        done.append(np.atleast_3d(np.array(cut)))
+    return done[0] if len(done) == 1 else np.concatenate(done, axis=2)
+
+
+def resized_and_offset(size: tuple[int, int], preprocessing: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What a picture of width and height `size` is resized to, and where its corner lies on the canvas, as (x, y)."""
+    height, width = _sides(preprocessing.image_size)
+    resized = _resized_size(size, preprocessing)
+    if preprocessing.crop_mode == "corner":
+        return resized, (0, 0)
+    left, top = (-_margin(spare, preprocessing.crop_mode) for spare in (resized[0] - width, resized[1] - height))
+    return resized, (left, top)
+
+
+def _resized_size(size: tuple[int, int], preprocessing: Any) -> tuple[int, int]:
+    """Width and height before the crop of a picture of width and height `size`."""
+    height, width = (math.floor(side / preprocessing.crop_ratio) for side in _sides(preprocessing.image_size))
+    if preprocessing.crop_mode == "squash":
+        return width, height
+    pads = preprocessing.crop_mode in PADDING_MODES
+    if height == width and not pads:  # torchvision's arithmetic, which timm uses for squares
+        width, height = (height * length // min(size) for length in size)
+        return width, height
+    ratios = size[0] / width, size[1] / height
+    ratio = max(ratios) if pads else min(ratios)
+    return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
+
+
+def _margin(spare: int, crop_mode: str) -> int:
+    """Pixels that are cut off on the left or at the top when `spare` are too many; negative where some are missing."""
+    if spare < 0:
+        return -(-spare // 2)
+    return spare // 2 if crop_mode == "center-floor" else round(spare / 2)
+
+
+def _name(file: Path | bytes) -> str:
+    return "The file" if isinstance(file, bytes) else str(file)
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    """Height and width of an image size, one number for a square."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _deep_colour(file: Path | bytes, image: Image.Image, white_level: float | None) -> Image.Image:
     """Colour with 16 bits, which Pillow has decoded to the upper bytes: as it is, or with all bits by a white level."""
     high = int(np.asarray(image.convert("RGB")).max())
     if white_level is None or white_level >= 65535:
-        image.info[_REACHED] = (high * 257.0, 65535.0)
+        image.info[REACHED] = (high * 257.0, 65535.0)
         return image
     try:
         if image.format != "PNG":
             raise ImportError
+        import torch
         from torchvision.io import ImageReadMode, decode_png  # deprecated, and nothing else that is required reads them
 
+        content = file if isinstance(file, bytes) else file.read_bytes()
         with quiet():
-            stored = decode_png(torch.from_numpy(np.fromfile(path, np.uint8)), ImageReadMode.UNCHANGED)
+            stored = decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.UNCHANGED)
     except ImportError as error:
         raise ValueError(
             f"the white level {white_level:g} takes all 16 bits of a colour, of which 8 can be read: bring it to 8 "
@@ -274,7 +264,7 @@ def _deep_colour(path: Path, image: Image.Image, white_level: float | None) -> I
         ) from error
     # (1 to 4, H, W) uint16, alpha last
     colours = stored[:3] if len(stored) > 2 else stored[:1].expand(3, -1, -1)
-    pixels, reached = eight_bits(colours.permute(1, 2, 0).numpy(), white_level, str(path))
+    pixels, reached = eight_bits(colours.permute(1, 2, 0).numpy(), white_level, _name(file))
     deep = Image.fromarray(np.ascontiguousarray(pixels))
     if len(stored) in (2, 4):
         deep.putalpha(Image.fromarray((stored[-1].numpy() >> 8).astype(np.uint8)))

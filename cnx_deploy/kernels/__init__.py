@@ -1,0 +1,1 @@
+"""Own GPU kernels for what follows the depthwise convolution of a block, written in Triton."""

@@ -1,0 +1,1 @@
+"""Artifacts where users run them: model repositories, batches over many images, a served endpoint, other tools."""
