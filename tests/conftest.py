@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+from hypothesis.internal.conjecture import providers
 
 import cnx_deploy as cnx
 from cnx_deploy.core.variants import Variant, register_variant
@@ -62,7 +63,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector the half million objects of what is imported: an export takes a tenth less."""
+    """Spare the garbage collector the half million objects of what is imported: an export takes a tenth less.
+
+    Hypothesis also draws constants that stand in those of our modules that are loaded. Which are loaded depends on what
+    ran before in the process, so a repeatable run does without them.
+    """
+    if settings.get_current_profile_name() == "repeatable":
+        providers._get_local_constants = providers.Constants  # there is no public switch
     gc.collect()
     gc.freeze()
 
