@@ -49,6 +49,11 @@ def test_every_direct_dependency_is_pinned_in_its_range() -> None:
     )
 
 
+def test_getting_started_lists_every_extra() -> None:
+    page = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == set(PROJECT["optional-dependencies"])
+
+
 def test_the_pins_satisfy_what_the_pinned_packages_need_of_each_other() -> None:
     # Of what is installed at its pin; scripts/check-constraints asks pip's resolver for the rest.
     here = [name for name, version in PINS.items() if installed_version(name) == version]
