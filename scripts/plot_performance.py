@@ -9,6 +9,7 @@ may have drawn them. A section whose data file is missing says so and has no plo
 
 import argparse
 import json
+import math
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -58,6 +59,7 @@ COST_COLUMNS = (
 )  # fmt: skip
 LOOKS = tuple(zip((BLUE, SKY, ORANGE, GREEN, PURPLE, GREY, BLUE, SKY, ORANGE), "oDs^vXP*d", strict=True))
 """Colour and marker of the first, second, … series of a plot."""
+FLOORS = ("floor, stored", "floor, recomputed", "weights alone")
 GRAPH_LOOKS = {OURS: (BLUE, "o"), "timm": (ORANGE, "s"), "transformers": (GREEN, "^"), "fused floor": (GREY, "|")}
 OWN = tuple(f"{OURS}, {mode}" for mode in ("stored", "recomputed", "auto"))
 """Our graph with own kernels."""
@@ -158,6 +160,11 @@ def recomputed_floor(variant: str, image_size: int, batch: int) -> float:
     return (work.recomputed_bytes + work.weight_bytes / batch) / 1e6
 
 
+def weights_alone(variant: str, image_size: int, batch: int) -> float:
+    """Return the weights' megabytes an image, read once a batch."""
+    return work_of(variant, image_size, "fp16").weight_bytes / batch / 1e6
+
+
 def slope(rows: Sequence[Document], column: str) -> float | None:
     """Return b of `column` = a · parameters^b, least squares on logarithms; None for fewer than three rows."""
     points = [(row["parameters"], row[column]) for row in rows if row[column] is not None]
@@ -206,15 +213,19 @@ def fused_text(data: Document) -> str:
     header = ("variant", "better peer, MB", "without own kernels", "MB", *titles, "floor, stored", "floor, recomputed")
     targets = sorted({target for _, _, target, _ in found}, key=lambda name: int(name.removeprefix("sm")))
     batches = sorted({batch for *_, batch in found})
-    ratios = [(variant, str(batch), *(span(found, variant, batch, graph) for graph in OWN))
-              for variant in dict.fromkeys(key[0] for key in found) for batch in batches]  # fmt: skip
+    ratios = [(variant, str(batch), *(span(share(graphs, graph) for graphs in alike) for graph in OWN),
+               *(span(floor(variant, 224, batch) / (best_peer(graphs) or math.inf) for graphs in alike)
+                 for floor in (fused_floor, recomputed_floor, weights_alone)))
+              for variant in dict.fromkeys(key[0] for key in found) for batch in batches
+              if (alike := [graphs for key, graphs in found.items() if (key[0], key[3]) == (variant, batch)])]  # fmt: skip
     target, batch = USUAL
     return paragraphs(
         f"{target}, batch {batch}, 224 px; MB an image:",
         table(header, rows),
         "Ratios to the better peer, at every batch: one figure where those recorded of "
-        f"{', '.join(targets)} agree, else the least and the most.",
-        table(("variant", "batch", *(mode_of(graph) for graph in OWN)), ratios),
+        f"{', '.join(targets)} agree, else the least and the most. Beside them the floors, and the weights alone, which "
+        "every FP16 engine reads once a batch.",
+        table(("variant", "batch", *(mode_of(graph) for graph in OWN), *FLOORS), ratios),
         left_out(variant for variant, *_ in found),
         f"{DECLARED} {NO_GPU} {versions(data['tools'])}",
     )
@@ -225,9 +236,8 @@ def mode_of(graph: str) -> str:
     return graph.removeprefix(f"{OURS}, ")
 
 
-def span(found: Mapping[tuple[str, int, str, int], dict[str, Document]], variant: str, batch: int, graph: str) -> str:
-    """Return the ratio of a graph over all targets: one figure, or the smallest and the largest."""
-    ratios = [share(graphs, graph) for key, graphs in found.items() if (key[0], key[3]) == (variant, batch)]
+def span(ratios: Iterable[float | None]) -> str:
+    """Return one figure where all agree, else the smallest and the largest."""
     texts = sorted({f"{ratio:.3f}" for ratio in ratios if ratio is not None})
     return "–".join(dict.fromkeys((texts[0], texts[-1]))) if texts else "not run"
 
