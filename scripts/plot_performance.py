@@ -8,8 +8,8 @@ may have drawn them. A section whose data file is missing says so and has no plo
 """
 
 import argparse
+import itertools
 import json
-import math
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -213,18 +213,22 @@ def fused_text(data: Document) -> str:
     header = ("variant", "better peer, MB", "without own kernels", "MB", *titles, "floor, stored", "floor, recomputed")
     targets = sorted({target for _, _, target, _ in found}, key=lambda name: int(name.removeprefix("sm")))
     batches = sorted({batch for *_, batch in found})
-    ratios = [(variant, str(batch), *(span(share(graphs, graph) for graphs in alike) for graph in OWN),
-               *(span(floor(variant, 224, batch) / (best_peer(graphs) or math.inf) for graphs in alike)
-                 for floor in (fused_floor, recomputed_floor, weights_alone)))
-              for variant in dict.fromkeys(key[0] for key in found) for batch in batches
-              if (alike := [graphs for key, graphs in found.items() if (key[0], key[3]) == (variant, batch)])]  # fmt: skip
+    ratios = []
+    for variant, batch in itertools.product(dict.fromkeys(key[0] for key in found), batches):
+        alike = [graphs for key, graphs in found.items() if (key[0], key[3]) == (variant, batch)]
+        floors = (floor(variant, 224, batch) for floor in (fused_floor, recomputed_floor, weights_alone))
+        ratios.append((
+            variant, str(batch),
+            *(span(share(graphs, graph) for graphs in alike) for graph in OWN),
+            *(span(floor / best_peer(graphs) for graphs in alike if best_peer(graphs)) for floor in floors),
+        ))  # fmt: skip
     target, batch = USUAL
     return paragraphs(
         f"{target}, batch {batch}, 224 px; MB an image:",
         table(header, rows),
         "Ratios to the better peer, at every batch: one figure where those recorded of "
-        f"{', '.join(targets)} agree, else the least and the most. Beside them the floors, and the weights alone, which "
-        "every FP16 engine reads once a batch.",
+        f"{', '.join(targets)} agree, else the least and the most. "
+        "Beside them the floors, and the weights alone, which every FP16 engine reads once a batch.",
         table(("variant", "batch", *(mode_of(graph) for graph in OWN), *FLOORS), ratios),
         left_out(variant for variant, *_ in found),
         f"{DECLARED} {NO_GPU} {versions(data['tools'])}",
