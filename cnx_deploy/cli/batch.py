@@ -24,10 +24,7 @@ LINE_SECONDS = 30.0
     "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
     help="One process here, or Ray Data on this machine or a cluster (extra ray).",
 )  # fmt: skip
-@click.option(
-    "--top", type=click.IntRange(min=1),
-    help="Classes named for each image [default: 5; of several labels all that reach their thresholds].",
-)  # fmt: skip
+@options.top
 @click.option("--probabilities", is_flag=True, help="Add a column with the probabilities of all classes.")
 @click.option(
     "--keep", metavar="NAME", multiple=True, help="Add an output as a column, such as embedding (repeatable)."
@@ -50,19 +47,8 @@ LINE_SECONDS = 30.0
     "--gpus-per-actor", type=click.FloatRange(min=0),
     help="With --engine ray: GPUs of each [default: 1 for an engine and --device cuda].",
 )  # fmt: skip
-@options.device
-@options.backend
-@options.allow_engine_code
-@options.class_names
-@options.white_level
-@options.other_size
-@options.ema
-@options.entry
-@options.soup
-@options.tta
-@options.temperature
-@options.thresholds
-@options.task
+@options.opened_model
+@options.checkpoint_answer
 @options.outputs
 @options.as_json
 def batch(artifact: Path, images: tuple[str, ...], out: Path, as_json: bool, **words: Any) -> None:

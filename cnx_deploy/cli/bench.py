@@ -1,6 +1,6 @@
 """`cnx-deploy bench`, `bench sweep`, `bench plan` and `bench gate`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,29 +49,26 @@ backends = click.option(
 )  # fmt: skip
 
 
-def timing_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add how runners are timed and what is printed, the same for a benchmark and a sweep."""
-    for option in (
-        options.as_json,
-        options.device,
-        click.option("--csv", "as_csv", is_flag=True, help="Print CSV with timm's column names first."),
-        options.allow_engine_code,
-        click.option("--cuda-graph", is_flag=True, help="Capture engines in a CUDA graph."),
-        click.option(
-            "--thread-per-image/--whole-batch", default=True, show_default=True,
-            help="Threads of ONNX Runtime and OpenVINO get images of their own, or share each operator.",
-        ),
-        click.option(
-            "--spin/--no-spin", default=True, show_default=True, help="ONNX Runtime's threads wait by spinning."
-        ),
-        click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: all]."),
-        click.option(
-            "--duration", "duration_seconds", type=click.FloatRange(min=0.1), default=3.0, show_default=True,
-            help="Seconds a row.",
-        ),
-    ):  # fmt: skip
-        command = option(command)
-    return command
+timing_options = options.several(
+    click.option(
+        "--duration", "duration_seconds", type=click.FloatRange(min=0.1), default=3.0, show_default=True,
+        help="Seconds a row.",
+    ),
+    click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: all]."),
+    click.option(
+        "--spin/--no-spin", default=True, show_default=True, help="ONNX Runtime's threads wait by spinning."
+    ),
+    click.option(
+        "--thread-per-image/--whole-batch", default=True, show_default=True,
+        help="Threads of ONNX Runtime and OpenVINO get images of their own, or share each operator.",
+    ),
+    click.option("--cuda-graph", is_flag=True, help="Capture engines in a CUDA graph."),
+    options.allow_engine_code,
+    click.option("--csv", "as_csv", is_flag=True, help="Print CSV with timm's column names first."),
+    options.device,
+    options.as_json,
+)  # fmt: skip
+"""How runners are timed and what is printed, the same for a benchmark and a sweep."""
 
 
 @click.command("measure")

@@ -125,11 +125,7 @@ def bisect(file: Path, as_json: bool, samples: int | None, no_engine_gates: bool
 @options.seed
 @options.num_classes
 @options.reset_head
-@options.ema
-@options.entry
-@options.soup
-@options.tta
-@options.temperature
+@options.checkpoint_answer
 @options.task
 @options.task_options
 @DATA

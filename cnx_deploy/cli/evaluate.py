@@ -13,21 +13,10 @@ from cnx_deploy.cli import options
 @click.argument("artifact", type=options.PATH)
 @click.argument("data", type=options.PATH)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images run at once.")
-@options.device
-@options.backend
-@options.allow_engine_code
 @options.image_folder
 @options.reduce_zero_label
-@options.class_names
-@options.white_level
-@options.other_size
-@options.ema
-@options.entry
-@options.soup
-@options.tta
-@options.temperature
-@options.task
-@options.thresholds
+@options.opened_model
+@options.checkpoint_answer
 @click.option("--fit-thresholds", type=options.FILE, help="Find thresholds of several labels and write them, as JSON.")
 @click.option("--fit-temperature", is_flag=True, help="Find the number to divide the logits by, for export.")
 @click.option("--plot", type=options.FILE, help="Draw confusion and reliability into an SVG file.")
@@ -37,10 +26,9 @@ from cnx_deploy.cli import options
 )  # fmt: skip
 @options.as_json
 def evaluate_command(
-    artifact: Path, data: Path, batch_size: int, device: str, image_folder: Path | None, reduce_zero_label: bool | None,
-    class_names: Path | None,
-    white_level: float | None, image_size: Any, plot: Path | None, save_predictions: Path | None,
-    fit_temperature: bool, fit_thresholds: Path | None, as_json: bool, **checkpoint: Any,
+    artifact: Path, data: Path, batch_size: int, image_folder: Path | None, reduce_zero_label: bool | None,
+    class_names: Path | None, plot: Path | None, save_predictions: Path | None, fit_temperature: bool,
+    fit_thresholds: Path | None, as_json: bool, **words: Any,
 ) -> None:  # fmt: skip
     """Accuracy, confusion and calibration, or of several labels mAP and F1, of ARTIFACT on DATA.
 
@@ -50,7 +38,7 @@ def evaluate_command(
     the columns path and label, and split (train, val, test) where it holds more than the images to evaluate on. Its
     classes are found among the network's by name; a network without names takes them in sorted order, and says so.
     """
-    from cnx_deploy.core.class_names import read_class_names
+    from cnx_deploy.core.class_names import names_of
     from cnx_deploy.core.errors import InputError
     from cnx_deploy.core.plotting import check_plot
     from cnx_deploy.data import image_source
@@ -63,9 +51,7 @@ def evaluate_command(
         check_plot(plot)
     # Made before the artifact is opened: a name that cannot be used ends the command at once.
     writer = PredictionWriter(save_predictions, data) if save_predictions is not None else None
-    names = read_class_names(class_names) if class_names is not None else None
-    words: dict[str, Any] = {"class_names": names, "white_level": white_level, "image_size": image_size, **checkpoint}
-    opened = open_predictor(artifact, many=True, device=device, **words)
+    opened = open_predictor(artifact, many=True, class_names=names_of(class_names), **words)
     with opened as model, contextlib.ExitStack() as held:
         progress = held.enter_context(options.reporter("Evaluating"))
         for text in model.notes:

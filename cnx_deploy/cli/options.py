@@ -19,13 +19,69 @@ from cnx_deploy.core.variants import ALL_VARIANTS
 from cnx_deploy.runners.registry import runner_names
 
 __all__ = [
-    "BATCH_RANGE", "CHANNELS", "EXISTING", "FILE", "FOLDER", "IMAGE_SIZE", "IMAGE_SIZES", "PATH", "TARGET",
-    "VARIANT", "DefaultGroup", "SectionedCommand", "allow_engine_code", "as_json", "backend", "checkpoint",
-    "class_names", "device", "echo", "echo_artifacts", "echo_json", "engines_dir", "export_dir", "fail", "files",
-    "force", "image_folder", "image_size", "image_sizes", "in_chans", "note", "num_classes", "other_size", "output_dir",
-    "outputs", "pixels", "preprocessing", "pretrained", "reduce_zero_label", "reporter", "reset_head", "seed",
-    "soup", "task", "task_options", "temperature", "thresholds", "tta", "variant", "white_level",
+    "BATCH_RANGE",
+    "CHANNELS",
+    "EXISTING",
+    "FILE",
+    "FOLDER",
+    "IMAGE_SIZE",
+    "IMAGE_SIZES",
+    "PATH",
+    "TARGET",
+    "VARIANT",
+    "Command",
+    "Decorator",
+    "DefaultGroup",
+    "SectionedCommand",
+    "allow_engine_code",
+    "as_json",
+    "backend",
+    "checkpoint",
+    "checkpoint_answer",
+    "class_names",
+    "device",
+    "echo",
+    "echo_artifacts",
+    "echo_json",
+    "ema",
+    "engines_dir",
+    "entry",
+    "export_dir",
+    "fail",
+    "files",
+    "force",
+    "image_folder",
+    "image_size",
+    "image_sizes",
+    "in_chans",
+    "note",
+    "num_classes",
+    "opened_model",
+    "other_size",
+    "output_dir",
+    "outputs",
+    "pixels",
+    "preprocessing",
+    "pretrained",
+    "reduce_zero_label",
+    "reporter",
+    "reset_head",
+    "seed",
+    "several",
+    "soup",
+    "task",
+    "task_options",
+    "temperature",
+    "thresholds",
+    "top",
+    "tta",
+    "variant",
+    "white_level",
 ]  # fmt: skip
+
+
+Command = Callable[..., Any]
+Decorator = Callable[[Command], Command]
 
 
 class _BatchRange(click.ParamType[Any]):
@@ -175,6 +231,10 @@ thresholds = click.option(
 tta = click.option(
     "--tta", type=click.Choice(["flip"]), help="Answer the mean over an image and its left-right mirror."
 )
+top = click.option(
+    "--top", type=click.IntRange(min=1),
+    help="Classes named for each image [default: 5; of several labels all that reach their thresholds].",
+)  # fmt: skip
 temperature = click.option(
     "--temperature", type=float, default=1.0, show_default=True,
     help="Divide the logits by a number that eval --fit-temperature found.",
@@ -215,6 +275,7 @@ reduce_zero_label = click.option(
 pixels = (
     click.option("--mean", type=CHANNELS, help="Mean of the pixels, of a [0, 1] image: one number, or one a channel."),
     click.option("--std", type=CHANNELS, help="Standard deviation of the pixels, the same way: 0.229,0.224,0.225."),
+    click.option("--crop-ratio", type=float, help="Share of the resized side that the centre crop keeps."),
     click.option("--crop-mode", type=click.Choice(CROP_MODES), help="How a picture is brought to the size [center]."),
     click.option("--interpolation", type=click.Choice(INTERPOLATIONS), help="Filter of the resize."),
     click.option(
@@ -223,20 +284,28 @@ pixels = (
         help="What border and corner fill with, 0 to 255: one number, or one a channel [the mean colour].",
     ),
 )
-_images = (
-    in_chans,
-    *pixels[:2],
-    click.option("--crop-ratio", type=float, help="Share of the resized side that the centre crop keeps."),
-    *pixels[2:],
-    class_names,
-)
+"""How images are made, where a file does not say it."""
 
 
-def preprocessing(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add how images are made and what classes are called, where the files of the weights do not say it."""
-    for option in reversed(_images):
-        command = option(command)
-    return command
+def several(*options: Decorator) -> Decorator:
+    """Add options, which --help lists in this order."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+preprocessing = several(in_chans, *pixels, class_names)
+"""How images are made and what classes are called, where the files of the weights do not say it."""
+opened_model = several(
+    device, backend, allow_engine_code, class_names, white_level, other_size, thresholds, task
+)  # fmt: skip
+"""How a checkpoint, an ONNX file or an engine is opened to answer."""
+checkpoint_answer = several(ema, entry, soup, tta, temperature)
+"""Which weights of a checkpoint answer, and how; a file answers as it was exported."""
 
 
 class SectionedCommand(click.Command):
@@ -270,7 +339,7 @@ engines_dir = click.option(
 )
 
 
-def output_dir(default: str, text: str = "Folder to write to.") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def output_dir(default: str, text: str = "Folder to write to.") -> Decorator:
     """Where a command writes."""
     return click.option("--output-dir", type=FOLDER, default=Path(default), show_default=True, help=text)
 

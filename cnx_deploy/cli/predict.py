@@ -13,24 +13,10 @@ from cnx_deploy.core.errors import InputError
 @click.command()
 @click.argument("artifact", type=options.PATH)
 @click.argument("images", nargs=-1, required=True, type=options.PATH)
-@click.option(
-    "--top", type=click.IntRange(min=1),
-    help="Classes named for each image [default: 5; of several labels all that reach their thresholds].",
-)  # fmt: skip
+@options.top
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images run at once.")
-@options.device
-@options.backend
-@options.allow_engine_code
-@options.class_names
-@options.white_level
-@options.other_size
-@options.ema
-@options.entry
-@options.soup
-@options.tta
-@options.temperature
-@options.thresholds
-@options.task
+@options.opened_model
+@options.checkpoint_answer
 @options.outputs
 @click.option("--save", type=options.FILE, help="Write everything the model gives to a .npz file, with the paths.")
 @click.option("--draw", type=options.FOLDER, help="Draw classes of pixels, or boxes and masks of objects.")
@@ -42,23 +28,20 @@ from cnx_deploy.core.errors import InputError
 @options.as_json
 def predict(
     artifact: Path, images: tuple[Path, ...], top: int | None, batch_size: int, class_names: Path | None,
-    white_level: float | None, image_size: Any, save: Path | None, draw: Path | None, tiles: float | None,
-    explain: Path | None, as_json: bool,
-    **checkpoint: Any,
+    save: Path | None, draw: Path | None, tiles: float | None, explain: Path | None, as_json: bool, **words: Any,
 ) -> None:  # fmt: skip
     """Predict for IMAGES (files, or folders of them) with ARTIFACT: a checkpoint, an ONNX file or an engine.
 
     A file that is no image gets a row that says so, and exit code 2 at the end. --task and --output choose what a
     checkpoint gives; a file gives what it was exported with.
     """
-    from cnx_deploy.core.class_names import read_class_names
+    from cnx_deploy.core.class_names import names_of
     from cnx_deploy.verification.predict import OutputsFile, find_image_files, open_predictor, predict_images
 
-    names = read_class_names(class_names) if class_names is not None else None
+    words["class_names"] = names_of(class_names)
     files = find_image_files(images)
     rows: list[Any] = []
     consumers: list[Any] = []  # of the outputs of each batch
-    words: dict[str, Any] = {"class_names": names, "white_level": white_level, "image_size": image_size, **checkpoint}
     with open_predictor(artifact, many=len(files) > 1, explains=explain is not None, **words) as model:
         for text in (*model.notes, *files.notes):
             options.note(f"Note: {text}")

@@ -17,14 +17,6 @@ def _sizes(ctx: click.Context, param: click.Parameter, given: Sequence[str]) -> 
     return {name: int(size) for name, _, size in pairs}
 
 
-def pixels(command: Any) -> Any:
-    """Add how images are made, which the file does not say."""
-    crop_ratio = click.option("--crop-ratio", type=float, help="Share of the resized side that the centre crop keeps.")
-    for option in reversed((*options.pixels[:2], crop_ratio, *options.pixels[2:])):
-        command = option(command)
-    return command
-
-
 @click.command()
 @click.argument("file", type=options.PATH)
 @click.option("--inputs", type=options.EXISTING, help="Inputs for the proof, an .npz file [default: seeded images].")
@@ -39,7 +31,7 @@ def pixels(command: Any) -> Any:
 @click.option("--task", metavar="NAME", help="What the one output is, such as classification [default: values].")
 @click.option("--output", metavar="WORD", help="Which of the task's outputs it is: logits, probabilities.")
 @options.class_names
-@pixels
+@options.several(*options.pixels)
 @options.output_dir("export")
 @click.option("--name", help="First part of the file name [default: that of FILE].")
 @options.force

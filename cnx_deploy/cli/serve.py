@@ -36,14 +36,7 @@ CHECK_SECONDS = 10.0
     "--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True,
     help="Seconds in which a request has to be there.",
 )  # fmt: skip
-@options.device
-@options.backend
-@options.allow_engine_code
-@options.class_names
-@options.white_level
-@options.other_size
-@options.thresholds
-@options.task
+@options.opened_model
 @options.outputs
 @options.as_json
 def serve(artifact: Path, as_json: bool, **words: Any) -> None:

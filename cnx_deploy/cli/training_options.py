@@ -1,6 +1,5 @@
 """The options of `cnx-deploy train` and `cnx-deploy pretrain`: what both take, and what a recipe sets."""
 
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -68,16 +67,14 @@ RECIPE: tuple[tuple[str, Any, str], ...] = (
     ),
 )
 
-Command = Callable[..., Any]
 
-
-def recipe_options(command: Command) -> Command:
+def recipe_options(command: options.Command) -> options.Command:
     """Add all that a recipe sets; an option that is not given is None, which leaves it to the recipe."""
-    return _added(
-        command,
+    add = options.several(
         *(click.option(name, type=kind, help=text) for name, kind, text in RECIPE),
         click.option("--flip/--no-flip", default=None, help="Mirror images or not: not for digits [flip]."),
-        *options.pixels,
+        *options.pixels[:2],  # without --crop-ratio, which a recipe sets
+        *options.pixels[3:],
         click.option(
             "--scale-jitter", type=options.CHANNELS, metavar="LOW,HIGH",
             help="Of dense tasks: the picture's scale is drawn between two factors [segment: 0.5,2].",
@@ -108,33 +105,22 @@ def recipe_options(command: Command) -> Command:
         click.option("--gamma-pos", type=float, help="The same for positives [1]."),
         click.option("--negative-clip", type=float, help="Probability below which a negative has no loss [0.05]."),
     )  # fmt: skip
+    return add(command)
 
 
-def run_options(name: str) -> Callable[[Command], Command]:
+def run_options(name: str) -> options.Decorator:
     """Add what every run takes; `name` is what a fresh folder is called before its number."""
-
-    def add(command: Command) -> Command:
-        return _added(
-            command,
-            click.option("--seed", type=int, default=0, show_default=True),
-            options.in_chans,
-            options.white_level,
-            click.option("--workers", type=int, help="Loader processes [default: 0 where the images fit in memory]."),
-            click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True),
-            click.option("--deterministic", is_flag=True, help="Only GPU kernels that give the same bits again."),
-            options.output_dir("runs", "A run is a folder in it."),
-            click.option("--run-dir", type=options.FOLDER, help=f"The run's folder [default: a fresh {name}-NNN]."),
-            click.option("--resume", is_flag=True, help="Go on with the newest run of the variant, or with --run-dir."),
-            click.option("--no-image-check", is_flag=True, help="Start without decoding all to find broken images."),
-            click.option("--show-config", is_flag=True, help="Print the whole configuration as JSON, train nothing."),
-            options.as_json,
-        )
-
-    return add
-
-
-def _added(command: Command, *made: Callable[[Command], Command]) -> Command:
-    """Decorate with the first on top, so that --help lists them in this order."""
-    for option in reversed(made):
-        command = option(command)
-    return command
+    return options.several(
+        click.option("--seed", type=int, default=0, show_default=True),
+        options.in_chans,
+        options.white_level,
+        click.option("--workers", type=int, help="Loader processes [default: 0 where the images fit in memory]."),
+        click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True),
+        click.option("--deterministic", is_flag=True, help="Only GPU kernels that give the same bits again."),
+        options.output_dir("runs", "A run is a folder in it."),
+        click.option("--run-dir", type=options.FOLDER, help=f"The run's folder [default: a fresh {name}-NNN]."),
+        click.option("--resume", is_flag=True, help="Go on with the newest run of the variant, or with --run-dir."),
+        click.option("--no-image-check", is_flag=True, help="Start without decoding all to find broken images."),
+        click.option("--show-config", is_flag=True, help="Print the whole configuration as JSON, train nothing."),
+        options.as_json,
+    )
