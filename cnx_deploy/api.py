@@ -109,8 +109,7 @@ def export(
         ParityError: the file differs from PyTorch by more than its gate; nothing is written.
         OutputExistsError: other inputs made what is there; `force=True` replaces it.
     """
-    precisions = (precision,) if isinstance(precision, str) else tuple(precision)
-    made = run_exports(_request(ExportRequest, options, variant=variant, precisions=precisions), note)
+    made = run_exports(_request(ExportRequest, options, variant=variant, precisions=_words(precision)), note)
     return made[0] if isinstance(precision, str) else made
 
 
@@ -183,7 +182,7 @@ def benchmark(
 
     batches = (batch,) if isinstance(batch, int) else tuple(batch)
     options.setdefault("omp_threads", os.environ.get("OMP_NUM_THREADS"))
-    words = {"compare": tuple(compare), "backends": (backends,) if isinstance(backends, str) else tuple(backends)}
+    words = {"compare": tuple(compare), "backends": _words(backends)}
     spec = _request(BenchSpec, options, files=_paths_of(artifacts), batches=batches, **words)
     return run_benchmark(spec, note, progress)
 
@@ -236,7 +235,7 @@ def load(
     words |= {"backend": backend, "allow_engine_code": allow_engine_code}
     words |= {
         "task": task,
-        "outputs": (outputs,) if isinstance(outputs, str) else tuple(outputs),
+        "outputs": _words(outputs),
         "thresholds": thresholds,
     }
     return open_predictor(_path_of(model), many=True, device=device, **words)
@@ -286,8 +285,7 @@ def batch(
     checkpoint = _with_paths({name: options.pop(name) for name in of_checkpoint if name in options})
     words = (images,) if isinstance(images, Path | str) else tuple(images)
     request = _request(
-        BatchRequest, {name: tuple(value) if name == "keep" else value for name, value in options.items()},
-        model=_path_of(model), images=tuple(map(str, words)), out=Path(out), engine=engine,
+        BatchRequest, options, model=_path_of(model), images=tuple(map(str, words)), out=Path(out), engine=engine,
         class_names=names_of(class_names), checkpoint=checkpoint,
     )  # fmt: skip
     return run_batch(request, note, progress or (lambda text, share: None))
@@ -558,14 +556,20 @@ def _path_of(source: Source) -> Path:
 
 
 def _with_paths(options: dict[str, Any]) -> dict[str, Any]:
-    """The same options with the path of a file or folder as one, where it is given as text."""
+    """The same options with the path of a file or folder as one, where it is given as text, and lists as tuples."""
     names = (
         "checkpoint", "init", "output_dir", "export_dir", "engines_dir", "save_inputs", "save_outputs", "data",
         "image_folder", "inputs", "thresholds", "calibration",
     )  # fmt: skip
     more: dict[str, Any] = {"soup": tuple(map(Path, options["soup"]))} if "soup" in options else {}
     more |= {name: Path(value) for name, value in options.items() if name in names and isinstance(value, str)}
+    more |= {name: _words(options[name]) for name in ("outputs", "keep", "backends") if name in options}
     return {**options, **more}
+
+
+def _words(given: str | Sequence[str]) -> tuple[str, ...]:
+    """One word, or several."""
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def _request(kind: type[Request], options: dict[str, Any], **known: Any) -> Request:
@@ -731,10 +735,9 @@ def run_push(request: PushRequest, note: Note) -> "HubFolder":
         check_repo_id(request.repo_id)
     artifacts = [open_artifact(_path_of(source)) for source in request.artifacts]
     if request.source.is_file() and kind_of_file(request.source) in ("onnx", "engine"):
-        own = {each.name for each in fields(PushRequest)} - {each.name for each in fields(ModelRequest)}
-        given = [f"--{each.name.replace('_', '-')} ({each.name})" for each in fields(ModelRequest)
-                 if each.name not in own and getattr(request, each.name) not in (None, (), {}, 0, False)]  # fmt: skip
-        if given:
+        usual, names = ModelRequest(), [each.name for each in fields(ModelRequest)]
+        if given := [f"--{name.replace('_', '-')} ({name})" for name in names
+                     if getattr(request, name) != getattr(usual, name)]:  # fmt: skip
             raise InputError(
                 f"{request.source} is an artifact whose manifest says how it was made, so {' and '.join(given)} has "
                 "nothing to change. Leave it out, or push from the checkpoint."

@@ -28,13 +28,14 @@ import torch
 from filelock import FileLock, Timeout
 
 from cnx_deploy import __version__
+from cnx_deploy.core.deploy_spec import ANSWER_DEFAULTS
 from cnx_deploy.core.errors import CheckFailedError, InputError, OutputExistsError
 from cnx_deploy.core.files import make_folder, sha256_of_file, whole_file, write_text
 from cnx_deploy.core.image_size import sides
 from cnx_deploy.core.strict_json import bounded_content, strict_json
 from cnx_deploy.core.system import cpu_count, package_version, tool_versions
 from cnx_deploy.data import ImageBatch
-from cnx_deploy.model.source_config import weights_in
+from cnx_deploy.model.source_config import CONFIG, PROCESSOR, weights_in
 from cnx_deploy.model.tasks.base import Outputs, Prediction
 from cnx_deploy.serving.batch_sources import BatchSource, Part, PartImages, find_source, pyarrow
 from cnx_deploy.verification.inspect import kind_of_file, recorded_artifact
@@ -47,6 +48,8 @@ Progress = Callable[[str, float], None]
 REQUEST, MANIFEST, ROWS, LOCK = "request.json", "manifest.json", "rows", ".batch.lock"
 IDENTITY, RESULT = "cnx_deploy.request", "cnx_deploy.part"
 """Entries in the metadata of a file of rows: the hash of its request, and its `PartResult`."""
+OPENED = ("device", "backend", "class_names", "white_level", "image_size")
+"""Fields of a request that say how its model is opened, and that its rows depend on."""
 NOTES = 20
 """Sentences about images that are kept; of millions each may have one."""
 
@@ -100,6 +103,8 @@ class BatchRequest:
     def __post_init__(self) -> None:
         if not self.images:
             raise InputError("There are no images: expected a folder, a pattern or files. Name them.")
+        if self.engine not in ("local", "ray"):
+            raise InputError(f"No engine is called {self.engine!r}. Choose one of: local, ray.")
         for name in ("batch_size", "part_size", "cpus_per_actor", "actors", "top"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} is {value}: expected a number from 1. Correct it.")
@@ -113,17 +118,18 @@ class BatchRequest:
     @property
     def options(self) -> dict[str, Any]:
         """What the rows depend on beside the model and the images, as plain types; the engine is not among it."""
-        names = ("top", "probabilities", "keep", "batch_size", "device", "backend", "class_names", "white_level",
-                 "image_size")  # fmt: skip
+        names = ("top", "probabilities", "keep", "batch_size", *OPENED)
         words = {name: getattr(self, name) for name in names}
-        words |= {name: value for name, value in self.checkpoint.items() if value not in (None, (), 1.0)}
+        words |= {
+            name: value for name, value in self.checkpoint.items()
+            if value not in (None, ()) and value != ANSWER_DEFAULTS.get(name)
+        }  # fmt: skip
         plain: dict[str, Any] = json.loads(json.dumps(words, default=_of_file))
         return plain
 
     def open(self, threads: int) -> Model:
         """Open the model for this many threads."""
-        names = ("device", "backend", "allow_engine_code", "class_names", "white_level", "image_size")
-        words = {name: getattr(self, name) for name in names}
+        words = {name: getattr(self, name) for name in ("allow_engine_code", *OPENED)}
         return open_predictor(self.model, many=True, threads=threads, **words, **self.checkpoint)
 
 
@@ -211,7 +217,7 @@ class PartWriter:
         rows = list(self._rows(images, part.first))
         errors = [(row["id"], row["error"]) for row in rows if row["error"] is not None]
         arrow = pyarrow()
-        notes = (*self.model.notes, *images.observed())
+        notes = tuple(map(_utf8, (*self.model.notes, *images.observed())))
         result = PartResult(part.number, len(rows), len(errors), errors[0] if errors else None, notes)
         facts = {IDENTITY: identity(self.document), RESULT: json.dumps(dataclasses.asdict(result))}
         table = arrow.Table.from_pylist(rows, schema=self.schema.with_metadata(facts))
@@ -222,16 +228,13 @@ class PartWriter:
     def _schema(self) -> Any:
         arrow, task = pyarrow(), self.model.task
         columns = {"index": arrow.int64(), "id": arrow.string(), "error": arrow.string()}
-        for name in _answer_columns(task.prediction):
-            columns |= {
-                "scores": {
-                    "top_classes": arrow.list_(arrow.int64()),
-                    "top_names": arrow.list_(arrow.string()),
-                    "top_probabilities": arrow.list_(arrow.float64()),
-                },
-                "more": {"more": arrow.int64()},
-                "answer": {"answer": arrow.string()},
-            }[name]
+        told = {field.name for field in dataclasses.fields(task.prediction)}
+        if "scores" in told:
+            columns |= {"top_classes": arrow.list_(arrow.int64()), "top_names": arrow.list_(arrow.string())}
+            columns["top_probabilities"] = arrow.list_(arrow.float64())
+            columns |= {"more": arrow.int64()} if "more" in told else {}
+        else:
+            columns["answer"] = arrow.string()
         columns["model_sha256"] = arrow.string()
         fields = [arrow.field(name, kind) for name, kind in columns.items()]
         if self.request.keep or self.request.probabilities:  # what they are is told by a first image
@@ -248,7 +251,7 @@ class PartWriter:
             row: dict[str, Any] = {
                 "index": first + index,
                 "id": _utf8(images.name(index)),
-                "error": _utf8(answer.error),
+                "error": answer.error and _utf8(answer.error),
             }
             row["model_sha256"] = self.sha256
             # An image that could not be read has no values; an answer may have a reservation and be one.
@@ -273,8 +276,10 @@ def run_batch(
         InputError: there are no images, the model does not fit, or another run is writing to the folder.
     """
     pyarrow()
+    run_parts = _run_local
     if request.engine == "ray":
         from cnx_deploy.serving.batch_ray import check_ray
+        from cnx_deploy.serving.batch_ray import run_on_ray as run_parts
 
         check_ray(is_here=request.address is None)
     source = find_source(
@@ -286,6 +291,7 @@ def run_batch(
     document = _document(request, source)
     check_request(request.out, document, source)
     with _locked(request.out):
+        check_request(request.out, document, source)  # again: another run may have ended since
         results = _ready_parts(request.out, source, document, note)
         left = [part for part in source.parts if part.number not in results]
         was_finished = not left and (request.out / MANIFEST).is_file()
@@ -296,7 +302,7 @@ def run_batch(
         if left:
             (request.out / MANIFEST).unlink(missing_ok=True)
             write_text(request.out / REQUEST, _text(document))
-            for part_result in _engine(request.engine)(request, document, left, clock.start):
+            for part_result in run_parts(request, document, left, clock.start):
                 results[part_result.number] = part_result
                 clock.add(part_result.rows)
         result = _result(request, source, document, results, clock, was_finished=was_finished)
@@ -420,14 +426,6 @@ class _Clock:
         return time.perf_counter() - self.first
 
 
-def _engine(name: Engine) -> Callable[..., Iterator[PartResult]]:
-    if name == "local":
-        return _run_local
-    from cnx_deploy.serving.batch_ray import run_on_ray
-
-    return run_on_ray
-
-
 def _run_local(
     request: BatchRequest, document: Mapping[str, Any], parts: Sequence[Part], started: Callable[[float], None]
 ) -> Iterator[PartResult]:
@@ -476,10 +474,10 @@ def _ready_parts(
 
 def _tidy(out: Path) -> None:
     """Remove what killed processes have left beside whole files: locks and temporary folders of `core.files`."""
-    for path in (*out.glob(".*"), *(out / ROWS).glob(".*")):
+    for path in (*out.glob(f".{REQUEST}.*"), *out.glob(f".{MANIFEST}.*"), *(out / ROWS).glob(".part-*")):
         if path.suffix == ".tmp" and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.suffix == ".lock" and path.name != LOCK:
+        elif path.suffix == ".lock":
             path.unlink(missing_ok=True)
 
 
@@ -524,17 +522,20 @@ def _document(request: BatchRequest, source: BatchSource) -> dict[str, Any]:
         record = json.dumps(msgspec.to_builtins(artifact.manifest.model), sort_keys=True)
     else:
         hashes = [sha256_of_file(file) for file in (path, *map(Path, request.checkpoint.get("soup", ())))]
-        record = ""
+        # What lies beside weights says how images are made and what classes are called.
+        beside = [path.with_name(name) for name in (CONFIG, PROCESSOR)]
+        record = " ".join(_of_file(file) for file in beside if file.is_file())
     whole = hashes[0] if len(hashes) == 1 else sha256(" ".join(hashes).encode()).hexdigest()
     return {
         "cnx_deploy": __version__,
         "format": 1,
         "model": {
-            "name": path.name, "kind": kind, "sha256": whole, "record_sha256": sha256(record.encode()).hexdigest(),
+            "name": _utf8(path.name), "kind": kind, "sha256": whole,
+            "record_sha256": sha256(record.encode()).hexdigest(),
         },
         "source": {
-            "kind": source.kind, "description": source.description, "count": source.count, "sha256": source.sha256,
-            "part_size": source.part_size, "parts": len(source.parts),
+            "kind": source.kind, "description": _utf8(source.description), "count": source.count,
+            "sha256": source.sha256, "part_size": source.part_size, "parts": len(source.parts),
         },
         "options": request.options,
     }  # fmt: skip
@@ -556,26 +557,17 @@ def _shown(value: Any) -> str:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _answer_columns(kind: type[Prediction]) -> tuple[str, ...]:
+def _columns(answer: Any) -> dict[str, Any]:
     """What an answer has beside id and error: scores of classes, or whatever the task says, as JSON."""
-    names = {field.name for field in dataclasses.fields(kind)} - {"path", "error"}
-    return tuple(name for name in ("scores", "more") if name in names) if "scores" in names else ("answer",)
-
-
-def _columns(answer: Prediction) -> dict[str, Any]:
-    columns: dict[str, Any] = {}
-    for name in _answer_columns(type(answer)):
-        if name == "scores":
-            scores = answer.scores  # type: ignore[attr-defined]
-            columns["top_classes"] = [score.index for score in scores]
-            columns["top_names"] = [score.name for score in scores]
-            columns["top_probabilities"] = [score.probability for score in scores]
-        elif name == "more":
-            columns["more"] = answer.more  # type: ignore[attr-defined]
-        else:
-            plain = {name: value for name, value in answer.to_dict().items() if name not in ("path", "error")}
-            columns["answer"] = json.dumps(plain, ensure_ascii=False)
-    return columns
+    if not hasattr(answer, "scores"):
+        plain = {name: value for name, value in answer.to_dict().items() if name not in ("path", "error")}
+        return {"answer": json.dumps(plain, ensure_ascii=False)}
+    columns = {
+        "top_classes": [score.index for score in answer.scores],
+        "top_names": [score.name for score in answer.scores],
+        "top_probabilities": [score.probability for score in answer.scores],
+    }
+    return columns | ({"more": answer.more} if hasattr(answer, "more") else {})
 
 
 def _answers(model: Model, images: PartImages, request: BatchRequest) -> Iterator[tuple[Prediction, Any]]:
@@ -585,6 +577,7 @@ def _answers(model: Model, images: PartImages, request: BatchRequest) -> Iterato
     except CheckFailedError:  # outputs that are not finite: told of the image that has them, when each runs alone
         for row in images.rows:
             alone = PartImages([row], 1)
+            alone.seen = images.seen
             try:
                 yield from _predicted(model, alone, request)
             except CheckFailedError as error:
@@ -603,9 +596,9 @@ def _predicted(model: Model, images: PartImages, request: BatchRequest) -> list[
     return [(answer, columns.get(index)) for index, answer in enumerate(answers)]
 
 
-def _utf8(text: str | None) -> str | None:
-    """A text as Parquet takes it: what is no UTF-8 in the name of a file becomes an escape."""
-    return None if text is None else text.encode("utf-8", "backslashreplace").decode()
+def _utf8(text: str) -> str:
+    """A text as Parquet and JSON take it: what is no UTF-8 in the name of a file becomes an escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _kept(model: Model, outputs: Outputs, request: BatchRequest) -> Outputs:

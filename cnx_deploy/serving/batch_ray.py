@@ -21,6 +21,7 @@ from cnx_deploy.core.system import cpu_count
 from cnx_deploy.core.variants import ALL_VARIANTS, Variant, register_variant
 from cnx_deploy.serving.batch import BatchRequest, PartResult, PartWriter
 from cnx_deploy.serving.batch_sources import Part
+from cnx_deploy.verification.inspect import takes_gpu
 
 __all__ = ["check_ray", "check_room", "run_on_ray"]
 
@@ -74,10 +75,7 @@ def gpus_per_actor(request: BatchRequest) -> float:
     """GPUs of each actor: one for an engine and for the device cuda, unless the request says otherwise."""
     if request.gpus_per_actor is not None:
         return request.gpus_per_actor
-    from cnx_deploy.verification.inspect import kind_of_file
-
-    is_engine = request.model.is_file() and kind_of_file(request.model) == "engine"
-    return 1.0 if is_engine or request.device == "cuda" else 0.0
+    return float(takes_gpu(request.model, request.device))
 
 
 def run_on_ray(
@@ -105,11 +103,11 @@ def run_on_ray(
         is_first = True
         try:
             for row in results.iter_rows():
-                result, begun = pickle.loads(row["result"])
+                result, seconds = pickle.loads(row["result"])
                 if isinstance(result, Exception):
                     raise result
                 if is_first:
-                    started(time.time() - begun)
+                    started(seconds)
                     is_first = False
                 yield result
         except ray.exceptions.RayError as error:
@@ -139,8 +137,9 @@ class _Actor:
             self.writer = error
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        begun = time.time()
-        return {"result": [pickle.dumps((self._result(pickle.loads(part)), begun)) for part in batch["part"]]}
+        begun = time.perf_counter()  # machines' clocks differ: how long it took is told, not when it began
+        results = [self._result(pickle.loads(part)) for part in batch["part"]]
+        return {"result": [pickle.dumps((result, time.perf_counter() - begun)) for result in results]}
 
     def _result(self, part: Part) -> PartResult | Exception:
         if isinstance(self.writer, Exception):

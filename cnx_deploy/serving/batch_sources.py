@@ -167,7 +167,7 @@ def find_source(
     hashed, found = hashlib.sha256(kind.encode()), list[Part]()
     if kind in ("image", "csv"):
         paths, ids, folder = _paths_of(names, kind, column, id_column, image_folder)
-        for name in ids or paths:
+        for name in itertools.chain(paths, ids):
             hashed.update(f"\n{name}".encode("utf-8", "surrogateescape"))
         size, count = part_size or usual_size(len(paths), batch_size), len(paths)
         for number, first in enumerate(range(0, count, size)):
@@ -244,7 +244,8 @@ def _below(folder: Path, notes: list[str]) -> Iterator[tuple[str, str]]:
         yield from ((str(path), "image") for path in images)
         return
     for kind, suffixes in (("tar", (".tar",)), ("parquet", (".parquet", ".pq"))):
-        if held := sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in suffixes):
+        inside = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+        if held := sorted(str(path) for path in inside if not path.name.startswith(".")):
             yield from ((name, kind) for name in held)
             return
     said = notes_of([left_out], folder)
@@ -330,10 +331,11 @@ def _parquet_count(name: str, column: str | None, id_column: str | None) -> tupl
 
 def _parquet_rows(part: Part) -> Iterator[tuple[str, Any]]:
     """The rows of a part; of the row groups before them nothing is read."""
-    arrow, (shown,) = pyarrow(), part.ids
-    column, inner = str(part.column).split(".")[0], "." in str(part.column)
-    asked = [str(part.column), *([part.id_column] if part.id_column else [])]
+    arrow, (shown,), column = pyarrow(), part.ids, str(part.column)
+    asked = [column, *([part.id_column] if part.id_column else [])]
     with _opened(part.place) as file:
+        is_struct = column not in file.schema_arrow.names
+        column = column.removesuffix(".bytes") if is_struct else column
         groups, start, first = list[int](), part.start, 0
         for group in range(file.num_row_groups):
             last = first + file.metadata.row_group(group).num_rows
@@ -346,7 +348,7 @@ def _parquet_rows(part: Part) -> Iterator[tuple[str, Any]]:
             rows = (row for batch in batches for row in _plain_rows(batch, column, part.id_column))
             for at, (content, name) in enumerate(itertools.islice(rows, start, start + part.count), part.start):
                 name = f"{shown}#{at}" if part.id_column is None else str(name)
-                content = content["bytes"] if inner and content is not None else content
+                content = content["bytes"] if is_struct and content is not None else content
                 yield name, content or InputError(f"Row {at} of {shown} holds no bytes. Replace or remove it.")
         except (arrow.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]

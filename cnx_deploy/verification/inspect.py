@@ -23,7 +23,7 @@ from cnx_deploy.core.strict_json import bounded_content, strict_json
 from cnx_deploy.core.targets import find_target
 
 __all__ = [
-    "ONNX_CHECKS", "FileKind", "Inspection", "inspect_file", "kind_of_file", "recorded_artifact",
+    "ONNX_CHECKS", "FileKind", "Inspection", "inspect_file", "kind_of_file", "recorded_artifact", "takes_gpu",
     "trusted_engine", "with_compiled",
 ]  # fmt: skip
 
@@ -168,6 +168,11 @@ def kind_of_file(path: Path) -> FileKind:
         raise InputError(
             f"{path} cannot be read ({error.strerror}): expected a checkpoint, ONNX file or engine. Check the path."
         ) from error
+
+
+def takes_gpu(path: Path, device: str | None) -> bool:
+    """Whether a model runs on a GPU: with the device "cuda", and an engine in any case."""
+    return device == "cuda" or (path.is_file() and kind_of_file(path) == "engine")
 
 
 def recorded_artifact(path: Path) -> Artifact | None:

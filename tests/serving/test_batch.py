@@ -13,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 
 import cnx_deploy as cnx
 from cnx_deploy.core.errors import CheckFailedError, InputError, OutputExistsError
 from cnx_deploy.model.checkpoint import save_checkpoint
+from cnx_deploy.serving import batch
 from cnx_deploy.serving.batch import BatchRequest, PartWriter
 from cnx_deploy.serving.batch_sources import find_source
 from tests.support.artifacts import copy_artifact
@@ -151,6 +153,17 @@ def test_an_image_whose_outputs_are_not_finite_is_a_row_with_its_reason(folder, 
     assert all("not finite" in error for error in errors)
 
 
+def test_what_images_show_is_told_where_one_of_them_has_no_finite_outputs(folder, tiny_model, tmp_path):
+    tiny_model.head.weight.data *= torch.finfo(torch.float32).max
+    weights = save_checkpoint(tmp_path / "large.safetensors", tiny_model)
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "last.gif", save_all=True, append_images=frames[1:])
+    images = [*sorted(folder.iterdir()), tmp_path / "last.gif"]
+    result = cnx.batch(weights, images, tmp_path / "out", image_size=32, batch_size=2, part_size=22)
+    assert result.errors
+    assert any("several frames" in text for text in result.notes)
+
+
 def test_the_same_command_makes_what_is_missing_and_nothing_else(expected, folder, tiny_onnx_fp32, tmp_path):
     out = tmp_path / "out"
     cnx.batch(tiny_onnx_fp32, folder, out, part_size=4)
@@ -225,6 +238,53 @@ def test_rows_of_something_else_are_refused_by_name(folder, tiny_onnx_fp32, tiny
         cnx.batch(renamed.path, folder, out, part_size=4)
 
 
+def test_rows_of_a_checkpoints_other_weights_or_classes_are_refused(folder, tiny_model, tmp_path):
+    (tmp_path / "net").mkdir()
+    weights = save_checkpoint(tmp_path / "net/model.safetensors", tiny_model)
+    cnx.batch(weights, folder, tmp_path / "out", part_size=4, image_size=32)
+    with pytest.raises(OutputExistsError, match="begun with ema unset and not true"):
+        cnx.batch(weights, folder, tmp_path / "out", part_size=4, image_size=32, ema=True)
+    names = {str(at): f"bird {at}" for at in range(10)}
+    (tmp_path / "net/config.json").write_text(json.dumps({"model_type": "convnextv2", "id2label": names}))
+    with pytest.raises(OutputExistsError, match="classes or preprocessing differ"):
+        cnx.batch(weights, folder, tmp_path / "out", part_size=4, image_size=32)
+
+
+def test_rows_of_a_tables_other_images_are_refused(contents, folder, tiny_onnx_fp32, tmp_path):
+    table = write_csv(tmp_path / "table.csv", folder)
+    words = {"part_size": 4, "id_column": "key"}
+    cnx.batch(tiny_onnx_fp32, table, tmp_path / "out", image_folder=folder.parent, **words)
+    with pytest.raises(OutputExistsError, match="are not the same"):  # the same ids, below another folder
+        cnx.batch(tiny_onnx_fp32, table, tmp_path / "out", image_folder=tmp_path, **words)
+    table.write_text(table.read_text().replace("0001.jpg", "0002.jpg"))
+    with pytest.raises(OutputExistsError, match="are not the same"):
+        cnx.batch(tiny_onnx_fp32, table, tmp_path / "out", image_folder=folder.parent, **words)
+
+
+def test_rows_of_a_run_that_ended_meanwhile_are_refused_too(expected, folder, tiny_onnx_fp32, tmp_path, monkeypatch):
+    first_check = batch.check_request
+
+    def check_and_be_overtaken(*words):
+        first_check(*words)
+        monkeypatch.setattr(batch, "check_request", first_check)
+        cnx.batch(tiny_onnx_fp32, folder, tmp_path / "out", part_size=4)
+
+    monkeypatch.setattr(batch, "check_request", check_and_be_overtaken)
+    with pytest.raises(OutputExistsError, match="begun with top unset and not 3"):
+        cnx.batch(tiny_onnx_fp32, folder, tmp_path / "out", part_size=4, top=3)
+    assert rows_of(tmp_path / "out") == expected
+
+
+def test_only_what_a_batch_has_left_is_tidied_away(folder, tiny_onnx_fp32, tmp_path):
+    cnx.batch(tiny_onnx_fp32, folder, tmp_path / "out")
+    for name in (".mine.tmp", ".manifest.json.tmp", "rows/.part-000000.parquet.tmp"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out/.mine.lock").touch()
+    cnx.batch(tiny_onnx_fp32, folder, tmp_path / "out")
+    hidden = sorted(path.name for path in (tmp_path / "out").rglob(".*"))
+    assert hidden == [".mine.lock", ".mine.tmp"]
+
+
 def test_a_folder_of_something_else_is_refused(folder, tiny_onnx_fp32, tmp_path):
     with pytest.raises(OutputExistsError, match="not empty"):
         cnx.batch(tiny_onnx_fp32, folder, folder)
@@ -277,6 +337,8 @@ def test_images_after_the_end_of_a_cut_tar_are_not_dropped_in_silence(contents, 
         ("a.jpg", {"actors": 2}, "--actors .* is of Ray"),
         ("a.jpg", {"keep": ("embedding",)}, "gives logits, and not embedding"),
         ("a.jpg", {"batch_size": 0}, "batch_size is 0"),
+        ("a.jpg", {"engine": "spark"}, "No engine is called 'spark'"),
+        ("a.jpg", {"keep": "embedding"}, "gives logits, and not embedding"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(words, options, message, tiny_onnx_fp32, tmp_path):
@@ -302,13 +364,31 @@ def test_a_row_of_a_parquet_file_without_bytes_is_a_row_with_its_reason(contents
     assert [answers(rows)[0], answers(rows)[2]] == [answers(expected)[0], answers(expected)[2]]
 
 
-def test_a_name_that_is_no_utf_8_is_escaped(contents, tiny_onnx_fp32, tmp_path):
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(contents[0])
-    cnx.batch(tiny_onnx_fp32, tmp_path / "photos", tmp_path / "out")
+def test_a_name_that_is_no_utf_8_is_escaped(tiny_onnx_fp32, tmp_path):
+    photos = tmp_path / os.fsdecode(b"caf\xe9")
+    photos.mkdir()
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(photos / os.fsdecode(b"caf\xe9.gif"), save_all=True, append_images=frames[1:])
+    result = cnx.batch(tiny_onnx_fp32, photos, tmp_path / "out")
     (row,) = rows_of(tmp_path / "out")
     assert row["error"] is None
-    assert row["id"].endswith("caf\\udce9.jpg")
+    assert row["id"].endswith("caf\\udce9/caf\\udce9.gif")
+    assert any("several frames" in text for text in result.notes)
+    assert cnx.batch(tiny_onnx_fp32, photos, tmp_path / "out").was_finished
+
+
+def test_a_column_may_have_a_point_in_its_name(contents, expected, tiny_onnx_fp32, tmp_path):
+    pq.write_table(pa.table({"image.jpg": contents}), tmp_path / "images.parquet")
+    cnx.batch(tiny_onnx_fp32, tmp_path / "images.parquet", tmp_path / "out", part_size=4)
+    assert answers(rows_of(tmp_path / "out")) == answers(expected)
+
+
+def test_of_a_folder_of_parquet_files_folders_and_hidden_files_are_left_out(contents, tiny_onnx_fp32, tmp_path):
+    (tmp_path / "table.parquet").mkdir()  # as Spark writes one
+    write_parquet(tmp_path / "table.parquet/part-0.parquet", contents[:3])
+    (tmp_path / "table.parquet/._part-0.parquet").write_bytes(b"of a Finder")
+    source = find_source([tmp_path])
+    assert [(Path(part.place).name, part.count) for part in source.parts] == [("part-0.parquet", 3)]
 
 
 def test_a_file_that_goes_while_the_others_are_made_is_missed_at_the_end(folder, tiny_onnx_fp32, tmp_path):
