@@ -23,14 +23,17 @@ from filelock import FileLock
 from cnx_deploy.core.errors import DiskFullError, InputError, OutputExistsError
 
 __all__ = [
-    "check_file", "flush", "hidden_path", "kind_of_weights", "make_folder", "open_regular", "place_errors",
-    "room_errors", "sha256_of_file", "temporary_folder", "whole_file", "whole_folder", "write_text",
+    "WRITER", "check_file", "flush", "hidden_path", "is_written_here", "kind_of_weights", "make_folder",
+    "open_regular", "place_errors", "room_errors", "sha256_of_file", "temporary_folder", "whole_file", "whole_folder",
+    "write_text",
 ]  # fmt: skip
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """No block is left, the user's quota is used up, the file is larger than the system allows this process (ulimit -f)."""
 
 OTHER_PLACE = "Choose another place."
+WRITER = "# Written by cnx-deploy"
+"""Begins the configuration by which a folder is known as one that a command wrote, and may replace."""
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -115,6 +118,14 @@ def whole_folder(
                 path.replace(old)
             new.replace(path)
         flush(path.absolute().parent)
+
+
+def is_written_here(path: Path) -> bool:
+    """Whether a file begins with `WRITER`."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(WRITER)) == WRITER.encode()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,7 +108,12 @@ def write_package(request: PackageRequest, note: Callable[[str], None]) -> Packa
         for name in PAGE_FILES:
             shutil.copyfile(PAGE / name, folder / name)
         shutil.copyfile(artifact.path, folder / artifact.path.name)
-        text = json.dumps({**model, "notes": [*_page_notes(artifact), *notes]}, indent=1, ensure_ascii=False)
+        deploy = artifact.manifest.deploy
+        foot = (
+            f"{artifact.path.name}, {deploy.precision.upper()}, {deploy.size_text} px. Weights: "
+            f"{artifact.manifest.model.weights.licence}. Pictures stay in this browser."
+        )
+        text = json.dumps({**model, "notes": [foot, *notes]}, indent=1, ensure_ascii=False)
         (folder / MODEL).write_text(text + "\n", encoding="utf-8")
         (folder / NOTICE).write_text(_notice(artifact), encoding="utf-8")
     return Package(request.to, (*PAGE_FILES, MODEL, artifact.path.name, *RUNTIME_FILES, NOTICE), notes)
@@ -171,15 +177,6 @@ def _notes(artifact: Artifact) -> Iterator[str]:
         yield "A browser shows 8 bits of a picture: the recorded white level is not used."
 
 
-def _page_notes(artifact: Artifact) -> Iterator[str]:
-    """What the foot of the page says."""
-    manifest = artifact.manifest
-    yield (
-        f"{artifact.path.name}, {manifest.deploy.precision.upper()}, {manifest.deploy.size_text} px. Weights: "
-        f"{manifest.model.weights.licence}. Pictures stay in this browser."
-    )
-
-
 @contextmanager
 def _runtime(given: Path | None) -> Iterator[Path]:
     """The folder that has the files of onnxruntime-web, whose hashes are checked."""
@@ -235,7 +232,7 @@ def _unpacked(archive: Path, folder: Path) -> Path:
                 content = opened.extractfile(f"package/dist/{name}")
                 if content is not None:
                     (folder / name).write_bytes(content.read())
-    except (tarfile.TarError, KeyError, OSError) as error:
+    except (tarfile.TarError, KeyError, OSError, EOFError, zlib.error) as error:
         raise InputError(
             f"{archive} is not npm's archive of {RUNTIME} ({error}). Make it with `npm pack "
             f"{RUNTIME}@{RUNTIME_VERSION}`."

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from cnx_deploy import __version__
 from cnx_deploy.core.artifacts import is_engine, open_artifact
 from cnx_deploy.core.errors import InputError
-from cnx_deploy.core.files import whole_folder
+from cnx_deploy.core.files import WRITER, is_written_here, whole_folder
 from cnx_deploy.core.image_size import sides
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.preprocessing import Preprocessing
@@ -264,9 +264,7 @@ def _config_text(
     artifact: Artifact, settings: dict[str, str], differences: tuple[str, ...], notes: tuple[str, ...]
 ) -> str:
     """The file: a GLib key file, comments first."""
-    lines = [
-        f"# nvinfer's configuration of {artifact.path.name}, written by cnx-deploy {__version__} from its manifest."
-    ]
+    lines = [f"{WRITER} {__version__} from the manifest of {artifact.path.name}: a configuration of nvinfer."]
     lines += ["# Not run with DeepStream.", f"# {_counted(differences)}{':' if differences else '.'}"]
     lines += [f"# {number}. {text}." for number, text in enumerate(differences, start=1)]
     lines += [f"# Note: {text}." for text in notes]
@@ -280,7 +278,7 @@ def _counted(differences: tuple[str, ...]) -> str:
 
 
 def _is_own(path: Path) -> bool:
-    """Whether a folder holds a configuration of nvinfer beside its file."""
+    """Whether a folder holds a configuration that this module wrote beside its file."""
     names = {entry.name for entry in path.iterdir()}
     rest = {name for name in names - {CONFIG, LABELS} if not name.endswith((".onnx", ".onnx.data", ".engine"))}
-    return CONFIG in names and not rest
+    return not rest and is_written_here(path / CONFIG)

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError, safe_open
+
 from cnx_deploy.core.errors import CnxDeployError, InputError, MissingRequirementError
 from cnx_deploy.core.files import whole_folder
 from cnx_deploy.core.image_size import sides, size_text
@@ -26,6 +28,7 @@ from cnx_deploy.model.checkpoint import LoadedModel, hash_weights, save_checkpoi
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
 from cnx_deploy.model.layers import EPS
 from cnx_deploy.model.source_config import CONFIG, PROCESSOR, RESAMPLING
+from cnx_deploy.model.weight_files import METADATA_KEY
 
 __all__ = ["CARD", "LIBRARIES", "HubFolder", "Library", "check_repo_id", "upload_folder", "write_hub_folder"]
 
@@ -157,7 +160,8 @@ def upload_folder(made: HubFolder, repo_id: str, *, public: bool = False) -> str
             repo_id=repo_id, folder_path=made.path, allow_patterns=list(made.files),
             commit_message=f"Upload {made.path.name} with cnx-deploy",
         )  # fmt: skip
-    except (OSError, transport) as error:
+    # Of a file of weights that does not get through huggingface_hub makes a RuntimeError.
+    except (OSError, RuntimeError, transport) as error:
         response = getattr(error, "response", None)
         status = getattr(response, "status_code", None)
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
@@ -193,9 +197,15 @@ def _check_same_weights(loaded: LoadedModel, artifact: Artifact) -> None:
 
 
 def _is_hub_folder(folder: Path) -> bool:
-    """Whether a folder holds what `push` writes and nothing else."""
+    """Whether a folder holds what `push` writes and nothing else. The libraries' own folders have the same names."""
     names = {path.name for path in folder.iterdir()}
-    return {WEIGHTS, CARD, CONFIG} <= names <= {*OURS}
+    if not {WEIGHTS, CARD, CONFIG} <= names <= {*OURS}:
+        return False
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as weights:
+            return METADATA_KEY in (weights.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def _json(content: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ import PIL
 from cnx_deploy import __version__
 from cnx_deploy.core.artifacts import is_engine, is_onnx, open_artifact
 from cnx_deploy.core.errors import CheckFailedError, InputError
-from cnx_deploy.core.files import sha256_of_file, whole_folder
+from cnx_deploy.core.files import WRITER, is_written_here, sha256_of_file, whole_folder
 from cnx_deploy.core.image_size import sides
 from cnx_deploy.core.manifest import Artifact, EngineManifest
 from cnx_deploy.core.preprocessing import ASSUMED, Preprocessing
@@ -294,7 +294,7 @@ def _notes(network: _Network) -> list[str]:
 
 def _write_network(folder: Path, network: _Network, request: PackageRequest) -> None:
     """Write the models of a network into the repository."""
-    header = f"Written by cnx-deploy {__version__} from {network.first.manifest.stem}.json"
+    header = f"{WRITER} {__version__} from {network.first.manifest.stem}.json"
     names = network.first.manifest.model.class_names
     makers = (_ensemble_config, _preprocessing_config, _network_config)[-len(network.model_names) :]
     configs = {name: make(network, request) for name, make in zip(network.model_names, makers, strict=True)}
@@ -567,7 +567,7 @@ def _service(name: str, storage_uri: str) -> str:
     """An InferenceService of KServe that serves the repository from a place. Strings as in JSON, which YAML reads."""
     label = re.sub(r"[^a-z0-9-]", "-", name.lower()).strip("-")[:40].strip("-")
     return "\n".join((
-        f"# Written by cnx-deploy {__version__}. The server's Python needs Pillow.",
+        f"{WRITER} {__version__}. The server's Python needs Pillow.",
         "apiVersion: serving.kserve.io/v1beta1",
         "kind: InferenceService",
         "metadata:",
@@ -584,5 +584,5 @@ def _service(name: str, storage_uri: str) -> str:
 
 
 def _is_repository(path: Path) -> bool:
-    """Whether a folder holds nothing but models with their configuration, and what this module puts beside them."""
-    return all((entry / "config.pbtxt").is_file() or entry.name == SERVICE for entry in path.iterdir())
+    """Whether a folder holds nothing but models that this module wrote, and what it puts beside them."""
+    return all(entry.name == SERVICE or is_written_here(entry / "config.pbtxt") for entry in path.iterdir())

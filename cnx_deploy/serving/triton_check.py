@@ -182,7 +182,7 @@ def _batching(model: _Model) -> Iterator[str]:
 def _labels(model: _Model) -> Iterator[str]:
     """Files of class names: there, with one for each class."""
     for output in model.config.output:
-        if not output.label_filename:
+        if not output.label_filename or not output.dims:
             continue
         try:
             lines = _text(model.folder / output.label_filename).split("\n")
@@ -223,8 +223,7 @@ def _warmup_file(model: _Model, tensor: Any) -> Iterator[str]:
             at, elements = at + 4 + int.from_bytes(content[at : at + 4], "little"), elements + 1
         if at != len(content) or elements != math.prod(tensor.dims):
             yield f"warmup/{tensor.input_data_file} is no tensor of {math.prod(tensor.dims)} byte strings."
-    elif len(content) != SIZES[kind] * math.prod(tensor.dims):
-        expected = SIZES[kind] * math.prod(tensor.dims)
+    elif len(content) != (expected := SIZES.get(kind, 0) * math.prod(tensor.dims)):
         yield f"warmup/{tensor.input_data_file} has {len(content)} bytes; expected {expected}."
 
 
@@ -304,7 +303,8 @@ def _record_of(version: Path) -> Any:
         record = strict_json(_text(version / "preprocessing.json").encode())
     except (OSError, ValueError) as error:
         return f"{place} cannot be read ({error})."
-    if not isinstance(record, dict) or not {"input", "output", "input_kind", "preprocessing"} <= record.keys():
+    kinds = {"input": str, "output": str, "input_kind": str, "preprocessing": dict}
+    if not isinstance(record, dict) or not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
         return f"{place} does not say how images are made. Package it again."
     return record
 

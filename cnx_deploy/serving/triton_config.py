@@ -101,7 +101,7 @@ SCALARS = {
 def config_text(config: Mapping[str, Any], header: str) -> str:
     """The text of a configuration given as plain types by the names of `MESSAGES`, below a comment."""
     message = json_format.ParseDict(dict(config), _config_type()())
-    return f"# {header}\n{text_format.MessageToString(message, as_utf8=True)}"
+    return f"{header}\n{text_format.MessageToString(message, as_utf8=True)}"
 
 
 def config_from_text(text: str) -> Any:

@@ -252,6 +252,7 @@ def test_another_runtime_is_refused_and_one_that_cannot_be_fetched_says_how_to_b
     with tarfile.open(archive, "w:gz") as written:
         written.add(pretended, "package")
     assert cnx.package(tiny_onnx_fp32, "browser", to=tmp_path / "page", runtime=str(archive)).files
+    (tmp_path / "cut.tgz").write_bytes(archive.read_bytes()[:-20])
     (pretended / "dist" / next(iter(RUNTIME_FILES))).write_text("other", encoding="utf-8")
     to = tmp_path / "other"
     with pytest.raises(CorruptArtifactError, match=r"not that of onnxruntime-web 1\.30\.0"):
@@ -259,6 +260,7 @@ def test_another_runtime_is_refused_and_one_that_cannot_be_fetched_says_how_to_b
     for given, said in (
         (tmp_path / "page" / "none", "expected the folder or the archive"),
         (tiny_onnx_fp32.path, "not npm's archive"),
+        (tmp_path / "cut.tgz", "not npm's archive"),
     ):
         with pytest.raises(InputError, match=said):
             cnx.package(tiny_onnx_fp32, "browser", to=to, runtime=given)

@@ -182,3 +182,9 @@ def test_only_a_folder_of_its_own_is_replaced(tiny_onnx_fp32: cnx.Artifact, tmp_
     (tmp_path / "ds" / "mine.txt").write_text("keep", encoding="utf-8")
     with pytest.raises(OutputExistsError, match="something else"):
         cnx.package(tiny_onnx_fp32, "deepstream", to=tmp_path / "ds", force=True)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/config_infer.txt").write_text("[property]\nonnx-file=mine.onnx\n", encoding="utf-8")
+    (tmp_path / "own/mine.onnx").write_bytes(b"mine")
+    with pytest.raises(OutputExistsError, match="something else"):
+        cnx.package(tiny_onnx_fp32, "deepstream", to=tmp_path / "own", force=True)
+    assert (tmp_path / "own/mine.onnx").read_bytes() == b"mine"

@@ -17,6 +17,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 
 import cnx_deploy as cnx
@@ -275,6 +276,10 @@ def test_a_full_folder_is_kept_and_force_replaces_a_hub_folder_alone(tmp_path: P
     with pytest.raises(OutputExistsError, match="something else"):
         pushed(tmp_path, force=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / "mine.txt").unlink()
+    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")  # as timm and transformers call theirs
+    with pytest.raises(OutputExistsError, match="something else"):
+        pushed(tmp_path, force=True)
 
 
 def test_the_same_weights_give_the_same_bytes(tmp_path: Path) -> None:
@@ -340,8 +345,13 @@ class StandIn(http.server.BaseHTTPRequestHandler):
             document = {"url": f"http://{self.headers['Host']}/me/mine"}
         elif "/preupload/" in self.path:
             paths = [file["path"] for file in json.loads(body)["files"]]
-            files = [{"path": path, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for path in paths]
+            mode = self.server.mode  # type: ignore[attr-defined]
+            files = [{"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": None} for path in paths]
             document = {"files": files}
+        elif self.path.endswith("/info/lfs/objects/batch"):
+            place = {"href": f"http://{self.headers['Host']}/store"}
+            objects = [{**each, "actions": {"upload": place}} for each in json.loads(body)["objects"]]
+            document = {"transfer": "basic", "objects": objects}
         elif "/commit/" in self.path:
             document = {"commitUrl": f"http://{self.headers['Host']}/me/mine/commit/1", "commitOid": "1" * 40,
                         "pullRequestUrl": None, "success": True, "hookOutput": ""}  # fmt: skip
@@ -352,6 +362,10 @@ class StandIn(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
+    def do_PUT(self) -> None:
+        """Take no file."""
+        self.send_error(403)
+
     def log_message(self, *words: object) -> None:
         """Say nothing."""
 
@@ -360,7 +374,7 @@ class StandIn(http.server.BaseHTTPRequestHandler):
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.ThreadingHTTPServer]:
     """A stand-in on the loopback device, which huggingface_hub takes for its hub."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
-    server.seen = []  # type: ignore[attr-defined]
+    server.seen, server.mode = [], "regular"  # type: ignore[attr-defined]
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -383,6 +397,18 @@ def test_the_files_of_the_folder_are_uploaded_in_one_commit_to_a_private_reposit
     files = [row["value"] for row in map(json.loads, commit.splitlines()) if row["key"] == "file"]
     sent = {file["path"]: base64.b64decode(file["content"]) for file in files}
     assert sent == {path.name: path.read_bytes() for path in (tmp_path / "hub").iterdir()}
+
+
+def test_a_file_of_weights_that_does_not_get_through_is_told(
+    hub: http.server.ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cnx: Command
+) -> None:
+    hub.mode = "lfs"  # type: ignore[attr-defined]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    checkpoint = save_checkpoint(tmp_path / "a.safetensors", network(), preprocessing=MADE)
+    code, _, err = cnx("push", checkpoint, "--to", tmp_path / "hub", "--repo-id", "me/mine")
+    assert "was not uploaded to me/mine (Error while uploading" in err
+    assert code == 1
 
 
 @pytest.mark.parametrize(("token", "code", "said"), [("hf_wrong", 5, "Set HF_TOKEN"), ("hf_right", 1, "HF_ENDPOINT")])

@@ -119,6 +119,12 @@ def test_a_repository_is_replaced_when_forced_and_nothing_else_is(tiny_onnx_fp32
     with pytest.raises(OutputExistsError, match="something else"):
         cnx.package(tiny_onnx_fp32, "triton", to=place, name="third", force=True)
     assert (place / "diary.txt").read_text() == "mine"
+    (place / "diary.txt").unlink()
+    (place / "mine").mkdir()
+    (place / "mine/config.pbtxt").write_text('backend: "python"')
+    with pytest.raises(OutputExistsError, match="something else"):
+        cnx.package(tiny_onnx_fp32, "triton", to=place, name="third", force=True)
+    assert (place / "mine/config.pbtxt").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["models"]
 
 
@@ -272,14 +278,14 @@ def test_a_folder_without_models_is_refused(tmp_path: Path, cnx: Command) -> Non
     assert "holds no models" in told
 
 
-def text_of(model: str, old: str, new: str, file: str = "config.pbtxt") -> Callable[[Path], None]:
+def text_of(model: str, old: str, new: str, file: str = "config.pbtxt", times: int = 1) -> Callable[[Path], None]:
     """A fault: in a file of a model, by default its configuration, a text stands for another, once."""
 
     def change(repository: Path) -> None:
         path = repository / model / file
         content = path.read_text(encoding="utf-8")
         assert old in content
-        path.write_text(content.replace(old, new, 1), encoding="utf-8")
+        path.write_text(content.replace(old, new, times), encoding="utf-8")
 
     return change
 
@@ -387,6 +393,12 @@ MUTANTS: dict[str, tuple[Callable[[Path], None], str]] = {
         r"gives images as FP32 \[3, 32, 64\]",
     ),
     "warm-up without its picture": (gone("net-preprocessing/warmup/picture"), r"warmup/picture is not there"),
+    "warm-up of no type": (
+        text_of("net-preprocessing", "data_type: TYPE_STRING", "data_type: TYPE_INVALID", times=3),
+        r"the input image has no data_type",
+    ),
+    "classes of no dimension": (text_of("net-network", "  dims: 10\n", ""), r"the output logits has dims \[\]"),
+    "a name that is a list": (recorded('"image"', '["image"]'), r"does not say how images are made"),
     "a picture cut short": (other("net-preprocessing/warmup/picture", b"\xff\0\0\0ab"), r"no tensor of 1 byte strings"),
 }
 
