@@ -62,11 +62,12 @@ class Batcher(Generic[Item, Result]):
     def __len__(self) -> int:
         return len(self._waiting)
 
-    async def submit(self, items: Sequence[Item]) -> list[Result]:
+    async def submit(self, items: Sequence[Item], *, return_exceptions: bool = False) -> list[Any]:
         """Wait for the results of some items, which may go through the model in different batches.
 
         Raises QueueFullError, at once and for all of them, where they do not fit; else the exception of the first item
-        that has one. Items whose caller is cancelled before they are run are not run.
+        that has one, unless exceptions are to stand among the results. Items whose caller is cancelled before they are
+        run are not run.
         """
         if len(self._waiting) + len(items) > self.max_queue:
             raise QueueFullError(f"{len(self._waiting)} of {self.max_queue} images wait already.")
@@ -77,7 +78,7 @@ class Batcher(Generic[Item, Result]):
         self._waiting.extend(entries)
         self._arrived.set()
         try:
-            return [await entry.future for entry in entries]
+            return await asyncio.gather(*(entry.future for entry in entries), return_exceptions=return_exceptions)
         finally:
             for entry in entries:
                 entry.future.cancel()

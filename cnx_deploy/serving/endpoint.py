@@ -6,9 +6,11 @@ metrics and a page. Pictures come as bytes and go the way that `predict` takes, 
 """
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import json
+import math
 import os
 import re
 import time
@@ -22,7 +24,7 @@ import numpy as np
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import FormParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -44,6 +46,8 @@ __all__ = ["Endpoint", "EndpointSpec", "hashed_token"]
 ENCODED, RAW = "image", "images"
 """The two inputs of the protocol's requests, as `package triton` names them: files, or what the network takes."""
 CLASS_MAPS = "class_maps"
+LEFT = 499
+"""The status of a request whose client left before its answer, as nginx counts it."""
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob: data:; "
@@ -101,6 +105,7 @@ class _Served:
     model: Model
     name: str
     version: str
+    max_batch: int
     inputs: tuple[Declared, ...]
     outputs: tuple[Declared, ...]
 
@@ -137,10 +142,9 @@ class Endpoint:
     def __init__(self, spec: EndpointSpec) -> None:
         self.spec = spec
         self._served = self._open()
-        limit = self._served.model.runner.input_spec.max_batch
         self._batcher: Batcher[Any, _Answer] = Batcher(
             self._run,
-            max_batch=min(spec.max_batch, limit or spec.max_batch),
+            max_batch=self._served.max_batch,
             max_wait_ms=spec.max_wait_ms,
             max_queue=spec.max_queue,
             told=self._ran,
@@ -177,7 +181,10 @@ class Endpoint:
             response = await self._checked(name, handler, request, words)
             status = response.status_code
         except _HttpError as error:
-            status, response = error.status, _error(error.status, str(error), error.headers)
+            status, response = error.status, _json(error.status, {"error": str(error)}, error.headers)
+        except asyncio.CancelledError:
+            status = LEFT
+            raise
         finally:
             self._metrics.requests.labels(name, str(status)).inc()
             self._metrics.seconds.labels(name).observe(time.perf_counter() - started)
@@ -186,16 +193,18 @@ class Endpoint:
     async def reload(self) -> str:
         """Open the artifact's file anew and take it from the next batch on; its version.
 
-        Raises CnxDeployError for a file that cannot be opened, or fails its warm-up: the earlier one goes on.
+        Raises what the constructor raises for a file that cannot be opened, or fails its warm-up: the earlier one goes
+        on.
         """
         try:
             served = await asyncio.to_thread(self._open)
-        except CnxDeployError:
+        except Exception:
             self._metrics.reloads.labels("refused").inc()
             raise
 
         def take() -> None:
             earlier, self._served = self._served, served
+            self._batcher.max_batch = served.max_batch
             earlier.model.__exit__(None, None, None)
             self._metrics.model.labels(earlier.name, earlier.version).set(0)
             self._metrics.model.labels(served.name, served.version).set(1)
@@ -212,13 +221,17 @@ class Endpoint:
     def _open(self) -> _Served:
         spec = self.spec
         file = weights_in(spec.artifact) if spec.artifact.is_dir() else spec.artifact
-        model = open_predictor(spec.artifact, many=True, threads=spec.threads, **spec.model_options).__enter__()
-        recorded = recorded_artifact(file)
-        version = (recorded.sha256 if recorded is not None else sha256_of_file(file))[:12]
-        takes = model.runner.input_spec
-        for batch in (min(spec.max_batch, takes.max_batch or spec.max_batch), 1):  # memory for the largest, then one
-            black = torch.zeros((batch, *sides(model.preprocessing.image_size), takes.in_chans), dtype=torch.uint8)
-            outputs = outputs_of_pixels(model, black, "a black image")
+        with contextlib.ExitStack() as held:
+            opened = open_predictor(spec.artifact, many=True, threads=spec.threads, **spec.model_options)
+            model = held.enter_context(opened)
+            recorded = recorded_artifact(file)
+            version = (recorded.sha256 if recorded is not None else sha256_of_file(file))[:12]
+            takes = model.runner.input_spec
+            max_batch = min(spec.max_batch, takes.max_batch or spec.max_batch)
+            for batch in (max_batch, 1):  # memory for the largest, then one
+                black = torch.zeros((batch, *sides(model.preprocessing.image_size), takes.in_chans), dtype=torch.uint8)
+                outputs = outputs_of_pixels(model, black, "a black image")
+            held.pop_all()  # it stays open
         given = tuple(
             Declared(name, DATATYPES[array.numpy().dtype.name], (-1, *array.shape[1:]))
             for name, array in outputs.items()
@@ -227,7 +240,7 @@ class Endpoint:
         is_bytes = takes.kind == "uint8"
         shape = (-1, *open_sides, takes.in_chans) if is_bytes else (-1, takes.in_chans, *open_sides)
         taken = Declared(ENCODED, "BYTES", (-1,)), Declared(RAW, "UINT8" if is_bytes else "FP32", shape)
-        return _Served(model, spec.artifact.stem, version, taken, given)
+        return _Served(model, spec.artifact.stem, version, max_batch, taken, given)
 
     def _run(self, items: Sequence[Any]) -> list[_Answer | Exception]:
         """Answer a batch, in the model's thread: pictures that are asked for the same, and tensors of one shape."""
@@ -300,15 +313,14 @@ class Endpoint:
                 connection="close",
             ) from error  # fmt: skip
         except ClientDisconnect as error:
-            raise _HttpError(400, "The client left before its request was there.") from error
+            raise _HttpError(LEFT, "The client left before its request was there.") from error
         return b"".join(parts)
 
-    async def _submit(self, items: Sequence[Any]) -> list[_Answer]:
+    async def _submit(self, items: Sequence[Any], *, return_exceptions: bool = False) -> list[Any]:
+        """An `_Answer` for each item, or, among them, the exception that it has in place of one."""
         if not 0 < len(items) <= self.spec.max_queue:
             raise InputError(f"A request has 1 to {self.spec.max_queue} images, not {len(items)}.")
-        answering = asyncio.ensure_future(self._batcher.submit(items))
-        self._metrics.queue.set(len(self._batcher))
-        return await answering
+        return await self._batcher.submit(items, return_exceptions=return_exceptions)
 
     # --- what is answered ---------------------------------------------------------------------------------------------
 
@@ -364,14 +376,8 @@ class Endpoint:
         top, maps = _whole(request, "top"), _whole(request, "maps") or 0
         files = await self._files(request)
         pictures = [_Picture(content, top, maps) for _, content in files]
-        if len(files) == 1:
-            answers: list[Any] = list(await self._submit(pictures))
-        else:
-            if len(files) > self.spec.max_queue - len(self._batcher):
-                await self._submit(pictures)  # refused, all of them
-            one_by_one = (self._submit([picture]) for picture in pictures)
-            lists = await asyncio.gather(*one_by_one, return_exceptions=True)
-            answers = [answer if isinstance(answer, BaseException) else answer[0] for answer in lists]
+        # A single picture that cannot be read is a 400; of several each has its own error.
+        answers = await self._submit(pictures, return_exceptions=len(files) > 1)
         rows = [_row(name, answer, maps) for (name, _), answer in zip(files, answers, strict=True)]
         milliseconds = round((time.perf_counter() - started) * 1e3, 1)
         versions = [answer.served.version for answer in answers if isinstance(answer, _Answer)]
@@ -380,6 +386,7 @@ class Endpoint:
 
     async def metrics(self, request: Request, words: Mapping[str, str]) -> Response:
         """What Prometheus reads; of several replicas the sums."""
+        self._metrics.queue.set(len(self._batcher))
         return _response(200, self._metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
 
     async def _files(self, request: Request) -> list[tuple[str, bytes]]:
@@ -406,7 +413,7 @@ ROUTES: tuple[tuple[str, str, re.Pattern[str], Handler], ...] = (
 
 
 def _route(request: Request) -> tuple[str, Handler, Mapping[str, str]]:
-    path, allowed = request.url.path, []
+    path, allowed = request.scope["path"], []
     method = "GET" if request.method == "HEAD" else request.method
     for name, wanted, pattern, handler in ROUTES:
         if (match := pattern.fullmatch(path)) is not None:
@@ -474,48 +481,19 @@ def _row(name: str, answer: Any, maps: int) -> dict[str, Any]:
 
 def _files_of_form(body: bytes, content_type: str) -> list[tuple[str, bytes]]:
     """Names and contents of the files in a form; its other fields are left out."""
-    files, header, headers = list[tuple[str, bytearray]](), [b"", b""], dict[bytes, bytes]()
-    open_part, ended = list[bytearray](), list[bool]()
-
-    def on_part_begin() -> None:
-        headers.clear()
-        open_part.clear()
-
-    def on_headers_finished() -> None:
-        _, words = parse_options_header(headers.get(b"content-disposition", b""))
-        if b"filename" in words:
-            open_part.append(bytearray())
-            files.append((words[b"filename"].decode("utf-8", "replace") or "image", open_part[0]))
-
-    def on_part_data(data: bytes, start: int, end: int) -> None:
-        for content in open_part:
-            content.extend(data[start:end])
-
-    def on_header_field(data: bytes, start: int, end: int) -> None:
-        header[0] += data[start:end]
-
-    def on_header_value(data: bytes, start: int, end: int) -> None:
-        header[1] += data[start:end]
-
-    def on_header_end() -> None:
-        headers[header[0].lower()] = header[1]
-        header[:] = [b"", b""]
-
-    _, words = parse_options_header(content_type)
-    callbacks: dict[str, Any] = {
-        "on_part_begin": on_part_begin, "on_headers_finished": on_headers_finished, "on_part_data": on_part_data,
-        "on_header_field": on_header_field, "on_header_value": on_header_value, "on_header_end": on_header_end,
-        "on_end": lambda: ended.append(True),
-    }  # fmt: skip
+    kind, words = parse_options_header(content_type)
+    files, ended = list[Any](), list[bool]()
+    on_end, in_memory = lambda: ended.append(True), {"MAX_MEMORY_FILE_SIZE": math.inf}
     try:
-        MultipartParser(words.get(b"boundary", b""), callbacks).write(body)
+        boundary = words.get(b"boundary")
+        FormParser(kind.decode(), lambda field: None, files.append, on_end, boundary, config=in_memory).write(body)
         if not ended:
             raise ValueError("its last boundary is missing")
     except (FormParserError, ValueError) as error:
         raise InputError(f"The form cannot be read: {error}. Send it as curl -F image=@photo.jpg does.") from error
     if not files:
         raise InputError("The form has no file. Send it as curl -F image=@photo.jpg does.")
-    return [(name, bytes(content)) for name, content in files]
+    return [(file.file_name.decode("utf-8", "replace") or "image", file.file_object.getvalue()) for file in files]
 
 
 def _whole(request: Request, name: str) -> int | None:
@@ -532,10 +510,6 @@ def _json(status: int, document: Any, headers: Mapping[str, str] | None = None) 
     # allow_nan: NaN is no JSON; every output was found finite before, so that this raises for a fault of ours alone.
     text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return _response(status, text.encode("utf-8", "backslashreplace"), "application/json", headers)
-
-
-def _error(status: int, text: str, headers: Mapping[str, str]) -> Response:
-    return _json(status, {"error": text}, headers)
 
 
 def _response(status: int, content: bytes, kind: str, headers: Mapping[str, str] | None = None) -> Response:

@@ -26,6 +26,7 @@ DATATYPES: dict[str, str] = {
     "float64": "FP64",
 }  # fmt: skip
 """NumPy's name of an element type -> the protocol's."""
+LARGEST = float(np.finfo(np.float32).max)
 UNDERSTOOD = {
     "request": {"binary_data_output"},
     "input": {"binary_data_size", "content_type"},
@@ -35,7 +36,7 @@ UNDERSTOOD = {
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """An input that a model takes; -1 in its shape is any number. "BYTES" are files of images."""
+    """An input or output of a model; -1 in its shape is any number. "BYTES" are files of images."""
 
     name: str
     datatype: str
@@ -211,23 +212,21 @@ def _files_in_binary(tail: bytes, count: int) -> list[bytes]:
 
 
 def _numbers_in_json(tensor: _Tensor, shape: tuple[int, ...]) -> np.ndarray:
-    expected = math.prod(shape)
-    try:
-        array = np.array(tensor.data)
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise InputError(f"The data of {tensor.name!r} are no tensor: rows of it differ in length.") from error
-    is_float = tensor.datatype == "FP32"
-    if array.dtype.kind not in ("iuf" if is_float else "iu") or array.shape not in (shape, (expected,)):
+    expected, is_float = math.prod(shape), tensor.datatype == "FP32"
+    # As objects: of texts NumPy would make each as long as the longest, gigabytes of a small body.
+    array = np.array(tensor.data, dtype=object)
+    kinds = {int, float} if is_float else {int}
+    if array.shape not in (shape, (expected,)) or not set(map(type, array.flat)) <= kinds:
         raise InputError(
             f"The data of {tensor.name!r} have shape {list(array.shape)}: expected {expected} "
             f"{'numbers' if is_float else 'integers from 0 to 255'}, flat or as {list(shape)}."
         )
-    if is_float:
-        with np.errstate(over="ignore"):  # what is infinite then is refused as such
-            return array.reshape(shape).astype(np.float32)
-    if array.min() < 0 or array.max() > 255:
-        raise InputError(f"The data of {tensor.name!r} reach {array.min()} to {array.max()}: UINT8 is 0 to 255.")
-    return array.reshape(shape).astype(np.uint8)
+    least, most = (-LARGEST, LARGEST) if is_float else (0, 255)
+    if array.min() < least or array.max() > most:
+        raise InputError(
+            f"The data of {tensor.name!r} reach beyond {tensor.datatype}: expected {least:.6g} to {most:.6g}."
+        )
+    return array.reshape(shape).astype(np.float32 if is_float else np.uint8)
 
 
 def _outputs(request: _Request, known: Sequence[str], *, is_binary: bool) -> tuple[tuple[str, bool], ...] | None:

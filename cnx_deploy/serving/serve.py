@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from cnx_deploy.core.errors import CnxDeployError, InputError, MissingRequirementError
 from cnx_deploy.core.system import cpu_count
+from cnx_deploy.verification.inspect import takes_gpu
 
 __all__ = ["ServeRequest", "Serving", "start"]
 
@@ -28,6 +29,8 @@ APPLICATION, DEPLOYMENT = "cnx-deploy", "Replica"
 NEEDED = ("ray", "starlette", "prometheus_client", "python_multipart")
 STOP_SECONDS = 60.0
 """What is under way may take so long once the endpoint is stopped."""
+RELOAD_SECONDS = 600.0
+"""A model may take so long to open and warm up beside the one that answers."""
 PATIENCE = 3
 """So many checks in a row may get no answer."""
 QUIET = {
@@ -113,12 +116,20 @@ class Serving:
 
         Raises CnxDeployError where the file cannot be opened: the earlier version goes on answering.
         """
-        versions = set[str]()
-        for version, reason in _of_all("reload"):
+        from ray.exceptions import RayError
+
+        try:
+            told = _of_all("reload", RELOAD_SECONDS)
+        except (RayError, TimeoutError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise CnxDeployError(f"A replica did not take the file: {lines[-1]}. Send the signal again.") from error
+        for version, reason in told:
             if reason is not None:
                 raise CnxDeployError(f"{reason} Version {version} goes on answering.")
-            versions.add(version)
-        (self.version,) = versions or {self.version}
+        versions = {version for version, _ in told}
+        if len(versions) > 1:
+            raise CnxDeployError("The file changed while the replicas took it. Send the signal again.")
+        self.version = versions.pop()
         return self.version
 
     def check(self) -> None:
@@ -158,7 +169,7 @@ def start(request: ServeRequest, note: Callable[[str], None] = lambda text: None
 
     alike = {each.name for each in fields(EndpointSpec)} & {each.name for each in fields(ServeRequest)}
     words = {name: getattr(request, name) for name in alike}
-    words |= {"artifact": request.artifact.resolve(), "threads": max(1, cpu_count() // request.replicas)}
+    words |= {"artifact": request.artifact.resolve(), "threads": cpu_count() // request.replicas}
     words["token_sha256"] = None if request.token is None else hashed_token(request.token)
     spec = EndpointSpec(**words)
     port = _free_port(request.host, request.port)
@@ -212,14 +223,10 @@ def _deploy(held: contextlib.ExitStack, request: ServeRequest, spec: Any, port: 
     from ray import serve
     from ray.serve.config import HTTPOptions
 
-    share = cpu_count() / request.replicas
-    resources: dict[str, Any] = {"num_cpus": share}
-    if request.model_options.get("device") == "cuda":
-        resources["num_gpus"] = 1 / request.replicas
     deployment = serve.deployment(
         name=DEPLOYMENT,
         num_replicas=request.replicas,
-        ray_actor_options=resources,
+        ray_actor_options=_resources(request),
         # The endpoint's own queue refuses what is too much; a request whose body comes slowly waits outside of it.
         max_ongoing_requests=10_000,
         graceful_shutdown_timeout_s=STOP_SECONDS,
@@ -237,11 +244,20 @@ def _deploy(held: contextlib.ExitStack, request: ServeRequest, spec: Any, port: 
     _of_all("ping")  # what the first call sets up takes a second, which a call to drain has not
 
 
+def _resources(request: ServeRequest) -> dict[str, Any]:
+    """What Ray keeps for each replica, rounded down: of shares that it rounds up the last replica waits for ever."""
+    resources: dict[str, Any] = {"num_cpus": cpu_count() // request.replicas}
+    if takes_gpu(request.artifact, request.model_options.get("device")):
+        resources["num_gpus"] = 10_000 // request.replicas / 10_000
+    return resources
+
+
 def _wait_until_ready(url: str) -> None:
     """Raise CnxDeployError where the endpoint does not say that it is ready, though Ray does."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy reaches this machine's own address
     for _ in range(100):
         with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            urllib.request.urlopen(f"{url}/v2/health/ready", timeout=10).close()
+            opener.open(f"{url}/v2/health/ready", timeout=10).close()
             return
         time.sleep(0.1)
     raise CnxDeployError(f"Ray Serve runs, and {url} does not answer: another program may have taken the port.")
@@ -259,12 +275,12 @@ def _stop() -> None:
         serve.delete(APPLICATION)
 
 
-def _of_all(method: str) -> list[Any]:
+def _of_all(method: str, timeout_s: float = STOP_SECONDS) -> list[Any]:
     """What every replica returns for a call."""
     from ray import serve
 
     handle: Any = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
-    return list(handle.broadcast(method).results(timeout_s=STOP_SECONDS))
+    return list(handle.broadcast(method).results(timeout_s=timeout_s))
 
 
 class _Replica:

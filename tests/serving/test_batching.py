@@ -124,6 +124,14 @@ def test_an_error_is_only_its_own_requests() -> None:
     assert len(model.batches) == 1
 
 
+def test_errors_may_stand_among_the_results_of_a_request() -> None:
+    model = Model()
+    first, refused, last = run(lambda: batcher(model).submit([1, 7, 2], return_exceptions=True))
+    assert (first, str(refused), last) == (2, "7 is refused", 4)
+    with pytest.raises(ValueError, match="7 is refused"):
+        run(lambda: batcher(model).submit([1, 7, 2]))
+
+
 def test_a_batch_that_dies_is_run_again_one_by_one() -> None:
     model = Model()
 

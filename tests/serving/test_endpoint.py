@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 import time
+import tracemalloc
 import urllib.parse
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -223,6 +224,28 @@ def test_metrics_count_requests_batches_and_errors(server: Server) -> None:
     assert value(after, "cnx_model{") == 1
 
 
+def test_a_client_that_leaves_is_counted_as_such_and_not_as_an_error_of_the_server(endpoint: Any) -> None:
+    import asyncio
+
+    from starlette.requests import Request
+
+    async def receive() -> Any:
+        await asyncio.sleep(60)
+
+    async def scenario() -> None:
+        scope = {"type": "http", "method": "POST", "path": "/v1/classify", "headers": [], "query_string": b""}
+        answering = asyncio.ensure_future(endpoint.answer(Request(scope, receive)))
+        await asyncio.sleep(0.01)
+        answering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await answering
+
+    asyncio.run(scenario())
+    text = endpoint._metrics.text().decode()
+    assert 'cnx_requests_total{endpoint="classify",status="499"} 1.0' in text
+    assert 'status="500"' not in text
+
+
 def test_eight_clients_share_batches(server: Server) -> None:
     def images_and_batches() -> tuple[float, float]:
         lines = server.get("/metrics").body.decode().splitlines()
@@ -257,11 +280,13 @@ WRONG: dict[str, tuple[Any, str]] = {
     "unknown-type": ({"inputs": [{**FLOATS, **DATA, "datatype": "COMPLEX"}]}, "FP32, not 'COMPLEX'"),
     "no-data": ({"inputs": [FLOATS]}, "neither data nor"),
     "short-data": ({"inputs": [{**FLOATS, "data": [0.5] * 3071}]}, "expected 3072 numbers"),
-    "ragged": ({"inputs": [{**FLOATS, "data": [[0.5], [0.5, 0.5]]}]}, "no tensor"),
+    "ragged": ({"inputs": [{**FLOATS, "data": [[0.5], [0.5, 0.5]]}]}, "expected 3072 numbers"),
+    "ragged-deep": ({"inputs": [{**FLOATS, "data": [[[0.5, 0.5]], [[0.5], [0.5]]]}]}, "expected 3072 numbers"),
     "texts": ({"inputs": [{**FLOATS, "data": ["a"] * 3072}]}, "expected 3072 numbers"),
     "truths": ({"inputs": [{**FLOATS, "data": [True] * 3072}]}, "expected 3072 numbers"),
     "nan": (b'{"inputs": [{"name": "images", "datatype": "FP32", "shape": [1], "data": [NaN]}]}', "no request"),
-    "too-large-number": ({"inputs": [{**FLOATS, "data": [1e39] * 3072}]}, "NaN or infinity"),
+    "too-large-number": ({"inputs": [{**FLOATS, "data": [1e39] * 3072}]}, "reach beyond FP32"),
+    "endless-number": ({"inputs": [{**FLOATS, "data": [10**400] * 3072}]}, "reach beyond FP32"),
     "negative-side": ({"inputs": [{**FLOATS, **DATA, "shape": [-1, 3, 32, 32]}]}, "has shape"),
     "no-images": ({"inputs": [{**FLOATS, "data": [], "shape": [0, 3, 32, 32]}]}, "has shape"),
     "too-few-axes": ({"inputs": [{**FLOATS, **DATA, "shape": [3, 32, 32]}]}, "has shape"),
@@ -292,6 +317,20 @@ def test_a_request_that_does_not_fit_is_a_400_with_a_sentence(server: Server, ca
     answer = server.post(INFER, body)
     assert answer.status == 400
     assert words in answer.error
+
+
+def test_a_long_text_among_numbers_takes_no_memory() -> None:
+    """NumPy makes every text of an array as long as the longest."""
+    from cnx_deploy.core.errors import InputError
+    from cnx_deploy.serving.open_inference import Declared, read_request
+
+    body = json.dumps({"inputs": [{**FLOATS, "data": ["a" * 10_000, *["a"] * 3071]}]}).encode()
+    tracemalloc.start()
+    with pytest.raises(InputError, match="expected 3072 numbers"):
+        read_request(body, None, (Declared("images", "FP32", (-1, 3, 32, 32)),), ("logits",))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000
 
 
 @pytest.mark.parametrize(
@@ -409,6 +448,9 @@ def test_a_full_queue_is_a_503_that_says_when_to_come_back(endpoint: Any, server
     assert hold.wait(10)
     with ThreadPoolExecutor(40) as pool:
         asked = [pool.submit(server.post, "/v1/classify", picture()) for _ in range(40)]
+        while len(endpoint._batcher) < 16:
+            time.sleep(0.01)
+        assert "\ncnx_queue_images 16.0\n" in server.get("/metrics").body.decode()
         # At most 8 are in the batch that waits for the model, and 16 behind it.
         refused = [each.result() for _, each in zip(range(16), as_completed(asked, timeout=20), strict=False)]
         go.set()
@@ -656,7 +698,27 @@ def test_a_corrupt_new_version_is_refused_and_the_earlier_one_answers(artifact: 
         assert new["predictions"] != before["predictions"]
         with cnx.load(path) as opened:
             assert new["predictions"][0]["scores"] == list(opened.predict(picture()).to_dict()["scores"])
+        assert made._batcher.max_batch == 8
+        cnx.export("tiny-test", precision="fp32", batch=(1, 2, 2), **words)
+        asyncio.run(made.reload())
+        assert made._batcher.max_batch == 2
     made.close()
+
+
+def test_a_model_that_fails_its_warm_up_is_freed(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cnx_deploy.core.errors import CheckFailedError
+    from cnx_deploy.serving import endpoint
+    from cnx_deploy.verification.predict import Model
+
+    def fail(*words: Any) -> Any:
+        raise CheckFailedError("not finite")
+
+    freed = list[Any]()
+    monkeypatch.setattr(endpoint, "outputs_of_pixels", fail)
+    monkeypatch.setattr(Model, "__exit__", lambda self, *words: freed.append(self))
+    with pytest.raises(CheckFailedError):
+        endpoint.Endpoint(endpoint.EndpointSpec(artifact=artifact))
+    assert len(freed) == 1
 
 
 def test_requests_that_run_while_a_version_changes_are_all_answered(endpoint: Any, server: Server) -> None:
