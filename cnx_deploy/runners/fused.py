@@ -90,7 +90,7 @@ class FusedRunner(HoldsNothing):
             own = images.clone()
             outputs: Outputs = {}
             # The first call measures tiles and cuDNN's algorithms and compiles kernels: nothing of it can be captured.
-            with torch.backends.cudnn.flags(benchmark=True, allow_tf32=False):
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
                 self.module(own)
                 torch.cuda.synchronize(self.device)
                 graph = stream.capture(lambda: outputs.update(named_outputs(self.module(own), self.outputs)))

@@ -206,7 +206,11 @@ def test_each_batch_size_is_captured_once_and_replayed(tiny_model: ConvNeXtV2, m
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     expected = [runner.run(part)["logits"] for part in (images, images.flip(0), images[:1])]
     runner._stream = stream
+    flags: list[tuple[bool, bool]] = []
+    cudnn = torch.backends.cudnn
+    runner.module.register_forward_hook(lambda *_: flags.append((bool(cudnn.enabled), bool(cudnn.benchmark))))
     found = [runner.run(part)["logits"].clone() for part in (images, images.flip(0), images[:1])]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
     assert len(captures) == 2, "a batch of two is captured once, a batch of one anew"
+    assert (False, True) not in flags, "without cuDNN PyTorch's own convolutions run"
