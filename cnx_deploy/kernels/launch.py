@@ -1,8 +1,7 @@
 """The kernels as functions of tensors: compiled on CUDA tensors, interpreted on CPU tensors.
 
 `half` below is torch.float16 or torch.bfloat16, the same of all tensors of a call. Every function allocates what it
-returns. On CUDA the kernels are called through `torch.library.wrap_triton`, so that a function built of these can be a
-`torch.library.triton_op`.
+returns. A function built of these can be a `torch.library.triton_op`.
 """
 
 from typing import Any
@@ -165,7 +164,9 @@ def _run(
     """Launch a kernel on the device of its first tensor; `shape` is batch, positions and C."""
     programs = grid(kernel, settings, *shape)
     if first.is_cuda:
-        run = torch.library.wrap_triton(getattr(compiled_kernels(), kernel))
+        run = getattr(compiled_kernels(), kernel)
+        if type(first) is not Tensor:  # a trace has to see the kernel; run so, each launch would wrap it anew
+            run = torch.library.wrap_triton(run)
         with torch.cuda.device(first.device):
             run[programs](first, *values, **words, num_warps=settings.num_warps, num_stages=settings.num_stages)
     else:

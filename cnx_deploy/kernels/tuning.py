@@ -8,8 +8,10 @@ import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +58,11 @@ class StageChoice:
 
 
 def choose_by_rule(shape: StageShape, hidden: Hidden | None = None, target: str = "sm89") -> StageChoice:
-    """The default tiles; the hidden tensor is recomputed up to 160 channels, or as `hidden` says."""
+    """The default tiles; the hidden tensor is recomputed up to 160 channels, or as `hidden` says where a tile fits."""
     hidden = hidden or ("recomputed" if shape.channels <= MOST_RECOMPUTED_CHANNELS else "stored")
-    first, second = (default_settings(name, shape.channels, target) for name in ("norm_linear_gelu", _closing(hidden)))
-    return StageChoice(hidden, first, second)
+    (way,) = _ways(hidden, shape.channels, target)
+    first, second = (default_settings(name, shape.channels, target) for name in _kernels(way))
+    return StageChoice(way, first, second)
 
 
 def choose(
@@ -74,19 +77,21 @@ def choose(
     Args:
         shape: the stage.
         device: where it runs.
-        hidden: "stored" or "recomputed" leaves the other out; None measures both.
+        hidden: "stored" or "recomputed" leaves the other out, where a tile fits; None measures both.
         cache: where results are kept; None is the one of this machine's GPU.
         measure: milliseconds of a call; None is Triton's own measurement in a CUDA graph.
     """
     if device.type != "cuda" and measure is None:
         return choose_by_rule(shape, hidden)
-    cache = cache or TileCache.of(device)
-    key = f"{shape.batch}x{shape.positions}x{shape.channels} {shape.dtype} grn={shape.has_grn} {hidden or 'any'}"
-    if (known := cache.get(key)) is not None:
-        return known
-    best = min(_measured(shape, device, hidden, measure or _milliseconds), key=lambda made: made.milliseconds or 0.0)
-    cache.keep(key, best)
-    return best
+    cache, target = cache or TileCache.of(device), _target(device)
+    stage = f"{shape.batch}x{shape.positions}x{shape.channels} {shape.dtype} grn={shape.has_grn}"
+    keys = {way: f"{stage} {way}" for way in _ways(hidden, shape.channels, target)}
+    missing = [way for way, key in keys.items() if cache.get(key) is None]
+    measured = _measured(shape, missing, device, target, measure or _milliseconds) if missing else []
+    for choice in measured:
+        cache.keep(keys[choice.hidden], choice)
+    choices = [*measured, *filter(None, (cache.get(keys[way]) for way in keys.keys() - set(missing)))]
+    return min(choices, key=lambda choice: choice.milliseconds or 0.0)
 
 
 class TileCache:
@@ -134,32 +139,62 @@ def _opened(path: Path) -> TileCache:
     return TileCache(path)
 
 
+def _ways(hidden: Hidden | None, channels: int, target: str) -> list[Hidden]:
+    """What can be done with the hidden tensor: as `hidden` says, None for both; it is stored where no tile holds it."""
+    can_recompute = bool(candidate_settings("gained_mlp_residual", channels, target))
+    if hidden is None:
+        return ["stored", "recomputed"] if can_recompute else ["stored"]
+    return [hidden if can_recompute else "stored"]
+
+
 def _measured(
-    shape: StageShape, device: torch.device, hidden: Hidden | None, measure: Callable[[Callable[[], object]], float]
+    shape: StageShape,
+    ways: Sequence[Hidden],
+    device: torch.device,
+    target: str,
+    measure: Callable[[Callable[[], object]], float],
 ) -> list[StageChoice]:
-    """The best of each way to treat the hidden tensor; each kernel is measured alone, in every candidate tile."""
-    tensors, target = _tensors(shape, device), _target(device)
-    ways: list[Hidden] = ["stored", "recomputed"] if hidden is None else [hidden]
-    found = []
+    """The best tiles of each way to treat the hidden tensor; each kernel is measured alone, in every candidate."""
+    jobs: list[tuple[Hidden, KernelName, LaunchSettings]] = [
+        (way, name, settings)
+        for way in ways
+        for name in _kernels(way)
+        # Without GRN there is no statistic, so where the hidden tensor is recomputed the first kernel does not run.
+        if shape.has_grn or way == "stored" or name != "norm_linear_gelu"
+        for settings in candidate_settings(name, shape.channels, target)
+    ]
+    # First compiled, side by side: Triton's passes and NVIDIA's assembler leave Python's lock. No kernel depends on the
+    # batch, so a batch of one does.
+    tensors = _tensors(replace(shape, batch=1), device)
+    with ThreadPoolExecutor() as pool:
+        fit = list(pool.map(lambda job: _fits(_call(shape, tensors, *job)), jobs))
+    tensors = _tensors(shape, device)
+    times = {job: measure(_call(shape, tensors, *job)) for job in compress(jobs, fit)}
+    choices = []
     for way in ways:
-        if way == "recomputed" and not candidate_settings("gained_mlp_residual", shape.channels, target):
-            continue
-        kernels: tuple[KernelName, KernelName] = ("norm_linear_gelu", _closing(way))
-        times: list[tuple[float, LaunchSettings]] = []
-        for name in kernels:
-            candidates = candidate_settings(name, shape.channels, target)
-            if name == "norm_linear_gelu" and way == "recomputed" and not shape.has_grn:
-                times.append((0.0, candidates[0]))  # without GRN there is no statistic, so the kernel does not run
-                continue
-            timed = [(measure(_call(name, settings, way, shape, tensors)), settings) for settings in candidates]
-            times.append(min(timed, key=lambda row: row[0]))
-        (first_ms, first), (second_ms, second) = times
-        found.append(StageChoice(way, first, second, round(first_ms + second_ms, 5)))
-    return found
+        best = []
+        for name in _kernels(way):
+            timed = [(time, settings) for (*job, settings), time in times.items() if job == [way, name]]
+            no_time = (0.0, default_settings(name, shape.channels, target))
+            best.append(min(timed, key=lambda row: row[0], default=no_time))
+        (first_ms, first), (second_ms, second) = best
+        choices.append(StageChoice(way, first, second, round(first_ms + second_ms, 5)))
+    return choices
+
+
+def _fits(call: Callable[[], object]) -> bool:
+    """Run a kernel once; False where the GPU has less of something than those that the tiles were chosen for."""
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        call()
+    except OutOfResources:
+        return False
+    return True
 
 
 def _call(
-    kernel: KernelName, settings: LaunchSettings, way: Hidden, shape: StageShape, tensors: dict[str, Tensor]
+    shape: StageShape, tensors: dict[str, Tensor], way: Hidden, kernel: KernelName, settings: LaunchSettings
 ) -> Callable[[], object]:
     weights = tensors["weight1"], tensors["bias1"]
     gain = tensors["gain"] if shape.has_grn else None
@@ -184,8 +219,9 @@ def _tensors(shape: StageShape, device: torch.device) -> dict[str, Tensor]:
     return made | {"gain": torch.ones(batch, 4 * channels, device=device)}
 
 
-def _closing(hidden: Hidden) -> KernelName:
-    return "gained_linear_residual" if hidden == "stored" else "gained_mlp_residual"
+def _kernels(way: Hidden) -> tuple[KernelName, KernelName]:
+    """The kernels before and behind the gain."""
+    return "norm_linear_gelu", "gained_linear_residual" if way == "stored" else "gained_mlp_residual"
 
 
 def _target(device: torch.device) -> str:
@@ -193,9 +229,7 @@ def _target(device: torch.device) -> str:
     if device.type != "cuda":
         return "sm89"
     major, minor = torch.cuda.get_device_capability(device)
-    known = sorted(SHARED_BYTES, key=lambda name: int(name.removeprefix("sm")))
-    below = [name for name in known if int(name.removeprefix("sm")) <= 10 * major + minor]
-    return below[-1] if below else known[0]
+    return [name for name in SHARED_BYTES if int(name.removeprefix("sm")) <= 10 * major + minor][-1]
 
 
 def _milliseconds(call: Callable[[], object]) -> float:

@@ -1,19 +1,23 @@
 """Kernels compiled without a GPU: what their code uses, what a launch takes, and the record of all variants."""
 
+import contextlib
 import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.kernels import compiling, launch
@@ -96,6 +100,77 @@ def test_kernels_are_compiled_and_interpreted_in_turn_in_one_process() -> None:
     compiling.compile_kernel.cache_clear()
     assert compiled("response_gain", target="sm86").registers > 16
     assert torch.equal(launch.response_gain(sums, gamma), before)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Any]]:
+    """Have CPU tensors taken for CUDA ones and each launch compiled for a target, as on that GPU, and not run.
+
+    A launch makes a constant of the integer 1, and tells multiples of 16 apart, which `compile_kernel` does not.
+    """
+
+    def pretend(target: str) -> list[Any]:
+        capability = int(target.removeprefix("sm"))
+        driver = SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", capability, 32),
+            get_current_device=lambda: capability,  # a number of its own: what is compiled is kept by device
+            get_current_stream=lambda device: 0,
+        )
+        kernels: list[Any] = []
+        run = JITFunction.run
+
+        def warm_up(self: Any, *words: Any, grid: Any, warmup: bool, **more: Any) -> None:
+            kernels.append(run(self, *words, grid=grid, warmup=True, **more))
+
+        monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+        monkeypatch.setattr(JITFunction, "run", warm_up)
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        return kernels
+
+    return pretend
+
+
+def launch_all(channels: int, positions: int, tiles: Sequence[LaunchSettings], **words: Any) -> None:
+    """Call every kernel as the operator does, with and without what a block may lack."""
+    shapes = {"tokens": (1, positions, channels), "weight": (channels, 4 * channels), "bias": (4 * channels,)}
+    first = [torch.zeros(shape, dtype=torch.float16) for shape in shapes.values()]
+    hidden, sums = launch.norm_linear_gelu(*first, settings=tiles[0], **words)
+    launch.norm_linear_gelu(*first, settings=tiles[0], store_hidden=False, **words)
+    assert hidden is not None
+    assert sums is not None
+    gain = launch.response_gain(sums, torch.zeros(4 * channels))
+    last = (first[1].t().contiguous(), first[2][:channels].clone(), first[0])
+    for given in (gain, None):
+        launch.gained_linear_residual(hidden, given, *last, settings=tiles[1], **words)
+        launch.gained_mlp_residual(*first, given, *last, settings=tiles[2], **words)
+
+
+def test_a_launch_calls_its_kernel_and_no_wrapper(
+    launches: Callable[[str], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches("sm90")
+    monkeypatch.setattr(torch.library, "wrap_triton", None)  # it would make a new wrapper, and keep it, at every launch
+    calls: list[tuple[str, Any]] = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *words, grid, **more: calls.append((self.__name__, grid)))
+    launch_all(40, 49, [LaunchSettings(16, 32, 16, 4, 2)] * 3)
+    assert [name for name, _ in calls] == [
+        "norm_linear_gelu", "norm_linear_gelu", "response_gain", *["gained_linear_residual", "gained_mlp_residual"] * 2,
+    ]  # fmt: skip
+    assert calls[0][1] == (5, 4, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels_last", [True, False], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize(("channels", "positions"), [(40, 3136), (96, 784), (160, 196), (320, 49), (320, 1)])
+@pytest.mark.parametrize("target", SHARED_BYTES)
+def test_what_a_launch_compiles_has_room(
+    launches: Callable[[str], list[Any]], target: str, channels: int, positions: int, channels_last: bool
+) -> None:
+    kernels = launches(target)
+    tiles = [default_settings(name, channels, target) for name in KERNELS if name != "response_gain"]
+    launch_all(channels, positions, tiles, channels_last=channels_last)
+    assert max(kernel.metadata.shared for kernel in kernels) <= SHARED_BYTES[target]
 
 
 def test_an_unknown_target_is_refused() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 import cnx_deploy as cnx
 from cnx_deploy.core.deploy_spec import DeploySpec
@@ -159,13 +160,46 @@ def test_the_hidden_tensor_is_recomputed_where_that_is_faster(
     kernels: list[str] = []
     made = tuning._call
 
-    def named(kernel: Any, *words: Any) -> Any:
-        kernels.append(f"{kernel} {words[1]}")
-        return made(kernel, *words)
+    def named(*words: Any) -> Any:
+        kernels.append(words[2])
+        return made(*words)
 
     monkeypatch.setattr(tuning, "_call", named)
-    measure = lambda call: stored_ms if kernels[-1].endswith("stored") else 2.0  # noqa: E731
+    measure = lambda call: stored_ms if kernels[-1] == "stored" else 2.0  # noqa: E731
     assert choose(SHAPE, torch.device("cpu"), None, TileCache(tmp_path / "tiles.json"), measure).hidden == expected
+
+
+def test_a_tile_that_the_gpu_has_no_room_for_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tuning._call
+
+    def short_of_memory(shape: Any, tensors: Any, way: Any, kernel: Any, settings: Any) -> Any:
+        def refuse() -> None:
+            raise OutOfResources(200_000, 100_000, "shared memory")
+
+        return refuse if settings.num_warps == 8 else made(shape, tensors, way, kernel, settings)
+
+    monkeypatch.setattr(tuning, "_call", short_of_memory)
+    times = iter(range(9, 0, -1))  # the later, the faster
+    choice = choose(SHAPE, torch.device("cpu"), None, TileCache(tmp_path / "tiles.json"), lambda call: next(times))
+    assert {choice.first.num_warps, choice.second.num_warps} == {4}
+
+
+def test_what_was_measured_for_one_way_is_not_measured_again_for_both(tmp_path: Path) -> None:
+    cache, calls = TileCache(tmp_path / "tiles.json"), []
+    measure = lambda call: float(len(calls)) if calls.append(call) is None else 0.0  # noqa: E731
+    stored = choose(SHAPE, torch.device("cpu"), "stored", cache, measure)
+    before = len(calls)
+    assert choose(SHAPE, torch.device("cpu"), None, cache, measure) == stored, "the later, the slower"
+    names = ("norm_linear_gelu", "gained_mlp_residual")
+    assert len(calls) - before == sum(len(candidate_settings(name, SHAPE.channels)) for name in names)
+
+
+def test_a_hidden_tensor_that_no_tile_holds_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_call", lambda *words: lambda: None)
+    wide = StageShape(1, 1, 352)
+    assert choose_by_rule(wide, "recomputed").hidden == "stored"
+    cache = TileCache(tmp_path / "tiles.json")
+    assert choose(wide, torch.device("cpu"), "recomputed", cache, lambda call: 1.0).hidden == "stored"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"a": {"hidden": "lost"}}'])
