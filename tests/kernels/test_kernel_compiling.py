@@ -131,10 +131,11 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Any]]:
     return pretend
 
 
-def launch_all(channels: int, positions: int, tiles: Sequence[LaunchSettings], **words: Any) -> None:
+def launch_all(channels: int, positions: int, tiles: Sequence[LaunchSettings], *, channels_last: bool = True) -> None:
     """Call every kernel as the operator does, with and without what a block may lack."""
-    shapes = {"tokens": (1, positions, channels), "weight": (channels, 4 * channels), "bias": (4 * channels,)}
-    first = [torch.zeros(shape, dtype=torch.float16) for shape in shapes.values()]
+    stream = (1, positions, channels) if channels_last else (1, channels, positions)
+    first = [torch.zeros(shape).half() for shape in (stream, (channels, 4 * channels), (4 * channels,))]
+    words = {"channels_last": channels_last}
     hidden, sums = launch.norm_linear_gelu(*first, settings=tiles[0], **words)
     launch.norm_linear_gelu(*first, settings=tiles[0], store_hidden=False, **words)
     assert hidden is not None

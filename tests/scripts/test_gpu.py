@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from cnx_deploy.core.strict_json import strict_json
 from cnx_deploy.core.variants import ALL_VARIANTS
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +85,9 @@ def test_the_large_kernels_of_the_first_stages_are_held_against_a_copy(
     assert [gate["passed"] for gate in script.gates({"latency": [], "kernels": rows})] == [False, True]
 
 
-def test_what_matters_most_comes_first(script: ModuleType) -> None:
+def test_what_matters_most_comes_first(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert next(script.plan(options(folder=tmp_path))) == ("prepare", "tiny-test"), "no file is there"
+    monkeypatch.setattr(script, "missing", lambda options: iter(()))
     parts = list(script.plan(options(variants=["atto", "nano", "tiny"])))
     assert parts[:4] == [("parity", "atto"), ("hot", "atto"), ("kernels", "atto"), ("latency", "atto")]
     assert {name for part, name in parts if part == "latency"} == {"atto", "nano", "tiny"}
@@ -111,6 +114,43 @@ def test_a_part_that_hangs_or_fails_is_named_and_keeps_what_it_had(
     }
     assert "it ended with 7" in failed["not_run"][0]["reason"]
     assert "it was ended after 5 s" in hung["not_run"][0]["reason"]
+
+
+def test_a_part_that_fails_says_why_and_keeps_its_rows(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(options: argparse.Namespace, add: Any) -> None:
+        add("kernels", {"relative_l2": float("nan"), "passed": False})
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setitem(script.PARTS, "kernels", fails)
+    answer = tmp_path / "answer.json"
+    assert script.run_part(options(part="kernels", answer=str(answer))) == 0
+    rows = strict_json(answer.read_bytes())
+    assert rows["kernels"] == [{"relative_l2": None, "passed": False}], "NaN is no JSON"
+    assert "illegal memory access" in rows["not_run"][0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "answer", "code"),
+    [
+        (0, {}, 0),
+        (100, {"hot": [{"graph": "cnx-deploy", "right": False}]}, 3),
+        (100, {"hot": [{"graph": "timm", "right": False}]}, 0),
+        (100, {"parity": [{"passed": False}]}, 3),
+    ],
+)
+def test_the_record_on_the_disk_has_every_part(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int, answer: dict[str, Any], code: int
+) -> None:
+    words = ["gpu.py", "--folder", str(tmp_path), "--variants", "atto", "--budget", str(budget)]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(script, "in_a_process", lambda *words: answer)
+    assert script.main() == code
+    record = json.loads((tmp_path / "record.json").read_text())
+    left_out = [row["part"] for row in record["not_run"]]
+    assert left_out == (["prepare", "parity", "hot", "kernels", "latency"] if budget == 0 else [])
+    assert record["gates"] == []
 
 
 @pytest.mark.slow
