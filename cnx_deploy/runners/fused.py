@@ -78,6 +78,8 @@ class FusedRunner(HoldsNothing):
     def run(self, images: Tensor) -> Outputs:
         """Raw images on `device` -> outputs; on a GPU the next call overwrites them."""
         check_input(images, self.input_spec)
+        if images.device != self.device:
+            raise InputError(f"The images are on {images.device}, the network on {self.device}: move them there.")
         with self._one_call, torch.inference_mode():
             if self._stream is None:
                 return named_outputs(self.module(images), self.outputs)
@@ -118,6 +120,11 @@ def _missing() -> CnxDeployError | None:
     if importlib.util.find_spec("triton") is None:
         return MissingRequirementError(
             "Own kernels need Triton, which is not installed. PyTorch for CUDA on Linux brings it: pip install torch."
+        )
+    if _has_gpu() and (capability := torch.cuda.get_device_capability()) < (8, 0):
+        return MissingRequirementError(
+            f"Own kernels need a GPU from compute capability 8.0 on, and {torch.cuda.get_device_name()} has "
+            f"{'.'.join(map(str, capability))}. Choose --backend onnxruntime."
         )
     return None
 

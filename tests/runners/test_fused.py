@@ -8,20 +8,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from triton.runtime.errors import OutOfResources
 
 import cnx_deploy as cnx
 from cnx_deploy.core.deploy_spec import DeploySpec
-from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.errors import InputError, MissingRequirementError
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import Variant
+from cnx_deploy.data.input_spec import InputSpec
 from cnx_deploy.kernels import tuning
 from cnx_deploy.kernels.settings import candidate_settings
 from cnx_deploy.kernels.tuning import StageShape, TileCache, choose, choose_by_rule
 from cnx_deploy.model.checkpoint import save_checkpoint
-from cnx_deploy.model.convnextv2 import ConvNeXtV2
+from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.model.deploy import deploy_form
 from cnx_deploy.model.fused import fuse, fused_blocks
+from cnx_deploy.model.tasks.base import find_task, named_outputs
 from cnx_deploy.runners import fused as fused_runner
 from cnx_deploy.runners.fused import FusedRunner
 from cnx_deploy.runners.pytorch import reference_runner
@@ -228,6 +232,45 @@ def test_a_program_with_open_batch_has_one_operator_a_block(tiny_model: ConvNeXt
 
 
 # --- the path on a GPU, its stream replaced ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "changed"),
+    [
+        ("classification", {"outputs": ("top5", "class-maps", "unit-embedding", "maps")}),
+        ("classification", {"input_kind": "uint8", "tta": "flip"}),
+        ("segment", {}),
+        ("detect", {}),
+    ],
+)
+def test_every_tensor_is_on_the_gpu_and_none_is_read_back(
+    tiny_variant: Variant, task: str, changed: dict[str, Any]
+) -> None:
+    """On tensors without values: a capture allows neither a copy from the CPU nor a size that depends on a value."""
+    model = random_model(tiny_variant, 10, seed=0, task=find_task(task))
+    deployed = deploy_form(model, replace(SPEC, image_size=64, layout="gpu", **changed))
+    fuse(deployed, choose_by_rule)
+    tensors = (*deployed.named_parameters(), *deployed.named_buffers())
+    with FakeTensorMode(), torch.no_grad():
+        fakes = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda") for name, tensor in tensors}
+        spec = InputSpec.of(deployed.spec)
+        images = torch.empty(spec.shape(2), dtype=spec.dtype, device="cuda")
+        outputs = named_outputs(functional_call(deployed, fakes, (images,)), deployed.output_specs)
+    assert {output.device.type for output in outputs.values()} == {"cuda"}
+
+
+def test_images_elsewhere_and_an_old_gpu_are_refused(
+    tiny_model: ConvNeXtV2, tiny_onnx_fp16: cnx.Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = FusedRunner(tiny_model, SPEC)
+    runner.device = torch.device("cuda", 0)
+    with pytest.raises(InputError, match="The images are on cpu, the network on cuda:0"):
+        runner.run(torch.rand(1, 3, 32, 32))
+    monkeypatch.setattr(fused_runner, "_has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    with pytest.raises(MissingRequirementError, match=r"from compute capability 8.0 on, and Tesla T4 has 7.5"):
+        cnx.load(tiny_onnx_fp16, backend="fused")
 
 
 def test_each_batch_size_is_captured_once_and_replayed(tiny_model: ConvNeXtV2, monkeypatch: pytest.MonkeyPatch) -> None:
