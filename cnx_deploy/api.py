@@ -70,6 +70,11 @@ FORMATS = ("onnx", "pt2")
 """What `export` writes: ONNX files in any case, and programs of torch.export."""
 PACKAGES = {kind: f"cnx_deploy.serving.{kind}" for kind in ("triton", "deepstream", "browser")}
 """Kind of package -> the module whose `write_package` writes it, as its `PackageRequest` says."""
+MODEL_OPTIONS = (
+    "device", "backend", "allow_engine_code", "white_level", "image_size", "ema", "entry", "soup", "tta", "temperature",
+    "task", "outputs", "thresholds",
+)  # fmt: skip
+"""What `load` takes beside class names."""
 START = ("checkpoint", "init", "soup", "pretrained", "reset_head", "ema", "entry")
 """What `train` takes of weights to start from."""
 MADE_UP_IMAGES = (
@@ -270,7 +275,7 @@ def batch(
         note: is told what was listed and what is there already, a sentence each.
         progress: is told a text and the share that is done.
         **options: fields of `serving.batch.BatchRequest`: top, probabilities, keep, batch_size, part_size, actors,
-            address …; and of a checkpoint ema, entry, soup, tta, temperature, thresholds, task and outputs, see `load`.
+            address …; and those of `load`.
 
     Returns:
         The counts: `rows`, and `errors`, which are rows of images that have no answer.
@@ -281,13 +286,9 @@ def batch(
     """
     from cnx_deploy.serving.batch import BatchRequest, run_batch
 
-    of_checkpoint = ("ema", "entry", "soup", "tta", "temperature", "thresholds", "task", "outputs")
-    checkpoint = _with_paths({name: options.pop(name) for name in of_checkpoint if name in options})
     words = (images,) if isinstance(images, Path | str) else tuple(images)
-    request = _request(
-        BatchRequest, options, model=_path_of(model), images=tuple(map(str, words)), out=Path(out), engine=engine,
-        class_names=names_of(class_names), checkpoint=checkpoint,
-    )  # fmt: skip
+    known = {"model": _path_of(model), "images": tuple(map(str, words)), "out": Path(out), "engine": engine}
+    request = _request(BatchRequest, options, **known, model_options=_model_options(options, class_names))
     return run_batch(request, note, progress or (lambda text, share: None))
 
 
@@ -299,8 +300,7 @@ def serve(model: Source, *, class_names: ClassNames | None = None, note: Note = 
         class_names: the names of the outputs in their order, or a file of them; None takes what the model records.
         note: is told what was assumed and what is started, a sentence each.
         **options: fields of `serving.serve.ServeRequest`: host, port, token, replicas, max_batch, max_wait_ms,
-            max_queue …; and of `load` device, backend, allow_engine_code, white_level, image_size, thresholds, task and
-            outputs.
+            max_queue …; and those of `load`.
 
     Returns:
         The running endpoint, a context manager that stops it: `url`, `reload()`, `stop()`.
@@ -311,9 +311,7 @@ def serve(model: Source, *, class_names: ClassNames | None = None, note: Note = 
     """
     from cnx_deploy.serving.serve import ServeRequest, start
 
-    names = ("device", "backend", "allow_engine_code", "white_level", "image_size", "thresholds", "task", "outputs")
-    opened = _with_paths({name: options.pop(name) for name in names if name in options})
-    opened["class_names"] = names_of(class_names)
+    opened = _model_options(options, class_names)
     return start(_request(ServeRequest, options, artifact=_path_of(model), model_options=opened), note)
 
 
@@ -572,9 +570,16 @@ def _words(given: str | Sequence[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
 
+def _model_options(options: dict[str, Any], class_names: ClassNames | None) -> dict[str, Any]:
+    """Those of `load`, which are taken out of `options`."""
+    opened = {name: options.pop(name) for name in MODEL_OPTIONS if name in options}
+    return {**_with_paths(opened), "class_names": names_of(class_names)}
+
+
 def _request(kind: type[Request], options: dict[str, Any], **known: Any) -> Request:
     """The request of a kind; InputError for an option that it does not have."""
-    names = sorted({each.name for each in fields(kind)} - known.keys())  # type: ignore[arg-type]
+    also = MODEL_OPTIONS if "model_options" in known else ()
+    names = sorted({*(each.name for each in fields(kind)), *also} - known.keys())  # type: ignore[arg-type]
     if unknown := sorted(options.keys() - set(names)):
         close = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.4)
         raise InputError(

@@ -37,6 +37,7 @@ CHECK_SECONDS = 10.0
     help="Seconds in which a request has to be there.",
 )  # fmt: skip
 @options.opened_model
+@options.checkpoint_answer
 @options.outputs
 @options.as_json
 def serve(artifact: Path, as_json: bool, **words: Any) -> None:

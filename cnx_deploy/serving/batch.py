@@ -48,8 +48,6 @@ Progress = Callable[[str, float], None]
 REQUEST, MANIFEST, ROWS, LOCK = "request.json", "manifest.json", "rows", ".batch.lock"
 IDENTITY, RESULT = "cnx_deploy.request", "cnx_deploy.part"
 """Entries in the metadata of a file of rows: the hash of its request, and its `PartResult`."""
-OPENED = ("device", "backend", "class_names", "white_level", "image_size")
-"""Fields of a request that say how its model is opened, and that its rows depend on."""
 NOTES = 20
 """Sentences about images that are kept; of millions each may have one."""
 
@@ -68,8 +66,7 @@ class BatchRequest:
         probabilities: a column with the probabilities of all classes.
         keep: outputs of the network to keep as columns, such as "embedding".
         batch_size: images run at once, within the range that the model takes. ONNX files on a CPU run each image alone.
-        device: with `backend`, `allow_engine_code`, `class_names`, `white_level`, `image_size` and the options in
-            `checkpoint`: see `cnx_deploy.load`.
+        model_options: how the model is opened: `device`, `class_names` and whatever else `cnx_deploy.load` takes.
         address: of a Ray cluster; None starts Ray on this machine.
         actors: processes of Ray that each hold the network; None fills the processors or the GPUs.
         cpus_per_actor: processors of each, which are also its threads.
@@ -88,13 +85,7 @@ class BatchRequest:
     column: str | None = None
     id_column: str | None = None
     image_folder: Path | None = None
-    device: str = "cpu"
-    backend: str | None = None
-    allow_engine_code: bool = False
-    class_names: tuple[str, ...] | None = None
-    white_level: float | None = None
-    image_size: Any = None
-    checkpoint: Mapping[str, Any] = field(default_factory=dict)
+    model_options: Mapping[str, Any] = field(default_factory=dict)
     address: str | None = None
     actors: int | None = None
     cpus_per_actor: int = 1
@@ -118,19 +109,18 @@ class BatchRequest:
     @property
     def options(self) -> dict[str, Any]:
         """What the rows depend on beside the model and the images, as plain types; the engine is not among it."""
-        names = ("top", "probabilities", "keep", "batch_size", *OPENED)
-        words = {name: getattr(self, name) for name in names}
+        words = {name: getattr(self, name) for name in ("top", "probabilities", "keep", "batch_size")}
+        usual = {**ANSWER_DEFAULTS, "device": "cpu"}
         words |= {
-            name: value for name, value in self.checkpoint.items()
-            if value not in (None, ()) and value != ANSWER_DEFAULTS.get(name)
+            name: value for name, value in self.model_options.items()
+            if name != "allow_engine_code" and value not in (None, ()) and value != usual.get(name)
         }  # fmt: skip
         plain: dict[str, Any] = json.loads(json.dumps(words, default=_of_file))
         return plain
 
     def open(self, threads: int) -> Model:
         """Open the model for this many threads."""
-        words = {name: getattr(self, name) for name in ("allow_engine_code", *OPENED)}
-        return open_predictor(self.model, many=True, threads=threads, **words, **self.checkpoint)
+        return open_predictor(self.model, many=True, threads=threads, **self.model_options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -521,7 +511,7 @@ def _document(request: BatchRequest, source: BatchSource) -> dict[str, Any]:
         hashes = [record.sha256 for record in artifact.manifest.files]
         record = json.dumps(msgspec.to_builtins(artifact.manifest.model), sort_keys=True)
     else:
-        hashes = [sha256_of_file(file) for file in (path, *map(Path, request.checkpoint.get("soup", ())))]
+        hashes = [sha256_of_file(file) for file in (path, *map(Path, request.model_options.get("soup", ())))]
         # What lies beside weights says how images are made and what classes are called.
         beside = [path.with_name(name) for name in (CONFIG, PROCESSOR)]
         record = " ".join(_of_file(file) for file in beside if file.is_file())

@@ -75,7 +75,7 @@ def gpus_per_actor(request: BatchRequest) -> float:
     """GPUs of each actor: one for an engine and for the device cuda, unless the request says otherwise."""
     if request.gpus_per_actor is not None:
         return request.gpus_per_actor
-    return float(takes_gpu(request.model, request.device))
+    return float(takes_gpu(request.model, request.model_options.get("device")))
 
 
 def run_on_ray(
@@ -183,11 +183,11 @@ def _cluster(ray: Any, request: BatchRequest) -> Iterator[tuple[int, float]]:
 
 def _absolute(request: BatchRequest) -> BatchRequest:
     """The request with paths that mean the same in another process."""
-    checkpoint = {
+    opened = {
         name: tuple(map(_full, value)) if name == "soup" else _full(value) if isinstance(value, Path) else value
-        for name, value in request.checkpoint.items()
+        for name, value in request.model_options.items()
     }
-    return replace(request, model=_full(request.model), out=_full(request.out), checkpoint=checkpoint)
+    return replace(request, model=_full(request.model), out=_full(request.out), model_options=opened)
 
 
 def _full(path: Path) -> Path:

@@ -117,19 +117,20 @@ class Serving:
         Raises CnxDeployError where the file cannot be opened: the earlier version goes on answering.
         """
         from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
 
         try:
             told = _of_all("reload", RELOAD_SECONDS)
-        except (RayError, TimeoutError) as error:
+        except (RayError, RayServeException, TimeoutError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise CnxDeployError(f"A replica did not take the file: {lines[-1]}. Send the signal again.") from error
+            raise CnxDeployError(f"The file was not taken: {lines[-1]}. Reload it again.") from error
         for version, reason in told:
             if reason is not None:
                 raise CnxDeployError(f"{reason} Version {version} goes on answering.")
         versions = {version for version, _ in told}
-        if len(versions) > 1:
-            raise CnxDeployError("The file changed while the replicas took it. Send the signal again.")
-        self.version = versions.pop()
+        if len(versions) != 1:
+            raise CnxDeployError(f"The replicas took {len(versions)} versions of the file. Reload it again.")
+        (self.version,) = versions
         return self.version
 
     def check(self) -> None:

@@ -237,6 +237,30 @@ def test_two_replicas_answer_through_the_proxy_and_reload_together(artifact: Pat
 # --- refused before anything starts ----------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in Ray Serve's own use of pydantic
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (TimeoutError("late"), "late"), ([], "0 versions"), ([("a", None), ("b", None)], "2 versions"),
+        ([("a", "It is cut off.")], "Version a goes on answering"),
+    ],
+)  # fmt: skip
+def test_a_reload_that_fails_does_not_end_the_endpoint(told: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cnx_deploy.core.errors import CnxDeployError
+    from cnx_deploy.serving import serve
+
+    def answer(*given: Any) -> Any:
+        if isinstance(told, Exception):
+            raise told
+        return told
+
+    monkeypatch.setattr(serve, "_of_all", answer)
+    serving = serve.Serving("http://127.0.0.1:1", "net", "a", contextlib.ExitStack())
+    with pytest.raises(CnxDeployError, match=words):
+        serving.reload()
+    assert serving.version == "a"
+
+
 def test_an_address_that_others_reach_needs_a_token(artifact: Path) -> None:
     from cnx_deploy.core.errors import InputError
 
