@@ -276,6 +276,13 @@ def run_batch(
         request.images, part_size=request.part_size, batch_size=request.batch_size, column=request.column,
         id_column=request.id_column, image_folder=request.image_folder,
     )  # fmt: skip
+    if source.kind == "parquet" and any(
+        request.out.resolve().is_relative_to(Path(word).resolve()) for word in request.images
+    ):
+        raise InputError(
+            f"{request.out} is inside the folder of images, of which its own Parquet files would be the next time. "
+            "Choose another --to (out)."
+        )
     for text in (f"{source}, in {len(source.parts):,} parts.", *source.notes):
         note(text)
     document = _document(request, source)
@@ -342,16 +349,9 @@ def check_request(out: Path, document: Mapping[str, Any], source: BatchSource) -
             f"{out} was begun on {begun['count']:,} images of {begun['description']}, and these are not the same: "
             f"{source}. {other}"
         )
-    options = [name for name in {**there["options"], **document["options"]}
-               if there["options"].get(name) != document["options"].get(name)]  # fmt: skip
-    if there["source"]["part_size"] != document["source"]["part_size"]:
-        options.append("part_size")
-        there["options"]["part_size"] = there["source"]["part_size"]
-    if options:
-        said = ", ".join(
-            f"{name} {_shown(there['options'].get(name))} and not "
-            f"{_shown({**document['options'], 'part_size': source.part_size}.get(name))}" for name in options
-        )  # fmt: skip
+    was, now = ({**one["options"], "part_size": one["source"]["part_size"]} for one in (there, document))
+    if changed := [name for name in {**was, **now} if was.get(name) != now.get(name)]:
+        said = ", ".join(f"{name} {_shown(was.get(name))} and not {_shown(now.get(name))}" for name in changed)
         raise OutputExistsError(f"{out} was begun with {said}. {other}")
     if there["format"] != document["format"]:
         raise OutputExistsError(f"{out} was begun by cnx-deploy {there['cnx_deploy']}, in another form. {other}")

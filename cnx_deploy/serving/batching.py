@@ -88,10 +88,10 @@ class Batcher(Generic[Item, Result]):
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     def close(self) -> None:
-        """End the thread once the batch that it runs is done; what still waits gets no answer."""
+        """Wait for the batch that is running, and end the thread; what still waits gets no answer."""
         if self._task is not None:
             self._task.cancel()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.shutdown(cancel_futures=True)
 
     async def _work(self) -> None:
         while True:

@@ -296,6 +296,13 @@ def test_a_folder_of_something_else_is_refused(folder, tiny_onnx_fp32, tmp_path)
         cnx.batch(tiny_onnx_fp32, folder, tmp_path / "out", part_size=4)
 
 
+def test_rows_inside_a_folder_of_parquet_files_are_refused(contents, tiny_onnx_fp32, tmp_path):
+    write_parquet(tmp_path / "images.parquet", contents[:2])
+    with pytest.raises(InputError, match="inside the folder of images"):  # a second run would take them for images
+        cnx.batch(tiny_onnx_fp32, tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_second_run_at_once_is_refused(folder, tiny_onnx_fp32, tmp_path):
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out/.batch.lock"), pytest.raises(InputError, match="Another run is writing"):

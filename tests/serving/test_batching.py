@@ -165,6 +165,27 @@ def test_what_a_client_that_left_has_asked_is_not_run() -> None:
     assert model.batches == [[0], [2]]
 
 
+def test_the_end_waits_for_the_batch_that_is_running() -> None:
+    model, done = Model(), list[int]()
+    model.go.clear()
+
+    def run_and_note(items: Sequence[int]) -> list[Any]:
+        results = model(items)
+        done.extend(items)
+        return results
+
+    async def scenario() -> None:
+        queue = Batcher[int, int](run_and_note, max_batch=4, max_wait_ms=0.0, max_queue=8)
+        running = asyncio.ensure_future(queue.submit([1]))
+        await until(lambda: model.batches)
+        threading.Timer(0.05, model.go.set).start()
+        queue.close()
+        assert done == [1]
+        running.cancel()
+
+    run(scenario)
+
+
 def test_a_function_between_two_batches_has_the_model_for_itself() -> None:
     model = Model()
     model.go.clear()
