@@ -113,9 +113,10 @@ class InputSpec:
         return (batch, height, width, channels) if self.kind == "uint8" else (batch, channels, height, width)
 
 
-def check_input(images: Tensor, spec: InputSpec) -> None:
+def check_input(images: Tensor, spec: InputSpec, device: torch.device | None = None) -> None:
     """Raise InputError unless `images` fits `spec`: dtype, layout, size, batch range, finite pixels.
 
+    `device`: where they have to be; None leaves that open.
     Nothing is cast silently. Pixels on a GPU are not looked at, for reading the answer back would hold the GPU up.
     """
     batch = images.shape[0] if images.ndim else 0
@@ -135,6 +136,8 @@ def check_input(images: Tensor, spec: InputSpec) -> None:
     if batch < max(1, spec.min_batch) or (spec.max_batch is not None and batch > spec.max_batch):
         limit = "any" if spec.max_batch is None else spec.max_batch
         raise InputError(f"A batch of {batch} is outside the model's range of {max(1, spec.min_batch)} to {limit}.")
+    if device is not None and images.device != device:
+        raise InputError(f"The images are on {images.device}, the model on {device}. Move them: images.to('{device}').")
     if not spec.takes_nonfinite and images.is_floating_point() and images.device.type == "cpu":
         # Both ends of the range tell: one pass of 0.02 ms for an image of 224 px, where `isfinite` takes 0.4 ms.
         if all(map(math.isfinite, images.aminmax())):

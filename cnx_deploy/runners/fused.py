@@ -77,9 +77,7 @@ class FusedRunner(HoldsNothing):
 
     def run(self, images: Tensor) -> Outputs:
         """Raw images on `device` -> outputs; on a GPU the next call overwrites them."""
-        check_input(images, self.input_spec)
-        if images.device != self.device:
-            raise InputError(f"The images are on {images.device}, the network on {self.device}: move them there.")
+        check_input(images, self.input_spec, self.device)
         with self._one_call, torch.inference_mode():
             if self._stream is None:
                 return named_outputs(self.module(images), self.outputs)

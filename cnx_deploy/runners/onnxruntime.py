@@ -66,7 +66,7 @@ class OrtRunner:
         self._path = path
         described: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         self.input_spec = spec.limited_to(source.shape[0], described.get("cnx_deploy.batch"), path)
-        self.device = torch.device(device)
+        self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)  # the provider's default
         self._held = ExitStack()
         self._image_session = self._pool = None
         self._runs_each_alone = thread_per_image and device == "cpu" and self.input_spec.min_batch <= 1
@@ -77,7 +77,7 @@ class OrtRunner:
         self.info = RunnerInfo(
             backend="onnxruntime",
             version=onnxruntime.__version__,
-            device=cpu_name() if device == "cpu" else torch.cuda.get_device_name(),
+            device=cpu_name() if device == "cpu" else torch.cuda.get_device_name(self.device),
             precision=precision,
             arithmetic="fp32" if device == "cpu" else precision,
             details=(
@@ -99,12 +99,14 @@ class OrtRunner:
 
     def run(self, images: Tensor) -> Outputs:
         """Raw images -> the graph's outputs, (N, ...) float32 each, indices int64."""
-        check_input(images, self.input_spec)
+        check_input(images, self.input_spec, self.device)
         images = images.contiguous()
         outputs = {
             name: torch.empty((len(images), *sizes), dtype=TORCH_TYPES[self._output_types[name]], device=self.device)
             for name, sizes in self._output_sizes.items()
         }
+        if self.device.type == "cuda":  # ONNX Runtime's stream does not wait for torch's, which makes the images
+            torch.cuda.current_stream(self.device).synchronize()
         alone = len(images) // self._threads * self._threads if self._pool is not None else 0
         if self._pool is not None and alone:
             shares = [range(first, alone, self._threads) for first in range(self._threads)]

@@ -37,7 +37,7 @@ class TorchRunner(HoldsNothing):
 
     def run(self, images: Tensor) -> Outputs:
         """Raw images -> outputs; blocks until they are there."""
-        check_input(images, self.input_spec)
+        check_input(images, self.input_spec, self.device)
         with torch.inference_mode():
             value = self.module(images)
         if self.device.type == "cuda":

@@ -223,9 +223,7 @@ class TensorRTRunner:
         The stream first waits for the current one, where the images are made. A view that is not contiguous is copied:
         TensorRT would read its memory in the wrong order without a word.
         """
-        check_input(images, self.input_spec)
-        if images.device != self.device:
-            raise InputError(f"The images are on {images.device}, the engine on {self.device}: move them there.")
+        check_input(images, self.input_spec, self.device)
         images = images.contiguous()
         if self._cuda_graph:
             buffers = self._buffers_for(images)

@@ -264,7 +264,7 @@ def test_images_elsewhere_and_an_old_gpu_are_refused(
 ) -> None:
     runner = FusedRunner(tiny_model, SPEC)
     runner.device = torch.device("cuda", 0)
-    with pytest.raises(InputError, match="The images are on cpu, the network on cuda:0"):
+    with pytest.raises(InputError, match="The images are on cpu, the model on cuda:0"):
         runner.run(torch.rand(1, 3, 32, 32))
     monkeypatch.setattr(fused_runner, "_has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -18,6 +19,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cnx_deploy.cli import main, options
 from cnx_deploy.core.deploy_spec import DeploySpec
@@ -233,6 +235,20 @@ def test_a_provider_that_does_not_load_is_refused(tiny_onnx_fp16: Artifact, monk
     monkeypatch.setattr(onnxruntime, "InferenceSession", fallen_back)
     with pytest.raises(MissingRequirementError, match=r"gave CPUExecutionProvider where CUDAExec.*asked for"):
         OrtRunner(tiny_onnx_fp16.path, device="cuda")
+
+
+def test_onnx_runtime_waits_for_the_images(tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its provider computes on a stream of its own. On tensors of a GPU without values."""
+    runner, calls = OrtRunner(tiny_onnx_fp16.path), []
+    runner.device = torch.device("cuda", 0)
+    stream = SimpleNamespace(synchronize=lambda: calls.append("wait"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(runner, "_bound_run", lambda *words: calls.append("run"))
+    with pytest.raises(InputError, match="The images are on cpu, the model on cuda:0"):
+        runner.run(torch.rand(2, 3, 32, 32))
+    with FakeTensorMode():
+        runner.run(torch.rand(2, 3, 32, 32, device="cuda"))
+    assert calls[:2] == ["wait", "run"]
 
 
 @NO_GPU

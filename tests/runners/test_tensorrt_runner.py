@@ -294,7 +294,7 @@ def test_images_on_another_device_are_refused(
     tiny_engine: Artifact, tiny_onnx_fp16: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, context = make_runner(tiny_engine, tiny_onnx_fp16, monkeypatch)
-    with pytest.raises(InputError, match="The images are on meta, the engine on cpu"):
+    with pytest.raises(InputError, match="The images are on meta, the model on cpu"):
         runner.run(torch.rand(1, 3, 32, 32, device="meta"))
     assert context.calls == []
 
