@@ -10,10 +10,11 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.errors import InputError, MissingRequirementError
 from cnx_deploy.kernels.loading import LOCK, compiled_kernels
 from cnx_deploy.kernels.settings import SHARED_BYTES, KernelName, LaunchSettings, split_channels
 
@@ -66,7 +67,8 @@ def compile_kernel(
     `store_hidden` is of `norm_linear_gelu`. Without `with_grn`, for blocks of ConvNeXt V1, that kernel writes no sums
     and the others take no gain.
 
-    Raises InputError for a target that the kernels are not compiled for.
+    Raises InputError for a target that the kernels are not compiled for, MissingRequirementError for a Triton whose
+    kernels take other parameters.
     """
     if target not in SHARED_BYTES:
         raise InputError(f"The kernels are not compiled for {target!r}: choose one of {', '.join(SHARED_BYTES)}.")
@@ -100,6 +102,13 @@ def compile_kernel(
         knobs.compilation.disable_line_info = True
         source = ASTSource(function, signature, constants, aligned)
         compiled = compile_source(source, target=GPUTarget("cuda", int(target.removeprefix("sm")), 32), options=options)
+    parameters = compiled.asm["ptx"].partition(".entry")[2].partition(")")[0].count(".param")
+    scratch = compiled.metadata.global_scratch_size + compiled.metadata.profile_scratch_size
+    if parameters != len(arguments) + len(SCRATCH) or scratch:
+        raise MissingRequirementError(
+            f"Triton {version('triton')} gives {kernel} {parameters} parameters and {scratch} bytes of scratch memory; "
+            f"expected {len(arguments) + len(SCRATCH)} and none. Install the Triton that constraints.txt names."
+        )
     cubin: bytes = compiled.asm["cubin"]
     registers, spills = _resources(cubin)
     products = re.findall(r"^\s+(wgmma\.mma_async|mma\.sync|tcgen05\.mma)", compiled.asm["ptx"], re.MULTILINE)

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from cnx_deploy.core.errors import InputError
+from cnx_deploy.core.errors import InputError, MissingRequirementError
 from cnx_deploy.kernels import compiling, launch
 from cnx_deploy.kernels.compiling import KernelImage, compile_kernel
 from cnx_deploy.kernels.loading import SOURCE
@@ -78,6 +78,12 @@ def test_what_a_block_does_not_need_is_no_argument() -> None:
     assert "hidden_ptr" not in first.arguments
     assert "sums_ptr" in first.arguments
     assert "gain_ptr" not in second.arguments
+
+
+def test_a_triton_that_appends_other_parameters_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "SCRATCH", ("global_scratch_ptr",))
+    with pytest.raises(MissingRequirementError, match="6 parameters and 0 bytes of scratch memory; expected 5"):
+        compiled("response_gain", channels=24)
 
 
 def test_hopper_multiplies_with_wgmma() -> None:
