@@ -99,6 +99,7 @@ class Differences:
     differs, but the reference's margin is within the noise of the run. `top1_agreement` (share of decisions that are
     the same) and `mean_kl` are None for an output of no scores.
     `max_abs_in_std` is in units of the standard deviation of the reference's outputs.
+    `places`: how many decisions there are where scores are maps; None where there is one a sample.
     `detections`: of a network that detects, where relative L2 is of the corners of partners and a flip is a detection
     without one; None of others.
     """
@@ -114,6 +115,7 @@ class Differences:
     mean_kl: float | None
     max_abs_in_std: float
     detections: DetectionDifferences | None = None
+    places: int | None = None
 
     @property
     def all_finite(self) -> bool:
@@ -157,7 +159,8 @@ class Gate:
         if self.relative_l2_median_max is not None:
             upper = (*upper, ("median relative L2", measured.relative_l2_median, self.relative_l2_median_max))
         if self.flip_share_max is not None and measured.top1_agreement is not None:
-            upper = (*upper, ("share of flips", measured.flips / measured.samples, self.flip_share_max))
+            share = measured.flips / (measured.places or measured.samples)
+            upper = (*upper, ("share of flips", share, self.flip_share_max))
         broken = [(name, value, limit) for name, value, limit in upper if value is not None and not value <= limit]
         broken += [(name, value, limit) for name, value, limit in lower if value is not None and not value >= limit]
         return tuple(f"{name} {value:.3g}, gate {limit:g}" for name, value, limit in broken)
@@ -183,8 +186,9 @@ class ParityResult:
     def to_dict(self) -> dict[str, Any]:
         """The verdict as JSON has it."""
         document = {**asdict(self), "passed": self.passed}
-        if self.differences.detections is None:
-            del document["differences"]["detections"]
+        for name in ("detections", "places"):
+            if document["differences"][name] is None:
+                del document["differences"][name]
         return document
 
     def lines(self) -> list[str]:

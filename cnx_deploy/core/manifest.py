@@ -478,12 +478,13 @@ class Manifest:
         plain["model"]["preprocessing"] = self.model.preprocessing.to_dict()
         # Fields that were added since version 2 are written where they are not the default: earlier bytes stay.
         weights, deploy = plain["model"]["weights"], plain["request"].get("onnx", plain["request"])["deploy"]
+        parity = plain["facts"].get("parity", ())
         later: list[tuple[dict[str, Any], Mapping[str, Any]]] = [
             (plain["model"], {"origins": {}, "training": {}, "thresholds": None, "task_config": {}, "graph": None}),
             *((record, {"entry": None, "soup": ()}) for record in (weights, *weights["soup"])),
             *((tensor, {"unit": None}) for tensors in _tensors_of(plain) for tensor in tensors.values()),
-            *((result["differences"], {"detections": None}) for result in plain["facts"].get("parity", ())),
-            *((result["gate"], OPTIONAL_LIMITS) for result in plain["facts"].get("parity", ())),
+            *((result["differences"], {"detections": None, "places": None}) for result in parity),
+            *((result["gate"], OPTIONAL_LIMITS) for result in parity),
             (deploy, {"size_range": None, "outputs": (), "eight_bits": None, **ANSWER_DEFAULTS}),
             (plain["facts"], {"eight_bits": None}),
             (plain["request"], {"fused": None, "launcher_sha256": None}),

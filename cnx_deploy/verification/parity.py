@@ -151,6 +151,7 @@ class RunningDifferences:
             excused_flips=excused_flips,
             mean_kl=max(0.0, float(rows[:, 2].mean())) if decides else None,
             max_abs_in_std=self._largest / max(spread, TINY),
+            places=self._places or None,
         )
 
 

@@ -257,6 +257,17 @@ def test_eight_bits_may_flip_one_image_in_a_hundred_and_only_within_noise(name):
     assert any("top-1 agreement" in failure for failure in GATES[name].failures(differences(few, reference)))
 
 
+@pytest.mark.parametrize(("flipped", "failures"), [(1, ()), (2, ("share of flips 0.0139, gate 0.01",))])
+def test_flips_of_maps_are_a_share_of_their_places(flipped: int, failures: tuple[str, ...]):
+    """A map of 12 by 12 has 144 decisions: a flip of each map is 0.7 % of them."""
+    reference = torch.randn(2, 5, 12, 12, dtype=torch.float64, generator=torch.manual_seed(0))
+    reference[:, 0] += 20.0
+    candidate = reference + 0.1 * torch.randn(reference.shape, dtype=torch.float64, generator=torch.manual_seed(1))
+    for side, sign in ((reference, -1.0), (candidate, 1.0)):
+        side[:, 1, 0, :flipped] = side[:, 0, 0, :flipped] + sign * 0.01
+    assert GATES["int8"].failures(differences(candidate, reference)) == failures
+
+
 @pytest.mark.parametrize("classes", [1, 2])
 def test_few_classes_can_be_compared(classes):
     assert failures(logits(3, classes), logits(3, classes), "fp32") == ()
