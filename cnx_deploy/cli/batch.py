@@ -73,10 +73,8 @@ def batch(artifact: Path, images: tuple[str, ...], out: Path, as_json: bool, **w
         options.echo(result)
     if result.errors:
         named = [f"  {name}: {reason}" for name, reason in result.first_errors[:5]]
-        error = CheckFailedError(
-            "\n".join([f"{result.errors:,} of {result.rows:,} rows have an error in place of an answer.", *named])
-        )
-        options.fail(error, as_json=as_json)
+        text = "\n".join([f"{result.errors:,} of {result.rows:,} rows have an error.", *named])
+        options.fail(CheckFailedError(text), as_json=as_json)
 
 
 @contextmanager

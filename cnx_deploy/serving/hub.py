@@ -89,8 +89,13 @@ def write_hub_folder(
     """
     model, libraries = loaded.model, LIBRARIES if library is None else (library,)
     _check_network(model)
+    own = hash_weights(model)
     for artifact in artifacts:
-        _check_same_weights(loaded, artifact)
+        if (other := artifact.manifest.model.weights.sha256) != own:
+            raise InputError(
+                f"{artifact.path} was made from other weights (hash {other[:12]}…) than those of this folder "
+                f"({own[:12]}…), so that its figures say nothing of them. Leave it out, or push from it alone."
+            )
     processor, notes = None, list[str]()
     if "transformers" in libraries:
         processor, told = _processor(preprocessing)
@@ -105,7 +110,7 @@ def write_hub_folder(
     weights: dict[str, Library] = {WEIGHTS: libraries[0]}
     if len(libraries) == 2:
         weights[TRANSFORMERS_WEIGHTS] = "transformers"
-    words = (loaded, preprocessing, folder.resolve().name, libraries, artifacts, notes)
+    words = (loaded, preprocessing, folder.resolve().name, libraries, artifacts, notes, own)
     texts = {CONFIG: _json(config), CARD: _card(*words, has_processor=processor is not None)}
     if processor is not None:
         texts[PROCESSOR] = _json(processor)
@@ -183,16 +188,6 @@ def _check_network(model: ConvNeXtV2) -> None:
         raise InputError(
             f"The task {model.task.name} has heads that timm's and transformers' ConvNeXt do not have: expected one of "
             f"{', '.join(TASKS)}. Give users the checkpoint as it is."
-        )
-
-
-def _check_same_weights(loaded: LoadedModel, artifact: Artifact) -> None:
-    """Raise InputError for an artifact of other weights: its figures are not those of this folder."""
-    found, expected = hash_weights(loaded.model), artifact.manifest.model.weights.sha256
-    if found != expected:
-        raise InputError(
-            f"{artifact.path} was made from other weights (hash {expected[:12]}…) than those of this folder "
-            f"({found[:12]}…), so that its figures say nothing of them. Leave it out, or push from it alone."
         )
 
 
@@ -355,7 +350,7 @@ def _unsaid(loaded: LoadedModel, preprocessing: Preprocessing, artifacts: Sequen
 
 def _card(
     loaded: LoadedModel, preprocessing: Preprocessing, name: str, libraries: Sequence[Library],
-    artifacts: Sequence[Artifact], notes: Sequence[str], *, has_processor: bool,
+    artifacts: Sequence[Artifact], notes: Sequence[str], sha256: str, *, has_processor: bool,
 ) -> str:  # fmt: skip
     """The model card: its fields for the hub, how the folder is loaded, images, licence and recorded figures."""
     model, variant = loaded.model, loaded.model.variant
@@ -382,7 +377,7 @@ def _card(
     if rows := _figures(artifacts):
         lines += ["## Recorded files", "", "Each was compared with these weights in PyTorch. The figures are those of "
                   "its manifest.", "", *rows, ""]  # fmt: skip
-    lines += ["Weights: SHA-256 over the tensors", f"`{hash_weights(model)}`."]
+    lines += ["Weights: SHA-256 over the tensors", f"`{sha256}`."]
     return "\n".join(lines) + "\n"
 
 

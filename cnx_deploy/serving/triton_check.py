@@ -15,7 +15,7 @@ from cnx_deploy.core.artifacts import is_engine, open_artifact
 from cnx_deploy.core.errors import CnxDeployError, InputError
 from cnx_deploy.core.files import sha256_of_file
 from cnx_deploy.core.manifest import Artifact
-from cnx_deploy.core.strict_json import strict_json
+from cnx_deploy.core.strict_json import bounded_content, strict_json
 from cnx_deploy.serving.triton import (
     PREPROCESSING_FILES,
     capability_of,
@@ -32,7 +32,6 @@ MODEL_FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": 
 SIZES = {"BOOL": 1, "UINT8": 1, "INT8": 1, "UINT16": 2, "INT16": 2, "FP16": 2, "BF16": 2, "UINT32": 4, "INT32": 4,
          "FP32": 4, "UINT64": 8, "INT64": 8, "FP64": 8}  # fmt: skip
 """Bytes of an element, by Triton's name without TYPE_."""
-MAX_TEXT_BYTES = 16 << 20
 ENSEMBLE = "ensemble"
 
 
@@ -88,30 +87,18 @@ def check_repository(folder: Path) -> RepositoryCheck:
     models, findings = dict[str, _Model](), list[str]()
     for entry in folders:
         try:
-            text = _text(entry / "config.pbtxt")
-            config = config_from_text(text)
+            config = config_from_text(bounded_content(entry / "config.pbtxt").decode())
         except (OSError, ValueError) as error:
             findings.append(f"{entry.name}/config.pbtxt: it cannot be read as a model's configuration ({error}).")
             continue
-        versions = sorted(child for child in entry.iterdir() if child.is_dir() and _is_version(child.name))
+        numbered = (child for child in entry.iterdir() if child.name.isdecimal() and not child.name.startswith("0"))
+        versions = sorted(child for child in numbered if child.is_dir())
         models[entry.name] = _Model(entry, config, tuple(versions))
     for model in models.values():
         for rule in (_files, _tensors, _batching, _labels, _warmup, _network, _preprocessing):
             findings += (f"{model.name}: {text}" for text in rule(model))
         findings += (f"{model.name}: {text}" for text in _ensemble(model, models))
     return RepositoryCheck(folder, tuple(entry.name for entry in folders), tuple(findings))
-
-
-def _is_version(name: str) -> bool:
-    return name.isdecimal() and not name.startswith("0")
-
-
-def _text(path: Path) -> str:
-    with path.open("rb") as stream:
-        content = stream.read(MAX_TEXT_BYTES + 1)
-    if len(content) > MAX_TEXT_BYTES:
-        raise ValueError(f"it has more than {MAX_TEXT_BYTES >> 20} MiB")
-    return content.decode("utf-8")
 
 
 def _files(model: _Model) -> Iterator[str]:
@@ -185,7 +172,7 @@ def _labels(model: _Model) -> Iterator[str]:
         if not output.label_filename or not output.dims:
             continue
         try:
-            lines = _text(model.folder / output.label_filename).split("\n")
+            lines = bounded_content(model.folder / output.label_filename).decode().split("\n")
         except (OSError, ValueError) as error:
             yield f"the class names of {output.name} cannot be read ({error})."
             continue
@@ -300,7 +287,7 @@ def _record_of(version: Path) -> Any:
     """What preprocessing.json of a version says, or what is wrong with it."""
     place = f"{version.name}/preprocessing.json"
     try:
-        record = strict_json(_text(version / "preprocessing.json").encode())
+        record = strict_json(bounded_content(version / "preprocessing.json"))
     except (OSError, ValueError) as error:
         return f"{place} cannot be read ({error})."
     kinds = {"input": str, "output": str, "input_kind": str, "preprocessing": dict}
