@@ -543,6 +543,11 @@ class _Metrics:
         """The exposition format."""
         registry = self._registry
         if self._folder is not None:
+            for file in Path(self._folder).glob("gauge_live*_*.db"):  # of a replica that died nothing waits any more
+                try:
+                    os.kill(int(file.stem.rpartition("_")[2]), 0)
+                except ProcessLookupError:
+                    file.unlink(missing_ok=True)
             registry = CollectorRegistry()
             multiprocess.MultiProcessCollector(registry, path=self._folder)
         return bytes(generate_latest(registry))

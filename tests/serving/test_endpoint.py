@@ -4,8 +4,10 @@ import base64
 import contextlib
 import io
 import json
+import os
 import socket
 import struct
+import subprocess
 import threading
 import time
 import tracemalloc
@@ -244,6 +246,21 @@ def test_a_client_that_leaves_is_counted_as_such_and_not_as_an_error_of_the_serv
     text = endpoint._metrics.text().decode()
     assert 'cnx_requests_total{endpoint="classify",status="499"} 1.0' in text
     assert 'status="500"' not in text
+
+
+def test_of_a_replica_that_died_no_images_wait(tmp_path: Path) -> None:
+    from prometheus_client.mmap_dict import MmapedDict
+
+    from cnx_deploy.serving.endpoint import _Metrics
+
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for pid in (dead.pid, os.getpid()):
+        MmapedDict(str(tmp_path / f"gauge_livesum_{pid}.db")).close()
+    metrics = _Metrics()
+    metrics._folder = str(tmp_path)
+    metrics.text()
+    assert [path.name for path in tmp_path.iterdir()] == [f"gauge_livesum_{os.getpid()}.db"]
 
 
 def test_eight_clients_share_batches(server: Server) -> None:
