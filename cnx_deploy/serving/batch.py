@@ -14,6 +14,7 @@ rows, and the same command goes on with the parts that have none.
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,6 +100,8 @@ class BatchRequest:
         for name in ("batch_size", "part_size", "cpus_per_actor", "actors", "top"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} is {value}: expected a number from 1. Correct it.")
+        if self.gpus_per_actor is not None and not 0 <= self.gpus_per_actor < math.inf:
+            raise InputError(f"gpus_per_actor is {self.gpus_per_actor}: expected a finite number from 0. Correct it.")
         of_ray = {"address": None, "actors": None, "cpus_per_actor": 1, "gpus_per_actor": None}
         if self.engine == "local" and (
             given := [name for name, usual in of_ray.items() if getattr(self, name) != usual]

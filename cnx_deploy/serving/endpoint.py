@@ -78,8 +78,8 @@ class EndpointSpec:
     def __post_init__(self) -> None:
         least = {"max_batch": 1, "max_queue": 1, "max_wait_ms": 0, "max_megabytes": 1e-3, "timeout_s": 1e-3}
         for name, limit in least.items():
-            if not getattr(self, name) >= limit:
-                raise InputError(f"{name} must be at least {limit:g}, got {getattr(self, name)}.")
+            if not limit <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be at least {limit:g} and finite, got {getattr(self, name)}.")
 
 
 def hashed_token(token: str) -> str:

@@ -7,6 +7,7 @@ What the configurations say comes from the artifacts' manifests (docs/decisions/
 
 import io
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -80,8 +81,9 @@ class PackageRequest:
         counts = ("version", "instances", "preprocessing_instances", "queue_limit")
         for name in (*counts, "max_delay_ms", "queue_timeout_ms"):
             value = getattr(self, name)
-            if value is not None and not value >= (1 if name in counts else 0):
-                raise InputError(f"{name} is {value}; expected {'1 or more' if name in counts else '0 or more'}.")
+            least = 1 if name in counts else 0
+            if value is not None and not least <= value < math.inf:
+                raise InputError(f"{name} is {value}; expected a finite number, {least} or more.")
         if self.device not in ("auto", "cpu", "gpu"):
             raise InputError(f"No device is called {self.device!r}. Choose one of: auto, cpu, gpu.")
 

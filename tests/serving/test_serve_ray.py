@@ -282,7 +282,8 @@ def test_a_port_that_is_taken_is_refused(artifact: Path) -> None:
     ("options", "words"),
     [
         ({"replicas": 0}, "replicas must be from 1"), ({"port": 70_000}, "from 0 to 65535"),
-        ({"max_batch": 0}, "max_batch must be at least 1"), ({"timeout_s": float("nan")}, "timeout_s must be"),
+        ({"max_batch": 0}, "max_batch must be at least 1"), ({"max_megabytes": float("inf")}, "and finite, got inf"),
+        ({"timeout_s": float("nan")}, "timeout_s must be"),
         ({"token": "short"}, "8 to 512 characters"), ({"thread": 1}, "no option 'thread'"),
     ],
 )  # fmt: skip

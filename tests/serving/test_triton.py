@@ -164,7 +164,8 @@ def test_two_networks_share_a_repository_and_two_of_one_name_do_not(
     ("fault", "message"),
     [
         ({"name": "a/b"}, r"cannot be a model's name"),
-        ({"instances": 0}, r"instances is 0; expected 1 or more"),
+        ({"instances": 0}, r"instances is 0; expected a finite number, 1 or more"),
+        ({"queue_timeout_ms": float("inf")}, r"queue_timeout_ms is inf"),
         ({"queue_timeout_ms": float("nan")}, r"queue_timeout_ms is nan"),
         ({"device": "tpu"}, r"No device is called 'tpu'"),
         ({"delay": 3}, r"There is no option 'delay'"),
