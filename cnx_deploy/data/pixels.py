@@ -59,7 +59,8 @@ UNREADABLE = (
 REACHED, ANIMATED, OPAQUE = "cnx reached", "cnx animated", "cnx has no alpha"
 _WHITE, _TURNED_BLACK = "cnx white", "cnx white is zero"
 """Entries of a PIL image's `info`: what is known of a decoded file beside its pixels."""
-_FILTERS = threading.Lock()
+_FILTERS, _EARLIER, _INSIDE = threading.Lock(), contextlib.ExitStack(), list[int]()
+"""Guards the filters of warnings; how they were; the threads for which there are none."""
 
 
 def load_image(file: Path | bytes, white_level: float | None = None) -> Image.Image:
@@ -284,7 +285,20 @@ def _known_of_tiff(image: Image.Image) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings of Pillow: what matters in them is an error here. The filters are the process's, hence the lock."""
-    with _FILTERS, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    """No warnings of Pillow: what matters in them is an error here.
+
+    The filters are the process's. The first thread inside sets them and the last one puts them back, so that several
+    decode at once.
+    """
+    with _FILTERS:
+        if not _INSIDE:
+            _EARLIER.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        _INSIDE.append(threading.get_ident())
+    try:
         yield
+    finally:
+        with _FILTERS:
+            _INSIDE.remove(threading.get_ident())
+            if not _INSIDE:
+                _EARLIER.close()

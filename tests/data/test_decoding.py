@@ -5,7 +5,10 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -363,3 +366,16 @@ def test_a_copy_of_the_file_makes_the_same_pixels_without_the_package(tmp_path: 
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=60)
     made = torch.from_numpy(np.load(tmp_path / "out.npy"))
     assert torch.equal(made, to_pixels(tmp_path / "a.jpg", Preprocessing(32)))
+
+
+def test_several_threads_decode_at_once_without_warnings() -> None:
+    both, before = threading.Barrier(2), list(warnings.filters)
+
+    def inside(number: int) -> None:
+        with pixels_module.quiet():
+            both.wait(5)
+            warnings.warn("of a thread that decodes", stacklevel=1)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(inside, range(2)))
+    assert warnings.filters == before
