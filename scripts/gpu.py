@@ -50,6 +50,7 @@ from cnx_deploy.core.strict_json import strict_json
 from cnx_deploy.core.variants import Variant, find_variant, register_variant
 from cnx_deploy.exporters.trt.backend import default_targets, load_backend
 from cnx_deploy.kernels import launch
+from cnx_deploy.kernels.settings import EPS
 from cnx_deploy.kernels.tuning import StageShape, choose
 from cnx_deploy.model.checkpoint import save_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2
@@ -481,10 +482,10 @@ def float64_outputs(tensors: dict[str, Tensor], hidden: Tensor) -> dict[str, Ten
     wide = {name: tensor.double() for name, tensor in tensors.items()}
     found: dict[str, list[Tensor]] = {"hidden": [], "gain": [], "out": [], "residual": []}
     for tokens, residual, given in zip(wide["tokens"], wide["residual"], hidden, strict=True):
-        normed = nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=launch.EPS)
+        normed = nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=EPS)
         own = nn.functional.gelu(normed @ wide["weight1"] + wide["bias1"])
         norm = own.square().sum(0).sqrt()
-        gain = 1 + wide["gamma"] * norm / (norm.mean() + launch.EPS)
+        gain = 1 + wide["gamma"] * norm / (norm.mean() + EPS)
         for name, value in (("hidden", own), ("gain", gain)):
             found[name].append(value.cpu())
         for name, value in (("out", own), ("residual", given.double())):

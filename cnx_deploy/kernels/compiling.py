@@ -16,12 +16,11 @@ from typing import Any, Literal
 
 from cnx_deploy.core.errors import InputError, MissingRequirementError
 from cnx_deploy.kernels.loading import LOCK, compiled_kernels
-from cnx_deploy.kernels.settings import SHARED_BYTES, KernelName, LaunchSettings, split_channels
+from cnx_deploy.kernels.settings import EPS, SHARED_BYTES, KernelName, LaunchSettings, split_channels
 
 __all__ = ["HalfName", "KernelImage", "compile_kernel"]
 
 HalfName = Literal["float16", "bfloat16"]
-EPS = 1e-6
 SCRATCH = ("global_scratch_ptr", "profile_scratch_ptr")
 """Two pointers that Triton appends to every kernel; these kernels use neither, so null is given."""
 FP32_POINTERS = {"sums_ptr", "gamma_ptr", "gain_ptr"}

@@ -12,6 +12,7 @@ from torch import Tensor
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.kernels.loading import compiled_kernels, interpreted_kernels, interpreting
 from cnx_deploy.kernels.settings import (
+    EPS,
     KernelName,
     LaunchSettings,
     default_settings,
@@ -20,10 +21,7 @@ from cnx_deploy.kernels.settings import (
     split_channels,
 )
 
-__all__ = ["EPS", "gained_linear_residual", "gained_mlp_residual", "norm_linear_gelu", "response_gain"]
-
-EPS = 1e-6
-"""Of LayerNorm and of GRN, in every ConvNeXt V2."""
+__all__ = ["gained_linear_residual", "gained_mlp_residual", "norm_linear_gelu", "response_gain"]
 
 
 def norm_linear_gelu(

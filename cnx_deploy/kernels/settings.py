@@ -10,10 +10,12 @@ from typing import Literal, get_args
 from cnx_deploy.core.errors import InputError
 
 __all__ = [
-    "KERNELS", "SHARED_BYTES", "KernelName", "LaunchSettings", "candidate_settings", "default_settings", "grid",
+    "EPS", "KERNELS", "SHARED_BYTES", "KernelName", "LaunchSettings", "candidate_settings", "default_settings", "grid",
     "position_tiles", "split_channels",
 ]  # fmt: skip
 
+EPS = 1e-6
+"""Of LayerNorm and of GRN, in every ConvNeXt V2."""
 Tile = tuple[int, int, int]
 """Positions, columns or hidden channels, and warps."""
 KernelName = Literal["norm_linear_gelu", "response_gain", "gained_linear_residual", "gained_mlp_residual"]

@@ -147,7 +147,7 @@ def random_model(
     For parity and benchmarks: with the paper's initialisation GRN is the identity and a broken GRN would go
     unnoticed. Weights have standard deviation 1/sqrt(fan-in), GRN gamma and LayerScale 1, everything else 0.1 (gains
     around 1).
-    The same seed gives the same weights on every machine with the same torch.
+    The same seed gives the same weights with the same torch, on processors with AVX2; on others it draws others.
     """
     with torch.device("meta"):
         model = create_model(variant, num_classes, task=task, in_chans=in_chans)

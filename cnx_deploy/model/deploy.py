@@ -224,8 +224,8 @@ def check_parts(names: tuple[str, ...], variant: Variant) -> None:
             last, parts = f"stages.3.{variant.depths[3] - 1}", block_parts(variant)
             raise InputError(
                 f"No part of {variant.name} is called {name!r}. Its parts are downsample_layers.0 to .3, "
-                "blocks from "
-                f"stages.0.0 to {last}, their parts such as {last}.{parts[-2]} ({', '.join(parts)}), and head."
+                f"blocks from stages.0.0 to {last}, their parts such as {last}.{parts[-2]} ({', '.join(parts)}), and "
+                "head."
             )
 
 

@@ -12,7 +12,6 @@ from cnx_deploy.core.files import sha256_of_file
 from cnx_deploy.core.image_size import stage_sides
 from cnx_deploy.core.manifest import Artifact, EngineFacts, EngineManifest, EngineRequest, OnnxManifest
 from cnx_deploy.core.strict_json import typed
-from cnx_deploy.core.system import find_gpus
 from cnx_deploy.core.variants import find_variant
 from cnx_deploy.exporters.graph_checks import check_graph
 from cnx_deploy.exporters.trt.backend import Backend, load_backend
@@ -57,8 +56,7 @@ def build_engine(
     backend = load_backend(spec.runtime)
     backend.check_target(spec.target)
     _check_batches(source, spec)
-    gpu = find_gpus()[0].target if spec.target == "current" else spec.target
-    source.manifest.precision.check_runs_on(gpu, source.path.name)
+    source.manifest.precision.check_runs_on(spec.gpu, source.path.name)
     if spec.fused is not None:
         _check_fused(backend, source, spec)
     request = EngineRequest(
@@ -107,7 +105,6 @@ def _check_batches(source: Artifact[OnnxManifest], spec: BuildSpec) -> None:
 def _check_fused(backend: Backend, source: Artifact[OnnxManifest], spec: BuildSpec) -> None:
     """Raise InputError for what own kernels cannot be built of; the graph itself is looked at when it is rewritten."""
     manifest, deploy = source.manifest, source.manifest.deploy
-    gpu = find_gpus()[0].target if spec.target == "current" else spec.target
     eight = deploy.row.placement is not None
     kept = [name for name in deploy.keep_fp32 if name.startswith("stages.")]
     variant = None if manifest.model.graph is not None else find_variant(manifest.model.variant)
@@ -123,7 +120,7 @@ def _check_fused(backend: Backend, source: Artifact[OnnxManifest], spec: BuildSp
         f"it keeps {', '.join(kept)} in FP32": bool(kept),
         f"they count {MOST_HIDDEN} hidden values of an image, and its largest has {hidden}": hidden > MOST_HIDDEN,
         f"they count {MOST_SAMPLES} samples, and its largest batch has {samples}": samples > MOST_SAMPLES,
-        f"they are compiled for {', '.join(SHARED_BYTES)}, not {gpu}": gpu not in SHARED_BYTES,
+        f"they are compiled for {', '.join(SHARED_BYTES)}, not {spec.gpu}": spec.gpu not in SHARED_BYTES,
     }
     if found := next((reason for reason, holds in reasons.items() if holds), None):
         raise InputError(f"{source.path.name} cannot be built with own kernels: {found}. Leave --fused (fused) out.")

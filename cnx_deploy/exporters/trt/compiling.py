@@ -69,6 +69,11 @@ class BuildSpec:
         if self.launcher is not None and self.fused is None:
             raise InputError(f"{self.launcher} launches own kernels, and the engine has none. Add --fused (fused).")
 
+    @property
+    def gpu(self) -> str:
+        """The compute capability that it is built for, such as "sm89": for "current" that of this machine's GPU."""
+        return find_gpus()[0].target if self.target == "current" else self.target
+
 
 @dataclass(frozen=True, slots=True)
 class FilePrecision:
@@ -100,7 +105,7 @@ def measure_task(onnx: str, target: str, batch: int, fused: FusedMode | None = N
     `fused`: see `BuildSpec`; the child then needs the environment of `plugins.parser_environment`.
     """
     backend = load_backend(LISTS_KERNELS)
-    with _written_for(backend, Path(onnx), target, BuildSpec(fused=fused)) as (path, _):
+    with _written_for(backend, Path(onnx), BuildSpec(target=target, fused=fused)) as (path, _):
         return msgspec.to_builtins(measure_compiled(path, batch=batch, target=target, backend=backend))
 
 
@@ -147,8 +152,7 @@ def compiled_engine(
     backend: Backend, source: Path, precision: FilePrecision, spec: BuildSpec, progress: Progress | None
 ) -> tuple[bytes, EngineFacts]:
     """The engine's bytes, and what was found on the way. `precision`: that of the ONNX file."""
-    gpu = find_gpus()[0].target if spec.target == "current" else spec.target
-    with _written_for(backend, source, gpu, spec) as (path, own_kernels):
+    with _written_for(backend, source, spec) as (path, own_kernels):
         start = time.monotonic()
         build, plan, fallback = _serialised(backend, path, precision, spec, progress)
         seconds = round(time.monotonic() - start, 2)
@@ -166,7 +170,7 @@ def compiled_engine(
             range_warnings=tuple(build.range_warnings()),
             kernels_by_profile=_kernels_by_profile(build, spec),
             run="not run: built ahead of time" if spec.target != "current" else "not run yet: see verify",
-            gpu=gpu if spec.target == "current" else None,
+            gpu=spec.gpu if spec.target == "current" else None,
             compiled=compiled,
             own_kernels=own_kernels,
         )
@@ -218,8 +222,8 @@ def _check_half_share(build: NetworkBuild, precision: FilePrecision) -> None:
 
 
 @contextlib.contextmanager
-def _written_for(backend: Backend, source: Path, gpu: str, spec: BuildSpec) -> Iterator[tuple[Path, OwnKernels | None]]:
-    """The file to compile for a GPU, and its own kernels; onnx is loaded only where it has to be written otherwise."""
+def _written_for(backend: Backend, source: Path, spec: BuildSpec) -> Iterator[tuple[Path, OwnKernels | None]]:
+    """The file to compile, and its own kernels; onnx is loaded only where it has to be written otherwise."""
     if spec.fused is not None:
         from cnx_deploy.exporters.trt.fused_graph import with_own_kernels
         from cnx_deploy.exporters.trt.plugins import make_creator_known
@@ -227,12 +231,14 @@ def _written_for(backend: Backend, source: Path, gpu: str, spec: BuildSpec) -> I
         make_creator_known(backend, *_libraries(spec))
         device = find_device(find_gpus()[0].name) if spec.target == "current" else None
         launcher: Launcher = "python" if spec.launcher is None else "engine"
-        with with_own_kernels(source, spec.fused, gpu, device, launcher) as (path, own_kernels):
+        with with_own_kernels(source, spec.fused, spec.gpu, device, launcher) as (path, own_kernels):
             yield path, own_kernels
-    elif gpu == "sm75" and backend.name == LISTS_KERNELS:  # how the other one compiles depthwise ones is not known here
+    elif (
+        spec.gpu == "sm75" and backend.name == LISTS_KERNELS
+    ):  # how the other one compiles depthwise ones is not known here
         from cnx_deploy.exporters.trt.depthwise import written_for
 
-        with written_for(source, gpu) as path:
+        with written_for(source, spec.gpu) as path:
             yield path, None
     else:
         yield source, None

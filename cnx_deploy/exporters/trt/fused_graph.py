@@ -38,6 +38,7 @@ from cnx_deploy.exporters.trt.kernel_node import (
 )
 from cnx_deploy.kernels.compiling import SCRATCH, KernelImage, compile_kernel
 from cnx_deploy.kernels.settings import (
+    EPS,
     KernelName,
     LaunchSettings,
     candidate_settings,
@@ -52,7 +53,6 @@ NEEDS: dict[Launcher, str] = {
     "engine": "a runtime that allows the engine's host code, in which the launcher is: --allow-engine-code",
 }
 BLOCK = re.compile(r"stages\.\d+\.\d+")
-EPSILON = 1e-6
 HALVES: dict[ir.DataType, tuple[ElementType, str]] = {
     ir.DataType.FLOAT16: ("HALF", "float16"),
     ir.DataType.BFLOAT16: ("BF16", "bfloat16"),
@@ -193,7 +193,7 @@ class _Pattern:
         if square.inputs[0] is not square.inputs[1]:
             raise self.misfit("a square of the reciprocal mean", square)
         mean = self.made_by(self.through(square.inputs[0], "Reciprocal"), "Add")
-        self.number(mean.inputs[1], EPSILON, mean)
+        self.number(mean.inputs[1], EPS, mean)
         average = self.made_by(mean.inputs[0], "ReduceMean")
         total = self.made_by(product.inputs[0], "ReduceSum")
         if self.through(average.inputs[0], "Sqrt") is not total.outputs[0]:
@@ -219,8 +219,8 @@ class _Pattern:
         epsilon, axis = norm.attributes.get("epsilon"), norm.attributes.get("axis")
         wide = norm.inputs[0]
         last = (-1, len(_given(wide).shape or ()) - 1)
-        if epsilon is None or not math.isclose(epsilon.as_float(), EPSILON, rel_tol=1e-3):
-            raise self.misfit(f"a LayerNorm with epsilon {EPSILON:g}", norm)
+        if epsilon is None or not math.isclose(epsilon.as_float(), EPS, rel_tol=1e-3):
+            raise self.misfit(f"a LayerNorm with epsilon {EPS:g}", norm)
         if axis is not None and axis.as_int() not in last:
             raise self.misfit("a LayerNorm over the channels", norm)
         if np.any(self.constant(norm.inputs[1], norm) != 1) or (len(norm.inputs) > 2 and norm.inputs[2] is not None):

@@ -151,16 +151,10 @@ def prepare_runtime(backend: Backend, runtime: Any, launcher: Launcher | None) -
         register_creator(backend)
 
 
-def register_creator(backend: Backend) -> None:
-    """Make the creator of kernel nodes known to a TensorRT; a second call changes nothing."""
-    _creator(backend)
-
-
 @functools.cache
-def _creator(backend: Backend) -> Any:
-    """The registered creator. It is kept, because TensorRT holds no reference to it."""
+def register_creator(backend: Backend) -> Any:
+    """Make the creator of kernel nodes known to a TensorRT, which holds no reference to it: the cache keeps it."""
     trt, plugin = backend.trt, _plugin_class(backend)
-    kinds = {"image": trt.PluginFieldType.INT8, "entry": trt.PluginFieldType.CHAR}
 
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -168,7 +162,7 @@ def _creator(backend: Backend) -> Any:
             self.name, self.plugin_version, self.plugin_namespace = OPERATOR, PLUGIN_VERSION, DOMAIN
             empty = np.array([])
             self.field_names = trt.PluginFieldCollection(
-                [trt.PluginField(name, empty, kinds.get(name, trt.PluginFieldType.INT32)) for name in FIELDS]
+                [trt.PluginField(name, empty, _field_type(trt, name)) for name in FIELDS]
             )
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
@@ -186,7 +180,6 @@ def _creator(backend: Backend) -> Any:
 def _plugin_class(backend: Backend) -> Any:
     """The plugin as a class over a TensorRT's own classes."""
     trt = backend.trt
-    kinds = {"image": trt.PluginFieldType.INT8, "entry": trt.PluginFieldType.CHAR}
 
     class KernelPlugin(
         trt.IPluginV3,  # type: ignore[misc, name-defined]
@@ -238,10 +231,7 @@ def _plugin_class(backend: Backend) -> Any:
 
         def get_fields_to_serialize(self) -> Any:
             return trt.PluginFieldCollection(
-                [
-                    trt.PluginField(name, values, kinds.get(name, trt.PluginFieldType.INT32))
-                    for name, values in self.fields.items()
-                ]
+                [trt.PluginField(name, values, _field_type(trt, name)) for name, values in self.fields.items()]
             )
 
         def attach_to_context(self, context: Any) -> Any:
@@ -264,6 +254,11 @@ def _plugin_class(backend: Backend) -> Any:
             the_driver().launch(self.node, self.function, shapes, inputs, outputs, stream)
 
     return KernelPlugin
+
+
+def _field_type(trt: Any, name: str) -> Any:
+    types = trt.PluginFieldType
+    return {"image": types.INT8, "entry": types.CHAR}.get(name, types.INT32)
 
 
 def _size_expression(trt: Any, builder: Any, size: Any, inputs: Any) -> Any:
