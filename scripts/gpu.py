@@ -41,9 +41,10 @@ from torch import Tensor, nn
 import cnx_deploy as cnx
 from cnx_deploy.bench.conditions import conditions_now
 from cnx_deploy.bench.peers import Half, timm_twin
-from cnx_deploy.core.artifacts import find_artifacts, open_artifact
+from cnx_deploy.core.artifacts import open_artifact
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.files import whole_file
+from cnx_deploy.core.gates import GATES
 from cnx_deploy.core.hidden_tensor import MOST_RECOMPUTED_CHANNELS
 from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.core.strict_json import strict_json
@@ -97,7 +98,8 @@ def main() -> int:
     if options.part:
         return run_part(options)
     if options.prepare:
-        prepare(options)
+        for name in options.variants:
+            prepare(options, name)
         return 0
     left, record_path = Left(options.budget), options.record or options.folder / "record.json"
     record: dict[str, Any] = {
@@ -152,17 +154,14 @@ def arguments() -> argparse.Namespace:
 
 
 def plan(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """The parts in the order of their worth, behind what they need."""
-    first = options.variants[0]
-    if any(True for _ in missing(options)):
-        yield "prepare", first
-    yield "parity", first
-    yield "hot", first
-    yield "kernels", first
-    yield "latency", first
-    for name in options.variants[1:]:
-        yield "latency", name
-        yield "parity", name
+    """The parts in the order of their worth, each variant's behind the export of what is missing of it."""
+    for name in options.variants:
+        if any(True for _ in missing(options, name)):
+            yield "prepare", name
+        if name != options.variants[0]:
+            yield from (("latency", name), ("parity", name))
+        else:
+            yield from (("parity", name), ("hot", name), ("kernels", name), ("latency", name))
     for name in options.variants[1:4]:
         yield "kernels", name
 
@@ -170,41 +169,37 @@ def plan(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def missing(options: argparse.Namespace) -> Iterator[str]:
-    """What `prepare` would export."""
-    recorded = {artifact.path.stem for artifact in find_artifacts(options.folder / "files") if artifact.path.is_file()}
-    yield from (name for name in options.variants if f"{name}-{options.image_size}-fp16" not in recorded)
-    for factor in options.factors:
+def missing(options: argparse.Namespace, name: str) -> Iterator[str]:
+    """What `prepare` would export for a variant; the first one's files are those with hot weights too."""
+    if not (options.folder / "files" / f"{name}-{options.image_size}-fp16.onnx").is_file():
+        yield name
+    for factor in options.factors if name == options.variants[0] else ():
         for graph in GRAPHS:
             if not hot_path(options, factor, graph).is_file():
                 yield f"hot-{factor}-{graph}"
 
 
-def prepare(options: argparse.Namespace) -> None:
-    """Export our FP16 files, and for the hot weights the peers' too; what is there is used again."""
+def prepare(options: argparse.Namespace, name: str) -> None:
+    """Export what is missing of a variant: our FP16 file, and for the hot weights the peers' too."""
     options.folder.mkdir(parents=True, exist_ok=True)
-    for name in options.variants:
+    wanted = set(missing(options, name))
+    if name in wanted:
         print(f"exporting {name}", flush=True)
         batch = (min(options.batch), max(options.batch), max(options.batch))
-        words = {
-            "image_size": options.image_size,
-            "batch": batch,
-            "output_dir": options.folder / "files",
-            "no_verify": True,
-        }
-        cnx.export(name, precision="fp16", **words)
-    for factor in options.factors:
-        model = hot_model(options, factor)
-        checkpoint = options.folder / f"hot-{factor}.safetensors"
-        save_checkpoint(checkpoint, model)
-        for graph in GRAPHS:
-            print(f"exporting {graph} at {factor} times the limit", flush=True)
-            if graph == "cnx-deploy":
-                words = {"image_size": options.image_size, "batch": (2, 2, 2), "output_dir": options.folder / "files"}
-                words |= {"checkpoint": checkpoint, "name": f"hot-{factor}", "no_verify": True, "force": True}
-                cnx.export(model.variant.name, precision="fp16", **words)
-            else:
-                export_peer(GRAPHS[graph](model), options.image_size, hot_path(options, factor, graph))
+        words = {"image_size": options.image_size, "batch": batch, "output_dir": options.folder / "files"}
+        cnx.export(name, precision="fp16", no_verify=True, **words)
+    hot = [(factor, graph) for graph in GRAPHS for factor in options.factors if f"hot-{factor}-{graph}" in wanted]
+    models = {factor: hot_model(options, factor) for factor in dict(hot)}
+    for factor, graph in hot:  # ours first: what a peer's export needs may not be here
+        print(f"exporting {graph} at {factor} times the limit", flush=True)
+        if graph == "cnx-deploy":
+            checkpoint = options.folder / f"hot-{factor}.safetensors"
+            save_checkpoint(checkpoint, models[factor])
+            words = {"image_size": options.image_size, "batch": (2, 2, 2), "output_dir": options.folder / "files"}
+            words |= {"checkpoint": checkpoint, "name": f"hot-{factor}", "no_verify": True, "force": True}
+            cnx.export(models[factor].variant.name, precision="fp16", **words)
+        else:
+            export_peer(GRAPHS[graph](models[factor]), options.image_size, hot_path(options, factor, graph))
 
 
 def hot_path(options: argparse.Namespace, factor: int, graph: str) -> Path:
@@ -367,7 +362,7 @@ def hot(options: argparse.Namespace, add: Add) -> None:
                     continue
                 finite = bool(logits.isfinite().all())
                 error = relative_l2(logits, expected) if finite else None
-                right = error is not None and error < 2e-2
+                right = error is not None and error <= GATES["fp16"].relative_l2_max
                 add("hot", {**row, "finite": finite, "relative_l2": error, "right": right})
 
 
@@ -435,7 +430,7 @@ def energy(options: argparse.Namespace, artifact: Artifact, add: Add) -> None:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace, Add], None]] = {
-    "prepare": lambda options, add: prepare(options), "kernels": kernels, "parity": parity, "hot": hot,
+    "prepare": lambda options, add: prepare(options, options.name), "kernels": kernels, "parity": parity, "hot": hot,
     "latency": latency,
 }  # fmt: skip
 

@@ -87,7 +87,7 @@ def test_the_large_kernels_of_the_first_stages_are_held_against_a_copy(
 
 def test_what_matters_most_comes_first(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert next(script.plan(options(folder=tmp_path))) == ("prepare", "tiny-test"), "no file is there"
-    monkeypatch.setattr(script, "missing", lambda options: iter(()))
+    monkeypatch.setattr(script, "missing", lambda options, name: iter(()))
     parts = list(script.plan(options(variants=["atto", "nano", "tiny"])))
     assert parts[:4] == [("parity", "atto"), ("hot", "atto"), ("kernels", "atto"), ("latency", "atto")]
     assert {name for part, name in parts if part == "latency"} == {"atto", "nano", "tiny"}
