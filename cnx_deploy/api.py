@@ -822,17 +822,23 @@ def run_exports(
         if artifact.reused:
             note(f"{artifact.path} is there and was made from the same inputs: reused")
         else:
-            parity = artifact.manifest.facts.worst_parity
-            error = (
-                f"relative L2 {parity.differences.relative_l2_max:.1e} against PyTorch" if parity else "not verified"
-            )
-            note(f"{artifact.path} ({artifact.size_bytes / 1e6:.1f} MB), {error}")
+            note(f"{artifact.path} ({artifact.size_bytes / 1e6:.1f} MB), {_told_of_parity(artifact)}")
         made.append(artifact)
         if "pt2" in request.formats and precision in halves:
             from cnx_deploy.verification.program import write_program
 
             note(str(write_program(artifact, verify=not request.no_verify, force=request.force)))
     return made
+
+
+def _told_of_parity(artifact: Artifact[OnnxManifest]) -> str:
+    parity = artifact.manifest.facts.worst_parity
+    if parity is None:
+        return "not verified"
+    found = parity.differences.detections
+    if found is not None and not found.matched + found.unmatched:
+        return "no detection on the made-up images to compare with PyTorch's: run cnx-deploy verify with --data DATA"
+    return f"relative L2 {parity.differences.relative_l2_max:.1e} against PyTorch"
 
 
 def _calibrated(

@@ -4,6 +4,7 @@ An artifact is one or more files and a manifest `<stem>.json` beside them; `stag
 Nothing is given to a parser before its hash matches (docs/decisions/0008-hash-before-parse.md).
 """
 
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard, overload
 
 from cnx_deploy.core.errors import CorruptArtifactError, InputError, OutputExistsError, RefusedArtifactError
-from cnx_deploy.core.files import hidden_path, sha256_of_file
+from cnx_deploy.core.files import hidden_path, kind_of_weights, sha256_of_file
 from cnx_deploy.core.image_size import ImageSize, size_text
 from cnx_deploy.core.manifest import (
     MAX_MANIFEST_BYTES,
@@ -95,6 +96,11 @@ def read_artifact(path: Path) -> Artifact:
     if not manifest_path.is_file() and path.suffix == SUFFIXES["engine"] and path.exists():
         raise refused_engine(path)
     if not manifest_path.is_file():
+        if _is_checkpoint(path):
+            raise InputError(
+                f"{path} is a checkpoint; expected an ONNX file or an engine. Make one of it: "
+                f"cnx-deploy export --variant NAME --checkpoint {shlex.quote(str(path))}."
+            )
         what = "has no manifest" if path.exists() else "does not exist"
         raise InputError(
             f"{path} {what}: expected {manifest_path.name} beside it. Make it again with cnx-deploy; an ONNX file from "
@@ -108,6 +114,13 @@ def read_artifact(path: Path) -> Artifact:
             f"{manifest_path} is not a manifest this version can read ({error}). Make the artifact again with --force."
         ) from error
     return Artifact(manifest_path.parent / manifest.files[0].name, manifest)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return kind_of_weights(stream.read(16), path.stat().st_size) is not None
 
 
 def refused_engine(path: Path) -> RefusedArtifactError:

@@ -103,7 +103,9 @@ def whole_folder(
     with temporary_folder(path.absolute(), needed_bytes) as folder:
         if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
             if not force:
-                raise OutputExistsError(f"{path} is there already. Use --force (force) to replace it. {OTHER_PLACE}")
+                raise OutputExistsError(
+                    f"{path} is there already. Choose another place, or replace it with --force (force)."
+                )
             if path.is_symlink() or not path.is_dir() or not is_own(path):
                 raise OutputExistsError(
                     f"{path} holds something else than this command writes, so it is not replaced. {OTHER_PLACE}"

@@ -57,6 +57,8 @@ class DetectionDifferences:
     def __str__(self) -> str:
         """The figures on one line."""
         exact = f"exact is 0 on {self.inexact} images" if self.inexact else "exact on every image"
+        if not self.matched + self.unmatched:
+            return f"detections: none on either side, so that no box, score or mask was compared; {exact}"
         return (
             f"detections: {self.matched} matched, {self.unmatched} unmatched ({self.at_cut} at the cut), box "
             f"{self.box_max:.2g} px, score {self.score_max:.1e}, mask flips {self.mask_flips:.2%}, {exact}"

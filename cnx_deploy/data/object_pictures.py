@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from cnx_deploy.data.bands import pixels_of
 from cnx_deploy.data.label_maps import OVERLAY, colour_map
@@ -25,6 +24,8 @@ def drawn_objects(picture: Any, objects: Mapping[str, Tensor], names: Sequence[s
             and `scores` (n,).
         names: of the classes, by their index.
     """
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks  # takes seconds to load
+
     image = torch.from_numpy(pixels_of(picture)).permute(2, 0, 1)
     image = image.expand(3, -1, -1).contiguous() if len(image) == 1 else image[:3]
     labels = objects["labels"].tolist()

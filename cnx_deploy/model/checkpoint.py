@@ -236,7 +236,7 @@ def _load_file(
     place = None if ema is None and entry is None else file.entry or TOP
     record = WeightsRecord("checkpoint", path.as_posix(), hash_weights(model), licence, place)
     loaded = LoadedModel(
-        model, record, config.class_names, _preprocessing_of(config, path), {**_ASSUMED, **config.origins},
+        model, record, config.class_names, _preprocessing_of(config, purpose, path), {**_ASSUMED, **config.origins},
         head_is_new=reset_head, notes=tuple(notes), problem=problem, training=file.metadata.get("training", {}),
     )  # fmt: skip
     return _with_channels(loaded, adapted)
@@ -649,9 +649,15 @@ def _config_of(file: WeightFile, path: Path) -> tuple[SourceConfig, str | None]:
     return SourceConfig(tuple(names) if names else None, preprocessing or {}, origins), None
 
 
-def _preprocessing_of(config: SourceConfig, path: Path) -> Preprocessing:
+def _preprocessing_of(config: SourceConfig, task: Task, path: Path) -> Preprocessing:
+    """How images are made as the files say, and for the rest as the task is trained."""
+    stated = config.preprocessing
+    # A dense task keeps the whole picture: a centre crop would leave its edge without an answer.
+    says_crop = "crop_mode" in stated or "crop_ratio" in stated
+    usual = ("interpolation",) if says_crop else ("interpolation", "crop_mode", "crop_ratio")
+    defaults = {name: task.training_defaults[name] for name in usual if name in task.training_defaults}
     try:
-        return Preprocessing.from_dict(config.preprocessing)
+        return Preprocessing.from_dict({**defaults, **stated})
     except InputError as error:
         raise CorruptArtifactError(f"{path} has preprocessing that cannot be used. {error}") from error
 

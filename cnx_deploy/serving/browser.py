@@ -9,6 +9,7 @@ onnxruntime-web comes from npm, in one version, by its hash; `runtime` takes a c
 
 import importlib.metadata
 import json
+import shlex
 import shutil
 import subprocess
 import tarfile
@@ -82,7 +83,8 @@ class Package:
     def __str__(self) -> str:
         return (
             f"{self.path}: {', '.join(self.files)}\n"
-            f"Serve it with any server of files, such as python -m http.server --bind 127.0.0.1 --directory {self.path}"
+            "Serve it with any server of files, such as python -m http.server --bind 127.0.0.1 --directory "
+            f"{shlex.quote(str(self.path))}"
         )
 
 

@@ -228,8 +228,12 @@ def _differences(made: Preprocessing) -> tuple[str, ...]:
 def _notes(artifact: Artifact, names: tuple[str, ...], *, is_classifier: bool) -> tuple[str, ...]:
     manifest, notes = artifact.manifest, list[str]()
     if not is_classifier:
-        why = f"nvinfer names the best class of one output of probabilities, and this file gives {', '.join(names)}: "
-        notes.append(f"{why}it is handed on as tensors (network-type={OTHER}, output-tensor-meta=1)")
+        task = manifest.model.task
+        gives = f"this file gives {', '.join(names)}" + (f" of the task {task}" if task != "classification" else "")
+        notes.append(
+            f"nvinfer names the best class of a classifier's one output of probabilities, and {gives}: it is handed on "
+            f"as tensors (network-type={OTHER}, output-tensor-meta=1)"
+        )
         if manifest.model.task == "classification":
             notes[-1] += ". For labels export with --output probabilities"
     if is_engine(artifact):

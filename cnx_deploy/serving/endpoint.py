@@ -422,7 +422,8 @@ def _route(request: Request) -> tuple[str, Handler, Mapping[str, str]]:
             allowed.append(wanted)
     if allowed:
         raise _HttpError(405, f"{path:.80} takes {' and '.join(allowed)}, not {method:.20}.", allow=", ".join(allowed))
-    known = ", ".join(dict.fromkeys(pattern.pattern for _, _, pattern, _ in ROUTES if "P<" not in pattern.pattern))
+    paths = (pattern.pattern.removesuffix("/?") for _, _, pattern, _ in ROUTES)
+    known = ", ".join(dict.fromkeys(path for path in paths if "P<" not in path))
     raise _HttpError(404, f"Nothing is at {path:.80}. There is {known} and /v2/models/NAME.")
 
 

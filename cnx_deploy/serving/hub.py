@@ -87,6 +87,8 @@ def write_hub_folder(
         InputError: a network that the libraries do not have, or an artifact of other weights.
         OutputExistsError: something is in the folder.
     """
+    if library is not None and library not in LIBRARIES:
+        raise InputError(f"No library is called {library!r}. Choose one of: {', '.join(LIBRARIES)}; None is both.")
     model, libraries = loaded.model, LIBRARIES if library is None else (library,)
     _check_network(model)
     own = hash_weights(model)

@@ -80,7 +80,9 @@ class _Model:
 
 def check_repository(folder: Path) -> RepositoryCheck:
     """Check a model repository. Raises InputError for a folder that holds no model."""
-    folders = sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: expected a model repository of Triton. Check the path.")
+    folders = sorted(entry for entry in folder.iterdir() if entry.is_dir())
     folders = [entry for entry in folders if not entry.name.startswith(".")]
     if not folders:
         raise InputError(f"{folder} holds no models: expected a folder for each, with its config.pbtxt.")

@@ -134,8 +134,13 @@ def test_a_checkpoints_path_follows_the_folder_of_the_manifest(tmp_path: Path) -
         (lambda path: path.unlink(), InputError, r"small\.onnx is missing; its manifest is here"),
         (lambda path: path.with_suffix(".json").unlink(), InputError, "has no manifest"),
         (lambda path: (path.unlink(), path.with_suffix(".json").unlink()), InputError, "does not exist"),
+        (
+            lambda path: (path.write_bytes(b"PK\x03\x04" + bytes(12)), path.with_suffix(".json").unlink()),
+            InputError,
+            r"is a checkpoint; .* export --variant NAME --checkpoint",
+        ),
     ],
-    ids=["byte", "size", "no file", "no manifest", "nothing"],
+    ids=["byte", "size", "no file", "no manifest", "nothing", "checkpoint"],
 )
 def test_an_artifact_that_is_not_whole_is_not_opened(
     change: Callable[[Path], object], error: type[Exception], reason: str, tmp_path: Path

@@ -33,6 +33,35 @@ def upward_imports(package: Path) -> list[str]:
     ]
 
 
+def loaded_with(module: str) -> dict[str, str]:
+    """Packages of others that importing a module of ours loads by itself, and a module of ours that names each."""
+    found, seen, waiting = dict[str, str](), set[str](), [module]
+    while waiting:
+        name = waiting.pop()
+        path = PACKAGE.joinpath(*name.split(".")[1:])
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if name in seen or not path.exists():
+            continue
+        seen.add(name)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # what a function imports is loaded later
+            if isinstance(node, ast.ImportFrom):
+                named = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            else:
+                named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            waiting += [other for other in named if other.startswith("cnx_deploy.")]
+            found |= {other.partition(".")[0]: name for other in named if not other.startswith("cnx_deploy")}
+    return found
+
+
+def test_the_api_loads_torch_and_no_package_that_few_commands_use() -> None:
+    loaded = loaded_with("cnx_deploy.api")
+    assert "torch" in loaded
+    # torchvision takes five seconds of processor time, most of them for torch's compiler.
+    assert {
+        name: by for name, by in loaded.items() if name in ("torchvision", "lightning", "transformers", "timm")
+    } == {}
+
+
 def test_every_folder_imports_lower_floors_only() -> None:
     assert upward_imports(PACKAGE) == []
 

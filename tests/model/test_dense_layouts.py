@@ -89,6 +89,10 @@ def test_a_network_of_mmseg_gives_its_logits_and_class_names(variant: Any, offic
     assert loaded.model.task.options == {"channels": 16, "auxiliary_channels": 8}
     assert f"layout {'official' if official else 'mmpretrain'} with heads of mmseg" in loaded.notes[0]
     assert not [note for note in loaded.notes if "set aside" in note and "head" in note]
+    # Nobody says how images are made. A centre crop would leave the edges of a picture without a class.
+    images = loaded.preprocessing
+    assert (images.crop_mode, images.crop_ratio, images.interpolation) == ("corner", 1.0, "bilinear")
+    assert "crop_mode corner" in "".join(loaded.told_of_images())
     with torch.no_grad():
         expected = theirs.double()(IMAGES)
     for name, output in answers(loaded).items():

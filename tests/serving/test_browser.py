@@ -9,6 +9,7 @@ import http.server
 import json
 import os
 import queue
+import shlex
 import shutil
 import subprocess
 import tarfile
@@ -227,9 +228,10 @@ def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_the_folder_has_the_files_the_names_and_the_licences(
     tiny_onnx_fp32: cnx.Artifact, pretended: Path, tmp_path: Path, cnx: Command
 ) -> None:
-    code, out, err = cnx("package", "browser", tiny_onnx_fp32.path, "--to", tmp_path / "page", "--runtime", pretended)
-    assert (code, "python -m http.server" in out, "weights are random" in err) == (0, True, True)
-    folder = tmp_path / "page"
+    folder = tmp_path / "a page"
+    code, out, err = cnx("package", "browser", tiny_onnx_fp32.path, "--to", folder, "--runtime", pretended)
+    command = out[out.index("python -m http.server") :]
+    assert (code, shlex.split(command)[-1], "weights are random" in err) == (0, str(folder), True)
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         ["index.html", "page.js", "pixels.js", "model.json", "NOTICE.txt", tiny_onnx_fp32.path.name, *RUNTIME_FILES]
     )

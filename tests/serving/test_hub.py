@@ -282,6 +282,12 @@ def test_a_full_folder_is_kept_and_force_replaces_a_hub_folder_alone(tmp_path: P
         pushed(tmp_path, force=True)
 
 
+def test_a_library_that_is_not_known_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Choose one of: timm, transformers"):
+        pushed(tmp_path, library="keras")
+    assert not (tmp_path / "folder").exists()
+
+
 def test_the_same_weights_give_the_same_bytes(tmp_path: Path) -> None:
     first, second = (pushed(tmp_path, force=True) for _ in range(2))
     contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (first, second)]

@@ -277,6 +277,8 @@ def test_a_folder_without_models_is_refused(tmp_path: Path, cnx: Command) -> Non
     code, _, told = cnx("package", "check", tmp_path)
     assert code == 2
     assert "holds no models" in told
+    code, _, told = cnx("package", "check", tmp_path / "nowhere")
+    assert (code, "nowhere is no folder" in told) == (2, True)
 
 
 def text_of(model: str, old: str, new: str, file: str = "config.pbtxt", times: int = 1) -> Callable[[Path], None]:

@@ -53,6 +53,12 @@ def test_order_does_not_matter() -> None:
     assert all(not gate.failures(measured) for gate in GATES.values())
 
 
+def test_a_comparison_of_no_detections_says_that_nothing_was_compared() -> None:
+    measured = compared(drawn(0), drawn(0)).detections
+    assert "none on either side" in str(measured)
+    assert "0 matched" not in str(measured)
+
+
 def edited(change: Callable[[Sides], Any], present: int = 9) -> Differences:
     reference = drawn(present)
     candidate = {name: tensor.clone() for name, tensor in reference.items()}

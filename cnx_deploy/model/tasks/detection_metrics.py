@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
 
 from cnx_deploy.core.errors import CheckFailedError, MissingRequirementError
 from cnx_deploy.core.preprocessing import BrokenImage
@@ -249,6 +248,8 @@ def _found(found: Mapping[str, Tensor], target: Mapping[str, Tensor], objects: T
     """Objects that a detection of their class overlaps."""
     if not len(found["boxes"]) or not bool(objects.any()):
         return 0
+    from torchvision.ops import box_iou  # takes seconds to load, and most networks detect nothing
+
     overlaps = box_iou(target["boxes"][objects].float(), found["boxes"].float())
     same = target["labels"][objects][:, None] == found["labels"][None]
     return int(((overlaps >= IOU) & same).any(dim=1).sum())
