@@ -167,6 +167,8 @@ def _run(
             run = torch.library.wrap_triton(run)
         with torch.cuda.device(first.device):
             run[programs](first, *values, **words, num_warps=settings.num_warps, num_stages=settings.num_stages)
+    elif type(first) is not Tensor:
+        raise InputError("On a CPU the kernels are interpreted, which no trace can follow. Compile on a CUDA device.")
     else:
         with interpreting():
             getattr(interpreted_kernels(), kernel)[programs](first, *values, **words)

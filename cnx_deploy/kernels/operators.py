@@ -1,4 +1,7 @@
-"""The block's MLP as one operator of PyTorch, `torch.ops.cnx_deploy.mlp`, for eager mode, compiling and exporting."""
+"""The block's MLP as one operator of PyTorch, `torch.ops.cnx_deploy.mlp`, for eager mode and exporting.
+
+torch.compile and AOTInductor see its kernels on a GPU; on a CPU, where they are interpreted, it cannot be compiled.
+"""
 
 from collections.abc import Sequence
 from dataclasses import astuple

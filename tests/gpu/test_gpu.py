@@ -7,7 +7,7 @@ import torch
 
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.gates import GATES
-from cnx_deploy.core.hidden_tensor import FusedMode
+from cnx_deploy.core.hidden_tensor import FusedMode, Hidden
 from cnx_deploy.core.manifest import Artifact, ModelRecord, WeightsRecord
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.system import find_gpus
@@ -16,6 +16,7 @@ from cnx_deploy.exporters.trt.backend import default_targets, load_backend
 from cnx_deploy.exporters.trt.builder import BuildSpec, build_engine
 from cnx_deploy.kernels.settings import SHARED_BYTES
 from cnx_deploy.model.convnextv2 import random_model
+from cnx_deploy.runners.fused import FusedRunner
 from cnx_deploy.runners.pytorch import reference_runner
 from cnx_deploy.runners.tensorrt import TensorRTRunner
 from cnx_deploy.verification.parity import differences
@@ -23,6 +24,7 @@ from cnx_deploy.verification.parity import differences
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not find_gpus(), reason="no NVIDIA GPU: not run")]
 
 SPEC = DeploySpec(precision="fp16", image_size=64)
+BATCHES = (1, 7, 64, 7)
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +58,30 @@ def test_an_engine_with_own_kernels_agrees_with_pytorch(engine: Artifact, mode: 
     built = build_engine(onnx, spec, engine.path.parent / mode)
     reference = reference_runner(random_model("atto"), SPEC)
     with TensorRTRunner(built, allow_engine_code=True, cuda_graph=cuda_graph) as runner:
-        for batch in (1, 7, 64, 7):
+        for batch in BATCHES:
             images = torch.rand(batch, 3, 64, 64, generator=torch.Generator().manual_seed(batch))
             found = differences(runner.run(images.cuda())["logits"], reference.run(images)["logits"])
             assert not GATES["fp16"].failures(found), batch
+
+
+@pytest.mark.parametrize("hidden", [None, "stored", "recomputed"])
+def test_own_kernels_in_pytorch_agree_with_pytorch(hidden: Hidden | None) -> None:
+    model = random_model("atto")
+    reference, runner = reference_runner(model, SPEC), FusedRunner(model, SPEC, hidden=hidden)
+    for batch in BATCHES:
+        images = torch.rand(batch, 3, 64, 64, generator=torch.Generator().manual_seed(batch))
+        for given in (images.cuda(), images.cuda().permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
+            found = differences(runner.run(given)["logits"], reference.run(images)["logits"])
+            assert not GATES["fp16"].failures(found), batch
+
+
+def test_torch_compile_sees_the_kernels_and_answers_the_same() -> None:
+    runner = FusedRunner(random_model("atto"), SPEC)
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).cuda()
+    expected = runner.run(images)["logits"].clone()
+    with torch.inference_mode():
+        found = torch.compile(runner.module, fullgraph=True)(images)
+    assert not GATES["fp16"].failures(differences(found, expected))
 
 
 def test_a_permuted_view_gives_the_logits_of_its_values(engine: Artifact) -> None:

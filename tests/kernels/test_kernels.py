@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.variants import VARIANTS
@@ -172,6 +173,13 @@ def test_other_tensors_are_refused(change: dict[str, Tensor], message: str) -> N
     tensors = {name: torch.zeros(shape).half() for name, shape in shapes.items()}
     with pytest.raises(InputError, match=message):
         launch.norm_linear_gelu(**(tensors | change), settings=SMALL.first)
+
+
+def test_a_trace_on_a_cpu_is_refused() -> None:
+    with FakeTensorMode():
+        tensors = [torch.empty(shape, dtype=torch.float16) for shape in ((1, 49, 40), (40, 160), (160,))]
+        with pytest.raises(InputError, match="Compile on a CUDA device"):
+            launch.norm_linear_gelu(*tensors, settings=SMALL.first)
 
 
 @pytest.mark.slow
