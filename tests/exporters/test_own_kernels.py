@@ -1,10 +1,12 @@
 """Engines with own kernels: what is built here, what is refused, what the driver would be told, who may run them."""
 
 import functools
+import gc
 import importlib.util
 import os
 import shutil
 import subprocess
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -171,6 +173,13 @@ def test_a_plugin_keeps_every_field_for_the_engine() -> None:
     assert KernelNode.from_fields({field.name: np.array(field.data) for field in kept}) == NODE
 
 
+def test_a_plugin_outlives_its_last_reference_because_tensorrt_deletes_it_too() -> None:
+    plugin = created(NODE)
+    clone = weakref.ref(plugin.clone())
+    gc.collect()
+    assert clone() is not None
+
+
 def test_a_stream_is_taken_channels_last_alone_and_other_tensors_row_by_row() -> None:
     plugin = created(NODE)
 
@@ -213,6 +222,17 @@ def test_the_engine_is_named_and_recorded_with_its_kernels(fused_engine: cnx.Art
     assert own.compiler == f"triton {package_version('triton')}"
     assert (own.launcher, "--allow-engine-code" in own.needs) == ("python", True)
     assert manifest.facts.run.startswith("not run")
+
+
+@pytest.mark.slow
+def test_a_bf16_file_makes_an_engine_with_own_kernels(tmp_path: Path) -> None:
+    onnx = cnx.export(
+        "tiny-test", precision="bf16", image_size=32, num_classes=10, batch=(1, 4, 8), output_dir=tmp_path
+    )
+    engine = build_engine(onnx, BuildSpec(target="sm86", fused="stored", batches=((1, 4, 8),)), tmp_path)
+    operations = [kernel.operation for kernel in engine.manifest.facts.compiled.kernel_list]
+    assert operations.count("gain") == 5
+    assert operations.count("cast/layout") <= 2 * 5 + 4
 
 
 @pytest.mark.slow

@@ -72,8 +72,9 @@ def launched(node: KernelNode, target: str, inputs: list[Tensor]) -> list[Tensor
         values[name] = argument.size.of(shapes) if argument.kind == "size" else given[argument.index]
     assert all(values.pop(name) is None for name in SCRATCH)
     first, rest = split_channels(channels)
+    channels_last = any(layout.channels_last for layout in (*node.inputs, *(output.layout for output in node.outputs)))
     constants = {
-        "EPS": EPS, "CHANNELS": channels, "CHANNELS_LAST": True, "FIRST": first, "REST": rest,
+        "EPS": EPS, "CHANNELS": channels, "CHANNELS_LAST": channels_last, "FIRST": first, "REST": rest,
         "BLOCK_M": settings.block_m, "BLOCK_N": settings.block_n, "BLOCK_K": settings.block_k, "hidden_ptr": None,
     }  # fmt: skip
     function = getattr(interpreted_kernels(), kernel)

@@ -53,6 +53,8 @@ NEEDS: dict[Launcher, str] = {
     "engine": "a runtime that allows the engine's host code, in which the launcher is: --allow-engine-code",
 }
 BLOCK = re.compile(r"stages\.\d+\.\d+")
+STREAM_AXES = 4
+"""(N, C, H, W); what else a kernel writes has fewer."""
 HALVES: dict[ir.DataType, tuple[ElementType, str]] = {
     ir.DataType.FLOAT16: ("HALF", "float16"),
     ir.DataType.BFLOAT16: ("BF16", "bfloat16"),
@@ -372,6 +374,9 @@ class _Nodes:
     def __init__(self, graph: ir.Graph, block: FusedBlock, target: str) -> None:
         self.graph, self.block, self.target = graph, block, target
         self.half, self.half_name = HALVES[_dtype(block.stream)]
+        # TensorRT-RTX 1.7.1 offers a plugin no BF16 with the channels last, but in eights (HWC8): two copies a block in
+        # row-major order, and eight with those.
+        self.channels_last = self.half == "HALF"
         self.nodes: list[ir.Node] = []
         self.records: list[OwnKernel] = []
 
@@ -400,16 +405,19 @@ class _Nodes:
         """Compile a kernel and make its node; tensors and integers go by the names of the kernel's arguments."""
         settings, stores_hidden = self.settings(kernel), "hidden_ptr" in outputs or kernel != "norm_linear_gelu"
         image = compile_kernel(
-            kernel, self.block.channels, settings, target=self.target, dtype=self.half_name, store_hidden=stores_hidden
-        )
+            kernel, self.block.channels, settings, target=self.target, dtype=self.half_name,
+            channels_last=self.channels_last, store_hidden=stores_hidden,
+        )  # fmt: skip
         launch = KernelNode(
             image=image.cubin,
             entry=image.entry,
             threads=32 * image.num_warps,
             shared_bytes=image.shared_bytes,
             inputs=tuple(self.layout(value) for value in inputs.values()),
-            # A tensor of four axes is the stream, whose channels lie next to each other.
-            outputs=tuple(OutputTensor(TensorLayout(kind, len(shape) == 4), shape) for shape, kind in outputs.values()),
+            outputs=tuple(
+                OutputTensor(TensorLayout(kind, self.channels_last and len(shape) == STREAM_AXES), shape)
+                for shape, kind in outputs.values()
+            ),
             grid=grid,
             arguments=tuple(_argument(name, list(inputs), list(outputs), integers) for name in image.arguments),
         )
@@ -432,7 +440,8 @@ class _Nodes:
     def layout(self, value: ir.Value) -> TensorLayout:
         """How the kernel reads a tensor."""
         is_stream = value in (self.block.stream, self.block.depthwise)
-        return TensorLayout("FLOAT" if _dtype(value) == ir.DataType.FLOAT else self.half, is_stream)
+        half = "FLOAT" if _dtype(value) == ir.DataType.FLOAT else self.half
+        return TensorLayout(half, is_stream and self.channels_last)
 
     def finish(self, result: ir.Value) -> None:
         """Put the nodes before the block's last one and have everything read `result` instead of its output."""

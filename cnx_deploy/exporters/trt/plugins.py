@@ -194,6 +194,10 @@ def _plugin_class(backend: Backend) -> Any:
             self.num_outputs = len(node.outputs)
             self.node, self.fields = node, node.fields()
             self.function: ctypes.c_void_p | None = None
+            # TensorRT deletes the C++ object, and a Python object that ends then deletes it again (TensorRT-RTX 1.7.1).
+            # A call of get_capability_interface leaves a reference behind that hides this; a clone may be dropped
+            # without one, where a build fails. So every plugin lives as long as the process.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
         def get_capability_interface(self, kind: Any) -> Any:
             return self
