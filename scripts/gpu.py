@@ -260,7 +260,7 @@ def in_a_process(options: argparse.Namespace, part: str, name: str, seconds: flo
     answer = options.folder / f"answer-{part}-{name}.json"
     answer.unlink(missing_ok=True)
     command = [sys.executable, __file__, *sys.argv[1:], "--part", part, "--name", name, "--answer", str(answer)]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
     try:
         reason = f"it ended with {process.wait(seconds)}; its last lines are above"
     except subprocess.TimeoutExpired:
