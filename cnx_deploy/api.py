@@ -28,8 +28,8 @@ from cnx_deploy.core.targets import find_target
 from cnx_deploy.core.thresholds import ASSUMED_THRESHOLD, Thresholds, thresholds_of
 from cnx_deploy.data import ImageSource, InputSpec, image_source, images_to_run
 from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
-from cnx_deploy.exporters.trt.backend import default_targets, load_backend, require_gpu
-from cnx_deploy.exporters.trt.builder import BuildSpec
+from cnx_deploy.exporters.trt.backend import Backend, default_targets, load_backend, require_gpu
+from cnx_deploy.exporters.trt.builder import BuildSpec, check_build
 from cnx_deploy.exporters.trt.builder import build_engine as build_one_engine
 from cnx_deploy.exporters.trt.compiling import limits_for
 from cnx_deploy.model.checkpoint import LoadedModel, ModelRequest
@@ -664,7 +664,7 @@ class ExportRequest(ModelRequest):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRequest:
-    """What `cnx-deploy build-trt` takes. Without `files`, every FP16 file recorded in `export_dir`.
+    """What `cnx-deploy build-trt` takes. Without `files`, every file in half precision or eight bits in `export_dir`.
 
     `batches` empty means the range that each file was exported for; `targets` empty means this machine's GPU, or
     without one `trt.backend.DEFAULT_TARGETS`. `fused` and `launcher`: see `trt.compiling.BuildSpec`.
@@ -903,33 +903,58 @@ def run_builds(
     present = [artifact for artifact in sources if artifact.path.is_file()]
     if not present:
         raise InputError(
-            f"No FP16 ONNX file is recorded and present in {request.export_dir}. "
+            f"No ONNX file in half precision or eight bits is recorded and present in {request.export_dir}. "
             "Run `cnx-deploy export --variant atto` first, or name the files to build from."
         )
     backend = load_backend(request.runtime)
-    targets = tuple(map(find_target, request.targets)) or default_targets(backend)
     engines = []
-    for artifact in present:
-        batches = request.batches or (artifact.manifest.batch,)
-        for target in targets:
-            spec = BuildSpec(
-                runtime=backend.name,
-                target=target,
-                batches=batches,
-                allow_tf32=request.allow_tf32,
-                fused=request.fused,
-                launcher=None if request.launcher is None else str(request.launcher),
-            )
-            note(f"Building {artifact.path.name} for {target} with {backend.name} {backend.version}")
-            if (unknown := _not_judged(artifact, target)) is not None:
-                note(f"  {unknown}")
-            limits = limits_for(artifact.size_bytes)
-            words = (artifact, spec, request.output_dir)
-            engine = build_one_engine(*words, force=request.force, progress=progress, limits=limits)
-            engines.append(engine)
-            size = f"{engine.manifest.files[0].size_bytes / 1e6:.1f} MB"
-            note(f"  {engine.path} ({'made from the same inputs: reused' if engine.reused else size})")
+    for artifact, spec in _builds(request, backend, present, note):
+        note(f"Building {artifact.path.name} for {spec.target} with {backend.name} {backend.version}")
+        if (unknown := _not_judged(artifact, spec.target)) is not None:
+            note(f"  {unknown}")
+        limits = limits_for(artifact.size_bytes)
+        words = (artifact, spec, request.output_dir)
+        engine = build_one_engine(*words, force=request.force, progress=progress, limits=limits)
+        engines.append(engine)
+        size = f"{engine.manifest.files[0].size_bytes / 1e6:.1f} MB"
+        note(f"  {engine.path} ({'made from the same inputs: reused' if engine.reused else size})")
     return engines
+
+
+def _builds(
+    request: BuildRequest, backend: Backend, sources: list[Artifact], note: Note
+) -> list[tuple[Artifact, BuildSpec]]:
+    """Each file and target, all checked before the first build, which may take minutes.
+
+    A file that does not fit a target is left out with a note where not both were named. It is an error where they were,
+    for a named file that fits no target, and where nothing is left.
+    """
+    targets = tuple(map(find_target, request.targets)) or default_targets(backend)
+    launcher = None if request.launcher is None else str(request.launcher)
+    options: dict[str, Any] = {"allow_tf32": request.allow_tf32, "fused": request.fused, "launcher": launcher}
+    for target in targets:
+        backend.check_target(target)
+    builds: list[tuple[Artifact, BuildSpec]] = []
+    unfit: list[InputError] = []
+    for artifact in sources:
+        before = len(builds)
+        for target in targets:
+            batches = request.batches or (artifact.manifest.batch,)
+            spec = BuildSpec(runtime=backend.name, target=target, batches=batches, **options)
+            try:
+                check_build(backend, artifact, spec)
+                builds.append((artifact, spec))
+            except InputError as error:
+                unfit.append(error)
+                if request.files and request.targets:
+                    raise
+        if request.files and len(builds) == before:
+            raise unfit[-1]
+    if not builds:
+        raise unfit[0]
+    for reason in unfit:
+        note(f"Left out: {reason}")
+    return builds
 
 
 def _not_judged(artifact: Artifact, target: str) -> str | None:

@@ -67,7 +67,7 @@ HELP = """Bring ConvNeXt V2 from PyTorch to verified ONNX files and FP16 TensorR
 
 \b
 cnx-deploy export --variant atto    writes export/atto-224-fp32.onnx and export/atto-224-fp16.onnx
-cnx-deploy build-trt                builds engines/ from every FP16 file in export/
+cnx-deploy build-trt                builds engines/ from the FP16 files in export/
 cnx-deploy verify                   compares everything in both folders with PyTorch
 cnx-deploy bench                    times it
 """

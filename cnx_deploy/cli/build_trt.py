@@ -48,7 +48,7 @@ class FusedAloneCommand(click.Command):
 @options.force
 @options.as_json
 def build_trt(as_json: bool, **arguments: Any) -> None:
-    """Build TensorRT engines from recorded ONNX FILES, by default every FP16 file in --export-dir."""
+    """Build TensorRT engines from recorded ONNX FILES, by default all of --export-dir but FP32 ones."""
     from cnx_deploy.api import BuildRequest, run_builds
 
     with options.reporter("Building") as progress:

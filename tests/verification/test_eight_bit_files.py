@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 
 import cnx_deploy
+from cnx_deploy import api
 from cnx_deploy.bench.comparison import NOT_JUDGED, gains_nothing
 from cnx_deploy.bench.record import FileFacts
 from cnx_deploy.core.artifacts import open_artifact
 from cnx_deploy.core.errors import InputError
 from cnx_deploy.core.precision import PRECISIONS
 from cnx_deploy.runners.registry import open_runner
+from tests.support.artifacts import copy_artifact
 from tests.support.bench_rows import network_of, row
 
 
@@ -167,6 +169,42 @@ def test_fp8_for_a_gpu_without_it_is_refused_before_the_compiler(target, fp8_fil
     assert f"is FP8, and {target} has no FP8 arithmetic; sm89 is the first that has." in err
     assert "export with --precision int8 or fp16 for this GPU" in err
     assert not (tmp_path / "engines").exists()
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """What would be built, file and target; nothing is compiled."""
+    made = []
+
+    def build(artifact, spec, *_, **__):
+        made.append((artifact.path.name, spec.target))
+        return replace(artifact, reused=True)
+
+    monkeypatch.setattr(api, "build_one_engine", build)
+    return made
+
+
+def test_targets_that_nobody_named_are_left_out_where_a_file_does_not_fit_them(fp8_file, built):
+    told = []
+    api.run_builds(api.BuildRequest(files=(fp8_file.path,)), told.append)
+    assert built == [(fp8_file.path.name, "sm89"), (fp8_file.path.name, "sm120")]
+    assert f"Left out: {fp8_file.path.name} is FP8, and sm86 has no FP8 arithmetic" in told[0]
+
+
+def test_a_file_that_nobody_named_is_left_out_where_it_does_not_fit_the_target(fp8_file, half_file, built, tmp_path):
+    for artifact in (fp8_file, half_file):
+        copy_artifact(artifact, tmp_path)
+    told = []
+    api.run_builds(api.BuildRequest(export_dir=tmp_path, targets=("sm86",)), told.append)
+    assert built == [(half_file.path.name, "sm86")]
+    assert f"Left out: {fp8_file.path.name} is FP8" in told[0]
+
+
+@pytest.mark.parametrize("targets", [("sm89", "sm90"), ("sm89", "sm86")])
+def test_a_target_that_does_not_fit_is_refused_before_the_first_build(targets, fp8_file, built):
+    with pytest.raises(InputError, match=r"not sm90|sm86 has no FP8"):
+        api.run_builds(api.BuildRequest(files=(fp8_file.path,), targets=targets), lambda _: None)
+    assert built == []
 
 
 def test_own_kernels_refuse_eight_bits(int8_file, tmp_path):

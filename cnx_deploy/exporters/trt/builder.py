@@ -27,7 +27,7 @@ from cnx_deploy.exporters.trt.network import Progress
 from cnx_deploy.exporters.trt.plugins import parser_environment
 from cnx_deploy.kernels.settings import SHARED_BYTES
 
-__all__ = ["BuildSpec", "build_engine"]
+__all__ = ["BuildSpec", "build_engine", "check_build"]
 
 
 def build_engine(
@@ -49,16 +49,9 @@ def build_engine(
     precision; InputError for a target or batch that does not fit; what `artifacts` raises for altered files.
     """
     source = open_artifact(onnx.path if isinstance(onnx, Artifact) else onnx)
-    if not is_onnx(source):
-        raise InputError(
-            f"{source.path} is of kind {source.manifest.kind}; an engine is built from an ONNX file (.onnx)."
-        )
     backend = load_backend(spec.runtime)
-    backend.check_target(spec.target)
-    _check_batches(source, spec)
-    source.manifest.precision.check_runs_on(spec.gpu, source.path.name)
-    if spec.fused is not None:
-        _check_fused(backend, source, spec)
+    check_build(backend, source, spec)
+    assert is_onnx(source)
     request = EngineRequest(
         onnx=source.manifest.request,
         runtime=backend.name,
@@ -86,6 +79,23 @@ def build_engine(
             facts=facts,
         )
         return staging.commit(manifest)
+
+
+def check_build(backend: Backend, source: Artifact, spec: BuildSpec) -> None:
+    """Raise InputError for a target, batch or kernels that do not fit the file.
+
+    It takes no time, so that of several builds all are looked at before the first. Raises MissingRequirementError where
+    the target is this machine's GPU and there is none.
+    """
+    if not is_onnx(source):
+        raise InputError(
+            f"{source.path} is of kind {source.manifest.kind}; an engine is built from an ONNX file (.onnx)."
+        )
+    backend.check_target(spec.target)
+    _check_batches(source, spec)
+    source.manifest.precision.check_runs_on(spec.gpu, source.path.name)
+    if spec.fused is not None:
+        _check_fused(backend, source, spec)
 
 
 MOST_SAMPLES, MOST_HIDDEN = (1 << 16) - 1, (1 << 31) - 1
