@@ -407,7 +407,7 @@ def servers_text(data: Document) -> str:
 def eight_bits_text(data: Document) -> str:
     """Bytes of FP8 and INT8 beside FP16, what NVIDIA's quantiser makes of others' graphs and ours, and accuracy."""
     parts = {name: [row for row in data["rows"] if row["part"] == name]
-             for name in ("traffic", "modelopt", "accuracy", "features")}  # fmt: skip
+             for name in ("traffic", "dense", "modelopt", "accuracy", "features")}  # fmt: skip
     engines = by_precision(parts["traffic"])
     target, batch = USUAL
     usual = {key[0]: rows for key, rows in engines.items() if key[1:3] == USUAL and key[3] == OURS}
@@ -419,6 +419,8 @@ def eight_bits_text(data: Document) -> str:
         "MB an image, and the share of the FP16 engine's of the same target and batch:",
         eight_bit_targets(engines),
         left_out(variant for variant, *_ in engines),
+        "**Segmentation and detection**: UPerNet of 150 classes, Mask R-CNN of 80; their heads stay in FP16.",
+        dense_eight_bits(parts["dense"]),
         "**NVIDIA's ModelOpt**",
         modelopt_text(parts["modelopt"], usual),
         "**Accuracy**",
@@ -459,6 +461,16 @@ def kernels_and_bytes(engines: Mapping[str, Document]) -> Iterator[str]:
             str(row["kernels"]), f"{row['megabytes_per_image']:.1f}")  # fmt: skip
         if precision in EIGHT_BITS:
             yield number(share_of_half(engines, precision), ".3f", "–")
+
+
+def dense_eight_bits(rows: Iterable[Document]) -> str:
+    """A line a network, image size, target and batch."""
+    found: dict[tuple[str, ...], dict[str, Document]] = {}
+    for row in rows:
+        key = row["variant"], row["task"], size_of(row["image_size"]), row["target"], str(row["batch"])
+        found.setdefault(key, {})[row["precision"]] = row
+    lines = [(*key, *kernels_and_bytes(engines)) for key, engines in found.items()]
+    return table(("variant", "task", "px", "target", "batch", *KERNELS_AND_BYTES), lines) if lines else "Not run."
 
 
 def eight_bit_targets(engines: Mapping[tuple[str, str, int, str], Mapping[str, Document]]) -> str:

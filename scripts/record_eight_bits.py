@@ -1,14 +1,16 @@
 """Record what FP8 and INT8 are worth beside FP16: bytes and kernels of engines, and accuracy of trained networks.
 
 usage: record_eight_bits.py traffic VARIANT ... [--precision fp8] [--target sm89] [--batch 64]
+       record_eight_bits.py dense VARIANT ... --task segment|detect --image-size 512 [and as traffic]
        record_eight_bits.py modelopt VARIANT ... [--graph timm] [--precision int8] [--target sm89] [--batch 64]
        record_eight_bits.py accuracy NAME=CHECKPOINT:FOLDER ... [--precision int8] [--method max] [--noise 96]
        record_eight_bits.py features NAME=CHECKPOINT:FOLDER ... [--precision int8] [--method max]
        each with [--record FILE] [--resume]; options that take several values are repeated
 
-`traffic` compiles our graphs with TensorRT-RTX. The weights are random, and scales and gains are made up: neither
-changes which tensors an engine stores, and so no byte. `modelopt` quantises timm's, transformers' and our own FP16
-graph with NVIDIA's quantiser as it comes, on images made from a seed, in an environment of its own (scripts/modelopt).
+`traffic` compiles our graphs with TensorRT-RTX, `dense` those of UPerNet (150 classes) and of Mask R-CNN (80). The
+weights are random, and scales and gains are made up: neither changes which tensors an engine stores, and so no byte.
+`modelopt` quantises timm's, transformers' and our own FP16 graph with NVIDIA's quantiser as it comes, on images made
+from a seed, in an environment of its own (scripts/modelopt).
 `accuracy` and `features` calibrate on FOLDER/train and judge by FOLDER/val, as it is and with noise: the network as it
 was trained; with its hidden tensors 50 times as large ("hot"); and with two hidden channels a block 30 times as large
 ("outliers"). The deploy form runs in PyTorch, which rounds to FP16 after each operator; one case of each network and
@@ -37,6 +39,7 @@ from torch import Tensor
 
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.eight_bits import GAIN_FOLDS, METHODS, PLACEMENTS, WITHOUT_SCALED_PRODUCT
+from cnx_deploy.core.image_size import ImageSize, parse_image_size
 from cnx_deploy.core.manifest import ModelRecord, WeightsRecord
 from cnx_deploy.core.precision import find_precision
 from cnx_deploy.core.preprocessing import Preprocessing
@@ -65,6 +68,7 @@ ROWS_DEPEND_ON = (
 )  # fmt: skip
 KEYS = {
     "traffic": ("variant", "image_size", "target", "batch", "precision"),
+    "dense": ("variant", "task", "image_size", "target", "batch", "precision"),
     "modelopt": ("variant", "image_size", "target", "batch", "precision", "graph"),
     "accuracy": ("network", "change", "images", "precision", "method", "gains", "judge"),
     "features": ("network", "change", "images", "precision", "method", "gains", "judge"),
@@ -96,7 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--record", type=Path)
         command.add_argument("--resume", action="store_true")
         command.add_argument("--precision", action="append", choices=("fp16", *PLACEMENTS))
-        if part in ("traffic", "modelopt"):
+        if part == "dense":
+            command.add_argument("--task", choices=("segment", "detect"), required=True)
+            command.add_argument("--image-size", type=parse_image_size, required=True)
+        if part in ("traffic", "dense", "modelopt"):
             command.add_argument("variants", nargs="+", metavar="VARIANT", help=", ".join(VARIANTS))
             command.add_argument("--target", action="append")
             command.add_argument("--batch", type=int, action="append")
@@ -158,6 +165,9 @@ def key_of(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def traffic(options: argparse.Namespace, record: Record) -> Iterator[dict[str, Any]]:
     """Our graphs: each is exported once and compiled for every target and batch."""
+    task, size = getattr(options, "task", "classification"), getattr(options, "image_size", IMAGE_SIZE)
+    recorded = list(size) if isinstance(size, tuple) else size
+    own_words = {"task": task} if options.part == "dense" else {}
     for name in options.variants:
         with tempfile.TemporaryDirectory() as folder:
             paths: dict[str, Path] = {}
@@ -165,13 +175,13 @@ def traffic(options: argparse.Namespace, record: Record) -> Iterator[dict[str, A
                 for precision in options.precision or ["fp16", *PLACEMENTS]:
                     if not find_precision(precision).runs_on(target):
                         continue
-                    words = {"variant": name, "image_size": IMAGE_SIZE, "target": target, "batch": batch}
-                    row = {"part": "traffic", **words, "precision": precision}
+                    words = {"variant": name, "image_size": recorded, "target": target, "batch": batch, **own_words}
+                    row = {"part": options.part, **words, "precision": precision}
                     if (known := record.rows.get(key_of(row))) is None:
                         own = precision + (target if target in WITHOUT_SCALED_PRODUCT else "")
                         if own not in paths:
                             (Path(folder) / own).mkdir()
-                            paths[own] = made_up_file(name, precision, Path(folder) / own, target)
+                            paths[own] = made_up_file(name, precision, Path(folder) / own, target, task, size)
                         known = {**row, **compiled(paths[own], target, batch, ours=True)}
                     yield known
 
@@ -187,13 +197,17 @@ def compiled(path: Path, target: str, batch: int, *, ours: bool) -> dict[str, An
     }
 
 
-def made_up_file(name: str, precision: str, folder: Path, target: str) -> Path:
+def made_up_file(
+    name: str, precision: str, folder: Path, target: str, task: str = "classification", size: ImageSize = IMAGE_SIZE
+) -> Path:
     """Our deploy form of random weights, in eight bits on made-up scales, as it is exported for a target."""
-    model = random_model(name, 1000)
-    weights, made = WeightsRecord("random", "0", "0" * 64, "none"), Preprocessing(image_size=IMAGE_SIZE)
-    scales = made_up_scales(model, precision, IMAGE_SIZE, targets=(target,)) if precision in PLACEMENTS else None
-    spec = ExportSpec(deploy=DeploySpec(precision=precision, image_size=IMAGE_SIZE, eight_bits=scales))
-    return export_onnx(model, ModelRecord(name, 1000, IMAGE_SIZE, weights, made), spec, folder).path
+    classes = {"segment": 150, "detect": 80}.get(task, 1000)
+    model = random_model(name, classes, task=task)
+    scales = made_up_scales(model, precision, size, targets=(target,)) if precision in PLACEMENTS else None
+    weights, made = WeightsRecord("random", "0", "0" * 64, "none"), Preprocessing(image_size=size)
+    record = ModelRecord(name, classes, size, weights, made, task=task)
+    spec = ExportSpec(deploy=DeploySpec(precision=precision, image_size=size, eight_bits=scales))
+    return export_onnx(model, record, spec, folder).path
 
 
 def modelopt(options: argparse.Namespace, record: Record) -> Iterator[dict[str, Any]]:
@@ -439,7 +453,7 @@ def rounded(value: float) -> float:
 
 
 PARTS: Mapping[str, Callable[[argparse.Namespace, Record], Iterator[dict[str, Any]]]] = {
-    "traffic": traffic, "modelopt": modelopt, "accuracy": accuracy, "features": features,
+    "traffic": traffic, "dense": traffic, "modelopt": modelopt, "accuracy": accuracy, "features": features,
 }  # fmt: skip
 
 

@@ -487,6 +487,7 @@ class Manifest:
             *((result["gate"], OPTIONAL_LIMITS) for result in parity),
             (deploy, {"size_range": None, "outputs": (), "eight_bits": None, **ANSWER_DEFAULTS}),
             (plain["facts"], {"eight_bits": None}),
+            ((plain["facts"].get("eight_bits") or {}).get("held_out", {}), {"metrics": {}}),
             (plain["request"], {"fused": None, "launcher_sha256": None}),
             (plain["facts"], {"own_kernels": None}),
         ]

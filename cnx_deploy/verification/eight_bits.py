@@ -34,6 +34,7 @@ from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
 from cnx_deploy.runners.registry import RunnerOptions, find_runner, open_runner
 from cnx_deploy.verification.evaluation import class_positions
+from cnx_deploy.verification.maps import comparison_by_labels
 from cnx_deploy.verification.originals import TORCH_REFERENCE
 from cnx_deploy.verification.parity import OutputComparison, comparable, worst_verdict
 
@@ -147,12 +148,16 @@ def check_accuracy(
     results: tuple[ParityResult, ...] = ()
     for what, gate, images, make in runs:
         comparison, counts, right = OutputComparison(specs), Counter[int](), [0, 0]
+        judges_by_labels = images == len(calibration.held_out)  # a few images are too few for IoU and precision
+        by_labels = comparison_by_labels(calibration.source, artifact.manifest.model) if judges_by_labels else None
         positions = _positions(artifact.manifest.model, calibration.source)
         class_output = model.task.class_output_of([each.name for each in specs]) if positions else None
         with reference_runner(model, deploy) as reference, make() as runner:
             for batch in calibration.batches(spec, calibration.held_out[:images]):
                 expected = {key: value[: len(batch)] for key, value in reference.run(batch.images).items()}
                 given = {key: value[: len(batch)].float() for key, value in runner.run(batch.images).items()}
+                if by_labels is not None:
+                    by_labels.add(given, expected, batch.labels)
                 comparison.add(*comparable(given, expected, specs))
                 counts[len(batch.images)] += 1
                 if progress is not None:
@@ -167,6 +172,11 @@ def check_accuracy(
             ParityResult(*names, judged_by, tuple(counts), output, found, judged_by.failures(found))
             for output, found in comparison.results().items()
         )
+        if by_labels is not None:
+            labelled = by_labels.result(results[0])
+            results = (replace(results[0], failures=labelled.failures), *results[1:])
+            pairs = {name: (round(own, 6), round(other, 6)) for name, (own, other) in labelled.metrics.items()}
+            held_out = replace(held_out, metrics=pairs)
         failures = [f"{result.output}: {failure}" for result in results for failure in result.failures]
         if class_output is not None and images == len(calibration.held_out):
             top1, reference_top1 = (100.0 * count / images for count in right)
@@ -182,6 +192,8 @@ def check_accuracy(
             )
         worst = worst_verdict(results).differences
         error = f"relative L2 {worst.relative_l2_max:.1e}, {worst.flips} flips"
+        if by_labels is not None:
+            error += "".join(f", {name} {own:.4f} ({other:.4f})" for name, (own, other) in held_out.metrics.items())
         note(f"  {what} ({names[0]}): {images} images held out, {error}")
     return results, held_out
 

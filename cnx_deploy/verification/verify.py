@@ -44,7 +44,7 @@ from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.pytorch import deployed_runner, reference_runner
 from cnx_deploy.runners.registry import RunnerOptions, find_runner, open_runner
 from cnx_deploy.verification.evaluation import assumed_order, class_positions
-from cnx_deploy.verification.maps import RunningMapComparison, RunningPrecisionComparison
+from cnx_deploy.verification.maps import comparison_by_labels
 from cnx_deploy.verification.metrics import RunningComparison, Verification
 from cnx_deploy.verification.originals import TORCH_REFERENCE, reference_network
 from cnx_deploy.verification.parity import comparable, compare, outputs_of
@@ -176,12 +176,9 @@ class Reference:
             self.assumed = (assumed_order(self.images),) if names is None else ()
             self._positions = class_positions(self.images, names, self.record.num_classes)
             self.class_names = names or self.images.class_names
-        self._classes_of_data: Sequence[int] = ()
-        if self.task.targets in ("masks", "instances"):
-            names, count = class_names or self.record.class_names, self.record.num_classes
-            named = bool(self.images.class_names)
-            self.assumed = (assumed_order(self.images),) if named and names is None else ()
-            self._classes_of_data = class_positions(self.images, names, count) if named else range(count)
+        self._by_labels = partial(comparison_by_labels, self.images, self.record, class_names)
+        if self._by_labels() is not None and self.images.class_names and not (class_names or self.record.class_names):
+            self.assumed = (assumed_order(self.images),)
         embeds = any(spec.unit == "embedding" for spec in self.specs)
         # What an image's label is called: a class of the network, or beside an embedding any.
         own_labels = embeds and self.images.label_sets is None
@@ -257,14 +254,15 @@ class Reference:
         """
         names, runner, done = (candidate.name, self.network.name), candidate.runner, 0
         class_output = self.class_output if self.class_names else None
-        comparison = RunningComparison(self.specs, self.group_names, class_output, self.label_names)
+        comparison = RunningComparison(
+            self.specs, self.group_names, class_output, self.label_names, maps=self._by_labels()
+        )
         run = None if saved is None else saved.new_run(candidate.artifact, runner.info, names, self.specs)
         deploy = replace(candidate.artifact.manifest.deploy, image_size=candidate.spec.image_size)
         for batch, expected in self.batches(deploy, candidate.spec, candidate.limit, progress):
             given = runner.run(batch.images.to(runner.device))
             outputs = {name: output[: len(batch)].float().cpu().clone() for name, output in given.items()}
-            if self._classes_of_data and (comparison.maps is not None or _has_places(batch)):
-                comparison.maps = comparison.maps or self._metrics()
+            if comparison.maps is not None:
                 comparison.maps.add(outputs, expected, batch.labels)
             outputs, expected = comparable(outputs, expected, self.specs)
             labels = batch.labels.tolist() if self.group_names else []
@@ -281,13 +279,6 @@ class Reference:
             words = (class_output, self.group_names, available, broken, self.label_names)
             saved.keep(run.close(results[0], *words))
         return results
-
-    def _metrics(self) -> RunningMapComparison | RunningPrecisionComparison:
-        """What both sides are counted by on images with a class for each pixel, or with objects."""
-        if self.task.targets == "masks":
-            return RunningMapComparison(self.record.num_classes, self._classes_of_data)
-        names = self.record.class_names or tuple(map(str, range(self.record.num_classes)))
-        return RunningPrecisionComparison(names, self._classes_of_data)
 
     def _chosen(self, spec: InputSpec, limit: int | None) -> list[int]:
         """Evenly spread ones, or else at least as many as the checked sizes take, of which a limit takes the first."""
@@ -318,11 +309,6 @@ class Reference:
 
     def _preprocessing(self, spec: InputSpec) -> Preprocessing:
         return replace(self.record.preprocessing, image_size=spec.image_size, white_level=self._white_level)
-
-
-def _has_places(batch: ImageBatch) -> bool:
-    """Whether its images have a class for each pixel, or objects."""
-    return isinstance(batch.labels, list) or bool(batch.labels.ndim == 3)
 
 
 def verify_artifact(

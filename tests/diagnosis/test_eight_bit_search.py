@@ -323,6 +323,7 @@ def test_a_file_that_passes_says_so_and_nothing_is_tried(failing: Failing) -> No
     assert (search.outcome, search.probes, search.sensitivity, failure(search)) == ("none needed", (), {}, None)
 
 
+@pytest.mark.slow
 def test_with_too_few_images_the_scales_stay_and_the_command_has_a_word_for_the_others(failing: Failing) -> None:
     search = bisected(failing, failing.few)
     assert (search.outcome, search.images, search.can_calibrate) == ("found", 12, False)

@@ -31,6 +31,7 @@ def rows_of(path: Path) -> list[dict]:
     return json.loads(path.read_bytes())["rows"]
 
 
+@pytest.mark.slow
 def test_bytes_of_each_precision_are_recorded_a_line_a_row_and_kept(script: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     words = ["traffic", "tiny-test", "--batch", "1", "--record", str(path)]

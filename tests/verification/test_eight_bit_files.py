@@ -94,7 +94,7 @@ def test_inspect_says_what_the_gates_measured(int8_file, cnx):
     assert "eight bits method  max" in out
     facts = json.loads(cnx("inspect", int8_file.path, "--json")[1])[0]["facts"]["eight_bits"]
     assert (facts["placement"], facts["method"], facts["images"]) == ("int8", "max", 20)
-    assert facts["held_out"] == {"images": 60, "top1": 100.0, "reference_top1": 100.0}
+    assert facts["held_out"] == {"images": 60, "top1": 100.0, "reference_top1": 100.0, "metrics": {}}
     assert [check["batch"] for check in facts["engines"]] == [1, 8]
 
 

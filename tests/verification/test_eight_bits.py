@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from PIL import Image
 
 import cnx_deploy
 from cnx_deploy.api import ExportRequest, run_exports
@@ -30,11 +31,13 @@ from cnx_deploy.exporters.onnx import ExportSpec, export_onnx
 from cnx_deploy.exporters.trt.backend import load_backend
 from cnx_deploy.exporters.trt.compiled import measure_compiled
 from cnx_deploy.model import quantised
+from cnx_deploy.model.checkpoint import save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.model.recorded import recorded_model
-from cnx_deploy.verification import eight_bits
+from cnx_deploy.model.tasks.base import find_task
+from cnx_deploy.verification import eight_bits, maps
 from cnx_deploy.verification.eight_bits import MOST_BYTES, Calibration, check_accuracy, engine_faults
-from tests.conftest import NARROW_TEST
+from tests.conftest import NARROW_TEST, TINY_TEST
 from tests.support.eight_bits import SIZE, with_outliers
 
 GAINS = tuple(GAIN_FOLDS.values())
@@ -118,6 +121,7 @@ def test_no_image_is_both_calibrated_on_and_judged_by(count, samples, left):
     assert not set(split.chosen) & set(split.held_out)
 
 
+@pytest.mark.slow
 def test_progress_is_told_of_each_pass_and_each_judge(eight_bit_words, tmp_path):
     told: list[tuple[str, float]] = []
     words = {**eight_bit_words, "no_engine_gates": True, "output_dir": tmp_path}
@@ -219,6 +223,7 @@ def outliers(colours_and_weights, tmp_path_factory) -> Path:
     return with_outliers(colours_and_weights[1], tmp_path_factory.mktemp("outliers") / "outliers.safetensors")
 
 
+@pytest.mark.slow
 def test_outlier_channels_without_gains_fail_on_accuracy_and_the_file_of_before_stays(
     eight_bit_words, outliers, tmp_path
 ):
@@ -380,3 +385,42 @@ def test_each_other_placement_fails_on_the_compiled_engine(placement, control, h
     assert any("of the hidden tensor's size in Half or Float" in fault for fault in found)
     if placement == "fp8":
         assert any("kernels, FP16 has" in fault for fault in found)
+
+
+# --- a class for each place ---
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What `export` takes for UPerNet in eight bits: 70 images with masks, and weights of few ties."""
+    folder, generator = tmp_path_factory.mktemp("segmenter"), np.random.default_rng(0)
+    model = random_model(TINY_TEST, 5, task=find_task("segment").configured({"channels": 16, "auxiliary_channels": 0}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "grn" in name:
+                parameter.zero_()
+        model.get_submodule("decode_head.conv_seg").bias[0] += 0.5
+    for part in ("images", "masks"):
+        (folder / part / "val").mkdir(parents=True)
+    for index in range(70):
+        pixels, mask = generator.integers(0, 256, (4, 6, 3), np.uint8), generator.integers(0, 5, (64, 96), np.uint8)
+        Image.fromarray(pixels).resize((96, 64)).save(folder / "images" / "val" / f"{index}.png")
+        Image.fromarray(mask).save(folder / "masks" / "val" / f"{index}.png")
+    return {
+        "checkpoint": save_checkpoint(folder / "weights.safetensors", model), "calibration": folder, "samples": 20,
+        "image_size": (64, 96), "crop_ratio": 1.0, "batch": (1, 4, 8), "precision": "fp8", "no_engine_gates": True,
+        "keep_fp16": ("stages.0.0", "stages.1.0"),
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_segmenter_is_judged_by_its_places_and_by_mean_iou(segmenter, tmp_path, monkeypatch):
+    facts = cnx_deploy.export("tiny-test", output_dir=tmp_path, **segmenter).manifest.facts
+    ((candidate, reference),) = facts.eight_bits.held_out.metrics.values()
+    assert 0 < candidate == pytest.approx(reference, abs=5e-3)
+    (verdict,) = facts.parity
+    assert verdict.differences.places == 10 * 16 * 24
+    monkeypatch.setattr(maps, "MAX_IOU_CHANGE", {"fp8": -1.0})
+    with pytest.raises(ParityError, match=r"logits: mean IoU changes by .*, gate -1\. .* was not written"):
+        cnx_deploy.export("tiny-test", output_dir=tmp_path / "control", **segmenter)
+    assert not list((tmp_path / "control").glob("*.onnx"))
