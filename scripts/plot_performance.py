@@ -469,7 +469,8 @@ def dense_eight_bits(rows: Iterable[Document]) -> str:
     for row in rows:
         key = row["variant"], row["task"], size_of(row["image_size"]), row["target"], str(row["batch"])
         found.setdefault(key, {})[row["precision"]] = row
-    lines = [(*key, *kernels_and_bytes(engines)) for key, engines in found.items()]
+    in_order = sorted(found.items(), key=lambda item: (item[0][2:], list(VARIANTS).index(item[0][0])))
+    lines = [(*key, *kernels_and_bytes(engines)) for key, engines in in_order]
     return table(("variant", "task", "px", "target", "batch", *KERNELS_AND_BYTES), lines) if lines else "Not run."
 
 
