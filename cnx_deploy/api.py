@@ -653,6 +653,8 @@ class ExportRequest(ModelRequest):
         if self.gate_targets and self.no_engine_gates:
             raise InputError("--gate-target names GPUs to compile for, and --no-engine-gates compiles nothing.")
         for target in map(find_target, self.gate_targets):
+            if target == "current":
+                raise InputError("--gate-target names a GPU, such as sm89 or 'RTX 4090', and current is none by name.")
             for name in eight:
                 find_precision(name).check_runs_on(target, "The file")
         if eight and "pt2" in self.formats:
@@ -851,7 +853,13 @@ def _calibrated(
 ) -> tuple[ExportSpec, Callable[[Artifact[OnnxManifest]], Any]]:
     """The same with scales measured on images, and what judges the file by the images that were held out."""
     from cnx_deploy.diagnosis.calibration import calibrate
-    from cnx_deploy.verification.eight_bits import GATE_TARGETS, Calibration, prove
+    from cnx_deploy.verification.eight_bits import (
+        GATE_TARGETS,
+        Calibration,
+        check_targets,
+        label_positions,
+        prove,
+    )
 
     if loaded.weights.origin == "random":
         raise InputError(
@@ -862,6 +870,10 @@ def _calibrated(
     images = images_to_run(request.calibration, targets=loaded.model.task.targets)
     calibration = Calibration.split(images, request.samples, preprocessing)
     targets = tuple(map(find_target, request.gate_targets)) or GATE_TARGETS
+    # What judges the file is looked at first: a calibration takes minutes.
+    label_positions(images, loaded.model.task.name, loaded.class_names, loaded.model.num_classes)
+    if not request.no_engine_gates and not request.no_verify:
+        check_targets(targets)
     inputs, done = InputSpec.of(spec.deploy, 1, None), 0
 
     def seen(images: int) -> None:

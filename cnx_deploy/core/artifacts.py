@@ -113,7 +113,14 @@ def read_artifact(path: Path) -> Artifact:
         raise CorruptArtifactError(
             f"{manifest_path} is not a manifest this version can read ({error}). Make the artifact again with --force."
         ) from error
-    return Artifact(manifest_path.parent / manifest.files[0].name, manifest)
+    names = [file.name for file in manifest.files]
+    if path.name not in (manifest_path.name, *names):
+        program = " torch.export.load takes a program of torch.export." if path.suffix == ".pt2" else ""
+        raise InputError(
+            f"{path} is not what {manifest_path.name} beside it describes: expected {names[0]}.{program} "
+            "Name that file."
+        )
+    return Artifact(manifest_path.parent / names[0], manifest)
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -84,7 +84,7 @@ def read_pickle(path: Path, *, stand_ins: bool = True) -> object:
 
 
 def check_archive(path: Path) -> None:
-    """Refuse a PyTorch archive that would unpack to more than it holds, or that is a program (TorchScript).
+    """Refuse a PyTorch archive that would unpack to more than it holds, or that is a program.
 
     torch.save stores entries as they are, so a compressed one, or entries that add up to more than the file, are a
     bomb. Older pickles are no archive and pass: torch judges them. Raises RefusedArtifactError.
@@ -94,6 +94,11 @@ def check_archive(path: Path) -> None:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
         return
+    if any(entry.filename.endswith("/archive_format") for entry in entries):
+        raise RefusedArtifactError(
+            f"{path} is refused: it is a program of torch.export, which torch.export.load takes, and expected are "
+            "weights. Name the ONNX file that it was written beside."
+        )
     if any(entry.filename.endswith("constants.pkl") for entry in entries):
         raise RefusedArtifactError(
             f"{path} is refused: it is a TorchScript program, and expected are weights. Save the model's state_dict()."

@@ -21,7 +21,7 @@ from cnx_deploy.core.eight_bits import EightBitFacts, EngineCheck, HeldOut
 from cnx_deploy.core.errors import CheckFailedError, InputError, MissingRequirementError, ParityError
 from cnx_deploy.core.gates import GATES, Gate, ParityResult
 from cnx_deploy.core.image_size import stage_sides
-from cnx_deploy.core.manifest import Artifact, Compiled, Kernel, ModelRecord, OnnxManifest
+from cnx_deploy.core.manifest import Artifact, Compiled, Kernel, OnnxManifest
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.core.variants import find_variant
 from cnx_deploy.data import ImageBatch, ImageSource, InputSpec, evenly
@@ -131,7 +131,7 @@ def check_accuracy(
     Returns the emulator's verdicts, one an output, and what was held out. Raises ParityError, which says what differs
     and what would pass.
     """
-    deploy, name = artifact.manifest.deploy, artifact.path.name
+    deploy, name, record = artifact.manifest.deploy, artifact.path.name, artifact.manifest.model
     assert deploy.eight_bits is not None
     specs = network_outputs(model.task, model.variant, model.num_classes, deploy)
     smallest, _, largest = artifact.manifest.batch
@@ -149,8 +149,8 @@ def check_accuracy(
     for what, gate, images, make in runs:
         comparison, counts, right = OutputComparison(specs), Counter[int](), [0, 0]
         judges_by_labels = images == len(calibration.held_out)  # a few images are too few for IoU and precision
-        by_labels = comparison_by_labels(calibration.source, artifact.manifest.model) if judges_by_labels else None
-        positions = _positions(artifact.manifest.model, calibration.source)
+        by_labels = comparison_by_labels(calibration.source, record) if judges_by_labels else None
+        positions = label_positions(calibration.source, record.task, record.class_names, record.num_classes)
         class_output = model.task.class_output_of([each.name for each in specs]) if positions else None
         with reference_runner(model, deploy) as reference, make() as runner:
             for batch in calibration.batches(spec, calibration.held_out[:images]):
@@ -178,23 +178,27 @@ def check_accuracy(
             pairs = {name: (round(own, 6), round(other, 6)) for name, (own, other) in labelled.metrics.items()}
             held_out = replace(held_out, metrics=pairs)
         failures = [f"{result.output}: {failure}" for result in results for failure in result.failures]
+        accuracy = ""
         if class_output is not None and images == len(calibration.held_out):
             top1, reference_top1 = (100.0 * count / images for count in right)
             held_out = replace(held_out, top1=round(top1, 3), reference_top1=round(reference_top1, 3))
+            accuracy = f", top-1 {top1:.2f} % (PyTorch {reference_top1:.2f} %)"
             if top1 < reference_top1 - MOST_LOST:
                 failures.append(f"top-1 {top1:.2f} %, PyTorch {reference_top1:.2f} %, gate {MOST_LOST} points less")
         if failures:
+            few = images * (judged_by.flip_share_max or 1.0) < 1 and any("flips" in failure for failure in failures)
+            more = f"Of {images} images a single flip is too many: judge by more images first. " if few else ""
             raise ParityError(
                 f"{what} ({names[0]}) differs from PyTorch on {images} images held out: {'; '.join(failures)}. "
-                f"{name} was not written. Keep more of it in FP16 with --keep-fp16 (`cnx-deploy diagnose bisect` on a "
-                "file of --no-verify says which parts), calibrate with --calibration-method mse, or export "
+                f"{name} was not written. {more}Keep more of it in FP16 with --keep-fp16 (`cnx-deploy diagnose bisect` "
+                "on a file of --no-verify says which parts), calibrate with --calibration-method mse, or export "
                 f"{_others(deploy.precision)}."
             )
         worst = worst_verdict(results).differences
         error = f"relative L2 {worst.relative_l2_max:.1e}, {worst.flips} flips"
         if by_labels is not None:
             error += "".join(f", {name} {own:.4f} ({other:.4f})" for name, (own, other) in held_out.metrics.items())
-        note(f"  {what} ({names[0]}): {images} images held out, {error}")
+        note(f"  {what} ({names[0]}): {images} images held out, {error}{accuracy}")
     return results, held_out
 
 
@@ -295,11 +299,30 @@ def _outputs(kernel: Kernel) -> Iterator[tuple[int, str]]:
         yield math.prod(map(int, shape.split("x"))), kind
 
 
-def _positions(record: ModelRecord, source: ImageSource) -> Sequence[int]:
-    """The place among the network's classes of each class of the images; empty without labels of one class each."""
-    if not source.class_names or source.label_sets is not None or record.task != "classification":
+def label_positions(
+    source: ImageSource, task: str, class_names: Sequence[str] | None, num_classes: int
+) -> Sequence[int]:
+    """The place among the network's classes of each class of the images; empty without labels of one class each.
+
+    Raises InputError where they are not the network's classes.
+    """
+    if not source.class_names or source.label_sets is not None or task != "classification":
         return ()
-    return class_positions(source, record.class_names, record.num_classes)
+    return class_positions(source, class_names, num_classes)
+
+
+def check_targets(targets: Sequence[str]) -> None:
+    """Raise InputError for a GPU that TensorRT-RTX compiles no engine for; where it is missing, nothing is compiled."""
+    try:
+        backend = load_backend(LISTS_KERNELS)
+    except MissingRequirementError:
+        return
+    if unknown := [target for target in targets if target not in backend.targets]:
+        raise InputError(
+            f"No engine for {unknown[0]} can judge the file: {backend.name} {backend.version}, which compiles them, "
+            f"builds for {', '.join(backend.targets)}. Name one of those with --gate-target, or leave the engines out "
+            "with --no-engine-gates."
+        )
 
 
 def _told(check: EngineCheck) -> str:

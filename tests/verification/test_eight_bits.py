@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -161,6 +162,7 @@ def test_the_command_writes_fp8_and_says_what_it_did(eight_bit_words, tmp_path, 
     for text in (
         "Calibrated on 20 of 80 images (max)",
         "(onnxruntime fp8): 60 images held out",
+        ", top-1 100.00 % (PyTorch 100.00 %)",
         "(emulator fp8): 10 images held out",
         "bytes and structure of its engines: not run (left out)",
     ):
@@ -183,6 +185,8 @@ DATA = "--calibration IMAGES"
         ("--precision fp16 --gate-target sm89", "--gate-target is of files in eight bits"),
         (f"--precision int8 {DATA} --gate-target sm89 --no-engine-gates", "--no-engine-gates compiles nothing"),
         (f"--precision fp8 {DATA} --gate-target sm86", "sm86 has no FP8 arithmetic; sm89 is the first"),
+        (f"--precision int8 {DATA} --gate-target sm90", "No engine for sm90 can judge the file: tensorrt-rtx"),
+        (f"--precision int8 {DATA} --gate-target current", "--gate-target names a GPU, such as sm89"),
         (f"--precision int8 {DATA} --gate-target sm70", "sm70 has no INT8 arithmetic"),
         ("--precision fp16 --calibration-method mse", "--calibration-method is of files in eight bits"),
         (f"--precision int8 {DATA} --optimize-for cpu", "layout gpu, not cpu"),
@@ -199,6 +203,24 @@ def test_a_request_that_cannot_be_met_is_refused_before_anything_is_written(
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "made").exists()
+
+
+def test_images_of_other_classes_are_refused_before_the_calibration(eight_bit_words, tmp_path, monkeypatch):
+    shutil.copytree(eight_bit_words["calibration"], tmp_path / "images")
+    shutil.copytree(next((tmp_path / "images").iterdir()), tmp_path / "images" / "another")
+    monkeypatch.setattr(calibration, "calibrate", lambda *_, **__: pytest.fail("it calibrates"))
+    words = {**eight_bit_words, "calibration": tmp_path / "images"}
+    with pytest.raises(InputError, match="another"):
+        cnx_deploy.export("narrow-test", precision="int8", output_dir=tmp_path / "made", **words)
+
+
+def test_of_few_images_a_flip_asks_for_more(int8_file, colours_and_weights, monkeypatch):
+    flipping = replace(PRECISIONS["int8"].gate, flip_share_max=-1e-3)
+    monkeypatch.setitem(PRECISIONS, "int8", replace(PRECISIONS["int8"], gate=flipping))
+    preprocessing = int8_file.manifest.model.preprocessing
+    split = Calibration.split(find_images(colours_and_weights[0]), 20, replace(preprocessing, image_size=SIZE))
+    with pytest.raises(ParityError, match="Of 60 images a single flip is too many: judge by more images first"):
+        check_accuracy(int8_file, recorded_model(int8_file).model, split, print)
 
 
 def test_random_weights_are_refused(eight_bit_words, tmp_path):

@@ -10,6 +10,7 @@ import torch
 
 import cnx_deploy as cnx
 from cnx_deploy.core.errors import InputError, OutputExistsError, ParityError
+from cnx_deploy.core.manifest import Artifact
 from cnx_deploy.verification import program
 from cnx_deploy.verification.program import write_program
 from tests.conftest import Command
@@ -52,6 +53,15 @@ def test_a_program_is_used_again_and_not_replaced_unasked(written: tuple[cnx.Art
         write_program(artifact)
     path.write_bytes(content)
     assert path.stat().st_mtime_ns != before
+
+
+@pytest.mark.parametrize("command", ["inspect", "predict", "verify", "build-trt"])
+def test_a_command_that_takes_no_program_says_what_it_is(
+    written: tuple[Artifact, Path], cnx: Command, command: str
+) -> None:
+    code, _, err = cnx(command, written[1], *(("photo.jpg",) if command == "predict" else ()))
+    assert code in (2, 4)
+    assert "torch.export.load takes" in err
 
 
 def test_the_command_lists_the_program_beside_the_file(cnx: Command, tmp_path: Path) -> None:
