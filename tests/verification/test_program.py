@@ -57,8 +57,9 @@ def test_a_program_is_used_again_and_not_replaced_unasked(written: tuple[cnx.Art
 
 @pytest.mark.parametrize("command", ["inspect", "predict", "verify", "build-trt"])
 def test_a_command_that_takes_no_program_says_what_it_is(
-    written: tuple[Artifact, Path], cnx: Command, command: str
+    written: tuple[Artifact, Path], cnx: Command, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     code, _, err = cnx(command, written[1], *(("photo.jpg",) if command == "predict" else ()))
     assert code in (2, 4)
     assert "torch.export.load takes" in err
