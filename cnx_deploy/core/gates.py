@@ -76,10 +76,9 @@ class DetectionLimits:
 
     def failures(self, measured: DetectionDifferences) -> tuple[str, ...]:
         """The limits that are broken, in words."""
-        counted = measured.unmatched - measured.at_cut
-        share = counted / max(1, measured.matched + measured.unmatched)
+        counted, among = measured.unmatched - measured.at_cut, measured.matched + measured.unmatched
         values = (
-            ("unmatched detections", share, self.unmatched),
+            (f"unmatched detections {counted} of {among},", counted / max(1, among), self.unmatched),
             ("box", measured.box_max, self.box_max),
             ("score", measured.score_max, self.score_max),
             ("mask flips", measured.mask_flips, self.mask_flips),

@@ -41,6 +41,8 @@ RUNTIME_FILES = {
 }
 """What the page needs of the package's folder `dist`, and the SHA-256 of each."""
 NPM_SECONDS = 600
+NPM_RETRIES = ("--fetch-retries=1", "--fetch-retry-mintimeout=1000")
+"""Without a network npm itself tries three times, with waits of 10 and 60 seconds."""
 LARGEST_FILE = 1 << 30
 """Bytes of the largest network: WebAssembly addresses four times as many, and the file is held twice while it loads."""
 TASKS = ("classification", "multi-label")
@@ -104,7 +106,7 @@ def write_package(request: PackageRequest, note: Callable[[str], None]) -> Packa
         note(text)
     size = artifact.size_bytes + 16_000_000
     with whole_folder(request.to, force=request.force, is_own=_is_own, needed_bytes=size) as folder:
-        with _runtime(request.runtime) as dist:
+        with _runtime(request.runtime, note) as dist:
             for name in RUNTIME_FILES:
                 shutil.copyfile(dist / name, folder / name)
         for name in PAGE_FILES:
@@ -180,10 +182,12 @@ def _notes(artifact: Artifact) -> Iterator[str]:
 
 
 @contextmanager
-def _runtime(given: Path | None) -> Iterator[Path]:
+def _runtime(given: Path | None, note: Callable[[str], None]) -> Iterator[Path]:
     """The folder that has the files of onnxruntime-web, whose hashes are checked."""
     with tempfile.TemporaryDirectory() as place:
         temporary = Path(place)
+        if given is None:
+            note(f"npm fetches {RUNTIME} {RUNTIME_VERSION}")
         archive = _fetched(temporary) if given is None else given
         if archive.is_file():
             archive = _unpacked(archive, temporary / "unpacked")
@@ -212,7 +216,8 @@ def _fetched(folder: Path) -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise MissingRequirementError(f"npm is not installed, which fetches {RUNTIME}. {advice}")
-    command = [npm, "pack", "--ignore-scripts", "--prefer-offline", "--loglevel=error", f"{RUNTIME}@{RUNTIME_VERSION}"]
+    command = [npm, "pack", "--ignore-scripts", "--prefer-offline", "--loglevel=error", *NPM_RETRIES]
+    command.append(f"{RUNTIME}@{RUNTIME_VERSION}")
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=NPM_SECONDS)
     except subprocess.TimeoutExpired as error:

@@ -269,7 +269,10 @@ def test_another_runtime_is_refused_and_one_that_cannot_be_fetched_says_how_to_b
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MissingRequirementError, match=r"npm is not installed.*npm pack onnxruntime-web@1\.30\.0"):
         cnx.package(tiny_onnx_fp32, "browser", to=to)
-    (tmp_path / "npm").write_text("#!/bin/sh\necho 'npm error network' >&2\nexit 1\n", encoding="utf-8")
+    # npm tries three times by itself, with waits of 10 and 60 seconds and without a word.
+    waits = 'case "$*" in *--fetch-retries=1*) ;; *) echo "npm error waits" >&2 ;; esac'
+    npm = f'#!/bin/sh\n{waits}\necho "npm error network" >&2\nexit 1\n'
+    (tmp_path / "npm").write_text(npm, encoding="utf-8")
     (tmp_path / "npm").chmod(0o755)
     with pytest.raises(MissingRequirementError, match=r"npm could not fetch onnxruntime-web \(network\)"):
         cnx.package(tiny_onnx_fp32, "browser", to=to)
