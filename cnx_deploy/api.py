@@ -400,6 +400,7 @@ def train(
 
     sources = {name: options.pop(name) for name in START if name in options}
     spec = training.spec_from_recipe(Path(data), variant, recipe, **_with_paths(options))
+    training.check_new(spec)
     dataset = training.find_training_images(spec)
     loaded = training.initial_model(spec, **_with_paths(sources))
     for text in (*dataset.notes, *training.balance_lines(spec, dataset), *(loaded.notes if loaded is not None else ())):

@@ -57,13 +57,14 @@ def pretrain(
     --resume.
     """
     from cnx_deploy.cli.training_progress import TerminalProgress, tell
-    from cnx_deploy.training import fcmae, launch_from_environment  # torch is loaded only when asked for
+    from cnx_deploy.training import check_new, fcmae, launch_from_environment  # torch is loaded only when asked for
 
     given = {name: value for name, value in request.items() if value is not None}
     spec = fcmae.PretrainingSpec(**given, launch=launch_from_environment(os.environ))
     if show_config:
         options.echo_json(spec.resolved())
         return
+    check_new(spec)
     images = _images(spec, check=not no_image_check)
     start: dict[str, Any] = {}
     if checkpoint is not None:

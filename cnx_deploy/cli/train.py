@@ -77,6 +77,7 @@ def train(
             options.note("Note: mean and std are those of the weights, which are read when the run begins.")
         options.echo_json(spec.resolved())
         return
+    training.check_new(spec)
     dataset = _dataset(spec, check=not no_image_check)
     words: dict[str, Any] = {"pretrained": pretrained, "reset_head": reset_head, "ema": ema, "entry": entry}
     loaded = training.initial_model(spec, checkpoint=checkpoint, init=init, soup=soup, **words)

@@ -29,6 +29,7 @@ __all__ = [
     "PROCESSOR",
     "PROCESSORS",
     "TIMM_DEFAULT",
+    "WEIGHT_NAMES",
     "SourceConfig",
     "config_beside",
     "config_within",

@@ -15,6 +15,7 @@ from cnx_deploy.training.records import (
     TrainingResult,
 )
 from cnx_deploy.training.run import find_training_images, initial_model, started_from, train
+from cnx_deploy.training.run_folder import check_new
 from cnx_deploy.training.spec import RunSpec, TrainingSpec
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "TrainingResult",
     "TrainingSpec",
     "balance_lines",
+    "check_new",
     "find_training_images",
     "initial_model",
     "launch_from_environment",

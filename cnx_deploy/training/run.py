@@ -29,7 +29,7 @@ from cnx_deploy.model.convnextv2 import ConvNeXtV2, create_model
 from cnx_deploy.model.tasks.base import find_task
 from cnx_deploy.training.class_balance import class_weights, positive_weights
 from cnx_deploy.training.records import Progress, TrainingResult
-from cnx_deploy.training.run_folder import open_run
+from cnx_deploy.training.run_folder import check_new, open_run
 from cnx_deploy.training.spec import RunSpec, TrainingSpec
 
 __all__ = ["OWN_LICENCE", "check_machine", "find_training_images", "initial_model", "started_from", "train"]
@@ -70,6 +70,7 @@ def train(
         TrainingError: The loss stopped being a number.
     """
     check_machine(spec)
+    check_new(spec)
     if isinstance(initial, LoadedModel):
         spec, licence, initial = started_from(spec, initial), licence or initial.weights.licence, initial.model
     from cnx_deploy.training.loop import TaskModule, run_task

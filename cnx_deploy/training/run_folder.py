@@ -19,7 +19,7 @@ from cnx_deploy.model.pickles import UNREADABLE, check_archive, read_pickle
 from cnx_deploy.training.records import EpochRecord
 from cnx_deploy.training.spec import LATER_FIELDS, RunSpec
 
-__all__ = ["REQUEST", "STATE", "STATE_BEFORE", "check_state", "corrupt_state", "keep_state",
+__all__ = ["REQUEST", "STATE", "STATE_BEFORE", "check_new", "check_state", "corrupt_state", "keep_state",
            "open_run", "usable_state"]  # fmt: skip
 
 REQUEST = "run.json"
@@ -58,11 +58,16 @@ def open_run(spec: RunSpec, name: str, **data: Any) -> Path:
     if spec.launch.rank:
         return spec.run_dir or spec.output_dir
     run_dir = spec.run_dir or spec.output_dir / f"{name}-{max(numbers, default=0) + 1:03}"
-    if (run_dir / REQUEST).exists():
-        raise OutputExistsError(f"{run_dir} holds a run already. Resume it with --resume, or name another folder.")
+    check_new(spec)
     make_folder(run_dir, "Choose another --output-dir.")
     write_text(run_dir / REQUEST, json.dumps(request, indent=2, sort_keys=True) + "\n")
     return run_dir
+
+
+def check_new(spec: RunSpec) -> None:
+    """Raise OutputExistsError where a new run is asked for in the folder of another; before images are looked at."""
+    if spec.run_dir is not None and not spec.resume and not spec.launch.rank and (spec.run_dir / REQUEST).exists():
+        raise OutputExistsError(f"{spec.run_dir} holds a run already. Resume it with --resume, or name another folder.")
 
 
 def _check_same_request(run_dir: Path, request: Mapping[str, Any]) -> None:

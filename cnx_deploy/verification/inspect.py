@@ -82,7 +82,7 @@ class Inspection:
 
 
 def inspect_file(path: Path) -> Inspection:
-    """Say what a file is; a manifest (`.json`) stands for the file it describes.
+    """Say what a file is; a manifest (`.json`) or a folder of timm or transformers stands for the file it describes.
 
     Where a manifest describes the file, every hash in it is checked before anything is parsed. Raises InputError for
     no such file or one that is no artifact, CorruptArtifactError when bytes are not what they should be,
@@ -90,6 +90,7 @@ def inspect_file(path: Path) -> Inspection:
     """
     if path.suffix == ".json":
         path = open_artifact(path).path
+    path = _weights_of(path) if path.is_dir() else path
     kind = kind_of_file(path)
     artifact = recorded_artifact(path)
     if kind == "unknown" and artifact is not None:
@@ -151,6 +152,13 @@ def trusted_engine(found: Inspection) -> Inspection:
     tensors = {tensor.pop("name"): tensor for tensor in described.pop("tensors")}
     note = "It was read because you trust it: nothing else says where it is from."
     return replace(found, facts={**described, "tensors": tensors}, notes=(note,))
+
+
+def _weights_of(folder: Path) -> Path:
+    """The file of weights of a folder that timm or transformers wrote; another folder as it is."""
+    from cnx_deploy.model.source_config import WEIGHT_NAMES, weights_in
+
+    return weights_in(folder) if any((folder / name).is_file() for name in WEIGHT_NAMES) else folder
 
 
 def kind_of_file(path: Path) -> FileKind:

@@ -14,6 +14,7 @@ from cnx_deploy.cli.pretrain import pretrain
 from cnx_deploy.cli.train import train
 from cnx_deploy.cli.training_options import SECTIONS
 from cnx_deploy.cli.training_progress import TerminalProgress
+from cnx_deploy.core.errors import OutputExistsError
 from cnx_deploy.core.preprocessing import Preprocessing
 from cnx_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
@@ -41,6 +42,15 @@ def test_train_prints_one_json_document_and_progress_apart(colours, tmp_path):
     assert len(done.stderr.splitlines()) == 5  # the classes, and one epoch
     assert "Epoch 1/1: loss" in done.stderr
     assert (tmp_path / "tiny-test-001" / "curves.svg").is_file()
+
+
+@pytest.mark.parametrize("command", [train, pretrain])
+def test_a_folder_with_a_run_is_refused_before_images_are_read(colours, tmp_path, command):
+    (tmp_path / "run.json").write_text("{}", encoding="utf-8")
+    words = [colours, "--variant", "tiny-test", *COMMANDS[command], "--run-dir", tmp_path]
+    done = CliRunner().invoke(command, [str(word) for word in words])
+    assert isinstance(done.exception, OutputExistsError)
+    assert not done.stderr
 
 
 @pytest.mark.slow

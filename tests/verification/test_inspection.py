@@ -213,6 +213,11 @@ def test_no_file_is_an_input_error(tmp_path, name, message):
         inspect_file(tmp_path / name)
 
 
+def test_a_folder_of_timm_or_transformers_stands_for_its_weights(tmp_path):
+    save_checkpoint(tmp_path / "model.safetensors", random_model("tiny-test", 10))
+    assert inspect_file(tmp_path).path == tmp_path / "model.safetensors"
+
+
 @pytest.mark.parametrize("length", [640, 896, 1152, 1408])
 def test_a_safetensors_header_whose_length_looks_like_a_pickle_is_told_as_safetensors(tmp_path, length):
     # 640 is written as 80 02, with which protocol 2 of pickle begins.

@@ -17,7 +17,7 @@ from cnx_deploy.training.fcmae.autoencoder import MaskedAutoencoder, create_auto
 from cnx_deploy.training.fcmae.spec import PretrainingRecord, PretrainingResult, PretrainingSpec
 from cnx_deploy.training.records import Progress
 from cnx_deploy.training.run import OWN_LICENCE, check_machine
-from cnx_deploy.training.run_folder import open_run
+from cnx_deploy.training.run_folder import check_new, open_run
 
 __all__ = ["divide_images", "find_images_below", "pretrain", "readable_images"]
 
@@ -50,6 +50,7 @@ def pretrain(
         TrainingError: The loss stopped being a number.
     """
     check_machine(spec)
+    check_new(spec)
     from cnx_deploy.training.fcmae.module import PretrainingModule
     from cnx_deploy.training.loop import run_task
 
