@@ -35,7 +35,7 @@ from cnx_deploy.runners.base import Runner
 from cnx_deploy.runners.onnxruntime import OrtRunner
 from cnx_deploy.runners.ort_session import trial_run
 from cnx_deploy.runners.pytorch import reference_runner
-from cnx_deploy.runners.registry import RunnerOptions, open_network, open_runner
+from cnx_deploy.runners.registry import RunnerOptions, find_runner, open_network, open_runner
 from cnx_deploy.verification.inspect import ONNX_CHECKS, kind_of_file, recorded_artifact
 
 __all__ = [
@@ -182,6 +182,8 @@ def open_predictor(
         device=device, threads=threads, thread_per_image=many, allow_engine_code=allow_engine_code, hashes_hold=True
     )
     model = _opened(path, options, backend, given, image_size)
+    if backend is not None and find_runner(backend).is_slow:
+        model = replace(model, notes=(*model.notes, f"{backend} proves arithmetic here and takes seconds an image."))
     if class_names is not None:
         check_class_count(class_names, model.num_classes or len(class_names), str(path))
         model = replace(model, class_names=tuple(class_names))
@@ -396,10 +398,11 @@ def _checkpoint_model(
         raise MissingRequirementError("PyTorch finds no GPU here, so the device cuda cannot be used. Use --device cpu.")
     answer = {name: checkpoint.pop(name) for name in (*ANSWER_DEFAULTS, "outputs") if name in checkpoint}
     loaded = load_checkpoint(path, **checkpoint)
-    preprocessing = loaded.preprocessing
     if image_size is not None:
         loaded.check_canvas(image_size)
-        preprocessing = replace(preprocessing, image_size=image_size)
+        stated = {**loaded.origins, "image_size": "option"}  # so that no note says that a size was assumed
+        loaded = replace(loaded, preprocessing=replace(loaded.preprocessing, image_size=image_size), origins=stated)
+    preprocessing = loaded.preprocessing
     spec = DeploySpec(image_size=preprocessing.image_size, mean=preprocessing.mean, std=preprocessing.std, **answer)
     model = loaded.model
     if backend is None:

@@ -170,6 +170,18 @@ def test_a_folder_gives_its_images_at_every_depth_sorted_without_hidden_ones(tmp
     assert found == ["0.webp", "a/1.png", "b/2.JPG"]
 
 
+def test_a_size_that_was_given_is_not_called_assumed(tiny, tmp_path):
+    torch.save(tiny.state_dict(), tmp_path / "bare.pth")
+    notes = " ".join(open_predictor(tmp_path / "bare.pth", image_size=64).notes)
+    assert "Assumed, for nothing beside the weights says it: crop_ratio" in notes
+    assert "image_size" not in notes
+
+
+def test_a_backend_that_takes_seconds_an_image_says_so(tiny, tmp_path):
+    artifact = exported_to(tmp_path, tiny, deploy={"precision": "fp16"})
+    assert "emulate-fp16 proves arithmetic here" in open_predictor(artifact.path, backend="emulate-fp16").notes[-1]
+
+
 def test_a_checkpoint_that_says_nothing_of_its_images_is_noted_and_taken_at_224_px(atto, tmp_path):
     predictor = open_predictor(save_checkpoint(tmp_path / "bare.safetensors", atto))
     assert predictor.preprocessing == Preprocessing()
