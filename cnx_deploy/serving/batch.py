@@ -286,8 +286,9 @@ def run_batch(
             f"{request.out} is inside the folder of images, of which its own Parquet files would be the next time. "
             "Choose another --to (out)."
         )
-    for text in (f"{source}, in {len(source.parts):,} parts.", *source.notes):
-        note(text)
+    note(f"{source}, in {len(source.parts):,} parts.")
+    for text in source.notes:
+        note(f"Note: {text}")
     document = _document(request, source)
     check_request(request.out, document, source)
     with _locked(request.out):
@@ -313,7 +314,7 @@ def run_batch(
             write_text(request.out / MANIFEST, _text({**document, "result": facts, "tools": tools}))
         _tidy(request.out)
     for text in result.notes:
-        note(text)
+        note(f"Note: {text}")
     return result
 
 

@@ -214,7 +214,10 @@ def _opened(
     if kind in ("onnx", "engine") and checkpoint:
         flags = {"outputs": "output"}
         named = " and ".join(f"--{flags.get(name, name)} ({name})" for name in checkpoint)
-        raise InputError(f"{path} is no checkpoint, so {named} has nothing to choose from. Leave it out.")
+        raise InputError(
+            f"{path} is no checkpoint, so {named} has nothing to choose from: such a file computes what it was "
+            "exported with. Leave it out, or export it so."
+        )
     if artifact is not None:
         return _recorded_model(artifact, options, backend)
     if kind == "engine":
