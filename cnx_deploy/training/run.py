@@ -34,7 +34,8 @@ from cnx_deploy.training.spec import RunSpec, TrainingSpec
 
 __all__ = ["OWN_LICENCE", "check_machine", "find_training_images", "initial_model", "started_from", "train"]
 
-OWN_LICENCE = "MIT"
+OWN_LICENCE = "not stated (trained with cnx-deploy)"
+"""Of weights that were trained from scratch: whose they are, and on what terms, is for their maker to say."""
 """Of weights that were not started from anybody's."""
 MODULES = {
     "classification": ("cnx_deploy.training.classifier", "ClassificationModule"),

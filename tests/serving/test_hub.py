@@ -29,6 +29,7 @@ from cnx_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from cnx_deploy.model.convnextv2 import ConvNeXtV2, random_model
 from cnx_deploy.model.tasks.base import find_task
 from cnx_deploy.serving.hub import write_hub_folder
+from cnx_deploy.training.run import OWN_LICENCE
 from tests.conftest import TINY_TEST, TINY_V1_TEST, Command
 from tests.support.foreign_models import randomise, saved, timm_model, transformers_model
 from tests.support.pictures import smooth_pictures
@@ -280,6 +281,13 @@ def test_a_full_folder_is_kept_and_force_replaces_a_hub_folder_alone(tmp_path: P
     save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")  # as timm and transformers call theirs
     with pytest.raises(OutputExistsError, match="something else"):
         pushed(tmp_path, force=True)
+
+
+def test_weights_that_were_trained_here_are_given_away_under_no_licence(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "mine.safetensors", network(), licence=OWN_LICENCE)
+    card = (cnx.push(checkpoint, tmp_path / "folder").path / "README.md").read_text("utf-8")
+    assert 'license: "other"\nlicense_name: "not stated (trained with cnx-deploy)"' in card
+    assert "MIT" not in card
 
 
 def test_a_library_that_is_not_known_is_refused_before_anything_is_written(tmp_path: Path) -> None:

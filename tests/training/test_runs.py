@@ -26,6 +26,7 @@ from cnx_deploy.model.checkpoint import load_checkpoint
 from cnx_deploy.model.convnextv2 import random_model
 from cnx_deploy.training import Progress, TrainingSpec, train
 from cnx_deploy.training.fcmae import PretrainingSpec, create_autoencoder, pretrain
+from cnx_deploy.training.run import OWN_LICENCE
 from tests.support.foreign_models import randomise
 from tests.support.training_data import InterruptIn, difference, table, write_colours
 
@@ -87,7 +88,7 @@ def test_a_run_leaves_its_files_and_nothing_else(task):
     assert (request["spec"], request["resolved"]) == (task.spec.to_dict(), task.spec.resolved())
     assert request["preprocessing"] == task.spec.preprocessing.to_dict()
     loaded = load_checkpoint(task.whole.best, task.spec.network, num_classes=2, reset_head=True)
-    assert (loaded.preprocessing, loaded.weights.licence) == (task.spec.preprocessing, "MIT")
+    assert (loaded.preprocessing, loaded.weights.licence) == (task.spec.preprocessing, OWN_LICENCE)
 
 
 @pytest.mark.parametrize(
