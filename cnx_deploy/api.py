@@ -163,7 +163,7 @@ def benchmark(
     artifacts: Source | Sequence[Source] = (),
     *,
     batch: int | Sequence[int] = (1, 8),
-    compare: Sequence[str] = (),
+    compare: str | Sequence[str] = (),
     backends: str | Sequence[str] = (),
     note: Note = _silent,
     progress: Callable[[str, float], None] | None = None,
@@ -187,7 +187,7 @@ def benchmark(
 
     batches = (batch,) if isinstance(batch, int) else tuple(batch)
     options.setdefault("omp_threads", os.environ.get("OMP_NUM_THREADS"))
-    words = {"compare": tuple(compare), "backends": _words(backends)}
+    words = {"compare": _words(compare), "backends": _words(backends)}
     spec = _request(BenchSpec, options, files=_paths_of(artifacts), batches=batches, **words)
     return run_benchmark(spec, note, progress)
 
@@ -587,7 +587,9 @@ def _request(kind: type[Request], options: dict[str, Any], **known: Any) -> Requ
             f"There is no option {unknown[0]!r}{f'; did you mean {close[0]}?' if close else '.'} The options are "
             f"{', '.join(names)}."
         )
-    return kind(**known, **_with_paths(options))
+    several = {each.name for each in fields(kind) if each.type == tuple[str, ...]}  # type: ignore[arg-type]
+    given = {name: _words(value) if name in several else value for name, value in options.items()}
+    return kind(**known, **_with_paths(given))
 
 
 def _paths_of(sources: Source | Sequence[Source]) -> tuple[Path, ...]:
@@ -648,6 +650,11 @@ class ExportRequest(ModelRequest):
         if not eight and (unused := [name for name, is_given in given.items() if is_given]):
             raise InputError(
                 f"{unused[0]} is of files in eight bits, and none is asked for. Add --precision fp8 or int8."
+            )
+        if not isinstance(self.calibration, Path | str | ImageSource | None):
+            raise InputError(
+                f"calibration is a {type(self.calibration).__name__}; expected the path of a folder or CSV file, or a "
+                "data.ImageSource. data.GivenImages is one of pictures in memory."
             )
         if unknown := set(self.formats) - set(FORMATS):
             raise InputError(f"No format is called {sorted(unknown)[0]!r}. Choose one of: {', '.join(FORMATS)}.")

@@ -48,6 +48,8 @@ def find_target(text: str) -> str:
 
     Raises InputError, with common GPUs and theirs, for a name that is not in the table.
     """
+    if not isinstance(text, str):
+        raise InputError(f"A target is one name, such as 'sm89', not {text!r:.80}. Build for each by itself.")
     words = text.strip().lower()
     if words == "current":
         return words

@@ -69,8 +69,8 @@ class Calibration:
 
         Raises InputError where fewer than 50 are left.
         """
-        if samples < 1:
-            raise InputError(f"samples must be at least 1, got {samples}: scales are measured on images.")
+        if not isinstance(samples, int) or samples < 1:
+            raise InputError(f"samples must be at least 1 and whole, got {samples}: scales are measured on images.")
         chosen = tuple(source.choice(samples))
         taken = set(chosen)
         others = [index for index in range(len(source)) if index not in taken]

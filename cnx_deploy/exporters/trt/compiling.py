@@ -17,7 +17,7 @@ from cnx_deploy.core.child_process import Limits, run_isolated
 from cnx_deploy.core.deploy_spec import DeploySpec
 from cnx_deploy.core.devices import find_device
 from cnx_deploy.core.errors import BuildError, InputError
-from cnx_deploy.core.hidden_tensor import FusedMode
+from cnx_deploy.core.hidden_tensor import FUSED_MODES, FusedMode
 from cnx_deploy.core.manifest import Compiled, EngineFacts, Launcher, OwnKernels
 from cnx_deploy.core.strict_json import typed
 from cnx_deploy.core.system import find_gpus
@@ -66,6 +66,8 @@ class BuildSpec:
             raise InputError(
                 f"The batch ranges are {self.batches}; each has to be smallest:typical:largest, such as 1:8:64."
             )
+        if self.fused not in (None, *FUSED_MODES):
+            raise InputError(f"fused is {self.fused!r}; expected {', '.join(FUSED_MODES)} or None.")
         if self.launcher is not None and self.fused is None:
             raise InputError(f"{self.launcher} launches own kernels, and the engine has none. Add --fused (fused).")
 
