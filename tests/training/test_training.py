@@ -21,6 +21,7 @@ from cnx_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from cnx_deploy.model.convnextv2 import create_model, random_model
 from cnx_deploy.training import Progress, TrainingSpec, initial_model, train
 from cnx_deploy.training.classifier import ClassificationModule, averaged_model
+from cnx_deploy.training.run import OWN_LICENCE
 from cnx_deploy.training.spec import LATER_FIELDS
 from tests.support.training_data import Weights, difference, rows
 
@@ -329,7 +330,7 @@ def test_mean_and_deviation_are_those_of_the_weights_unless_options_say_otherwis
 
 def test_weights_of_imagenets_mean_leave_the_records_as_they_are(spec, tmp_path):
     model = random_model(spec.network, 2, seed=1)
-    path = save_checkpoint(tmp_path / "usual.safetensors", model, preprocessing=Preprocessing(64), licence="MIT")
+    path = save_checkpoint(tmp_path / "usual.safetensors", model, preprocessing=Preprocessing(64), licence=OWN_LICENCE)
     loaded = initial_model(spec, init=path)
     assert not any("mean" in note for note in loaded.notes)
     started, given = (train(dataclasses.replace(spec, run_dir=tmp_path / name), source)
