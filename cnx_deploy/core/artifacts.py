@@ -207,9 +207,10 @@ def reusable_artifact(
                 return None
             if found.manifest.tools == tool_versions():
                 return replace(open_artifact(main), reused=True)
+    elsewhere = "--name or --output-dir" if isinstance(request, OnnxRequest) else "--output-dir"
     raise OutputExistsError(
         f"{main} exists and was made from other inputs or by other versions. "
-        "Use --force to replace it, or another --name or --output-dir."
+        f"Use --force to replace it, or another {elsewhere}."
     )
 
 

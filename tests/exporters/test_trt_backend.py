@@ -71,3 +71,12 @@ def test_a_package_whose_library_does_not_load_is_a_missing_requirement(monkeypa
 def test_the_runtime_configuration_has_the_strategy_that_the_runner_sets() -> None:
     assert hasattr(RTX.trt.IRuntimeConfig, "dynamic_shapes_kernel_specialization_strategy")
     assert hasattr(RTX.trt.ICudaEngine, "create_runtime_config")
+
+
+def test_an_interrupt_while_the_library_is_initialised_is_no_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: str) -> types.ModuleType:
+        raise ImportError("initialization failed") from KeyboardInterrupt()
+
+    monkeypatch.setattr(importlib, "import_module", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_backend("tensorrt")

@@ -145,6 +145,8 @@ def load_backend(name: str = "auto") -> Backend:
     try:
         return Backend(runtime, importlib.import_module(package))
     except (ImportError, OSError) as error:  # OSError: the package is there, a library it loads is not
+        if isinstance(error.__cause__, KeyboardInterrupt):  # Ctrl-C while a library is initialised
+            raise KeyboardInterrupt from error
         there = not isinstance(error, ModuleNotFoundError) and importlib.util.find_spec(package) is not None
         # What its loader says of a library for which there is no memory is that there is no such file.
         hint = "It is there; free memory for its libraries, or install it again" if there else "Install it"
