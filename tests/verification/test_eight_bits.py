@@ -214,6 +214,18 @@ def test_images_of_other_classes_are_refused_before_the_calibration(eight_bit_wo
         cnx_deploy.export("narrow-test", precision="int8", output_dir=tmp_path / "made", **words)
 
 
+def test_a_broken_image_that_would_judge_is_named_before_the_calibration(eight_bit_words, tmp_path, monkeypatch):
+    shutil.copytree(eight_bit_words["calibration"], tmp_path / "images")
+    source = find_images(tmp_path / "images")
+    held_out = Calibration.split(source, eight_bit_words["samples"], Preprocessing()).held_out
+    broken = sorted((tmp_path / "images").glob("*/*"))[held_out[-1]]
+    broken.write_bytes(b"no image")
+    monkeypatch.setattr(calibration, "calibrate", lambda *_, **__: pytest.fail("it calibrates"))
+    words = {**eight_bit_words, "calibration": tmp_path / "images"}
+    with pytest.raises(InputError, match="cannot be read as an image"):
+        cnx_deploy.export("narrow-test", precision="int8", output_dir=tmp_path / "made", **words)
+
+
 def test_of_few_images_a_flip_asks_for_more(int8_file, colours_and_weights, monkeypatch):
     flipping = replace(PRECISIONS["int8"].gate, flip_share_max=-1e-3)
     monkeypatch.setitem(PRECISIONS, "int8", replace(PRECISIONS["int8"], gate=flipping))
