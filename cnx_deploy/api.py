@@ -883,8 +883,7 @@ def _calibrated(
     if not request.no_engine_gates and not request.no_verify:
         check_targets(targets)
     inputs, done = InputSpec.of(spec.deploy, 1, None), 0
-    for _ in calibration.batches(inputs, calibration.held_out):
-        pass  # read once, so that a broken image is named now
+    calibration.check_images(inputs)
 
     def seen(images: int) -> None:
         nonlocal done

@@ -4,6 +4,7 @@ Eight bits that only the file has are worth nothing: what counts is which tensor
 each file is compiled beside the same network in FP16, and the kernel lists are compared.
 """
 
+import hashlib
 import itertools
 import math
 import re
@@ -81,6 +82,16 @@ class Calibration:
             )
         held_out = tuple(others[at] for at in evenly(len(others), MOST_HELD_OUT))
         return cls(source, chosen, held_out, preprocessing)
+
+    def check_images(self, spec: InputSpec) -> None:
+        """Read the images that judge. InputError where one is broken, or fewer than 50 are different pictures."""
+        batches = self.batches(spec, self.held_out)
+        different = {hashlib.sha256(image.numpy()).digest() for batch in batches for image in batch.images}
+        if len(different) < FEWEST_HELD_OUT:
+            raise InputError(
+                f"Of {self.source.description} {len(self.held_out)} images are to judge the file, and {len(different)} "
+                f"of them are different; at least {FEWEST_HELD_OUT} have to be. Give images as the network sees them."
+            )
 
     def batches(self, spec: InputSpec, indices: Sequence[int]) -> Iterable[ImageBatch]:
         """Batches of up to eight of the images, as a file takes them."""

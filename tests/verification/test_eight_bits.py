@@ -226,6 +226,14 @@ def test_a_broken_image_that_would_judge_is_named_before_the_calibration(eight_b
         cnx_deploy.export("narrow-test", precision="int8", output_dir=tmp_path / "made", **words)
 
 
+def test_images_that_are_all_the_same_are_refused_as_judges(tmp_path):
+    for index in range(70):
+        Image.new("RGB", (8, 8), (0, 0, index // 30)).save(tmp_path / f"{index}.png")
+    split = Calibration.split(find_images(tmp_path), 10, Preprocessing(32))
+    with pytest.raises(InputError, match="are to judge the file, and 3 of them are different; at least 50 have to be"):
+        split.check_images(InputSpec("float", 32))
+
+
 def test_of_few_images_a_flip_asks_for_more(int8_file, colours_and_weights, monkeypatch):
     flipping = replace(PRECISIONS["int8"].gate, flip_share_max=-1e-3)
     monkeypatch.setitem(PRECISIONS, "int8", replace(PRECISIONS["int8"], gate=flipping))
