@@ -177,6 +177,7 @@ def test_a_size_that_was_given_is_not_called_assumed(tiny, tmp_path):
     assert "image_size" not in notes
 
 
+@pytest.mark.slow
 def test_a_backend_that_takes_seconds_an_image_says_so(tiny, tmp_path):
     artifact = exported_to(tmp_path, tiny, deploy={"precision": "fp16"})
     assert "emulate-fp16 proves arithmetic here" in open_predictor(artifact.path, backend="emulate-fp16").notes[-1]
